@@ -1,0 +1,46 @@
+# Everything runs in .venv inside this clone. The first call of a target sets it up (a few minutes: PyTorch is large);
+# later calls start at once, until pyproject.toml or constraints.txt change.
+#
+#   make demo ARGS="--help"            passes ARGS on to the command
+#   make test PYTHON=python3.12        another interpreter for a new .venv
+#   make test PIP_FLAGS="--no-index"   passes PIP_FLAGS on to pip install
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all clean
+
+help:
+	@echo "make demo       train a generator and a discriminator on the base that ships, and show what they learned"
+	@echo "make test       the quick tests"
+	@echo "make test-all   every test, the slow ones too"
+	@echo "make clean      remove .venv, build outputs and caches (checkpoints and runs are kept)"
+	@echo
+	@echo "The first call installs what is needed into .venv. Options: ARGS=... PYTHON=... PIP_FLAGS=..."
+
+demo: $(STAMP)
+	$(VENV)/bin/lora-gan demo $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Written last, so an interrupted installation is taken up again. PyTorch goes first, on its own: it is most of the
+# download, and a failure there should not be buried in the rest.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "LoRA-GAN needs Python 3.11, 3.12 or 3.13. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt torch
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[all,dev]'
+	@touch $@

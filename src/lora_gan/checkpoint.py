@@ -1,0 +1,265 @@
+"""Checkpoints: the layout that stock PEFT opens, written beside and renamed, loaded without executing anything.
+
+    step-100/
+      generator/      adapter_config.json  adapter_model.bin  optimizer.pt
+      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw heads, replay)
+      trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
+
+A folder without trainer_state.json is not a checkpoint: it is written last, and the whole folder under another name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import TaskType, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .adapters import Players, load_base
+from .config import Config
+
+if TYPE_CHECKING:
+    from .gan import LoraGAN
+
+SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
+STATE = "trainer_state.json"
+PLAYERS = ("generator", "discriminator")
+
+
+# --- saving
+
+
+def save(gan: LoraGAN, folder: Path, step: int) -> Path:
+    """Write folder/step-N so that a reader sees all of it or nothing; then drop the oldest over save_total_limit."""
+    final, writing = folder / f"step-{step}", folder / f".step-{step}.writing-{os.getpid()}"
+    shutil.rmtree(writing, ignore_errors=True)
+    for player in PLAYERS:
+        (writing / player).mkdir(parents=True)
+        _save_adapter(gan.players, player, writing / player, gan.config.weights_format)
+    torch.save(gan.generator.optimizer.state_dict(), writing / "generator" / "optimizer.pt")
+    torch.save(gan.discriminator.optimizer.state_dict(), writing / "discriminator" / "optimizer.pt")
+    torch.save(gan.discriminator.state_dict(), writing / "discriminator" / "state.pt")
+    (writing / STATE).write_text(json.dumps(_trainer_state(gan), indent=2) + "\n", encoding="utf-8")
+
+    replaced = folder / f".step-{step}.replaced-{os.getpid()}"
+    if final.exists():
+        final.rename(replaced)
+    writing.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if gan.config.save_total_limit:
+        for old in complete(folder)[: -gan.config.save_total_limit]:
+            if old != final:
+                shutil.rmtree(old)
+    return final
+
+
+def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
+    base, baseline = gan.players.base, gan.generator.baseline
+    return {
+        "format": 1,
+        "global_step": gan.global_step,
+        "position": gan.position,
+        "reward_calls": gan.reward_calls,
+        "baseline": {"total": baseline.total, "weight": baseline.weight},
+        "config": gan.config.to_dict(),
+        "base": {"name": base.name, "path": base.path, "fingerprint": base.fingerprint},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
+    """Adapter weights and config as stock PEFT reads them."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(players, player).items()}
+    config = copy.deepcopy(players.peft.peft_config[player])
+    config.base_model_name_or_path = players.base.path
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set's order would change with PYTHONHASHSEED
+    if player == "discriminator":
+        config.task_type = TaskType.SEQ_CLS
+        config.modules_to_save = ["classifier", "score"]
+        state[SCORE] = players.score_MH.detach().mean(0, keepdim=True).cpu()  # heads folded into the one that scores
+    config.save_pretrained(folder)
+    if weights_format == "safetensors":
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(state, folder / "adapter_model.bin")
+
+
+def adapter_state(players: Players, player: str) -> dict[str, Tensor]:
+    """The player's LoRA weights by PEFT's names; they share memory with the parameters."""
+    return get_peft_model_state_dict(players.peft, adapter_name=player, save_embedding_layers=False)
+
+
+# --- finding
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints under a run's folder, oldest step first."""
+    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and is_complete(path)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def is_complete(path: Path) -> bool:
+    return (path / STATE).is_file() and all(
+        (path / player / "adapter_config.json").is_file() and (path / player / "optimizer.pt").is_file()
+        for player in PLAYERS
+    )
+
+
+def find(folder: Path, step: int | None) -> Path:
+    """One step's folder, or the newest complete one."""
+    there = complete(folder)
+    if step is None and there:
+        return there[-1]
+    if step is not None and is_complete(folder / f"step-{step}"):
+        return folder / f"step-{step}"
+    steps = ", ".join(path.name.removeprefix("step-") for path in there) or "none"
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    raise ValueError(f"there is no complete {wanted} in {folder}: complete steps there: {steps}")
+
+
+# --- loading
+
+
+def load(gan: LoraGAN, path: Path) -> None:
+    """Continue exactly: everything is read and checked before anything in memory changes."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if state["base"]["fingerprint"] != gan.players.base.fingerprint:
+        raise ValueError(
+            f"{path} was made on the base {state['base']['name']!r}, whose weights are not those of "
+            f"{gan.players.base.name!r}: open it with LoraGAN.from_checkpoint(path, model=...)"
+        )
+    put_generator = _read_generator(gan, path / "generator")
+    put_discriminator = _read_discriminator(gan, path / "discriminator")
+    put_generator()
+    put_discriminator()
+    gan.global_step, gan.position = state["global_step"], state["position"]
+    gan.reward_calls = state["reward_calls"]
+    gan.generator.baseline.total = state["baseline"]["total"]
+    gan.generator.baseline.weight = state["baseline"]["weight"]
+
+
+def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any]) -> LoraGAN:
+    step_folder = path if is_complete(path) else find(path, None)
+    state = json.loads((step_folder / STATE).read_text(encoding="utf-8"))
+    settings = state["config"]
+    # Where the run's folder was moved, it goes on there, unless told otherwise.
+    settings["output_dir"] = str(step_folder.parent)
+    known = set(Config.__dataclass_fields__)
+    settings |= {name: arguments.pop(name) for name in list(arguments) if name in known}
+    if model is None:
+        model = _recorded_base(state["base"], Config.from_dict(settings))
+    gan = cls(model, Config.from_dict(settings), **arguments)
+    load(gan, step_folder)
+    return gan
+
+
+def _recorded_base(recorded: dict[str, str], config: Config) -> Any:
+    """The base a checkpoint names, only if it is on this machine: a stranger's path fetches nothing."""
+    name = recorded["name"]
+    if name == "tiny":
+        return name
+    where = recorded["path"]
+    try:
+        found = Path(where).is_dir() or load_base(where, None, config, local_files_only=True)
+    except ValueError:
+        found = False
+    if not where or not found:
+        raise ValueError(
+            f"the checkpoint was made on the base {name or 'in memory'!r}, which is not on this machine; nothing is "
+            "fetched because a checkpoint names it: pass model= to say which base to use"
+        )
+    return where
+
+
+def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
+    """Read and check a generator's folder; the function returned puts it in place."""
+    weights = _read_weights(folder, adapter_state(gan.players, "generator"))
+    optimizer = _read_tensors(folder / "optimizer.pt") if (folder / "optimizer.pt").is_file() else None
+
+    def put() -> None:
+        _copy(weights, adapter_state(gan.players, "generator"))
+        gan.generator.optimizer.restart(optimizer)
+
+    return put
+
+
+def _read_discriminator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
+    """The same for a discriminator's; one without state.pt gives all heads the one that scores, and no replay."""
+    heads_MH = gan.players.heads_MH
+    weights = _read_weights(folder, {**adapter_state(gan.players, "discriminator"), SCORE: heads_MH[:1]})
+    score_1H = weights.pop(SCORE)
+    state = _read_tensors(folder / "state.pt") if (folder / "state.pt").is_file() else None
+    if state is not None and state["heads_MH"].shape != heads_MH.shape:
+        raise ValueError(
+            f"{folder} has {len(state['heads_MH'])} heads, this discriminator {len(heads_MH)}: set disc_heads to match"
+        )
+    optimizer = _read_tensors(folder / "optimizer.pt") if state and (folder / "optimizer.pt").is_file() else None
+
+    def put() -> None:
+        _copy(weights, adapter_state(gan.players, "discriminator"))
+        gan.discriminator.optimizer.restart(optimizer)
+        if state is not None:
+            gan.discriminator.load_state_dict(state)
+        else:
+            gan.discriminator.restart(score_1H)
+
+    return put
+
+
+def _read_tensors(file: Path) -> Any:
+    """weights_only: a file that would execute code on loading is refused by torch."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} could not be read as tensors and plain numbers: {error}") from error
+
+
+def _read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's weights, refused where a name or a shape is not that of the adapter in memory."""
+    if (folder / "adapter_model.safetensors").is_file():
+        weights = load_file(folder / "adapter_model.safetensors")
+    elif (folder / "adapter_model.bin").is_file():
+        weights = _read_tensors(folder / "adapter_model.bin")
+    else:
+        raise ValueError(f"{folder} has no adapter_model.bin and no adapter_model.safetensors: it is not an adapter")
+    differing = sorted(
+        name
+        for name in expected.keys() | weights.keys()
+        if name not in expected or name not in weights or expected[name].shape != weights[name].shape
+    )
+    if differing:
+        name = differing[0]
+        theirs = tuple(weights[name].shape) if name in weights else "absent"
+        ours = tuple(expected[name].shape) if name in expected else "absent"
+        raise ValueError(
+            f"{folder} does not fit: {name} is {theirs} there and {ours} here ({len(differing)} tensors differ); the base "
+            "and the LoRA settings (rank, target_modules) must be those it was saved with"
+        )
+    return weights
+
+
+def _copy(source: dict[str, Tensor], destination: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in destination.items():
+            tensor.copy_(source[name])
+
+
+def load_generator(gan: LoraGAN, path: Path) -> None:
+    _read_generator(gan, path / "generator" if (path / "generator").is_dir() else path)()
+
+
+def load_discriminator(gan: LoraGAN, path: Path) -> None:
+    _read_discriminator(gan, path / "discriminator" if (path / "discriminator").is_dir() else path)()

@@ -1,0 +1,34 @@
+"""One step's responses, and all that is known of them before anything is learned from them.
+
+# B = responses, M = heads
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .data import Row
+from .rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Experience:
+    step: int
+    rows: list[Row]  # the P prompts
+    prompts: list[list[int]]  # their token ids
+    rollout: Rollout  # K responses each
+    predicted_MB: np.ndarray  # fresh predictions of every head, float64
+    asked_B: np.ndarray  # bool: which responses the true reward was asked for, drawn before scoring
+    true_B: np.ndarray  # true rewards; NaN = not asked, or not answered
+    query_rate: float  # probability with which each response was asked for
+    parts: dict[str, np.ndarray]  # the true reward's parts by name, where it has several
+
+    @property
+    def predicted_B(self) -> np.ndarray:
+        return self.predicted_MB.mean(0)
+
+    @property
+    def group_B(self) -> np.ndarray:
+        return self.rollout.group_B

@@ -1,0 +1,354 @@
+"""LoraGAN: the two players and their step. Reads like the algorithm; every idea has a file of its own.
+
+# P = prompts, K = responses a prompt, B = P·K responses in group order
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import checkpoint, data, estimate, evaluation, rewards, rollout, tracking
+from .adapters import Player, Players, load_base
+from .config import Config, RewardSignal
+from .data import Row
+from .discriminator import Discriminator
+from .experience import Experience
+from .generator import Generator
+
+RewardFunction = Callable[[str, str | None], float]
+BatchedRewardFunction = Callable[..., list[float | None]]
+Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+class LoraGAN:
+    """A generator and a discriminator as two LoRA adapters on one frozen base, trained against any reward.
+
+    Args:
+        model: a hub id, a local folder, "tiny" (the base that ships), or a model in memory with `processing_class`.
+        config: settings; or give them by name: `LoraGAN("tiny", learning_rate=1e-3)`.
+        reward: f(response, target) -> float, higher is better. Default: cosine by all-MiniLM-L6-v2.
+        reward_funcs: instead of `reward`, functions of TRL's form f(prompts, completions, **columns) ->
+            list[float | None]; their weighted sum is the true reward.
+        reward_weights: one weight a function of `reward_funcs`; default 1 each.
+        processing_class: the tokenizer, where it is not the base's own.
+
+    Raises:
+        ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        config: Config | None = None,
+        *,
+        reward: RewardFunction | None = None,
+        reward_funcs: list[BatchedRewardFunction] | None = None,
+        reward_weights: list[float] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **settings: Any,
+    ) -> None:
+        if reward is not None and reward_funcs:
+            raise ValueError("reward= and reward_funcs= both say what the true reward is: give one of them")
+        self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
+        self.players = Players(load_base(model, processing_class, self.config), self.config)
+        self.generator = Generator(self.players, self.config)
+        self.discriminator = Discriminator(self.players, self.config)
+        self.global_step = 0  # steps taken; every random draw is keyed by it
+        self.position = 0  # rows that fit() has taken of its dataset
+        self.reward_calls = 0  # true rewards asked for by step()
+        self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
+        self._cosine = rewards.CosineReward()
+        if reward is not None:
+            self.compute_reward = reward
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        prompt: str | list[str],
+        target_text: str | list[str | None] | None = None,
+        train_gen: bool = True,
+        train_disc: bool = True,
+        *,
+        adversarial: bool | None = None,
+        **columns: Any,
+    ) -> dict[str, Any]:
+        """One cycle: sample K responses a prompt, predict their reward, ask for the true one, update the players.
+
+        Args:
+            prompt: one prompt, or P prompts.
+            target_text: the target of each prompt, where the reward or imitation needs one.
+            train_gen: whether the generator learns in this step; if not, it stays bitwise as it was.
+            train_disc: the same for the discriminator.
+            adversarial: overrides the config's for this step.
+            columns: further values by name (one, or P in a list), passed on to `reward_funcs`.
+
+        Returns:
+            A dict that begins with prompt, response, true_reward, disc_loss, pred_reward, gen_loss: of the first
+            sampled response; P prompts give lists of P; None for what did not run or was not asked. Then responses,
+            true_rewards and pred_rewards hold all K, and metrics follow. All of it is fresh: measured before this
+            step's updates.
+
+        Raises:
+            ValueError: a prompt that is empty or too long, a target that is missing where it is needed, settings that
+                contradict each other; `rewards.RewardError` for a reward function that does not answer as it should.
+        """
+        rows = data.rows_of(prompt, target_text, columns)
+        signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
+        imitation_weight, reinforce = self._teaching(train_gen)
+
+        experience, gen, disc = None, {}, {}
+        if reinforce or train_disc or not train_gen:
+            experience = self._play(rows, asks=train_disc or not train_gen or signal != "predicted")
+        if train_gen:
+            gen = self.generator.update(rows, experience if reinforce else None, signal, imitation_weight)
+        if train_disc and experience is not None:
+            disc = self.discriminator.update(experience)
+        self.global_step += 1
+        return tracking.step_record(rows, experience, gen, disc, self, single=isinstance(prompt, str))
+
+    def _teaching(self, train_gen: bool) -> tuple[float, bool]:
+        """Weight of imitation, and whether the reward teaches the generator in this step."""
+        warming_up = self.global_step < self.config.imitation_warmup_steps
+        weight = self.config.imitation_weight or float(warming_up)
+        return weight, train_gen and not warming_up and self.config.reward_weight > 0
+
+    def _play(self, rows: list[Row], *, asks: bool) -> Experience:
+        """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate."""
+        prompts = self._encode(row.prompt for row in rows)
+        sampled = self._sample(prompts, self.config.num_generations, purpose="sample", step=self.global_step)
+        predicted_MB = self.discriminator.predict(sampled)
+        asked_B = np.zeros(len(sampled), dtype=bool)
+        if asks:
+            asked_B = estimate.choose_queries(
+                sampled.group_B, self.config.query_rate, seed=self.config.seed, step=self.global_step
+            )
+        true_B, parts = self._true_rewards(rows, sampled, asked_B)
+        self.reward_calls += int(asked_B.sum())
+        return Experience(
+            self.global_step, rows, prompts, sampled, predicted_MB, asked_B, true_B, self.config.query_rate, parts
+        )
+
+    # --- the true reward --------------------------------------------------------------------------------------------
+
+    def compute_reward(self, response: str, target: str | None) -> float:
+        """The true reward of one response. Assign a function of this form, or override the method, to change it."""
+        return self._cosine(response, target)
+
+    def _true_rewards(
+        self, rows: list[Row], sampled: rollout.Rollout, asked_B: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """True rewards of the asked responses, NaN elsewhere, float64 [B]; and their parts by name."""
+        asked = np.flatnonzero(asked_B)
+        asked_rows = [rows[sampled.group_B[i]] for i in asked]
+        values, parts = self.ask(asked_rows, [sampled.texts[i] for i in asked])
+
+        def spread(answers: list[float | None]) -> np.ndarray:
+            whole_B = np.full(len(sampled), np.nan)
+            whole_B[asked] = [np.nan if answer is None else answer for answer in answers]
+            return whole_B
+
+        return spread(values), {name: spread(part) for name, part in parts.items()}
+
+    def ask(
+        self, rows: list[Row], responses: list[str]
+    ) -> tuple[list[float | None], dict[str, list[float | None]]]:
+        """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
+        targets = [row.target for row in rows]
+        if not responses:
+            return [], {}
+        if self.reward_funcs:
+            columns = data.columns_of(rows)
+            if any(target is not None for target in targets):
+                columns["target"] = targets
+            prompts = [row.prompt for row in rows]
+            return rewards.score_trl(self.reward_funcs, self.reward_weights, prompts, responses, columns)
+        replaced = "compute_reward" in vars(self) or type(self).compute_reward is not LoraGAN.compute_reward
+        if replaced:
+            return rewards.score_pairs(self.compute_reward, responses, targets), {}
+        return list(self._cosine.batch(responses, targets)), {}
+
+    # --- many steps -------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        dataset: Dataset,
+        steps: int | None = None,
+        *,
+        train_gen: bool = True,
+        train_disc: bool = True,
+        progress: bool = True,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Run `steps` further steps over a dataset's rows, `config.prompts_per_step` a step, in shuffled epochs.
+
+        Args:
+            dataset: rows of prompt / target (mappings, a `datasets.Dataset`, or a JSON Lines file).
+            steps: how many more steps; None runs up to `config.max_steps` in all.
+            train_gen, train_disc: as in `step()`.
+            progress: a progress bar on a terminal, plain lines elsewhere.
+            on_step: called with every step's record.
+
+        Returns:
+            The steps' records. Metrics stand in output_dir/metrics.jsonl, checkpoints in output_dir/step-N: every
+            `config.save_steps`, and at the end where that is set. A loaded checkpoint goes on with the next rows.
+        """
+        rows = data.read_rows(dataset)
+        if steps is None:
+            if self.config.max_steps is None:
+                raise ValueError("fit() needs steps=, or max_steps in the config")
+            steps = max(0, self.config.max_steps - self.global_step)
+        records = []
+        with tracking.Tracker(self.config, steps, first=self.global_step, progress=progress) as tracker:
+            for _ in range(steps):
+                batch = data.take(rows, self.config.prompts_per_step, seed=self.config.seed, position=self.position)
+                self.position += len(batch)
+                record = self.step(
+                    [row.prompt for row in batch],
+                    [row.target for row in batch],
+                    train_gen,
+                    train_disc,
+                    **data.columns_of(batch),
+                )
+                records.append(record)
+                tracker.log(record)
+                if on_step is not None:
+                    on_step(record)
+                if self.config.save_steps and self.global_step % self.config.save_steps == 0:
+                    self.save_checkpoint()
+            if self.config.save_steps and steps and self.global_step % self.config.save_steps:
+                self.save_checkpoint()
+        return records
+
+    # --- using the players ------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | list[str],
+        best_of: int = 1,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_completion_length: int | None = None,
+        seed: int | None = None,
+        player: Player = "generator",
+    ) -> list[str]:
+        """One response a prompt, always a list.
+
+        Args:
+            prompts: one prompt, or several.
+            best_of: how many to sample; the discriminator picks the one it predicts the highest reward for.
+            temperature, top_p, max_completion_length: the config's where not given; temperature 0 is greedy.
+            seed: another seed gives other responses; the same one the same, at the same step.
+            player: "reference" answers with the untouched base.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if best_of < 1:
+            raise ValueError(f"best_of={best_of} is not accepted: it must be a whole number from 1")
+        if not prompts:
+            return []
+        sampled = self._sample(
+            self._encode(prompts, max_completion_length), best_of, purpose="generate", step=self.global_step,
+            temperature=temperature, top_p=top_p, length=max_completion_length, seed=seed, player=player,
+        )  # fmt: skip
+        if best_of == 1:
+            return sampled.texts
+        predicted_PK = self.discriminator.predict(sampled).mean(0).reshape(len(prompts), best_of)
+        return [sampled.texts[j * best_of + int(i)] for j, i in enumerate(predicted_PK.argmax(-1))]
+
+    def score(self, prompts: str | list[str], responses: str | list[str]) -> list[float]:
+        """The discriminator's predicted reward of one response to each prompt, always a list.
+
+        Prompt and response are tokenized apart, concatenated, and closed with the end-of-text token: what the
+        discriminator was trained on, for a response that was generated, and ended, as these tokens.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        responses = [responses] if isinstance(responses, str) else list(responses)
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: give one response to each prompt")
+        if not prompts:
+            return []
+        base = self.players.base
+        encoded = [rollout.encode_response(base, response) for response in responses]
+        rows = rollout.assemble(
+            base, self.players.device, rollout.encode_prompts(base, prompts, max(map(len, encoded))), encoded, responses
+        )
+        return self.discriminator.predict(rows).mean(0).tolist()
+
+    def evaluate(self, dataset: Dataset, **options: Any) -> dict[str, Any]:
+        """Held-out true and predicted reward, other metrics with 95 % intervals over prompts, and samples.
+
+        See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size).
+        """
+        return evaluation.evaluate(self, data.read_rows(dataset), **options)
+
+    def _encode(self, prompts: Iterable[str], length: int | None = None) -> list[list[int]]:
+        return rollout.encode_prompts(self.players.base, list(prompts), length or self.config.max_completion_length)
+
+    def _sample(
+        self,
+        prompts: list[list[int]],
+        count: int,
+        *,
+        purpose: str,
+        step: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        length: int | None = None,
+        seed: int | None = None,
+        player: Player = "generator",
+    ) -> rollout.Rollout:
+        uniforms = rollout.keyed_uniforms(
+            prompts,
+            count,
+            length or self.config.max_completion_length,
+            seed=self.config.seed if seed is None else seed,
+            step=step,
+            purpose=purpose,
+        )
+        with self.players.playing(player):
+            return rollout.sample(
+                self.players,
+                prompts,
+                uniforms,
+                temperature=self.config.temperature if temperature is None else temperature,
+                top_p=self.config.top_p if top_p is None else top_p,
+            )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> Path:
+        """Write everything to ckpt_dir/step-N (default: output_dir, and the number of steps taken)."""
+        folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
+        return checkpoint.save(self, folder, self.global_step if step is None else step)
+
+    def load_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> None:
+        """Continue exactly where ckpt_dir/step-N was saved; without a step, from the newest complete one."""
+        folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
+        checkpoint.load(self, checkpoint.find(folder, step))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], model: Any = None, **arguments: Any) -> LoraGAN:
+        """A LoraGAN as it was saved: `path` is a step's folder, or a run's, whose newest complete step is taken.
+
+        The settings come from the checkpoint (`arguments` override them); the reward must be given again. The base is
+        `model`, or the one recorded, if that is on this machine already and its fingerprint matches: nothing is ever
+        fetched because a checkpoint names it.
+        """
+        return checkpoint.rebuild(cls, Path(path), model, arguments)
+
+    def load_generator(self, path: str | os.PathLike[str]) -> None:
+        """Swap the generator for a saved one (a step's folder or its generator/), its optimizer included where it is
+        there; the discriminator and its optimizer stay bitwise as they were."""
+        checkpoint.load_generator(self, Path(path))
+
+    def load_discriminator(self, path: str | os.PathLike[str]) -> None:
+        """Swap the discriminator for a saved one (a step's folder or its discriminator/), with its optimizer and
+        replay where they are there; the generator and its optimizer stay bitwise as they were."""
+        checkpoint.load_discriminator(self, Path(path))

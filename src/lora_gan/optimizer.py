@@ -1,0 +1,54 @@
+"""One player's optimizer: AdamW, its schedule, and clipping, saved and loaded as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from . import distributed
+from .config import Config
+
+
+class PlayerOptimizer:
+    def __init__(
+        self, parameters: list[nn.Parameter], learning_rate: float, config: Config, updates_per_step: int = 1
+    ) -> None:
+        self.parameters = parameters
+        self.config, self.first_learning_rate, self.updates_per_step = config, learning_rate, updates_per_step
+        self.restart(None)
+
+    def restart(self, state: dict[str, dict[str, Any]] | None) -> None:
+        """Begin anew, or from a saved state."""
+        self.adamw = torch.optim.AdamW(self.parameters, lr=self.first_learning_rate, weight_decay=0.0)
+        self.schedule = get_scheduler(
+            self.config.lr_scheduler_type,
+            self.adamw,
+            num_warmup_steps=self.config.warmup_steps * self.updates_per_step,
+            num_training_steps=self.config.max_steps and self.config.max_steps * self.updates_per_step,
+        )
+        if state is not None:
+            self.adamw.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    def step(self) -> float:
+        """One update from the gradients that stand; returns their norm before clipping."""
+        distributed.average_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.adamw.step()
+        self.schedule.step()
+        self.zero_grad()
+        return float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))}
+        return {"optimizer": self.adamw.state_dict(), "schedule": schedule}

