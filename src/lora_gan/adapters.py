@@ -28,6 +28,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from . import randomness
 from .config import Config
@@ -84,10 +85,11 @@ def load_base(
         else:
             path = str(Path(name).resolve()) if Path(name).is_dir() else name
         try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                path, dtype=_dtype(config), local_files_only=local_files_only, use_safetensors=None
-            )
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
+            with _without_progress_bars():
+                lm = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=_dtype(config), local_files_only=local_files_only
+                )
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"the base {name!r} could not be opened as a causal language model: it must be a folder with a "
@@ -95,6 +97,18 @@ def load_base(
             ) from error
     lm.eval().requires_grad_(False).to(_device(config))
     return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, _eos_ids(lm, tokenizer), _fingerprint(lm))
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """A small base loads before its bar is drawn; the user's own setting comes back."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _device(config: Config) -> str:
@@ -142,6 +156,7 @@ class Players:
         }
         with randomness.seeded_torch(config.seed, "lora"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT mends the flag, and says so
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
             self.peft = get_peft_model(base.model, self.lora["generator"], adapter_name="generator")
             self.peft.add_adapter("discriminator", self.lora["discriminator"])
         self.peft.eval()  # train mode would switch on the base's own dropout

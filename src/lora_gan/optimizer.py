@@ -32,6 +32,14 @@ class PlayerOptimizer:
         if state is not None:
             self.adamw.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            self._use_learning_rate(self.first_learning_rate / self.schedule.base_lrs[0])
+
+    def _use_learning_rate(self, ratio: float) -> None:
+        """A checkpoint brings its own learning rate along; one that was set anew since then wins."""
+        if ratio != 1:
+            for group in self.adamw.param_groups:
+                group["lr"], group["initial_lr"] = group["lr"] * ratio, group["initial_lr"] * ratio
+            self.schedule.base_lrs = [rate * ratio for rate in self.schedule.base_lrs]
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)

@@ -102,7 +102,7 @@ def score_trl(
         )
         parts[name] = _scores(name, values, rows, row)
     weighted = [
-        [weight * part[i] for weight, part in zip(weights, parts.values(), strict=True) if part[i] is not None]
+        [weight * score for weight, part in zip(weights, parts.values(), strict=True) if (score := part[i]) is not None]
         for i in range(rows)
     ]
     return [sum(terms) if terms else None for terms in weighted], parts
@@ -160,7 +160,8 @@ def _score(name: str, value: Any, where: str) -> float | None:
         result = math.nan
     if not math.isfinite(result):
         raise RewardError(
-            f"the reward {name!r} returned {_excerpt(value)} ({type(value).__name__}) for {where}; a score is {ACCEPTED}"
+            f"the reward {name!r} returned {_excerpt(value)} ({type(value).__name__}) for {where}; "
+            f"a score is {ACCEPTED}"
         )
     return result
 

@@ -1,0 +1,7 @@
+"""`python -m lora_gan` is the command `lora-gan`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,213 @@
+"""The demo: `tiny` learns to translate by reward alone, in a few minutes on two cores.
+
+    lora-gan demo                              the discriminator learns and feeds back (corrected reward)
+    lora-gan demo --discriminator off          plain RLOO on the true reward, asked for every response
+    lora-gan demo --discriminator constant     a constant in its place: what it must beat
+    lora-gan demo --discriminator only         its prediction is the only reward the generator sees
+
+`tiny` has read English, French and their translations, but answers "Translate English to French: …" with a translation
+in about one of five samples. It is never shown a target: targets are seen by the reward alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from . import tiny
+from .discriminator import Discriminator
+from .experience import Experience
+from .gan import LoraGAN
+from .rollout import Rollout
+
+Opponent = Literal["learning", "off", "constant", "only"]
+
+RECIPE: dict[str, Any] = dict(
+    prompts_per_step=8,
+    num_generations=8,
+    max_completion_length=24,
+    learning_rate=1e-3,
+    disc_learning_rate=1e-3,
+    disc_updates=1,
+    beta=0.01,
+    query_rate=0.5,
+)
+BY_OPPONENT: dict[Opponent, dict[str, Any]] = {
+    "learning": dict(reward_signal="corrected"),
+    "constant": dict(reward_signal="corrected"),
+    "off": dict(adversarial=False, query_rate=1.0),
+    "only": dict(adversarial=True),
+}
+HELLO = {"prompt": "Translate English to French: Hello world", "target": "Bonjour le monde"}
+
+
+class ConstantDiscriminator(Discriminator):
+    """Predicts the mean of the true rewards answered so far, whatever the response: the null to compare with."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.total, self.count = 0.0, 0
+
+    def predict(self, rollout: Rollout) -> np.ndarray:
+        return np.full((1, len(rollout)), self.total / self.count if self.count else 0.0)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        answered_B = experience.true_B[~np.isnan(experience.true_B)]
+        self.total, self.count = self.total + float(answered_B.sum()), self.count + len(answered_B)
+        return {}
+
+
+@dataclass
+class Judged:
+    """What every judge says of one model on the held-out prompts."""
+
+    name: str
+    sampled: dict[str, Any]  # evaluation at temperature 1, or the one in the name
+    greedy: dict[str, Any] | None
+    hello: str | None = None
+
+
+@dataclass
+class Display:
+    """Progress while training: one live line on a terminal (rich), a plain line every 10 seconds elsewhere."""
+
+    steps: int
+    began: float = field(default_factory=time.monotonic)
+    said: float = 0.0
+    show: Callable[[str, int], None] | None = None
+
+    def __enter__(self) -> Display:
+        self.context: AbstractContextManager[Any] = nullcontext()
+        if sys.stdout.isatty():
+            try:
+                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            except ImportError:
+                pass
+            else:
+                bar = Progress(
+                    TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
+                    TextColumn("left"), TimeRemainingColumn(compact=True),
+                )  # fmt: skip
+                task = bar.add_task("", total=self.steps)
+                self.context = bar
+                self.show = lambda text, step: bar.update(task, description=text, completed=step)
+        self.context.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.context.__exit__(*exception)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        text = "  ".join(
+            f"{name} {'–' if record.get(key) is None else format(record[key], '.3f')}"
+            for name, key in (
+                ("true", "reward_mean"), ("predicted", "pred_reward_mean"), ("rank corr. all", "rank_correlation"),
+                ("in group", "rank_correlation_within"), ("KL", "kl"),
+            )
+        )  # fmt: skip
+        now = time.monotonic()
+        if self.show is not None:
+            self.show(text, step)
+        elif now - self.said > 10 or step == self.steps:
+            self.said = now
+            left = (now - self.began) / step * (self.steps - step)
+            print(f"step {step}/{self.steps}  {text}  about {left:.0f} s left", flush=True)
+
+
+def run(
+    *, opponent: Opponent = "learning", seed: int = 0, steps: int = 150, heldout: int = 320, output_dir: str = "runs/demo"
+) -> dict[str, Any]:
+    """Tune, judge before and after, print the table; returns what result.json in the output folder holds."""
+    began = time.monotonic()
+    train = tiny.pairs("train", 4096, seed=seed)
+    test = tiny.pairs("heldout", heldout, seed=0)
+    gan = LoraGAN("tiny", seed=seed, max_steps=steps, save_steps=steps, output_dir=output_dir, **{**RECIPE, **BY_OPPONENT[opponent]})
+    if opponent == "constant":
+        gan.discriminator = ConstantDiscriminator(gan.players, gan.config)
+    print(
+        f"tiny ({gan.players.base.model.num_parameters():,} parameters with both adapters) learns to translate by reward "
+        f"alone.\nReward: cosine to the target by all-MiniLM-L6-v2; the model never sees a target.\n"
+        f"Discriminator: {opponent}. Seed {seed}, {steps} steps of {gan.config.prompts_per_step} prompts × "
+        f"{gan.config.num_generations} responses, true reward asked for {gan.config.query_rate:.0%} of them.\n"
+        f"Held-out: {len(test)} prompts whose combinations of words the base has never read.\n",
+        flush=True,
+    )
+    print("judging the base …", flush=True)
+    models = [
+        Judged("before", gan.evaluate(test, temperature=1.0), gan.evaluate(test, temperature=0)),
+        Judged("base, temperature 0.5", gan.evaluate(test, temperature=0.5), None),
+    ]
+    training = time.monotonic()
+    with Display(steps) as display:
+        gan.fit(train, steps=steps, train_disc=opponent != "off", progress=False, on_step=display)
+    training = time.monotonic() - training
+    print("judging what was learned …", flush=True)
+    models.append(Judged("after", gan.evaluate(test, temperature=1.0), gan.evaluate(test, temperature=0)))
+    hello = gan.generate(HELLO["prompt"], temperature=0)[0]
+
+    print("\n" + table(models))
+    print(f"\n“{HELLO['prompt']}” → “{hello}”\n")
+    print(side_by_side(models[0], models[-1]))
+    result = {
+        "discriminator": opponent, "seed": seed, "steps": steps, "reward_calls": gan.reward_calls, "hello": hello,
+        "seconds": {"training": round(training, 1), "all": round(time.monotonic() - began, 1)},
+        "models": [
+            {"name": m.name, "sampled": m.sampled["metrics"], "greedy": m.greedy and m.greedy["metrics"]} for m in models
+        ],
+    }  # fmt: skip
+    folder = Path(output_dir)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"\n{gan.reward_calls:,} true rewards asked for; {result['seconds']['all']:.0f} s in all.\n"
+        f"checkpoint: {folder / f'step-{gan.global_step}'}\nmetrics:    {folder / 'metrics.jsonl'}\n"
+        f"figures:    {folder / 'result.json'}\n"
+        f"next:       make demo ARGS=\"--discriminator off\"    (the same without the discriminator)"
+    )
+    return result
+
+
+def table(models: list[Judged]) -> str:
+    """One line a model: mean and 95 % interval over the held-out prompts."""
+
+    def cell(run: dict[str, Any] | None, name: str, scale: float = 1, digits: int = 1) -> str:
+        if run is None or name not in run["metrics"]:
+            return "–"
+        mean, low, high = (scale * run["metrics"][name][key] for key in ("mean", "low", "high"))
+        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    head = ("", "exact, sampled %", "exact, greedy %", "cosine, sampled", "chrF, sampled", "distinct-2")
+    body = [
+        (
+            model.name,
+            cell(model.sampled, "exact_match", 100),
+            cell(model.greedy, "exact_match", 100),
+            cell(model.sampled, "true_reward", digits=3),
+            cell(model.sampled, "chrf"),
+            f"{model.sampled['distinct_2']:.2f}",
+        )
+        for model in models
+    ]
+    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (head, *body)]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def side_by_side(before: Judged, after: Judged, count: int = 10) -> str:
+    lines = ["Ten held-out prompts, sampled at temperature 1:"]
+    for was, now in zip(before.sampled["samples"][:count], after.sampled["samples"][:count], strict=True):
+        mark = "✓" if now["response"].strip() == now["target"].strip() else "✗"
+        lines += [
+            f"  {was['prompt'].removeprefix('Translate English to French: ')}",
+            f"    before: {was['response']}",
+            f"    after:  {now['response']}  {mark}" + ("" if mark == "✓" else f"  (target: {now['target']})"),
+        ]
+    return "\n".join(lines)
