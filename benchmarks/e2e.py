@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lora_gan import LoraGAN
+from lora_gan.checkpoint import complete
 from lora_gan.data import read_rows
 from lora_gan.evaluation import interval
-
-JUDGES = ("true_reward", "chrf", "length", "distinct_2", "pred_reward")
+from lora_gan.rewards import chrf
 
 
 def split(path: Path, test: int, validation: int) -> dict[str, list[dict[str, str]]]:
@@ -50,8 +51,6 @@ def judge(gan: LoraGAN, rows: list[dict[str, str]], samples: int, player: str = 
     columns: dict[str, list[float]] = {}
     for name in ("true_reward", "pred_reward"):
         columns[name] = np.mean([[s[name] for s in run["samples"]] for run in runs], axis=0).tolist()
-    from lora_gan.rewards import chrf
-
     columns["chrf"] = np.mean(
         [[100 * chrf(s["response"], s["target"]) for s in run["samples"]] for run in runs], axis=0
     ).tolist()
@@ -63,46 +62,59 @@ def judge(gan: LoraGAN, rows: list[dict[str, str]], samples: int, player: str = 
 
 def run_seed(seed: int, arguments: argparse.Namespace, parts: dict[str, list[dict[str, str]]]) -> None:
     folder = arguments.out / f"seed-{seed}"
-    result_file = folder / "result.json"
-    if result_file.exists():
+    result: dict[str, object] = {
+        "seed": seed,
+        "arguments": {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
+        },
+    }
+    if (folder / "result.json").exists():
         return
-    began = time.monotonic()
     shared = dict(seed=seed, max_completion_length=96, num_generations=8, beta=0.0)
     warm = LoraGAN(
-        arguments.model, output_dir=str(folder / "warm-up"), prompts_per_step=16, imitation_weight=1.0, reward_weight=0.0,
-        learning_rate=arguments.imitation_learning_rate, lr_scheduler_type="cosine", warmup_steps=50,
-        max_steps=arguments.imitation_steps, save_steps=arguments.imitation_steps, logging_steps=20, **shared,
+        arguments.model, output_dir=str(folder / "warm-up"), prompts_per_step=16,
+        imitation_weight=1.0, reward_weight=0.0, learning_rate=arguments.imitation_learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=50, max_steps=arguments.imitation_steps,
+        save_steps=100, save_total_limit=1, logging_steps=20, **shared,
     )  # fmt: skip
-    result: dict[str, object] = {"seed": seed, "base": judge(warm, parts["test"], arguments.samples, "reference")}
-    warm.fit(parts["train"], train_disc=False)
+    if complete(folder / "warm-up"):
+        warm.load_checkpoint()
+    result["base"] = judge(warm, parts["test"], arguments.samples, "reference")
+    result["warm-up seconds"] = timed(lambda: warm.fit(parts["train"], train_disc=False))
     result["warm-up"] = judge(warm, parts["test"], arguments.samples)
-    warm_seconds = time.monotonic() - began
 
-    began = time.monotonic()
     gan = LoraGAN(
         arguments.model, output_dir=str(folder / "adversarial"), prompts_per_step=4, imitation_weight=arguments.anchor,
-        learning_rate=arguments.learning_rate, adversarial=arguments.signal == "predicted" or None,
-        reward_signal=arguments.signal, query_rate=arguments.query_rate, disc_updates=arguments.disc_updates,
-        disc_learning_rate=arguments.disc_learning_rate, save_steps=arguments.steps, **shared,
+        learning_rate=arguments.learning_rate, reward_signal=arguments.signal, query_rate=arguments.query_rate,
+        disc_updates=arguments.disc_updates, disc_learning_rate=arguments.disc_learning_rate,
+        save_steps=arguments.steps, **shared,
     )  # fmt: skip
-    gan.load_generator(folder / "warm-up" / f"step-{arguments.imitation_steps}" / "generator")
+    gan.load_generator(folder / "warm-up" / f"step-{arguments.imitation_steps}")
     gan.generator.optimizer.restart(None)  # the warm-up's schedule has run out
-    gan.fit(parts["train"], steps=arguments.disc_steps, train_gen=False)
-    gan.fit(parts["train"], steps=arguments.steps)
+    result["adversarial seconds"] = timed(
+        lambda: (
+            gan.fit(parts["train"], steps=arguments.disc_steps, train_gen=False),
+            gan.fit(parts["train"], steps=arguments.steps),
+        )
+    )
     result["adversarial"] = judge(gan, parts["test"], arguments.samples)
-    result |= {
-        "reward_calls": gan.reward_calls,
-        "seconds": {"warm-up": round(warm_seconds), "adversarial": round(time.monotonic() - began)},
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    result_file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    result["reward_calls"] = gan.reward_calls
+    (folder / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def timed(work: Callable[[], object]) -> int:
+    began = time.monotonic()
+    work()
+    return round(time.monotonic() - began)
 
 
 def table(out: Path, rows: list[dict[str, str]]) -> str:
     """Markdown of all seeds that are there: means with 95 % intervals over prompts (seeds averaged per prompt)."""
     results = [json.loads(file.read_text()) for file in sorted(out.glob("seed-*/result.json"))]
-    lines = ["| model | cosine (trained on) | chrF (second judge) | words | distinct-2 |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| model | cosine (trained on) | chrF (second judge) | words | distinct-2 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     mean = {
         (model, name): np.mean([result[model][name] for result in results], axis=0)
         for model in ("base", "warm-up", "adversarial")
@@ -133,8 +145,8 @@ def table(out: Path, rows: list[dict[str, str]]) -> str:
         lines.append(
             f"- seed {result['seed']}: adversarial − warm-up {gain} cosine, "
             f"{cell(np.subtract(result['adversarial']['chrf'], result['warm-up']['chrf']), 1)} chrF; "
-            f"{result['reward_calls']} true-reward calls; {result['seconds']['warm-up']} s and "
-            f"{result['seconds']['adversarial']} s"
+            f"{result['reward_calls']} true-reward calls; {result['warm-up seconds']} s and "
+            f"{result['adversarial seconds']} s"
         )
     lines.append("")
     for i in range(4):
@@ -151,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--test", type=int, default=128, help="held-out prompts")
     parser.add_argument("--samples", type=int, default=2, help="responses a held-out prompt, at temperature 1")
-    parser.add_argument("--imitation-steps", type=int, default=1200)
+    parser.add_argument("--imitation-steps", type=int, default=1000)
     parser.add_argument("--imitation-learning-rate", type=float, default=5e-3)
     parser.add_argument("--disc-steps", type=int, default=15, help="steps in which the discriminator alone learns")
     parser.add_argument("--steps", type=int, default=120, help="steps of the adversarial phase")

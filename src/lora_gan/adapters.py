@@ -50,11 +50,11 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """What unused places are filled with; always masked."""
-        for candidate in (self.pad_on_disk, self.tokenizer.pad_token_id):
-            if candidate is not None:
-                return candidate
-        return self.eos_ids[0]
+        """What unused places are filled with; always masked. A pad token that was added to the tokenizer alone has no
+        row in the embedding table."""
+        rows = self.model.get_input_embeddings().num_embeddings
+        candidates = (self.pad_on_disk, self.tokenizer.pad_token_id, self.eos_ids[0])
+        return next(id for id in candidates if id is not None and 0 <= id < rows)
 
     @property
     def context(self) -> int:
@@ -64,16 +64,20 @@ class Base:
 
 
 def load_base(
-    model: str | os.PathLike[str] | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel | Base,
     tokenizer: PreTrainedTokenizerBase | None,
     config: Config,
     *,
     local_files_only: bool = False,
 ) -> Base:
     """Open the base by hub id, folder, "tiny", or take a model in memory (then its tokenizer is needed too)."""
+    if isinstance(model, Base):
+        return model
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("a model in memory comes without a tokenizer: pass processing_class=")
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError("this model has adapters already: pass the base as it was loaded, one object a LoraGAN")
         lm, name = model, model.config._name_or_path
         path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
     else:
@@ -86,9 +90,7 @@ def load_base(
             path = str(Path(name).resolve()) if Path(name).is_dir() else name
         try:
             with _without_progress_bars():
-                lm = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=_dtype(config), local_files_only=local_files_only
-                )
+                lm = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(config), local_files_only=local_files_only)
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
@@ -96,7 +98,9 @@ def load_base(
                 f"transformers model, a hub id that can be reached or is cached, or 'tiny' ({error})"
             ) from error
     lm.eval().requires_grad_(False).to(_device(config))
-    return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, _eos_ids(lm, tokenizer), _fingerprint(lm))
+    return Base(
+        lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, _eos_ids(lm, tokenizer), _fingerprint(lm)
+    )
 
 
 @contextmanager
@@ -133,11 +137,14 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Names, shapes and up to 4,096 evenly spaced numbers of every tensor: enough to tell one base from another."""
+    """Names, shapes and up to 4,096 evenly spaced numbers of every tensor: enough to tell one base from another.
+
+    Rounded to bfloat16, so that a base is the same in whatever dtype it was loaded.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
+        sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).float().cpu().numpy()
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()
 
@@ -160,7 +167,7 @@ class Players:
             self.peft = get_peft_model(base.model, self.lora["generator"], adapter_name="generator")
             self.peft.add_adapter("discriminator", self.lora["discriminator"])
         self.peft.eval()  # train mode would switch on the base's own dropout
-        self.lm: PreTrainedModel = self.peft.get_base_model()
+        self.lm: Any = self.peft.get_base_model()
         self.body: nn.Module = getattr(self.lm, self.lm.base_model_prefix)
         hidden = base.model.config.get_text_config().hidden_size
         device = next(base.model.parameters()).device
@@ -181,7 +188,9 @@ class Players:
 
     def parameters(self, player: Literal["generator", "discriminator"]) -> list[nn.Parameter]:
         """What this player trains, in a fixed order: its adapter, and for the discriminator its heads, last."""
-        adapter = [p for name, p in self.peft.named_parameters() if f".{player}." in name or name.endswith(f".{player}")]
+        adapter = [
+            p for name, p in self.peft.named_parameters() if f".{player}." in name or name.endswith(f".{player}")
+        ]
         return adapter + ([self.heads_MH] if player == "discriminator" else [])
 
     # --- switching
@@ -203,7 +212,7 @@ class Players:
 
     def _switch(self, player: Player) -> None:
         # PEFT's public set_adapter would also rewrite requires_grad, which is the trap described above.
-        active = [] if player == "reference" else [player]
+        active: list[str] = [] if player == "reference" else [player]
         for layer in self._layers:
             layer._active_adapter = active
         self._playing = player
@@ -211,14 +220,14 @@ class Players:
     def _require_closed(self, switch: str) -> None:
         if any(graph() is not None for graph in self._open.values()):
             raise RuntimeError(
-                f"adapter switched ({switch}) between a forward and its backward: its gradients could land on the wrong "
-                "adapter. Call backward inside the same `playing` block, or run the forward under torch.no_grad()."
+                f"adapter switched ({switch}) between a forward and its backward: its gradients could land on the "
+                "wrong adapter. Call backward inside the same `playing` block, or run the forward under no_grad()."
             )
         self._open.clear()
 
     def _watch(self, output: Tensor) -> Tensor:
         """Remember a differentiable output until its backward has run, or its graph is gone."""
-        if output.requires_grad:
+        if output.grad_fn is not None:
             graph = _Graph()
             key = id(graph)
             output.grad_fn.metadata["lora_gan"] = graph  # lives as long as the graph does

@@ -81,7 +81,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
 def _save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
     """Adapter weights and config as stock PEFT reads them."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(players, player).items()}
-    config = copy.deepcopy(players.peft.peft_config[player])
+    config: Any = copy.deepcopy(players.peft.peft_config[player])
     config.base_model_name_or_path = players.base.path
     config.inference_mode = True
     if isinstance(config.target_modules, set):
@@ -168,20 +168,14 @@ def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any
 
 def _recorded_base(recorded: dict[str, str], config: Config) -> Any:
     """The base a checkpoint names, only if it is on this machine: a stranger's path fetches nothing."""
-    name = recorded["name"]
-    if name == "tiny":
-        return name
-    where = recorded["path"]
+    name, path = recorded["name"], recorded["path"]
     try:
-        found = Path(where).is_dir() or load_base(where, None, config, local_files_only=True)
-    except ValueError:
-        found = False
-    if not where or not found:
+        return load_base("tiny" if name == "tiny" else path, None, config, local_files_only=True)
+    except ValueError as error:
         raise ValueError(
             f"the checkpoint was made on the base {name or 'in memory'!r}, which is not on this machine; nothing is "
             "fetched because a checkpoint names it: pass model= to say which base to use"
-        )
-    return where
+        ) from error
 
 
 def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
@@ -245,8 +239,8 @@ def _read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor
         theirs = tuple(weights[name].shape) if name in weights else "absent"
         ours = tuple(expected[name].shape) if name in expected else "absent"
         raise ValueError(
-            f"{folder} does not fit: {name} is {theirs} there and {ours} here ({len(differing)} tensors differ); the base "
-            "and the LoRA settings (rank, target_modules) must be those it was saved with"
+            f"{folder} does not fit: {name} is {theirs} there and {ours} here ({len(differing)} tensors differ); the "
+            "base and the LoRA settings (rank, target_modules) must be those it was saved with"
         )
     return weights
 

@@ -18,8 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     demo.add_argument(
         "--discriminator", dest="opponent", choices=("learning", "off", "constant", "only"), default="learning",
-        help="learning: it learns online and corrects the half of the rewards that is asked for; off: plain RLOO on the "
-        "true reward of every response; constant: a constant in its place; only: its prediction is the only reward "
+        help="learning: it learns online and corrects the half of the rewards that is asked for; off: plain RLOO on "
+        "the true reward of every response; constant: a constant in its place; only: its prediction is the only reward "
         "(adversarial=True). Default: %(default)s",
     )  # fmt: skip
     demo.add_argument("--steps", type=int, default=150, help="generator updates (default: %(default)s)")

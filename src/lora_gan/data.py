@@ -55,7 +55,7 @@ def _parse(line: str, number: int, source: str | os.PathLike[str]) -> dict[str, 
 
 def take(rows: list[Row], count: int, *, seed: int, position: int) -> list[Row]:
     """The `count` rows from `position` on in the endless sequence of shuffled epochs."""
-    taken = []
+    taken: list[Row] = []
     for place in range(position, position + count):
         epoch, offset = divmod(place, len(rows))
         if not taken or offset == 0:
@@ -64,9 +64,7 @@ def take(rows: list[Row], count: int, *, seed: int, position: int) -> list[Row]:
     return taken
 
 
-def rows_of(
-    prompt: str | list[str], target: str | list[str | None] | None, columns: Mapping[str, Any]
-) -> list[Row]:
+def rows_of(prompt: str | list[str], target: str | list[str | None] | None, columns: Mapping[str, Any]) -> list[Row]:
     """Rows from step()'s arguments: one of each, or lists of equal length."""
     if isinstance(prompt, str):
         if not (target is None or isinstance(target, str)):
@@ -78,7 +76,9 @@ def rows_of(
     targets = [None] * len(prompts) if target is None else target
     for name, values in {"target_text": targets, **columns}.items():
         if isinstance(values, str) or len(values) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need a list of {len(prompts)} values under {name}, got {values!r}")
+            raise ValueError(
+                f"{len(prompts)} prompts need a list of {len(prompts)} values under {name}, got {values!r}"
+            )
     return [
         Row(text, targets[i], {name: values[i] for name, values in columns.items()}) for i, text in enumerate(prompts)
     ]

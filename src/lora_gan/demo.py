@@ -124,18 +124,30 @@ class Display:
 
 
 def run(
-    *, opponent: Opponent = "learning", seed: int = 0, steps: int = 150, heldout: int = 320, output_dir: str = "runs/demo"
+    *,
+    opponent: Opponent = "learning",
+    seed: int = 0,
+    steps: int = 150,
+    heldout: int = 320,
+    output_dir: str = "runs/demo",
 ) -> dict[str, Any]:
     """Tune, judge before and after, print the table; returns what result.json in the output folder holds."""
     began = time.monotonic()
     train = tiny.pairs("train", 4096, seed=seed)
     test = tiny.pairs("heldout", heldout, seed=0)
-    gan = LoraGAN("tiny", seed=seed, max_steps=steps, save_steps=steps, output_dir=output_dir, **{**RECIPE, **BY_OPPONENT[opponent]})
+    gan = LoraGAN(
+        "tiny",
+        seed=seed,
+        max_steps=steps,
+        save_steps=steps,
+        output_dir=output_dir,
+        **{**RECIPE, **BY_OPPONENT[opponent]},
+    )
     if opponent == "constant":
         gan.discriminator = ConstantDiscriminator(gan.players, gan.config)
     print(
-        f"tiny ({gan.players.base.model.num_parameters():,} parameters with both adapters) learns to translate by reward "
-        f"alone.\nReward: cosine to the target by all-MiniLM-L6-v2; the model never sees a target.\n"
+        f"tiny ({gan.players.base.model.num_parameters():,} parameters with both adapters) learns to translate "
+        "by reward alone.\nReward: cosine to the target by all-MiniLM-L6-v2; the model never sees a target.\n"
         f"Discriminator: {opponent}. Seed {seed}, {steps} steps of {gan.config.prompts_per_step} prompts × "
         f"{gan.config.num_generations} responses, true reward asked for {gan.config.query_rate:.0%} of them.\n"
         f"Held-out: {len(test)} prompts whose combinations of words the base has never read.\n",
@@ -157,11 +169,12 @@ def run(
     print("\n" + table(models))
     print(f"\n“{HELLO['prompt']}” → “{hello}”\n")
     print(side_by_side(models[0], models[-1]))
-    result = {
+    result: dict[str, Any] = {
         "discriminator": opponent, "seed": seed, "steps": steps, "reward_calls": gan.reward_calls, "hello": hello,
         "seconds": {"training": round(training, 1), "all": round(time.monotonic() - began, 1)},
         "models": [
-            {"name": m.name, "sampled": m.sampled["metrics"], "greedy": m.greedy and m.greedy["metrics"]} for m in models
+            {"name": m.name, "sampled": m.sampled["metrics"], "greedy": m.greedy and m.greedy["metrics"]}
+            for m in models
         ],
     }  # fmt: skip
     folder = Path(output_dir)
@@ -170,7 +183,7 @@ def run(
         f"\n{gan.reward_calls:,} true rewards asked for; {result['seconds']['all']:.0f} s in all.\n"
         f"checkpoint: {folder / f'step-{gan.global_step}'}\nmetrics:    {folder / 'metrics.jsonl'}\n"
         f"figures:    {folder / 'result.json'}\n"
-        f"next:       make demo ARGS=\"--discriminator off\"    (the same without the discriminator)"
+        f'next:       make demo ARGS="--discriminator off"    (the same without the discriminator)'
     )
     return result
 
@@ -197,7 +210,9 @@ def table(models: list[Judged]) -> str:
         for model in models
     ]
     widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (head, *body)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (head, *body)
+    ]
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 

@@ -2,9 +2,9 @@
 
 # B = responses, M = heads, H = hidden size
 
-It regresses on the true reward with each group's mean split off, plus a within-group ranking loss (GAD, arXiv:2511.10643,
-found ranking better than classification), half on this step's responses, half on replay. Replay is the
-discriminator's alone: it never reaches the generator's gradient.
+It regresses on the true reward with each group's mean split off, plus a within-group ranking loss (GAD,
+arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. Replay is
+the discriminator's alone: it never reaches the generator's gradient.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def answered_groups(experience: Experience, config: Config) -> list[Group]:
         members = np.flatnonzero((experience.group_B == j) & answered_B)
         if len(members) == 0:
             continue
-        draws = randomness.uniforms(config.disc_heads, config.seed, experience.step, "heads", randomness.fingerprint(prompt))
+        draws = randomness.uniforms(
+            config.disc_heads, config.seed, experience.step, "heads", randomness.fingerprint(prompt)
+        )
         heads = (draws < 0.75).tolist()
         if not any(heads):
             heads[int(draws.argmin())] = True
@@ -154,7 +156,10 @@ class Discriminator:
             if not seen_B.any():
                 seen_B = torch.ones_like(seen_B)
             gram = gram_BB[seen_B][:, seen_B]
-            dual = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device), true_B[seen_B].double() / self.players.reward_unit)
+            dual = torch.linalg.solve(
+                gram + ridge * torch.eye(len(gram), device=gram.device),
+                true_B[seen_B].double() / self.players.reward_unit,
+            )
             with torch.no_grad():
                 self.players.heads_MH[head] = (dual @ features_BH[seen_B]).float()
         distributed.average(self.players.heads_MH)

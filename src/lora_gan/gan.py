@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, data, estimate, evaluation, rewards, rollout, tracking
 from .adapters import Player, Players, load_base
-from .config import Config, RewardSignal
+from .config import Config
 from .data import Row
 from .discriminator import Discriminator
 from .experience import Experience
@@ -156,9 +156,7 @@ class LoraGAN:
 
         return spread(values), {name: spread(part) for name, part in parts.items()}
 
-    def ask(
-        self, rows: list[Row], responses: list[str]
-    ) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], dict[str, list[float | None]]]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
         targets = [row.target for row in rows]
         if not responses:

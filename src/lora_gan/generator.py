@@ -30,16 +30,16 @@ class Generator:
         self, rows: list[Row], experience: Experience | None, signal: RewardSignal, imitation_weight: float
     ) -> dict[str, float | None]:
         """One on-policy update. Without experience imitation alone teaches. Returns the loss and its parts."""
-        metrics: dict[str, float | None] = {"gen_loss": 0.0, "kl": None}
+        loss, metrics = 0.0, {}
         if experience is not None:
-            policy_loss, metrics["kl"] = self._reinforce(experience, signal)
-            metrics["gen_loss"] += self.config.reward_weight * policy_loss + self.config.beta * (metrics["kl"] or 0.0)
+            policy_loss, kl = self._reinforce(experience, signal)
+            loss += self.config.reward_weight * policy_loss + self.config.beta * kl
+            metrics["kl"] = kl if self.config.beta else None  # not measured where it has no weight
         if imitation_weight:
             metrics["imitation_loss"] = self._imitate(rows, imitation_weight)
-            metrics["gen_loss"] += imitation_weight * metrics["imitation_loss"]
-        metrics["gen_learning_rate"] = self.optimizer.learning_rate
-        metrics["gen_grad_norm"] = self.optimizer.step()
-        return metrics
+            loss += imitation_weight * metrics["imitation_loss"]
+        rate = self.optimizer.learning_rate
+        return {"gen_loss": loss, **metrics, "gen_learning_rate": rate, "gen_grad_norm": self.optimizer.step()}
 
     def advantages(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
         """What the policy gradient is weighted by, float64 [B]; moves the baseline that groups of one use."""
@@ -56,7 +56,7 @@ class Generator:
             self.baseline.update(float(np.nanmean(reward_B)))
         return advantage_B
 
-    def _reinforce(self, experience: Experience, signal: RewardSignal) -> tuple[float, float | None]:
+    def _reinforce(self, experience: Experience, signal: RewardSignal) -> tuple[float, float]:
         """Backward of the reward's loss and the KL; returns both, as means over responses."""
         total = len(experience.rollout)
         advantage_B = torch.as_tensor(
@@ -67,7 +67,7 @@ class Generator:
             policy_B, kl_B = self._losses(experience.rollout.rows(chunk), advantage_B[chunk], backward_scale=1 / total)
             policy_loss += float(policy_B.sum()) / total
             kl += float(kl_B.sum()) / total
-        return policy_loss, kl if self.config.beta else None
+        return policy_loss, kl
 
     def _losses(self, rows: Rollout, advantage_B: Tensor, backward_scale: float) -> tuple[Tensor, Tensor]:
         """One forward and backward over these rows; their policy losses and KLs, detached."""
@@ -134,4 +134,3 @@ class Generator:
                 (weight * share).backward()
             loss += float(share.detach())
         return loss
-

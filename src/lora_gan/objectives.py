@@ -64,9 +64,7 @@ def straight_through(logits_BTV: Tensor, gradient_BTH: Tensor, embeddings_VH: Te
     return -(expected_BT * mask_BT).sum(-1)
 
 
-def regression_by_group(
-    predicted_MB: Tensor, true_B: Tensor, group_B: Tensor, *, mean_weight: float
-) -> Tensor:
+def regression_by_group(predicted_MB: Tensor, true_B: Tensor, group_B: Tensor, *, mean_weight: float) -> Tensor:
     """Squared error split into what is left within a group, and the group's mean, [M, B].
 
     The generator consumes only differences within a group, and the spread between prompts is several times larger: an
@@ -83,8 +81,9 @@ def regression_by_group(
 def ranking_by_group(predicted_MB: Tensor, true_B: Tensor, group_B: Tensor) -> Tensor:
     """Within-group pairwise logistic loss, [M, B]: each response against those of its group with a lower true reward.
 
-    log(1 + exp(−(predicted_i − predicted_j))), rewards in units of their spread, weighted by the true difference, so that ties and near-ties
-    ask for nothing (RankNet, Burges et al. 2005; Bradley–Terry). A response that beats none of its group scores 0.
+    log(1 + exp(−(predicted_i − predicted_j))), rewards in units of their spread, weighted by the true difference, so
+    that ties and near-ties ask for nothing (RankNet, Burges et al. 2005; Bradley–Terry). A response that beats none of
+    its group scores 0.
     """
     _check("true_B", true_B, (predicted_MB.shape[1],))
     _check("group_B", group_B, (predicted_MB.shape[1],))

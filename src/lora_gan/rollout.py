@@ -88,10 +88,16 @@ def encode_response(base: Base, text: str) -> list[int]:
 
 
 def decode(base: Base, ids: list[int]) -> str:
-    return base.tokenizer.decode([i for i in ids if i not in base.eos_ids], skip_special_tokens=True)
+    return str(base.tokenizer.decode([i for i in ids if i not in base.eos_ids], skip_special_tokens=True))
 
 
-def assemble(base: Base, device: torch.device, prompts: list[list[int]], responses: list[list[int]], texts: list[str] | None = None) -> Rollout:
+def assemble(
+    base: Base,
+    device: torch.device,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    texts: list[str] | None = None,
+) -> Rollout:
     """Rows from token ids: one response to one prompt each. The group is the prompt's first place in the list."""
     left, right = max(map(len, prompts)), max(1, max(map(len, responses)))
     ids = np.full((len(prompts), left + right), base.pad_id, dtype=np.int64)
@@ -107,7 +113,9 @@ def assemble(base: Base, device: torch.device, prompts: list[list[int]], respons
     return Rollout(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), left, group, texts)
 
 
-def keyed_uniforms(prompts: list[list[int]], responses: int, length: int, *, seed: int, step: int, purpose: str) -> Tensor:
+def keyed_uniforms(
+    prompts: list[list[int]], responses: int, length: int, *, seed: int, step: int, purpose: str
+) -> Tensor:
     """The uniform numbers of every response, [P·K, T], float64.
 
     A row's key is its prompt's tokens, not its place: whatever else is in the batch, and however the batch is split

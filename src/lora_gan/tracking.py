@@ -130,8 +130,9 @@ class Tracker:
 def headline(record: dict[str, Any]) -> str:
     """The numbers one would watch."""
     shown = (
-        ("reward", "reward_mean"), ("predicted", "pred_reward_mean"), ("rank corr. in group", "rank_correlation_within"),
-        ("KL", "kl"), ("imitation", "imitation_loss"), ("calls", "reward_calls"),
+        ("reward", "reward_mean"), ("predicted", "pred_reward_mean"),
+        ("rank corr. in group", "rank_correlation_within"), ("KL", "kl"),
+        ("imitation", "imitation_loss"), ("calls", "reward_calls"),
     )  # fmt: skip
     parts = [(name, record.get(key)) for name, key in shown]
     return ", ".join(f"{name} {v:.3f}" if isinstance(v, float) else f"{name} {v}" for name, v in parts if v is not None)
