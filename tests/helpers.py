@@ -44,12 +44,15 @@ SENTENCES = [
 PROMPTS = ["Hello world", "The cat sat on", "food[French]", "A pub by the river serves the best of food"]
 TARGETS = ["Bonjour le monde", "the mat", "French food", "in town"]
 
-_FOLDERS = Path(tempfile.mkdtemp(prefix="lora-gan-tests-"))
-_OWNER = os.getpid()
-atexit.register(lambda: os.getpid() == _OWNER and shutil.rmtree(_FOLDERS, ignore_errors=True))
-
 
 # --- bases ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _folders() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lora-gan-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
@@ -66,7 +69,7 @@ def base_folder(
     model = random_model(architecture, len(tokenizer), tokenizer.eos_token_id, pad_id, seed=seed)
     if eos_ids == 2:
         model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(OTHER_EOS)]
-    folder = _FOLDERS / f"{architecture}-{pad}-{'words' if words else 'bytes'}-{eos_ids}-{seed}"
+    folder = _folders() / f"{architecture}-{pad}-{'words' if words else 'bytes'}-{eos_ids}-{seed}"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -28,6 +28,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from . import randomness
@@ -157,15 +158,17 @@ class Players:
 
     def __init__(self, base: Base, config: Config) -> None:
         self.base = base
-        self.lora = {
-            "generator": _lora_config(config.lora_r, config.lora_alpha, config.target_modules),
-            "discriminator": _lora_config(config.disc_lora_r, config.disc_lora_alpha, config.disc_target_modules),
+        transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
+        lora = {
+            "generator": _lora_config(config.lora_r, config.lora_alpha, config.target_modules, transposed),
+            "discriminator": _lora_config(
+                config.disc_lora_r, config.disc_lora_alpha, config.disc_target_modules, transposed
+            ),
         }
         with randomness.seeded_torch(config.seed, "lora"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT mends the flag, and says so
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
-            self.peft = get_peft_model(base.model, self.lora["generator"], adapter_name="generator")
-            self.peft.add_adapter("discriminator", self.lora["discriminator"])
+            self.peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
+            self.peft.add_adapter("discriminator", lora["discriminator"])
         self.peft.eval()  # train mode would switch on the base's own dropout
         self.lm: Any = self.peft.get_base_model()
         self.body: nn.Module = getattr(self.lm, self.lm.base_model_prefix)
@@ -288,8 +291,14 @@ def pooled_index(ids_BL: Tensor, mask_BL: Tensor, pad_on_disk: int | None) -> Te
     return (places * readable_BL).argmax(-1)
 
 
-def _lora_config(r: int, alpha: int, target_modules: str | tuple[str, ...]) -> LoraConfig:
+def _lora_config(r: int, alpha: int, target_modules: str | tuple[str, ...], transposed: bool) -> LoraConfig:
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     return LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none", task_type=TaskType.CAUSAL_LM
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        bias="none",
+        fan_in_fan_out=transposed,
+        task_type=TaskType.CAUSAL_LM,
     )

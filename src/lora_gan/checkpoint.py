@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import TaskType, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import Players, load_base
 from .config import Config
+from .optimizer import PlayerOptimizer
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
 STATE = "trainer_state.json"
 PLAYERS = ("generator", "discriminator")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT prefers the first; never both are written
 
 
 # --- saving
@@ -112,9 +115,15 @@ def complete(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    return (path / STATE).is_file() and all(
-        (path / player / "adapter_config.json").is_file() and (path / player / "optimizer.pt").is_file()
-        for player in PLAYERS
+    return (
+        (path / STATE).is_file()
+        and (path / "discriminator" / "state.pt").is_file()
+        and all(
+            (path / player / "adapter_config.json").is_file()
+            and (path / player / "optimizer.pt").is_file()
+            and any((path / player / name).is_file() for name in WEIGHTS)
+            for player in PLAYERS
+        )
     )
 
 
@@ -181,7 +190,7 @@ def _recorded_base(recorded: dict[str, str], config: Config) -> Any:
 def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
     """Read and check a generator's folder; the function returned puts it in place."""
     weights = _read_weights(folder, adapter_state(gan.players, "generator"))
-    optimizer = _read_tensors(folder / "optimizer.pt") if (folder / "optimizer.pt").is_file() else None
+    optimizer = _read_optimizer(folder, gan.generator.optimizer)
 
     def put() -> None:
         _copy(weights, adapter_state(gan.players, "generator"))
@@ -200,7 +209,7 @@ def _read_discriminator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
         raise ValueError(
             f"{folder} has {len(state['heads_MH'])} heads, this discriminator {len(heads_MH)}: set disc_heads to match"
         )
-    optimizer = _read_tensors(folder / "optimizer.pt") if state and (folder / "optimizer.pt").is_file() else None
+    optimizer = _read_optimizer(folder, gan.discriminator.optimizer) if state else None
 
     def put() -> None:
         _copy(weights, adapter_state(gan.players, "discriminator"))
@@ -211,6 +220,25 @@ def _read_discriminator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
             gan.discriminator.restart(score_1H)
 
     return put
+
+
+def _read_optimizer(folder: Path, optimizer: PlayerOptimizer) -> Any:
+    """The optimizer's saved state, None where there is none; refused where it belongs to other parameters."""
+    if not (folder / "optimizer.pt").is_file():
+        return None
+    state = _read_tensors(folder / "optimizer.pt")
+    try:
+        count = len(state["optimizer"]["param_groups"][0]["params"])
+        fits = count == len(optimizer.parameters) and all(
+            moments["exp_avg"].shape == moments["exp_avg_sq"].shape == optimizer.parameters[i].shape
+            for i, moments in state["optimizer"]["state"].items()
+        )
+        schedule = state["schedule"]["base_lrs"]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'optimizer.pt'} is not an optimizer's state: {error!r}") from error
+    if not fits or not schedule:
+        raise ValueError(f"{folder / 'optimizer.pt'} does not fit: it was saved for other parameters than these")
+    return state
 
 
 def _read_tensors(file: Path) -> Any:
@@ -224,7 +252,10 @@ def _read_tensors(file: Path) -> Any:
 def _read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's weights, refused where a name or a shape is not that of the adapter in memory."""
     if (folder / "adapter_model.safetensors").is_file():
-        weights = load_file(folder / "adapter_model.safetensors")
+        try:
+            weights = load_file(folder / "adapter_model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / 'adapter_model.safetensors'} could not be read: {error}") from error
     elif (folder / "adapter_model.bin").is_file():
         weights = _read_tensors(folder / "adapter_model.bin")
     else:

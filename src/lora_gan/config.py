@@ -5,6 +5,7 @@ with `disc_`. All validation of settings is here; `Config` is frozen, `dataclass
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -65,24 +66,22 @@ class Config:
     disc_rank_weight: float = 0.5  # weight of the within-group ranking loss, against 1 for the regression
 
     def __post_init__(self) -> None:
-        self._require("seed", self.seed >= 0, "a whole number, 0 or more")
-        for name in ("max_steps", "save_steps", "save_total_limit", "micro_batch_size"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "None, or a whole number from 1")
         for name in (
             "logging_steps", "prompts_per_step", "num_generations", "max_completion_length",
             "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates",
         ):  # fmt: skip
-            self._require(name, getattr(self, name) >= 1, "a whole number from 1")
+            self._require(name, self._is_whole(name, 1), "a whole number from 1")
+        for name in ("max_steps", "save_steps", "save_total_limit", "micro_batch_size"):
+            ok = getattr(self, name) is None or self._is_whole(name, 1)
+            self._require(name, ok, "None, or a whole number from 1")
+        for name in ("seed", "imitation_warmup_steps", "warmup_steps", "disc_replay_groups"):
+            self._require(name, self._is_whole(name, 0), "a whole number, 0 or more")
         for name in ("learning_rate", "disc_learning_rate", "temperature", "max_grad_norm"):
-            self._require(name, getattr(self, name) > 0, "a number above 0")
-        for name in (
-            "beta", "reward_weight", "imitation_weight", "imitation_warmup_steps", "warmup_steps",
-            "disc_replay_groups", "disc_mean_weight", "disc_rank_weight",
-        ):  # fmt: skip
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            self._require(name, self._is_number(name) and getattr(self, name) > 0, "a number above 0")
+        for name in ("beta", "reward_weight", "imitation_weight", "disc_mean_weight", "disc_rank_weight"):
+            self._require(name, self._is_number(name) and getattr(self, name) >= 0, "a number, 0 or more")
         for name in ("query_rate", "top_p"):
-            self._require(name, 0 < getattr(self, name) <= 1, "a share above 0, at most 1")
+            self._require(name, self._is_number(name) and 0 < getattr(self, name) <= 1, "a share above 0, at most 1")
         for name, accepted in (
             ("reward_signal", get_args(RewardSignal)),
             ("gradient_path", get_args(GradientPath)),
@@ -95,6 +94,14 @@ class Config:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.signal(self.adversarial)
+
+    def _is_whole(self, name: str, least: int) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    def _is_number(self, name: str) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
     def _require(self, name: str, ok: bool, accepted: str) -> None:
         if not ok:

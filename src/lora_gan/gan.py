@@ -101,7 +101,7 @@ class LoraGAN:
         """
         rows = data.rows_of(prompt, target_text, columns)
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
-        imitation_weight, reinforce = self._teaching(train_gen)
+        imitation_weight, reinforce = self._teaching(rows, train_gen)
 
         experience, gen, disc = None, {}, {}
         if reinforce or train_disc or not train_gen:
@@ -113,10 +113,14 @@ class LoraGAN:
         self.global_step += 1
         return tracking.step_record(rows, experience, gen, disc, self, single=isinstance(prompt, str))
 
-    def _teaching(self, train_gen: bool) -> tuple[float, bool]:
+    def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
         """Weight of imitation, and whether the reward teaches the generator in this step."""
         warming_up = self.global_step < self.config.imitation_warmup_steps
         weight = self.config.imitation_weight or float(warming_up)
+        if train_gen and weight:  # said before any true reward is paid for
+            missing = [row.prompt for row in rows if row.target is None]
+            if missing:
+                raise ValueError(f"imitation needs target_text, and the prompt {missing[0][:60]!r} has none")
         return weight, train_gen and not warming_up and self.config.reward_weight > 0
 
     def _play(self, rows: list[Row], *, asks: bool) -> Experience:
@@ -195,7 +199,7 @@ class LoraGAN:
 
         Returns:
             The steps' records. Metrics stand in output_dir/metrics.jsonl, checkpoints in output_dir/step-N: every
-            `config.save_steps`, and at the end where that is set. A loaded checkpoint goes on with the next rows.
+            `config.save_steps`, and at the end. After loading a checkpoint, fit() goes on with the next rows.
         """
         rows = data.read_rows(dataset)
         if steps is None:
@@ -220,7 +224,7 @@ class LoraGAN:
                     on_step(record)
                 if self.config.save_steps and self.global_step % self.config.save_steps == 0:
                     self.save_checkpoint()
-            if self.config.save_steps and steps and self.global_step % self.config.save_steps:
+            if steps and not (self.config.save_steps and self.global_step % self.config.save_steps == 0):
                 self.save_checkpoint()
         return records
 

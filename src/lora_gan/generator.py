@@ -118,15 +118,13 @@ class Generator:
     def _imitate(self, rows: list[Row], weight: float) -> float:
         """Backward of the cross-entropy on the target texts, their end included; returns its mean over rows."""
         base = self.players.base
-        missing = [row.prompt for row in rows if row.target is None]
-        if missing:
-            raise ValueError(f"imitation needs target_text, and the prompt {missing[0][:60]!r} has none")
-        targets = [encode_response(base, row.target)[: self.config.max_completion_length] for row in rows]
+        texts = [row.target or "" for row in rows]  # step() has refused a row without a target
+        targets = [encode_response(base, text)[: self.config.max_completion_length] for text in texts]
         prompts = encode_prompts(base, [row.prompt for row in rows], self.config.max_completion_length)
-        texts = assemble(base, self.players.device, prompts, targets, texts=[row.target for row in rows])
+        batch = assemble(base, self.players.device, prompts, targets, texts)
         loss = 0.0
         for chunk in chunks(len(rows), self.config.micro_batch_size):
-            part = texts.rows(chunk)
+            part = batch.rows(chunk)
             with self.players.playing("generator"):
                 logits_BTV = self.players.logits(part.ids_BL, part.mask_BL, keep=part.response_ids_BT.shape[1] + 1)
                 logprobs_BT = objectives.token_logprobs(logits_BTV[:, :-1], part.response_ids_BT)

@@ -1,0 +1,183 @@
+"""Every loss against NumPy, written here row by row from its formula; and shapes that do not match raise."""
+
+import numpy as np
+import pytest
+import torch
+
+from lora_gan import objectives
+
+B, T, V, H, M = 5, 4, 7, 3, 2
+RNG = np.random.default_rng(0)
+LOGITS, REFERENCE = RNG.normal(size=(B, T, V)) * 3, RNG.normal(size=(B, T, V)) * 3
+IDS = RNG.integers(0, V, size=(B, T))
+MASK = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
+LENGTHS = [4, 1, 2, 3, 0]
+ADVANTAGE = RNG.normal(size=B)
+PREDICTED, TRUE = RNG.normal(size=(M, B)), RNG.normal(size=B)
+GROUP = np.array([4, 9, 4, 9, 4])  # any labels, in any order
+
+
+def tensor(array):
+    return torch.as_tensor(array)
+
+
+def softmax(row):
+    e = np.exp(row - row.max())
+    return e / e.sum()
+
+
+def close(ours, theirs):
+    assert ours.shape == np.shape(theirs)
+    assert ours.detach().numpy() == pytest.approx(np.asarray(theirs), rel=1e-10, abs=1e-12)
+
+
+def logprobs():
+    return np.array([[np.log(softmax(LOGITS[b, t])[IDS[b, t]]) for t in range(T)] for b in range(B)])
+
+
+def test_token_logprobs():
+    close(objectives.token_logprobs(tensor(LOGITS), tensor(IDS)), logprobs())
+
+
+def test_policy_gradient():
+    expected = [-ADVANTAGE[b] * sum(logprobs()[b, : LENGTHS[b]]) for b in range(B)]
+    close(objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE)), expected)
+
+
+def test_policy_gradient_does_not_lead_into_the_advantage():
+    advantage = tensor(ADVANTAGE).requires_grad_(True)
+    given = tensor(logprobs()).requires_grad_(True)
+    objectives.policy_gradient(given, tensor(MASK), advantage).sum().backward()
+    assert advantage.grad is None
+    assert given.grad.numpy() == pytest.approx(-ADVANTAGE[:, None] * MASK)
+
+
+def test_kl_to_reference():
+    expected = []
+    for b in range(B):
+        total = 0.0
+        for t in range(LENGTHS[b]):
+            p, q = softmax(LOGITS[b, t]), softmax(REFERENCE[b, t])
+            total += np.sum(p * np.log(p / q))
+        expected.append(total)
+    ours = objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE), tensor(MASK))
+    close(ours, expected)
+    assert (ours[:4] > 0).all()
+    assert objectives.kl_to_reference(tensor(LOGITS), tensor(LOGITS), tensor(MASK)).abs().max() < 1e-12
+
+
+def test_kl_to_reference_has_the_gradient_of_its_formula_and_none_for_the_reference():
+    """∂KL/∂logit_v = p_v · (log p_v/q_v − KL): of KL(policy ‖ reference), not of the other one, as k3 would have."""
+    logits, reference = tensor(LOGITS).requires_grad_(True), tensor(REFERENCE).requires_grad_(True)
+    objectives.kl_to_reference(logits, reference, tensor(MASK)).sum().backward()
+    expected = np.zeros_like(LOGITS)
+    for b in range(B):
+        for t in range(LENGTHS[b]):
+            p, q = softmax(LOGITS[b, t]), softmax(REFERENCE[b, t])
+            expected[b, t] = p * (np.log(p / q) - np.sum(p * np.log(p / q)))
+    assert reference.grad is None
+    assert logits.grad.numpy() == pytest.approx(expected)
+
+
+def test_imitation():
+    expected = [-logprobs()[b, : LENGTHS[b]].mean() if LENGTHS[b] else 0.0 for b in range(B)]
+    close(objectives.imitation(tensor(logprobs()), tensor(MASK)), expected)
+
+
+def test_straight_through():
+    gradient, table = RNG.normal(size=(B, T, H)), RNG.normal(size=(V, H))
+    expected = [
+        -sum(softmax(LOGITS[b, t])[v] * gradient[b, t] @ table[v] for t in range(LENGTHS[b]) for v in range(V))
+        for b in range(B)
+    ]
+    given = [tensor(x).requires_grad_(True) for x in (LOGITS, gradient, table)]
+    ours = objectives.straight_through(*given, tensor(MASK))
+    close(ours, expected)
+    ours.sum().backward()
+    assert given[0].grad.any() and given[1].grad is None and given[2].grad is None
+
+
+def test_group_mean():
+    expected = [[np.mean([row[j] for j in range(B) if GROUP[j] == GROUP[i]]) for i in range(B)] for row in PREDICTED]
+    close(objectives.group_mean(tensor(PREDICTED), tensor(GROUP)), expected)
+    close(objectives.group_mean(tensor(TRUE), tensor(np.arange(B))), TRUE)
+
+
+@pytest.mark.parametrize("mean_weight", [0.0, 0.25, 1.0, 3.0])
+def test_regression_by_group(mean_weight):
+    expected = np.zeros((M, B))
+    for m in range(M):
+        error = PREDICTED[m] - TRUE
+        for i in range(B):
+            mean = np.mean([error[j] for j in range(B) if GROUP[j] == GROUP[i]])
+            expected[m, i] = (error[i] - mean) ** 2 + mean_weight * mean**2
+    ours = objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP), mean_weight=mean_weight)
+    close(ours, expected)
+
+
+def test_regression_with_mean_weight_one_is_plain_squared_error_summed_over_each_group():
+    ours = objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP), mean_weight=1.0).numpy()
+    plain = (PREDICTED - TRUE) ** 2
+    for label in set(GROUP):
+        assert ours[:, GROUP == label].sum(-1) == pytest.approx(plain[:, GROUP == label].sum(-1))
+
+
+def test_regression_with_mean_weight_nought_forgives_an_offset_of_a_whole_group():
+    shifted = TRUE + np.where(GROUP == 4, 5.0, -3.0)
+    ours = objectives.regression_by_group(tensor(shifted[None]), tensor(TRUE), tensor(GROUP), mean_weight=0.0)
+    assert ours.abs().max() < 1e-20
+
+
+def test_ranking_by_group():
+    expected = np.zeros((M, B))
+    for m in range(M):
+        for i in range(B):
+            lower = [j for j in range(B) if GROUP[j] == GROUP[i] and TRUE[j] < TRUE[i]]
+            terms = [(TRUE[i] - TRUE[j]) * np.log1p(np.exp(-(PREDICTED[m, i] - PREDICTED[m, j]))) for j in lower]
+            expected[m, i] = sum(terms) / max(1, len(lower))
+    close(objectives.ranking_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP)), expected)
+
+
+def test_ranking_asks_nothing_of_ties_and_of_other_groups():
+    same = torch.zeros(B, dtype=torch.float64)
+    predicted = tensor(PREDICTED).requires_grad_(True)
+    assert not objectives.ranking_by_group(predicted, same, tensor(GROUP)).any()
+    assert not objectives.ranking_by_group(predicted, tensor(TRUE), torch.arange(B)).any()
+    two = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    objectives.ranking_by_group(predicted, two, torch.tensor([0, 0, 0, 1, 2])).sum().backward()
+    assert predicted.grad[:, :3].all() and not predicted.grad[:, 3:].any(), "alone in its group"
+    assert (predicted.grad[:, :2] < 0).all() and (predicted.grad[:, 2] > 0).all(), "the better up, the worse down"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: objectives.token_logprobs(tensor(LOGITS), tensor(IDS[:, :1])),
+        lambda: objectives.token_logprobs(tensor(LOGITS), tensor(IDS[:1])),
+        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK[:, :1]), tensor(ADVANTAGE)),
+        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:1])),
+        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:, None])),
+        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), torch.tensor(1.0)),
+        lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE[:1]), tensor(MASK)),
+        lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE[:, :, :1]), tensor(MASK)),
+        lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE), tensor(MASK[:1])),
+        lambda: objectives.imitation(tensor(logprobs()), tensor(MASK[:, :1])),
+        lambda: objectives.straight_through(
+            tensor(LOGITS), torch.zeros(B, 1, H), torch.zeros(V, H), tensor(MASK)
+        ),
+        lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(1, H), tensor(MASK)),
+        lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(V, H), tensor(MASK[:1])),
+        lambda: objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP), mean_weight=1.0),
+        lambda: objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP[:1]), mean_weight=1.0),
+        lambda: objectives.regression_by_group(
+            tensor(PREDICTED), tensor(TRUE[:, None]), tensor(GROUP), mean_weight=1.0
+        ),
+        lambda: objectives.ranking_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP)),
+        lambda: objectives.ranking_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP[:1])),
+        lambda: objectives.group_mean(tensor(PREDICTED), tensor(GROUP[:1])),
+    ],
+)
+def test_shapes_that_do_not_match_raise(call):
+    """Above all those that PyTorch would broadcast."""
+    with pytest.raises(ValueError, match="shape"):
+        call()
