@@ -45,7 +45,7 @@ PROMPTS = ["Hello world", "The cat sat on", "food[French]", "A pub by the river 
 TARGETS = ["Bonjour le monde", "the mat", "French food", "in town"]
 
 
-# --- bases ------------------------------------------------------------------------------------------------------------
+# --- bases ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -86,7 +86,8 @@ def random_model(
         kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture]
         sizes = {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "max_position_embeddings": context, "tie_word_embeddings": architecture == "qwen2",
+            "num_key_value_heads": 2, "max_position_embeddings": context,
+            "tie_word_embeddings": architecture == "qwen2",
         }  # fmt: skip
         config = kind(**sizes | ids | changes)
     config.initializer_range = 0.25
@@ -139,7 +140,7 @@ def _finish(tokenizer: Tokenizer, pad: str, *, bos: bool, **tokens: str) -> PreT
     )
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------------------------
 
 
 def reward(response: str, target: str | None = None) -> float:

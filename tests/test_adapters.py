@@ -157,13 +157,13 @@ def test_the_generators_update_leaves_the_discriminator_bitwise(through):
 
 def test_switching_between_forward_and_backward_raises():
     gan = small_gan()
-    with pytest.raises(RuntimeError, match="backward"):
+    with pytest.raises(RuntimeError, match="generator → discriminator.*backward"):  # on the way in
         with gan.players.playing("generator"):
             loss = batch(gan).sum()
             with gan.players.playing("discriminator"):
-                pass
+                pytest.fail("entered")
     assert gan.players._playing == "reference"
-    with pytest.raises(RuntimeError, match="backward"):
+    with pytest.raises(RuntimeError, match="discriminator → reference.*backward"):  # on the way out
         with gan.players.playing("discriminator"):
             loss = batch(gan, "discriminator").sum()
     del loss
@@ -238,7 +238,9 @@ def test_generator_gradients_equal_those_of_a_stock_adapter(architecture, micro_
 
     stock = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=SMALL["lora_r"], lora_alpha=SMALL["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"),
+        LoraConfig(
+            r=SMALL["lora_r"], lora_alpha=SMALL["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
     ).eval()
     weights = {
         name.replace(".weight", ".default.weight"): weight.detach().clone()
@@ -294,7 +296,9 @@ def test_discriminator_gradients_equal_those_of_a_stock_adapter():
     unit, losses = gan.players.reward_unit, []
     for group in groups:
         hidden = [
-            stock.get_base_model().transformer(input_ids=torch.tensor([group.prompt + response])).last_hidden_state[0, -1]
+            stock.get_base_model()
+            .transformer(input_ids=torch.tensor([group.prompt + response]))
+            .last_hidden_state[0, -1]
             for response in group.responses
         ]
         predicted = torch.stack(hidden) @ head[0]
@@ -303,9 +307,7 @@ def test_discriminator_gradients_equal_those_of_a_stock_adapter():
         for i in range(len(true)):
             lower = [j for j in range(len(true)) if true[j] < true[i]]
             rank = sum((true[i] - true[j]) * torch.log1p(torch.exp(predicted[j] - predicted[i])) for j in lower)
-            losses.append(
-                (error[i] - error.mean()) ** 2 + 0.3 * error.mean() ** 2 + 0.7 * rank / max(1, len(lower))
-            )
+            losses.append((error[i] - error.mean()) ** 2 + 0.3 * error.mean() ** 2 + 0.7 * rank / max(1, len(lower)))
     torch.stack(losses).mean().backward()
     oracle = [parameter.grad for parameter in stock.parameters() if parameter.requires_grad] + [head.grad]
     for mine, gradient in zip(ours, oracle, strict=True):
@@ -325,7 +327,9 @@ def test_pooled_index_against_a_loop(pad):
         first, last = sorted(rng.choice(10, size=2, replace=False))
         mask[row, first:last] = 1
         ids[row, first] = 3  # the first token of a prompt is not a pad
-    expected = [max(i for i in range(9) if m[i] and (pad is None or x[i] != pad)) for x, m in zip(ids, mask, strict=True)]
+    expected = [
+        max(i for i in range(9) if m[i] and (pad is None or x[i] != pad)) for x, m in zip(ids, mask, strict=True)
+    ]
     assert pooled_index(torch.tensor(ids), torch.tensor(mask), pad).tolist() == expected
 
 

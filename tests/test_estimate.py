@@ -52,7 +52,9 @@ def test_group_labels_may_be_any_and_in_any_order(labels):
 def test_rate_one_asks_for_all_and_seeds_and_steps_differ():
     assert estimate.choose_queries(groups([3, 2]), 1.0, seed=0, step=0).all()
     draws = {
-        tuple(estimate.choose_queries(groups([8, 8]), 0.5, seed=seed, step=step)) for seed in (0, 1) for step in range(20)
+        tuple(estimate.choose_queries(groups([8, 8]), 0.5, seed=seed, step=step))
+        for seed in (0, 1)
+        for step in range(20)
     }
     assert len(draws) > 35
 

@@ -87,9 +87,7 @@ def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> 
     predicted = np.zeros(size) if predicted is None else np.asarray(predicted, dtype=np.float64)
     true = np.full(size, np.nan) if true is None else np.asarray(true, dtype=np.float64)
     spread = np.array([[0.3], [-0.3]])  # two heads that disagree: their mean is what counts
-    return Experience(
-        0, [data.Row("c")], [PROMPT], rows, predicted + spread, ~np.isnan(true), true, query_rate, {}
-    )
+    return Experience(0, [data.Row("c")], [PROMPT], rows, predicted + spread, ~np.isnan(true), true, query_rate, {})
 
 
 def gradient_of(gan, experience, signal) -> torch.Tensor:

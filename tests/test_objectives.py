@@ -162,9 +162,7 @@ def test_ranking_asks_nothing_of_ties_and_of_other_groups():
         lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE[:, :, :1]), tensor(MASK)),
         lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE), tensor(MASK[:1])),
         lambda: objectives.imitation(tensor(logprobs()), tensor(MASK[:, :1])),
-        lambda: objectives.straight_through(
-            tensor(LOGITS), torch.zeros(B, 1, H), torch.zeros(V, H), tensor(MASK)
-        ),
+        lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, 1, H), torch.zeros(V, H), tensor(MASK)),
         lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(1, H), tensor(MASK)),
         lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(V, H), tensor(MASK[:1])),
         lambda: objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP), mean_weight=1.0),

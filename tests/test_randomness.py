@@ -16,8 +16,8 @@ from helpers import PROMPTS, TARGETS, base_folder, copies, differences, python, 
 from lora_gan import data, randomness, rollout
 
 KEYS = [
-    (0, 0, "sample"), (1, 0, "sample"), (0, 1, "sample"), (0, 0, "query"), (0, 0, "sample", 1), (0, 0, "sample", "1", ""),
-    (0, 0, "sample", 1, 1), (0, 0, "sample", 11), (0, 0, "sample", b"ab", "c"), (0, 0, "sample", "a", "bc"),
+    (0, 0, "sample"), (1, 0, "sample"), (0, 1, "sample"), (0, 0, "query"), (0, 0, "sample", 1),
+    (0, 0, "sample", "1", ""), (0, 0, "sample", 1, 1), (0, 0, "sample", 11), (0, 0, "sample", b"ab", "c"), (0, 0, "sample", "a", "bc"),
     (0, 0, "sample", ""), (0, 0, "sampl", "e"), (2**63, 10**6, "é"), (10, 1, "x"), (1, 1, "0x"),
 ]  # fmt: skip
 
@@ -90,7 +90,9 @@ def test_each_epoch_takes_every_row_once_and_any_position_continues():
     whole = [row.prompt for row in data.take(rows, 21, seed=3, position=0)]
     for epoch in range(3):
         assert sorted(whole[7 * epoch : 7 * epoch + 7]) == list("0123456")
-    assert len({tuple(whole[7 * epoch : 7 * epoch + 7]) for epoch in range(3)}) == 3, "each epoch in an order of its own"
+    assert len({tuple(whole[7 * epoch : 7 * epoch + 7]) for epoch in range(3)}) == 3, (
+        "each epoch in an order of its own"
+    )
     for position in range(21):
         for count in (1, 5):
             assert [row.prompt for row in data.take(rows, count, seed=3, position=position)][: 21 - position] == whole[

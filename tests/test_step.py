@@ -396,9 +396,13 @@ def test_reward_weight_nought_is_exactly_supervised_fine_tuning(architecture):
 
     stock = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=SMALL["lora_r"], lora_alpha=SMALL["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"),
+        LoraConfig(
+            r=SMALL["lora_r"], lora_alpha=SMALL["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
     ).eval()
-    start = {name.replace(".weight", ".default.weight"): w for name, w in adapter_state(gan.players, "generator").items()}
+    start = {
+        name.replace(".weight", ".default.weight"): w for name, w in adapter_state(gan.players, "generator").items()
+    }
     assert {name for name, p in stock.named_parameters() if p.requires_grad} == set(start)
     stock.load_state_dict({name: weight.detach().clone() for name, weight in start.items()}, strict=False)
     trained = [parameter for parameter in stock.parameters() if parameter.requires_grad]
@@ -424,7 +428,9 @@ def test_reward_weight_nought_is_exactly_supervised_fine_tuning(architecture):
 
     for ours, theirs in zip(gan.players.parameters("generator"), trained, strict=True):
         assert torch.equal(ours, theirs)
-    assert not any(torch.equal(a, b) for a, b in zip(trained, small_gan(base).players.parameters("generator"), strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(trained, small_gan(base).players.parameters("generator"), strict=True)
+    )
 
 
 def test_imitation_of_a_batch_is_the_mean_of_its_rows():
