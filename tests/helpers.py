@@ -158,8 +158,6 @@ def small_gan(model=None, **settings) -> LoraGAN:
     """A LoraGAN on a tiny base (GPT-2, a pad token of its own) with `reward`, unless told otherwise."""
     if not {"reward", "reward_funcs"} & settings.keys():
         settings["reward"] = reward
-    if settings["reward" if "reward" in settings else "reward_funcs"] is None:
-        settings.pop("reward", None)
     return LoraGAN(base_folder() if model is None else model, **{**SMALL, **settings})
 
 

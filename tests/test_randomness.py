@@ -17,8 +17,9 @@ from lora_gan import data, randomness, rollout
 
 KEYS = [
     (0, 0, "sample"), (1, 0, "sample"), (0, 1, "sample"), (0, 0, "query"), (0, 0, "sample", 1),
-    (0, 0, "sample", "1", ""), (0, 0, "sample", 1, 1), (0, 0, "sample", 11), (0, 0, "sample", b"ab", "c"), (0, 0, "sample", "a", "bc"),
-    (0, 0, "sample", ""), (0, 0, "sampl", "e"), (2**63, 10**6, "é"), (10, 1, "x"), (1, 1, "0x"),
+    (0, 0, "sample", "1", ""), (0, 0, "sample", 1, 1), (0, 0, "sample", 11), (0, 0, "sample", b"ab", "c"),
+    (0, 0, "sample", "a", "bc"), (0, 0, "sample", ""), (0, 0, "sampl", "e"), (2**63, 10**6, "é"), (10, 1, "x"),
+    (1, 1, "0x"),
 ]  # fmt: skip
 
 

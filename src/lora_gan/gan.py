@@ -111,7 +111,15 @@ class LoraGAN:
         if train_disc and experience is not None:
             disc = self.discriminator.update(experience)
         self.global_step += 1
-        return tracking.step_record(rows, experience, gen, disc, self, single=isinstance(prompt, str))
+        return tracking.step_record(
+            rows,
+            experience,
+            gen,
+            disc,
+            step=self.global_step,
+            reward_calls=self.reward_calls,
+            single=isinstance(prompt, str),
+        )
 
     def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
         """Weight of imitation, and whether the reward teaches the generator in this step."""

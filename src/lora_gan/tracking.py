@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -20,20 +20,21 @@ from .data import Row
 from .discriminator import fresh_metrics
 from .experience import Experience
 
-if TYPE_CHECKING:
-    from .gan import LoraGAN
-
 
 def step_record(
     rows: list[Row],
     experience: Experience | None,
     gen: dict[str, Any],
     disc: dict[str, Any],
-    gan: LoraGAN,
     *,
+    step: int,
+    reward_calls: int,
     single: bool,
 ) -> dict[str, Any]:
-    """The dict that step() returns: six keys in their order, all K responses, then metrics. Plain Python values."""
+    """The dict that step() returns: six keys in their order, all K responses, then metrics, as plain Python values.
+
+    `step` and `reward_calls` count this step in.
+    """
     responses, true, predicted = _by_group(experience, len(rows))
 
     def shaped(values: list[Any]) -> Any:
@@ -51,8 +52,8 @@ def step_record(
         "pred_rewards": shaped(predicted),
         "reward_mean": None,
         "pred_reward_mean": None,
-        "step": gan.global_step,
-        "reward_calls": gan.reward_calls,
+        "step": step,
+        "reward_calls": reward_calls,
     }
     if experience is not None:
         answered_B = experience.true_B[~np.isnan(experience.true_B)]
