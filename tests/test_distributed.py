@@ -33,6 +33,7 @@ def follow(rank, folder, base, settings, silent):
         "discriminator": copies(gan.players.parameters("discriminator")),
         "score": gan.score(PROMPTS, TARGETS),
         "responses": [record["responses"] for record in records],
+        "norms": [record["gen_grad_norm"] for record in records],
     }
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
@@ -59,6 +60,8 @@ def test_two_processes_learn_what_one_does(both):
     records = [gan.step(PROMPTS[:2], TARGETS[:2]) for _ in range(STEPS)]
     for rank, other in enumerate(both):
         assert other["responses"] == [record["responses"][rank] for record in records], "randomness is keyed by content"
+        # Before clipping, and before Adam, which would hide a factor.
+        assert other["norms"] == pytest.approx([record["gen_grad_norm"] for record in records], rel=1e-3)
     for start, one, *two in zip(
         before, gan.players.parameters("generator"), *(other["generator"] for other in both), strict=True
     ):

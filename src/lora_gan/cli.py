@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         "the true reward of every response; constant: a constant in its place; only: its prediction is the only reward "
         "(adversarial=True). Default: %(default)s",
     )  # fmt: skip
-    demo.add_argument("--steps", type=int, default=150, help="generator updates (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=160, help="generator updates (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     demo.add_argument("--heldout", type=int, default=320, help="held-out prompts to judge on (default: %(default)s)")
     demo.add_argument("--output-dir", default="runs/demo", help="checkpoint and metrics (default: %(default)s)")

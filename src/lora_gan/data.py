@@ -28,7 +28,7 @@ def read_rows(dataset: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> 
     A row has `prompt`, and may have `target` (or `target_text`, or `completion`); a row without a prompt raises.
     """
     if isinstance(dataset, (str, os.PathLike)):
-        lines = Path(dataset).read_text(encoding="utf-8").splitlines()
+        lines = Path(dataset).read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028, too
         dataset = [_parse(line, number, dataset) for number, line in enumerate(lines, 1) if line.strip()]
     rows = []
     for number, values in enumerate(dataset, 1):

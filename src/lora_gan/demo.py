@@ -31,13 +31,13 @@ from .rollout import Rollout
 Opponent = Literal["learning", "off", "constant", "only"]
 
 RECIPE: dict[str, Any] = dict(
-    prompts_per_step=8,
+    prompts_per_step=4,
     num_generations=8,
     max_completion_length=24,
     learning_rate=1e-3,
     disc_learning_rate=1e-3,
     disc_updates=1,
-    beta=0.01,
+    beta=0.03,
     query_rate=0.5,
 )
 BY_OPPONENT: dict[Opponent, dict[str, Any]] = {
@@ -127,7 +127,7 @@ def run(
     *,
     opponent: Opponent = "learning",
     seed: int = 0,
-    steps: int = 150,
+    steps: int = 160,
     heldout: int = 320,
     output_dir: str = "runs/demo",
 ) -> dict[str, Any]:

@@ -118,16 +118,20 @@ class Discriminator:
         return torch.cat(parts, dim=1).double().cpu().numpy()
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates."""
+        """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates.
+
+        With several processes, one whose prompts got no answer takes part with gradients of nought.
+        """
         fresh = answered_groups(experience, self.config)
-        if not fresh:
+        answered = torch.tensor([float(len(fresh))], device=self.players.device)
+        if not distributed.total(answered):
             return {}
         if not self.knows_unit:
             self.start(fresh)
-        losses, norm = [], 0.0
+        losses, norm, learning_rate = [], 0.0, 0.0
         for update in range(self.config.disc_updates):
-            replayed = self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
-            losses.append(self._learn(fresh + replayed))
+            batch = fresh + self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
+            losses.append(self._learn(batch) if batch else 0.0)
             learning_rate = self.optimizer.learning_rate
             norm = self.optimizer.step()
         self.replay.groups.extend(fresh)
@@ -136,33 +140,40 @@ class Discriminator:
     def start(self, groups: list[Group]) -> None:
         """Read the reward's unit off the first answered responses, and begin the heads from them in closed form.
 
-        Ridge regression without intercept (stock sequence classification ignores a bias), in its dual form, since
-        responses are fewer than features: w = Fᵀ (F Fᵀ + λ I)⁻¹ r, each head on the groups it learns from. Heads that
-        were loaded keep what they know.
+        Heads that were loaded keep what they know. With several processes, both are means over those with answers.
         """
-        was = self.players.reward_unit
-        self.players.reward_unit = reward_unit([reward for group in groups for reward in group.rewards])
+        device = self.players.device
+        unit = reward_unit([reward for group in groups for reward in group.rewards]) if groups else 0.0
+        units = distributed.total(torch.tensor([unit, float(bool(groups))], device=device, dtype=torch.float64))
+        before, self.players.reward_unit = self.players.reward_unit, float(units[0] / units[1])
         self.knows_unit = True
-        if self.players.heads_MH.any():
-            with torch.no_grad():
-                self.players.heads_MH.mul_(was / self.players.reward_unit)
-            return
+        heads_MH = self.players.heads_MH
+        with torch.no_grad():
+            if heads_MH.any():
+                heads_MH.mul_(before / self.players.reward_unit)
+            else:
+                ridge_MH = self._ridge(groups) if groups else torch.zeros_like(heads_MH)
+                heads_MH.copy_(distributed.total(ridge_MH) / units[1])
+
+    def _ridge(self, groups: list[Group]) -> Tensor:
+        """Heads by ridge regression on the pooled features, [M, H], in the reward's unit.
+
+        Without intercept (stock sequence classification ignores a bias), in its dual form, since responses are fewer
+        than features: w = Fᵀ (F Fᵀ + λ I)⁻¹ r, each head on the groups it learns from.
+        """
         ids, mask, true_B, _, seen_MB = self._batch(groups)
         with torch.no_grad(), self.players.playing("discriminator"):
             features_BH = self.players.features(ids, mask).double()
+        target_B = true_B.double() / self.players.reward_unit
         gram_BB = features_BH @ features_BH.T
         ridge = 0.1 * gram_BB.diagonal().mean()
-        for head, seen_B in enumerate(seen_MB.bool()):
-            if not seen_B.any():
-                seen_B = torch.ones_like(seen_B)
-            gram = gram_BB[seen_B][:, seen_B]
-            dual = torch.linalg.solve(
-                gram + ridge * torch.eye(len(gram), device=gram.device),
-                true_B[seen_B].double() / self.players.reward_unit,
-            )
-            with torch.no_grad():
-                self.players.heads_MH[head] = (dual @ features_BH[seen_B]).float()
-        distributed.average(self.players.heads_MH)
+        heads = []
+        for seen_B in seen_MB.bool():
+            kept_B = seen_B if seen_B.any() else torch.ones_like(seen_B)
+            gram = gram_BB[kept_B][:, kept_B]
+            dual = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device), target_B[kept_B])
+            heads.append(dual @ features_BH[kept_B])
+        return torch.stack(heads).float()
 
     def _learn(self, groups: list[Group]) -> float:
         """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses."""

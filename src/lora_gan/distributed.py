@@ -12,17 +12,24 @@ import torch
 from torch import Tensor, nn
 
 
-def average(tensor: Tensor) -> None:
-    """Replace a tensor by its mean over all processes; does nothing in a single one."""
+def processes() -> int:
+    """How many processes step together; 1 where torch.distributed was not initialised."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor.data)
-        tensor.data /= torch.distributed.get_world_size()
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The tensor, replaced by its sum over all processes. All of them must call it, in the same order."""
+    if processes() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average gradients over all processes. A parameter without one counts as nought: all processes must take part."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if processes() > 1:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            average(parameter.grad)
+            total(parameter.grad).div_(processes())

@@ -96,6 +96,7 @@ def ranking_by_group(predicted_MB: Tensor, true_B: Tensor, group_B: Tensor) -> T
 
 def group_mean(values_B: Tensor, group_B: Tensor) -> Tensor:
     """Each row's mean over its group; the last axis is B. Group labels may be any integers."""
+    _check("group_B", group_B, (values_B.shape[-1],))
     _, index_B = torch.unique(group_B, return_inverse=True)
     index = index_B.expand(values_B.shape)
     size = (*values_B.shape[:-1], int(index_B.max()) + 1)

@@ -1,0 +1,137 @@
+"""fit(), evaluate() and what they read and write.
+
+Oracles: step() called by hand on the same rows; NumPy's bootstrap; the file that was written, read back as JSON.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
+
+from lora_gan import data, evaluation
+
+ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
+
+
+def test_fit_is_step_on_shuffled_rows_each_once_an_epoch(tmp_path):
+    seen = []
+    gan, by_hand = small_gan(output_dir=str(tmp_path)), small_gan()
+    records = gan.fit(ROWS, steps=6, progress=False, on_step=seen.append)
+    assert records == seen and len(records) == gan.global_step == 6
+    prompts = [prompt for record in records for prompt in record["prompt"]]
+    for epoch in (prompts[:6], prompts[6:]):
+        assert sorted(epoch) == sorted(row["prompt"] for row in ROWS)
+    assert prompts[:6] != prompts[6:]
+    targets = {row["prompt"]: row["target"] for row in ROWS}
+    for record in records:
+        assert by_hand.step(record["prompt"], [targets[prompt] for prompt in record["prompt"]]) == record
+    for player in ("generator", "discriminator"):
+        assert differences(player_state(by_hand, player), player_state(gan, player)) == []
+
+
+def test_fit_twice_goes_on_where_it_stood(tmp_path):
+    once, twice = small_gan(output_dir=str(tmp_path / "a")), small_gan(output_dir=str(tmp_path / "b"))
+    whole = once.fit(ROWS, steps=4, progress=False)
+    assert twice.fit(ROWS, steps=1, progress=False) + twice.fit(ROWS, steps=3, progress=False) == whole
+
+
+def test_fit_runs_up_to_max_steps(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path), max_steps=3)
+    gan.step(PROMPTS[0])
+    assert len(gan.fit(ROWS, progress=False)) == 2 and gan.global_step == 3
+    assert gan.fit(ROWS, progress=False) == []
+    with pytest.raises(ValueError, match="max_steps"):
+        small_gan(output_dir=str(tmp_path)).fit(ROWS, progress=False)
+
+
+def test_fit_trains_whom_it_is_told_to(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path))
+    before = player_state(gan, "generator")
+    gan.fit(ROWS, steps=2, train_gen=False, progress=False)
+    assert differences(before, player_state(gan, "generator")) == []
+    assert len(gan.discriminator.replay) > 0
+
+
+def test_metrics_are_lines_of_json_with_every_number_and_no_text(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path), logging_steps=2, query_rate=0.5)
+    records = gan.fit(ROWS, steps=5, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        record = records[line["step"] - 1]
+        assert not any(isinstance(value, str | list) for value in line.values())
+        numbers = {name: value for name, value in record.items() if not isinstance(value, str | list)}
+        assert numbers.items() <= line.items() and line["seconds"] >= 0
+    gan.fit(ROWS, steps=1, progress=False)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3, "appended"
+
+
+def test_columns_reach_the_reward(tmp_path):
+    seen = []
+
+    def by_length(prompts, completions, target, level, **columns):
+        seen.extend(zip(prompts, target, level, strict=True))
+        return [float(len(completion)) for completion in completions]
+
+    gan = small_gan(output_dir=str(tmp_path), reward_funcs=[by_length])
+    rows = [row | {"level": i} for i, row in enumerate(ROWS)]
+    gan.fit(rows, steps=3, progress=False)
+    assert set(seen) == {(row["prompt"], row["target"], row["level"]) for row in rows}
+
+
+def test_rows_are_read_from_mappings_and_json_lines(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"prompt": "a", "target": "b"}\n\n{"prompt": "c", "completion": "d", "level": 3}\n{"prompt": "\\u2028é"}\n',
+        encoding="utf-8",
+    )
+    rows = data.read_rows(file)
+    assert rows == [data.Row("a", "b"), data.Row("c", "d", {"level": 3}), data.Row("\u2028é")]
+    assert data.read_rows([{"prompt": "a", "target_text": "b"}]) == rows[:1]
+    file.write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")
+    assert data.read_rows(file) == [data.Row("one\u2028line")], "JSON allows this separator inside a text"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a"}\n{"prompt": }\n', "line 2"),
+        ("[1]\n", "line 1"),
+        ('{"text": "a"}\n', "prompt"),
+        ("", "no rows"),
+    ],
+)
+def test_rows_that_cannot_be_read_raise(text, said, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        data.read_rows(file)
+
+
+def test_evaluate_says_what_each_judge_says_of_the_same_texts():
+    gan = small_gan()
+    gan.step(PROMPTS[:2], TARGETS[:2])
+    before = {player: player_state(gan, player) for player in ("generator", "discriminator")}
+    result = gan.evaluate(ROWS, temperature=0.7, seed=5, batch_size=4)
+    responses = gan.generate([row["prompt"] for row in ROWS], temperature=0.7, seed=5)
+    assert [sample["response"] for sample in result["samples"]] == responses
+    assert [sample["true_reward"] for sample in result["samples"]] == [reward(response) for response in responses]
+    scores = gan.score([row["prompt"] for row in ROWS], responses)
+    assert [sample["pred_reward"] for sample in result["samples"]] == pytest.approx(scores, abs=1e-5)
+    means = {name: np.mean([sample[name] for sample in result["samples"]]) for name in ("true_reward", "pred_reward")}
+    for name, mean in means.items():
+        found = result["metrics"][name]
+        assert found["mean"] == pytest.approx(mean) and found["low"] <= mean <= found["high"]
+    for player, state in before.items():
+        assert differences(state, player_state(gan, player)) == []
+    assert gan.reward_calls == 8, "calls that train are counted, those that judge are not"
+
+
+def test_the_interval_covers_as_a_bootstrap_does():
+    values = np.random.default_rng(0).normal(3, 2, size=200)
+    found = evaluation.interval([*values.tolist(), None])
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert found["mean"] == pytest.approx(values.mean())
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.05)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.05)
