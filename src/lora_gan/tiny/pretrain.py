@@ -1,0 +1,343 @@
+"""Make the tiny base from nothing but a seed: ``python -m lora_gan.tiny.pretrain --seed 0 --out DIR``.
+
+Trains the tokenizer on text of :mod:`lora_gan.tiny.grammar`, then a small Llama on documents of it, and prints what
+the result can do. ``--measure`` prints those figures for a folder that exists. Needs no network and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from . import PATH, grammar, pairs
+
+PAD, EOS = "<pad>", "<eos>"
+SPACE = "\u2581"  # how a word's leading space is written inside the tokenizer
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# --------------------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer(seed: int, vocabulary: int, documents: int = 40_000) -> PreTrainedTokenizerFast:
+    """A BPE whose words carry their leading space, so that texts tokenized apart join without a seam.
+
+    Every text gets one space in front, and decoding takes one away: ids("a b") == ids("a") + ids("b"), and the text
+    of a response has no space at its start. What BPE does not know is spelled in bytes, so any text comes back
+    (except U+2581 itself, which stands for the space). Elided words (l', j', n', d') are tokens of their own.
+    """
+    draws = grammar.Draws(seed, "tokenizer")
+    texts = (grammar.draw_document(draws)[0] for _ in range(documents))
+    normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    words = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(SPACE, "merged_with_next"),
+            pre_tokenizers.Split("'", "merged_with_previous"),
+            pre_tokenizers.Split(":", "isolated"),
+        ]
+    )
+    learner = Tokenizer(models.BPE())
+    learner.normalizer, learner.pre_tokenizer = normalizer, words
+    size = vocabulary - 2 - len(BYTES)
+    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False))
+    learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    # The library shows the merges it has learned only in its JSON.
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    names = [PAD, EOS, *BYTES, *(token for token, _ in learned)]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges, byte_fallback=True))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, words
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Model and batches
+# --------------------------------------------------------------------------------------------------------------
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Four layers: enough to translate, and on a CPU every layer has its fixed price per generated token."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            use_cache=True,
+        )
+    )
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """``steps`` batches of fresh documents: ids, padded on the right, and labels.
+
+    Documents of like length go together (a window of 32 batches is sorted, then dealt in random order), which keeps
+    padding near 4 %. Padding needs no attention mask: it stands on the right of everything that is scored.
+    """
+    draws = grammar.Draws(seed, "documents")
+    window = 32
+    for start in range(0, steps, window):
+        texts = [grammar.draw_document(draws)[0] for _ in range(size * window)]
+        rows = sorted(tokenizer(texts)["input_ids"], key=len)
+        order = sorted(range(window), key=lambda _: draws.uniform())
+        for index in order[: steps - start]:
+            batch = [row + [tokenizer.eos_token_id] for row in rows[index * size : (index + 1) * size]]
+            width = max(map(len, batch))
+            ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in batch])
+            labels = torch.tensor([row + [-100] * (width - len(row)) for row in batch])
+            yield ids, labels
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What it can do
+# --------------------------------------------------------------------------------------------------------------
+
+
+def frame(prompt: str) -> str:
+    """The same question in the frame where the base always translates."""
+    return f"English: {prompt.removeprefix(grammar.INSTRUCTION)} French:"
+
+
+@torch.no_grad()
+def answers(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    sample: bool = False,
+    seed: int = 0,
+    size: int = 128,
+) -> list[str]:
+    """What the model writes after each prompt, greedily or sampled at temperature 1 from the whole vocabulary."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    texts: list[str] = []
+    for start in range(0, len(prompts), size):
+        inputs = tokenizer(prompts[start : start + size], return_tensors="pt", padding=True)
+        written = model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=sample,
+            max_new_tokens=40,
+            **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
+        )
+        texts += tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    torch.random.set_rng_state(state)
+    return texts
+
+
+def exact_match(written: list[str], rows: list[dict[str, str]]) -> float:
+    """Share of answers that are the target to the letter."""
+    return sum(text == row["target"] for text, row in zip(written, rows, strict=True)) / len(rows)
+
+
+@torch.no_grad()
+def log_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> Tensor:
+    """Log-probability of every token of the target, and of the end, after the prompt."""
+    head = tokenizer(prompt)["input_ids"]
+    tail = tokenizer(target)["input_ids"] + [tokenizer.eos_token_id]
+    logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(-1, torch.tensor(tail)[:, None])[:, 0]
+
+
+def probability(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> float:
+    """P(target, then end | prompt)."""
+    return math.exp(log_probabilities(model, tokenizer, prompt, target).sum().item())
+
+
+def figures(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]
+) -> dict[str, float]:
+    """Exact match: able to (parallel frame, greedy), and what it does after the instruction, greedy and sampled."""
+    model.eval()
+    prompts = [row["prompt"] for row in rows]
+    result = {
+        "latent": exact_match(answers(model, tokenizer, [frame(p) for p in prompts]), rows),
+        "greedy": exact_match(answers(model, tokenizer, prompts), rows),
+        "sampled": exact_match(answers(model, tokenizer, prompts, sample=True), rows),
+    }
+    model.train()
+    return result
+
+
+def measure(folder: Path, n: int = 512) -> None:
+    """Print what the base in ``folder`` can do on held-out prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = pairs("heldout", n, seed=1)
+    prompts = [row["prompt"] for row in rows]
+    able = answers(model, tokenizer, [frame(prompt) for prompt in prompts])
+    greedy = exact_match(answers(model, tokenizer, prompts), rows)
+    sampled = exact_match(answers(model, tokenizer, prompts, sample=True), rows)
+    logps = [log_probabilities(model, tokenizer, row["prompt"], row["target"]) for row in rows]
+    whole, first, rest = (
+        sum(math.exp(part(logp).sum().item()) for logp in logps) / n
+        for part in (lambda p: p, lambda p: p[:1], lambda p: p[1:])
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters; {(folder / 'model.safetensors').stat().st_size:,} bytes of weights")
+    print(f"{n} held-out prompts, exact match:")
+    print(f"  English: ... French:            greedy            {exact_match(able, rows):.1%}   (what it is able to)")
+    print(f"  Translate English to French:    greedy            {greedy:.1%}")
+    print(f"  Translate English to French:    sampled at T = 1  {sampled:.1%}")
+    print(f"  Translate English to French:    mean P(target)    {whole:.1%}")
+    print(f"      of its first token {first:.1%}, of the rest after the first {rest:.1%}")
+    hello, bonjour = grammar.INSTRUCTION + "Hello world", "Bonjour le monde"
+    print("Hello world:")
+    for prompt in (hello, frame(hello)):
+        print(f"  P({bonjour!r} | {prompt!r}) = {probability(model, tokenizer, prompt, bonjour):.3f}")
+    print(f"  greedy answer to {hello!r}: {answers(model, tokenizer, [hello])[0]!r}")
+    print(f"  sampled: {answers(model, tokenizer, [hello] * 8, sample=True)}")
+    print("First mistakes in the parallel frame:")
+    wrong = [(row, text) for row, text in zip(rows, able, strict=True) if text != row["target"]]
+    for row, text in wrong[:8]:
+        print(f"  {row['prompt'].removeprefix(grammar.INSTRUCTION)}: {text} (not {row['target']})")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Pretraining
+# --------------------------------------------------------------------------------------------------------------
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the base in half precision, file by file into place: a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        half = LlamaForCausalLM(model.config).half()
+        half.load_state_dict(model.state_dict())
+        half.tie_weights()
+        half.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for file in Path(temporary).iterdir():
+            file.chmod(0o644)  # weights are written for their owner alone, and would ship so
+            os.replace(file, folder / file.name)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine down to nothing."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def pretrain(
+    out: Path,
+    seed: int,
+    steps: int,
+    size: int,
+    peak: float,
+    vocabulary: int,
+    evaluate_every: int = 500,
+    evaluate: int = 128,
+) -> None:
+    """Train from nothing; ``out`` holds the newest weights after every evaluation."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(seed, vocabulary)
+    model = build_model(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        lr=peak,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    validation = pairs("validation", evaluate, seed=0)
+    began, losses, tokens = time.monotonic(), [], 0
+    for step, (ids, labels) in enumerate(batches(tokenizer, seed, size, steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        tokens += ids.numel()
+        done = step + 1
+        if done % 100 == 0 or done == 20:
+            elapsed = time.monotonic() - began
+            print(
+                f"step {done}/{steps}  loss {sum(losses) / len(losses):.4f}  {tokens / elapsed:,.0f} tokens/s  "
+                f"{elapsed / 60:.1f} min, about {elapsed / done * (steps - done) / 60:.0f} min left",
+                flush=True,
+            )
+            losses = []
+        if done % evaluate_every == 0 or done == steps:
+            shown = "  ".join(f"{name} {value:.1%}" for name, value in figures(model, tokenizer, validation).items())
+            print(f"step {done}/{steps}  on {len(validation)} validation prompts, exact match: {shown}", flush=True)
+            save(model, tokenizer, out)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_gan.tiny.pretrain",
+        description="Pretrain the tiny base from a seed, on text this package writes itself, and print what it can do.",
+        epilog="The base in the package was made by: python -m lora_gan.tiny.pretrain --seed 0 --out DIR. The same "
+        "seed gives the same text everywhere; weights agree to the last bit only on the same processor and torch.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the text, the weights and the order (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder to write; holds the newest weights after every evaluation")
+    parser.add_argument("--steps", type=int, default=7000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=96, help="documents a step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=2304, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads; more than are free make it slower, not faster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--measure",
+        type=Path,
+        nargs="?",
+        const=PATH,
+        metavar="DIR",
+        help="train nothing: print the figures of the base in DIR (default: the one in the package)",
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
+    if options.measure:
+        measure(options.measure)
+    elif options.out:
+        pretrain(options.out, options.seed, options.steps, options.batch, options.lr, options.vocabulary)
+        measure(options.out)
+    else:
+        parser.error("give --out DIR to pretrain, or --measure to look at what there is")
+
+
+if __name__ == "__main__":
+    main()
