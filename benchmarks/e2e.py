@@ -145,7 +145,7 @@ def table(out: Path, rows: list[dict[str, str]]) -> str:
         lines.append(
             f"- seed {result['seed']}: adversarial − warm-up {gain} cosine, "
             f"{cell(np.subtract(result['adversarial']['chrf'], result['warm-up']['chrf']), 1)} chrF; "
-            f"{result['adversarial seconds']} s"
+            f"{result['reward_calls']:,} true-reward calls; {result['adversarial seconds']} s"
         )
     lines.append("")
     for i in range(4):
