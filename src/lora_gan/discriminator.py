@@ -126,8 +126,9 @@ class Discriminator:
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
-        if not self.knows_unit:
-            self.start(fresh)
+        self._keep_unit(fresh)
+        if not self.players.heads_MH.any():
+            self._start(fresh)
         losses, norm, learning_rate = [], 0.0, 0.0
         for update in range(self.config.disc_updates):
             batch = fresh + self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
@@ -137,23 +138,33 @@ class Discriminator:
         self.replay.groups.extend(fresh)
         return {"disc_loss": float(np.mean(losses)), "disc_learning_rate": learning_rate, "disc_grad_norm": norm}
 
-    def start(self, groups: list[Group]) -> None:
-        """Read the reward's unit off the first answered responses, and begin the heads from them in closed form.
+    def _keep_unit(self, fresh: list[Group]) -> None:
+        """Read the reward's unit off the first answers, and again when they come to spread twice as far.
 
-        Heads that were loaded keep what they know. With several processes, both are means over those with answers.
+        The first answers may happen to be all alike. Predictions stay as they were: the heads are counted anew. With
+        several processes the unit is the mean over those with answers.
         """
-        device = self.players.device
-        unit = reward_unit([reward for group in groups for reward in group.rewards]) if groups else 0.0
-        units = distributed.total(torch.tensor([unit, float(bool(groups))], device=device, dtype=torch.float64))
-        before, self.players.reward_unit = self.players.reward_unit, float(units[0] / units[1])
-        self.knows_unit = True
-        heads_MH = self.players.heads_MH
+        rewards = [reward for group in (*self.replay.groups, *fresh) for reward in group.rewards]
+        spread = float(np.std(rewards)) if rewards else 0.0
+        first = reward_unit(rewards) if rewards else 0.0
+        seen = torch.tensor([spread, first, float(bool(rewards))], device=self.players.device, dtype=torch.float64)
+        spread, first, count = distributed.total(seen).tolist()
+        before, unit = self.players.reward_unit, None
+        if not self.knows_unit:
+            unit = first / count
+        elif spread / count > 2 * before:
+            unit = spread / count
+        if unit is not None:
+            self.knows_unit, self.players.reward_unit = True, unit
+            with torch.no_grad():
+                self.players.heads_MH.mul_(before / unit)
+
+    def _start(self, fresh: list[Group]) -> None:
+        """Begin the heads, which are nought, in closed form; with several processes, the mean of those with answers."""
+        ridge_MH = self._ridge(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
+        count = distributed.total(torch.tensor([float(bool(fresh))], device=self.players.device))
         with torch.no_grad():
-            if heads_MH.any():
-                heads_MH.mul_(before / self.players.reward_unit)
-            else:
-                ridge_MH = self._ridge(groups) if groups else torch.zeros_like(heads_MH)
-                heads_MH.copy_(distributed.total(ridge_MH) / units[1])
+            self.players.heads_MH.copy_(distributed.total(ridge_MH) / count)
 
     def _ridge(self, groups: list[Group]) -> Tensor:
         """Heads by ridge regression on the pooled features, [M, H], in the reward's unit.

@@ -1,0 +1,81 @@
+"""The discriminator's unit, start and replay, against hand-made cases and NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import base_folder, small_gan
+
+from lora_gan.discriminator import Group, fresh_metrics, micro_batches, reward_unit
+
+
+def group(rewards: list[float], prompt: int = 5, heads: int = 4) -> Group:
+    return Group([prompt, 6], [[7 + i, 8] for i in range(len(rewards))], rewards, [True] * heads)
+
+
+def test_the_unit_is_the_spread_of_the_first_rewards():
+    assert reward_unit([1.0, 3.0]) == pytest.approx(1.0)
+    assert reward_unit([80.0, 80.0]) == 80.0  # all alike: their size
+    assert reward_unit([0.0, 0.0]) == 1.0
+
+
+def test_the_unit_follows_rewards_that_spread_later_and_predictions_stay():
+    gan = small_gan(base_folder("llama"))
+    disc = gan.discriminator
+    disc._keep_unit([group([0.0, 0.0, 0.0])])
+    assert gan.players.reward_unit == 1.0
+    with torch.no_grad():
+        gan.players.heads_MH.normal_()
+    before = gan.score("a", "b")
+    disc._keep_unit([group([0.0, 100.0, 50.0])])
+    assert gan.players.reward_unit == pytest.approx(np.std([0.0, 100.0, 50.0]))
+    assert gan.score("a", "b") == pytest.approx(before, rel=1e-5)
+    disc._keep_unit([group([1.0, 1.0])])  # a quieter time changes nothing
+    assert gan.players.reward_unit == pytest.approx(np.std([0.0, 100.0, 50.0]))
+
+
+def test_heads_begin_with_the_ridge_solution():
+    gan = small_gan(base_folder("llama"))
+    groups = [group([0.1, 0.5, 0.9], prompt=5), group([0.2, 0.4], prompt=9)]
+    gan.discriminator._keep_unit(groups)
+    gan.discriminator._start(groups)
+    ids, mask, true_B, _, _ = gan.discriminator._batch(groups)
+    with torch.no_grad(), gan.players.playing("discriminator"):
+        features = gan.players.features(ids, mask).double().numpy()
+    target = true_B.double().numpy() / gan.players.reward_unit
+    penalty = 0.1 * np.mean(np.sum(features**2, axis=1))
+    primal = np.linalg.solve(features.T @ features + penalty * np.eye(features.shape[1]), features.T @ target)
+    for head in gan.players.heads_MH.detach().numpy():
+        np.testing.assert_allclose(head, primal, rtol=1e-4, atol=1e-6)
+
+
+def test_one_learning_rate_serves_any_unit_of_reward():
+    """The same rewards in other units give the same predictions, in those units."""
+    scores = []
+    for unit in (1.0, 100.0):
+        gan = small_gan(base_folder("llama"), reward=lambda r, t, unit=unit: unit * len(r) / 10, beta=0.0)
+        for _ in range(3):
+            gan.step(["ab", "cd"], train_gen=False)
+        scores.append(gan.score(["ab", "cd"], ["x", "yz"]))
+    np.testing.assert_allclose(scores[1], 100 * np.array(scores[0]), rtol=1e-3)
+
+
+def test_micro_batches_keep_groups_whole():
+    groups = [group([0.0] * size) for size in (3, 2, 4, 1)]
+    assert [[len(g.rewards) for g in batch] for batch in micro_batches(groups, 5)] == [[3, 2], [4, 1]]
+    assert [[len(g.rewards) for g in batch] for batch in micro_batches(groups, 2)] == [[3], [2], [4], [1]]
+    assert micro_batches(groups, None) == [groups]
+
+
+def test_within_group_correlation_sees_what_the_overall_one_does_not():
+    true = np.array([0.1, 0.2, 0.3, 0.9, 1.0, 1.1])
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    predicted = np.array([[0.3, 0.2, 0.1, 1.1, 1.0, 0.9]])  # knows the easy prompt, orders each group backwards
+    metrics = fresh_metrics(predicted, true, groups)
+    assert metrics["rank_correlation"] > 0.5
+    assert metrics["rank_correlation_within"] == pytest.approx(-1.0)
+    assert metrics["disc_mse"] == pytest.approx(np.mean((predicted[0] - true) ** 2))
+
+
+def test_metrics_say_nothing_where_there_is_nothing_to_say():
+    nothing = fresh_metrics(np.zeros((2, 3)), np.full(3, np.nan), np.zeros(3, dtype=int))
+    assert nothing == {"rank_correlation": None, "rank_correlation_within": None, "disc_mse": None}
