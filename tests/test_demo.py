@@ -22,6 +22,7 @@ def test_every_arm_runs_and_leaves_its_files(opponent, tmp_path, capsys):
     assert (tmp_path / "step-2" / "trainer_state.json").is_file()
     responses = demo.RECIPE["prompts_per_step"] * demo.RECIPE["num_generations"]
     assert result["reward_calls"] == 2 * responses * (1 if opponent == "off" else demo.RECIPE["query_rate"])
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     trained = opponent in ("learning", "only")
     assert [line.get("disc_loss") is not None for line in lines] == [trained, trained]
     assert lines[1]["gen_loss"] is not None

@@ -26,6 +26,7 @@ from . import tiny
 from .discriminator import Discriminator
 from .experience import Experience
 from .gan import LoraGAN
+from .plots import plot_run
 from .rollout import Rollout
 
 Opponent = Literal["learning", "off", "constant", "only"]
@@ -179,10 +180,12 @@ def run(
     }  # fmt: skip
     folder = Path(output_dir)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
     print(
         f"\n{gan.reward_calls:,} true rewards asked for; {result['seconds']['all']:.0f} s in all.\n"
         f"checkpoint: {folder / f'step-{gan.global_step}'}\nmetrics:    {folder / 'metrics.jsonl'}\n"
         f"figures:    {folder / 'result.json'}\n"
+        f"plot:       {picture or 'none: pip install matplotlib for one'}\n"
         f'next:       make demo ARGS="--discriminator off"    (the same without the discriminator)'
     )
     return result
