@@ -161,6 +161,17 @@ def small_gan(model=None, **settings) -> LoraGAN:
     return LoraGAN(base_folder() if model is None else model, **{**SMALL, **settings})
 
 
+def rollout_of(gan: LoraGAN, prompts, count, purpose="sample", *, step=None, length=None, seed=None, **options):
+    """The rollout that step() or generate() samples at a step: `count` responses to each prompt."""
+    encoded, now = gan._encode(prompts, length), gan.global_step
+    gan.global_step = now if step is None else step
+    try:
+        uniforms = gan._uniforms(encoded, count, purpose, length=length, seed=seed)
+    finally:
+        gan.global_step = now
+    return gan._sample(encoded, uniforms, **options)
+
+
 def copies(tensors) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 

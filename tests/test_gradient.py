@@ -6,6 +6,7 @@ p.detach() as the discriminator's inputs_embeds) for straight-through. The libra
 update path, before the optimizer.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -84,6 +85,7 @@ def exact(gan, responses, rewards) -> tuple[np.ndarray, torch.Tensor]:
 def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> Experience:
     size = len(responses)
     rows = rollout.assemble(gan.players.base, gan.players.device, [PROMPT] * size, responses)
+    rows = dataclasses.replace(rows, group_B=np.zeros(size, dtype=int))  # all answer one prompt
     predicted = np.zeros(size) if predicted is None else np.asarray(predicted, dtype=np.float64)
     true = np.full(size, np.nan) if true is None else np.asarray(true, dtype=np.float64)
     spread = np.array([[0.3], [-0.3]])  # two heads that disagree: their mean is what counts

@@ -9,7 +9,7 @@ compared up to there.
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, base_folder, random_model, small_gan, word_tokenizer
+from helpers import ARCHITECTURES, base_folder, random_model, rollout_of, small_gan, word_tokenizer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
@@ -74,7 +74,7 @@ def responses_of(sampled):
 
 
 def draw(gan, prompts, count=3, length=14, *, step=5, **options):
-    return gan._sample(gan._encode(prompts, length), count, purpose="sample", step=step, length=length, **options)
+    return rollout_of(gan, prompts, count, step=step, length=length, **options)
 
 
 # --- the decode loop --------------------------------------------------------------------------------------------------
@@ -295,4 +295,4 @@ def test_no_prompts_and_best_of():
 
 
 def draw_generate(gan, prompts, count, **options):
-    return gan._sample(gan._encode(prompts), count, purpose="generate", step=gan.global_step, **options)
+    return rollout_of(gan, prompts, count, "generate", **options)

@@ -5,7 +5,7 @@ Oracle: pred_rewards of step(), computed on the generated ids. Word tokens make 
 
 import pytest
 import torch
-from helpers import PROMPTS, base_folder, differences, player_state, small_gan
+from helpers import PROMPTS, base_folder, differences, player_state, rollout_of, small_gan
 from transformers import AutoModelForCausalLM
 
 from lora_gan import rollout
@@ -20,7 +20,7 @@ def test_score_equals_the_training_view(architecture, pad):
     base = gan.players.base
     compared = 0
     for _ in range(3):
-        sampled = gan._sample(gan._encode(PROMPT_WORDS), 12, purpose="sample", step=gan.global_step)
+        sampled = rollout_of(gan, PROMPT_WORDS, 12)
         generated = [
             ids[: int(mask.sum())].tolist()
             for ids, mask in zip(sampled.response_ids_BT, sampled.response_mask_BT, strict=True)

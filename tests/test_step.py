@@ -26,6 +26,7 @@ from helpers import (
     differences,
     player_state,
     reward,
+    rollout_of,
     small_gan,
 )
 from peft import LoraConfig, get_peft_model
@@ -146,7 +147,7 @@ def test_pred_reward_is_fresh():
     gan = small_gan(base_folder(words=True), learning_rate=1e-4)
     gan.step(["the cat", "a dog"])
     prompts = ["the cat", "a dog"]
-    sampled = gan._sample(gan._encode(prompts), SMALL["num_generations"], purpose="sample", step=gan.global_step)
+    sampled = rollout_of(gan, prompts, SMALL["num_generations"])
     before = gan.discriminator.predict(sampled).mean(0).reshape(2, -1)
     out = gan.step(prompts)
     after = gan.discriminator.predict(sampled).mean(0).reshape(2, -1)
@@ -204,7 +205,7 @@ def test_the_signal_is_what_was_asked_for():
     def update_of(adversarial):
         gan = small_gan(beta=0.0, num_generations=8)
         gan.step(PROMPTS[:2], train_gen=False)
-        sampled = gan._sample(gan._encode(PROMPTS[:1]), 8, purpose="sample", step=gan.global_step)
+        sampled = rollout_of(gan, PROMPTS[:1], 8)
         opposed = dict(zip(sampled.texts, -gan.discriminator.predict(sampled).mean(0), strict=True))
         assert len(opposed) == 8
         gan.compute_reward = lambda response, target: opposed[response]

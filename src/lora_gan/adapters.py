@@ -15,13 +15,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -72,17 +73,20 @@ def load_base(
     local_files_only: bool = False,
 ) -> Base:
     """Open the base by hub id, folder, "tiny", or take a model in memory (then its tokenizer is needed too)."""
+    in_memory = model.model if isinstance(model, Base) else model
+    if isinstance(in_memory, PreTrainedModel) and any(isinstance(m, BaseTunerLayer) for m in in_memory.modules()):
+        raise ValueError("this model has adapters already: pass the base as it was loaded, one object a LoraGAN")
     if isinstance(model, Base):
         return model
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("a model in memory comes without a tokenizer: pass processing_class=")
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError("this model has adapters already: pass the base as it was loaded, one object a LoraGAN")
         lm, name = model, model.config._name_or_path
         path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
     else:
         name = os.fspath(model)
+        if not name:
+            raise ValueError("the base has no name: give a hub id, a local folder, or 'tiny'")
         if name == "tiny":
             from . import tiny
 
@@ -191,9 +195,8 @@ class Players:
 
     def parameters(self, player: Literal["generator", "discriminator"]) -> list[nn.Parameter]:
         """What this player trains, in a fixed order: its adapter, and for the discriminator its heads, last."""
-        adapter = [
-            p for name, p in self.peft.named_parameters() if f".{player}." in name or name.endswith(f".{player}")
-        ]
+        mine = re.compile(rf"\.lora_\w+\.{player}(\.|$)")
+        adapter = [parameter for name, parameter in self.peft.named_parameters() if mine.search(name)]
         return adapter + ([self.heads_MH] if player == "discriminator" else [])
 
     # --- switching
@@ -201,6 +204,8 @@ class Players:
     @contextmanager
     def playing(self, player: Player) -> Iterator[None]:
         """Forwards inside the block run as this player; the one before comes back at its end, on exceptions too."""
+        if player not in get_args(Player):
+            raise ValueError(f"player={player!r} is not accepted: it must be one of {', '.join(get_args(Player))}")
         before = self._playing
         self._require_closed(f"{before} → {player}")
         self._switch(player)
@@ -210,8 +215,10 @@ class Players:
             self._open.clear()  # the graph is lost anyway; the cause must not be covered by a second error
             self._switch(before)
             raise
-        self._require_closed(f"{player} → {before}")
-        self._switch(before)
+        try:
+            self._require_closed(f"{player} → {before}")
+        finally:
+            self._switch(before)
 
     def _switch(self, player: Player) -> None:
         # PEFT's public set_adapter would also rewrite requires_grad, which is the trap described above.

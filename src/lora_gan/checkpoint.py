@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import TaskType, get_peft_model_state_dict
+from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -189,6 +189,7 @@ def _recorded_base(recorded: dict[str, str], config: Config) -> Any:
 
 def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
     """Read and check a generator's folder; the function returned puts it in place."""
+    _require_same_scaling(folder, gan.players.peft.peft_config["generator"])
     weights = _read_weights(folder, adapter_state(gan.players, "generator"))
     optimizer = _read_optimizer(folder, gan.generator.optimizer)
 
@@ -202,6 +203,7 @@ def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
 def _read_discriminator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
     """The same for a discriminator's; one without state.pt gives all heads the one that scores, and no replay."""
     heads_MH = gan.players.heads_MH
+    _require_same_scaling(folder, gan.players.peft.peft_config["discriminator"])
     weights = _read_weights(folder, {**adapter_state(gan.players, "discriminator"), SCORE: heads_MH[:1]})
     score_1H = weights.pop(SCORE)
     state = _read_tensors(folder / "state.pt") if (folder / "state.pt").is_file() else None
@@ -227,6 +229,8 @@ def _read_optimizer(folder: Path, optimizer: PlayerOptimizer) -> Any:
     if not (folder / "optimizer.pt").is_file():
         return None
     state = _read_tensors(folder / "optimizer.pt")
+    if isinstance(state, dict) and "param_groups" in state:
+        return None  # another trainer's: its moments belong to its own parameters
     try:
         count = len(state["optimizer"]["param_groups"][0]["params"])
         fits = count == len(optimizer.parameters) and all(
@@ -247,6 +251,19 @@ def _read_tensors(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} could not be read as tensors and plain numbers: {error}") from error
+
+
+def _require_same_scaling(folder: Path, ours: Any) -> None:
+    """The settings that tensors do not show: an adapter under another alpha is another adapter."""
+    try:
+        theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} has no readable adapter_config.json: it is not an adapter ({error})") from error
+    stock = LoraConfig()
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        saved, here = theirs.get(name, getattr(stock, name)), getattr(ours, name)
+        if saved != here:
+            raise ValueError(f"{folder} does not fit: it was saved with {name}={saved!r}, this adapter has {here!r}")
 
 
 def _read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

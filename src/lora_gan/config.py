@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 RewardSignal = Literal["true", "predicted", "corrected"]
 GradientPath = Literal["policy_gradient", "straight_through"]
 WeightsFormat = Literal["bin", "safetensors"]
+SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Config:
     num_generations: int = 8  # responses sampled for one prompt: the group
     max_completion_length: int = 64  # tokens, the end-of-text token included
     temperature: float = 1.0  # of sampling, and of the policy that learns
-    top_p: float = 1.0  # share of probability kept when sampling, in (0, 1]
+    top_p: float = 1.0  # share of probability kept when sampling, in (0, 1]; below 1 the policy gradient is biased
 
     # --- the generator
     learning_rate: float = 2e-4  # AdamW; LoRA wants about ten times that of full fine-tuning
-    lr_scheduler_type: str = "constant"  # a name transformers.get_scheduler knows
+    lr_scheduler_type: SchedulerName = "constant"  # as in transformers; linear, cosine, polynomial need max_steps
     warmup_steps: int = 0  # steps over which both learning rates rise from nought
     max_grad_norm: float = 1.0  # each player's gradients are clipped to this norm
     lora_r: int = 16  # rank
@@ -86,10 +87,12 @@ class Config:
             ("reward_signal", get_args(RewardSignal)),
             ("gradient_path", get_args(GradientPath)),
             ("weights_format", get_args(WeightsFormat)),
+            ("lr_scheduler_type", get_args(SchedulerName)),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
         ):
             self._require(name, getattr(self, name) in accepted, "one of " + ", ".join(accepted))
-        self._require("adversarial", self.adversarial in (True, False, None), "True, False or None")
+        if self.lr_scheduler_type in ("linear", "cosine", "polynomial") and self.max_steps is None:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
         for name in ("target_modules", "disc_target_modules"):  # YAML and JSON give lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -109,6 +112,8 @@ class Config:
 
     def signal(self, adversarial: bool | None) -> RewardSignal:
         """What the advantage is made of; raises where the settings contradict each other."""
+        if adversarial not in (True, False, None):
+            raise ValueError(f"adversarial={adversarial!r} is not accepted: it must be True, False or None")
         if adversarial is True and self.reward_signal == "true":
             raise ValueError(
                 "adversarial=True learns from the predicted reward, reward_signal='true' from the true one: drop one"
@@ -138,8 +143,8 @@ class Config:
         for name in values:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(f"there is no setting {name!r}{hint} The settings: {', '.join(known)}")
+                hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+                raise ValueError(f"there is no setting {name!r}{hint}. The settings: {', '.join(known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,12 +32,17 @@ def read_rows(dataset: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> 
         dataset = [_parse(line, number, dataset) for number, line in enumerate(lines, 1) if line.strip()]
     rows = []
     for number, values in enumerate(dataset, 1):
+        if not isinstance(values, Mapping):
+            raise ValueError(f"row {number} is not a mapping with 'prompt' (and 'target'), but {values!r:.60}")
         rest = dict(values)
         prompt = rest.pop("prompt", None)
         if not isinstance(prompt, str):
             raise ValueError(f"row {number} has no text under 'prompt'; its columns are {', '.join(map(str, values))}")
         names = [name for name in TARGET_NAMES if name in rest]
-        rows.append(Row(prompt, rest.pop(names[0]) if names else None, rest))
+        target = rest.pop(names[0]) if names else None
+        if not (target is None or isinstance(target, str)):
+            raise ValueError(f"row {number}: {names[0]} must be a text, or absent, not {target!r:.60}")
+        rows.append(Row(prompt, target, rest))
     if not rows:
         raise ValueError("the dataset has no rows: give at least one mapping with 'prompt' (and 'target')")
     return rows
@@ -70,15 +75,17 @@ def rows_of(prompt: str | list[str], target: str | list[str | None] | None, colu
         if not (target is None or isinstance(target, str)):
             raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
         return [Row(prompt, target, dict(columns))]
-    prompts = list(prompt)
+    prompts = list(prompt) if isinstance(prompt, (list, tuple)) else []
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError("prompt must be a text, or a list of at least one text")
     targets = [None] * len(prompts) if target is None else target
     for name, values in {"target_text": targets, **columns}.items():
-        if isinstance(values, str) or len(values) != len(prompts):
+        if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts need a list of {len(prompts)} values under {name}, got {values!r}"
             )
+    if not all(target is None or isinstance(target, str) for target in targets):
+        raise ValueError(f"target_text must be texts or None, got {targets!r:.80}")
     return [
         Row(text, targets[i], {name: values[i] for name, values in columns.items()}) for i, text in enumerate(prompts)
     ]

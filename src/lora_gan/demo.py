@@ -12,11 +12,8 @@ in about one of five samples. It is never shown a target: targets are seen by th
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +44,7 @@ BY_OPPONENT: dict[Opponent, dict[str, Any]] = {
     "off": dict(adversarial=False, query_rate=1.0),
     "only": dict(adversarial=True),
 }
-HELLO = {"prompt": "Translate English to French: Hello world", "target": "Bonjour le monde"}
+HELLO = "Translate English to French: Hello world"  # a held-out prompt like the others
 
 
 class ConstantDiscriminator(Discriminator):
@@ -73,55 +70,6 @@ class Judged:
     name: str
     sampled: dict[str, Any]  # evaluation at temperature 1, or the one in the name
     greedy: dict[str, Any] | None
-    hello: str | None = None
-
-
-@dataclass
-class Display:
-    """Progress while training: one live line on a terminal (rich), a plain line every 10 seconds elsewhere."""
-
-    steps: int
-    began: float = field(default_factory=time.monotonic)
-    said: float = 0.0
-    show: Callable[[str, int], None] | None = None
-
-    def __enter__(self) -> Display:
-        self.context: AbstractContextManager[Any] = nullcontext()
-        if sys.stdout.isatty():
-            try:
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-            except ImportError:
-                pass
-            else:
-                bar = Progress(
-                    TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
-                    TextColumn("left"), TimeRemainingColumn(compact=True),
-                )  # fmt: skip
-                task = bar.add_task("", total=self.steps)
-                self.context = bar
-                self.show = lambda text, step: bar.update(task, description=text, completed=step)
-        self.context.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.context.__exit__(*exception)
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        step = record["step"]
-        text = "  ".join(
-            f"{name} {'–' if record.get(key) is None else format(record[key], '.3f')}"
-            for name, key in (
-                ("true", "reward_mean"), ("predicted", "pred_reward_mean"), ("rank corr. all", "rank_correlation"),
-                ("in group", "rank_correlation_within"), ("KL", "kl"),
-            )
-        )  # fmt: skip
-        now = time.monotonic()
-        if self.show is not None:
-            self.show(text, step)
-        elif now - self.said > 10 or step == self.steps:
-            self.said = now
-            left = (now - self.began) / step * (self.steps - step)
-            print(f"step {step}/{self.steps}  {text}  about {left:.0f} s left", flush=True)
 
 
 def run(
@@ -130,10 +78,12 @@ def run(
     seed: int = 0,
     steps: int = 160,
     heldout: int = 320,
-    output_dir: str = "runs/demo",
+    output_dir: str | None = None,
 ) -> dict[str, Any]:
     """Tune, judge before and after, print the table; returns what result.json in the output folder holds."""
     began = time.monotonic()
+    folder = Path(output_dir or f"runs/demo-{opponent}")
+    folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     train = tiny.pairs("train", 4096, seed=seed)
     test = tiny.pairs("heldout", heldout, seed=0)
     gan = LoraGAN(
@@ -141,7 +91,7 @@ def run(
         seed=seed,
         max_steps=steps,
         save_steps=steps,
-        output_dir=output_dir,
+        output_dir=str(folder),
         **{**RECIPE, **BY_OPPONENT[opponent]},
     )
     if opponent == "constant":
@@ -160,15 +110,14 @@ def run(
         Judged("base, temperature 0.5", gan.evaluate(test, temperature=0.5), None),
     ]
     training = time.monotonic()
-    with Display(steps) as display:
-        gan.fit(train, steps=steps, train_disc=opponent != "off", progress=False, on_step=display)
+    gan.fit(train, steps=steps, train_disc=opponent != "off")
     training = time.monotonic() - training
     print("judging what was learned …", flush=True)
     models.append(Judged("after", gan.evaluate(test, temperature=1.0), gan.evaluate(test, temperature=0)))
-    hello = gan.generate(HELLO["prompt"], temperature=0)[0]
+    hello = gan.generate(HELLO, temperature=0)[0]
 
     print("\n" + table(models))
-    print(f"\n“{HELLO['prompt']}” → “{hello}”\n")
+    print(f"\n“{HELLO}” → “{hello}”\n")
     print(side_by_side(models[0], models[-1]))
     result: dict[str, Any] = {
         "discriminator": opponent, "seed": seed, "steps": steps, "reward_calls": gan.reward_calls, "hello": hello,
@@ -178,7 +127,6 @@ def run(
             for m in models
         ],
     }  # fmt: skip
-    folder = Path(output_dir)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
     print(

@@ -55,7 +55,6 @@ class Replay:
         """Flat tensors and plain numbers only, so that it loads without executing anything."""
         responses = [response for group in self.groups for response in group.responses]
         return {
-            "capacity": self.groups.maxlen,
             "prompt_tokens": torch.tensor([i for group in self.groups for i in group.prompt], dtype=torch.int64),
             "prompt_lengths": torch.tensor([len(group.prompt) for group in self.groups], dtype=torch.int64),
             "group_sizes": torch.tensor([len(group.responses) for group in self.groups], dtype=torch.int64),
@@ -74,7 +73,7 @@ class Replay:
         for i, size in enumerate(sizes):
             groups.append(Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i]))
             first += size
-        self.groups = deque(groups, maxlen=state["capacity"])
+        self.groups = deque(groups, maxlen=self.groups.maxlen)
 
 
 def answered_groups(experience: Experience, config: Config) -> list[Group]:
@@ -89,7 +88,7 @@ def answered_groups(experience: Experience, config: Config) -> list[Group]:
         draws = randomness.uniforms(
             config.disc_heads, config.seed, experience.step, "heads", randomness.fingerprint(prompt)
         )
-        heads = (draws < 0.75).tolist()
+        heads = (draws < 0.75).tolist()  # each head learns from three groups in four: apart enough to disagree
         if not any(heads):
             heads[int(draws.argmin())] = True
         responses = [ids_BT[i][: lengths_B[i]] for i in members]
@@ -177,7 +176,9 @@ class Discriminator:
             features_BH = self.players.features(ids, mask).double()
         target_B = true_B.double() / self.players.reward_unit
         gram_BB = features_BH @ features_BH.T
-        ridge = 0.1 * gram_BB.diagonal().mean()
+        ridge = (
+            0.1 * gram_BB.diagonal().mean()
+        )  # a tenth of a feature vector's size: a few dozen rows, hundreds of weights
         heads = []
         for seen_B in seen_MB.bool():
             kept_B = seen_B if seen_B.any() else torch.ones_like(seen_B)
@@ -214,7 +215,7 @@ class Discriminator:
             device,
             [group.prompt for group in groups for _ in group.responses],
             [response for group in groups for response in group.responses],
-            texts=[""] * sum(sizes),  # nobody reads them here
+            texts=[""] * sum(sizes),  # tokens are read here, not texts
         )
         repeats = torch.tensor(sizes, device=device)
         group_B = torch.arange(len(groups), device=device).repeat_interleave(repeats)

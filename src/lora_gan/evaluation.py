@@ -11,6 +11,7 @@ from . import randomness
 from .adapters import Player
 from .data import Row
 from .rewards import text
+from .rollout import chunks
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -33,7 +34,7 @@ def evaluate(
         player: "reference" evaluates the untouched base.
         best_of: responses sampled a row; the discriminator picks.
         seed: of the sampling; the same one gives the same responses at the same step.
-        batch_size: rows in one batch; changes nothing but memory.
+        batch_size: rows in one batch; changes memory, and results only to rounding.
 
     Returns:
         metrics: name -> {"mean", "low", "high"}, a 95 % bootstrap interval over rows: true_reward, pred_reward, length
@@ -41,14 +42,11 @@ def evaluate(
         rows). distinct_2 (share of word pairs that differ, over all responses) as a plain number.
         samples: prompt, target, response, true_reward, pred_reward of every row.
     """
-    responses: list[str] = []
-    for first in range(0, len(rows), batch_size):
-        prompts = [row.prompt for row in rows[first : first + batch_size]]
-        responses += gan.generate(prompts, best_of, temperature=temperature, seed=seed, player=player)
+    prompts = [row.prompt for row in rows]
+    responses = gan.generate(prompts, best_of, temperature=temperature, seed=seed, player=player, batch_size=batch_size)
     predicted: list[float] = []
-    for first in range(0, len(rows), batch_size):
-        part = slice(first, first + batch_size)
-        predicted += gan.score([row.prompt for row in rows[part]], responses[part])
+    for part in chunks(len(rows), batch_size):
+        predicted += gan.score(prompts[part], responses[part])
     true, _ = gan.ask(rows, responses)
 
     columns: dict[str, list[float | None]] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, data, estimate, evaluation, rewards, rollout, tracking
@@ -55,6 +56,12 @@ class LoraGAN:
     ) -> None:
         if reward is not None and reward_funcs:
             raise ValueError("reward= and reward_funcs= both say what the true reward is: give one of them")
+        if reward_funcs is not None and not isinstance(reward_funcs, (list, tuple)):
+            raise ValueError("reward_funcs must be a list of functions of the form f(prompts, completions, **columns)")
+        if reward_weights is not None and len(reward_weights) != len(reward_funcs or []):
+            raise ValueError(
+                f"{len(reward_weights)} reward_weights for {len(reward_funcs or [])} reward_funcs: give one weight each"
+            )
         self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
         self.players = Players(load_base(model, processing_class, self.config), self.config)
         self.generator = Generator(self.players, self.config)
@@ -92,14 +99,25 @@ class LoraGAN:
         Returns:
             A dict that begins with prompt, response, true_reward, disc_loss, pred_reward, gen_loss: of the first
             sampled response; P prompts give lists of P; None for what did not run or was not asked. Then responses,
-            true_rewards and pred_rewards hold all K, and metrics follow. All of it is fresh: measured before this
-            step's updates.
+            true_rewards and pred_rewards hold all K, and metrics follow. Rewards and metrics are fresh: measured before
+            this step's updates.
 
         Raises:
             ValueError: a prompt that is empty or too long, a target that is missing where it is needed, settings that
                 contradict each other; `rewards.RewardError` for a reward function that does not answer as it should.
         """
         rows = data.rows_of(prompt, target_text, columns)
+        return self._step(rows, train_gen, train_disc, adversarial, single=isinstance(prompt, str))
+
+    def _step(
+        self,
+        rows: list[Row],
+        train_gen: bool,
+        train_disc: bool,
+        adversarial: bool | None = None,
+        *,
+        single: bool = False,
+    ) -> dict[str, Any]:
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         imitation_weight, reinforce = self._teaching(rows, train_gen)
 
@@ -118,7 +136,7 @@ class LoraGAN:
             disc,
             step=self.global_step,
             reward_calls=self.reward_calls,
-            single=isinstance(prompt, str),
+            single=single,
         )
 
     def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
@@ -129,12 +147,15 @@ class LoraGAN:
             missing = [row.prompt for row in rows if row.target is None]
             if missing:
                 raise ValueError(f"imitation needs target_text, and the prompt {missing[0][:60]!r} has none")
+        if train_gen and not weight and not self.config.reward_weight:
+            raise ValueError("reward_weight=0 and imitation_weight=0 leave the generator nothing to learn from")
         return weight, train_gen and not warming_up and self.config.reward_weight > 0
 
     def _play(self, rows: list[Row], *, asks: bool) -> Experience:
         """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate."""
+        self._require_targets(rows, asks)
         prompts = self._encode(row.prompt for row in rows)
-        sampled = self._sample(prompts, self.config.num_generations, purpose="sample", step=self.global_step)
+        sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         predicted_MB = self.discriminator.predict(sampled)
         asked_B = np.zeros(len(sampled), dtype=bool)
         if asks:
@@ -168,21 +189,34 @@ class LoraGAN:
 
         return spread(values), {name: spread(part) for name, part in parts.items()}
 
+    def _require_targets(self, rows: list[Row], asks: bool) -> None:
+        """The default reward compares with a target: a row without one is named before anything is sampled."""
+        missing = [row.prompt for row in rows if row.target is None]
+        if asks and missing and self._asks_cosine:
+            raise ValueError(
+                f"the default reward compares with a target, and the prompt {missing[0][:60]!r} has none: give "
+                "target_text, or another reward (reward=, reward_funcs=, or assign compute_reward)"
+            )
+
+    @property
+    def _asks_cosine(self) -> bool:
+        replaced = "compute_reward" in vars(self) or type(self).compute_reward is not LoraGAN.compute_reward
+        return not replaced and not self.reward_funcs
+
     def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], dict[str, list[float | None]]]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
         targets = [row.target for row in rows]
         if not responses:
             return [], {}
-        if self.reward_funcs:
+        if self._asks_cosine:
+            return list(self._cosine.batch(responses, targets)), {}
+        if self.reward_funcs and "compute_reward" not in vars(self):  # what was assigned last is meant
             columns = data.columns_of(rows)
             if any(target is not None for target in targets):
                 columns["target"] = targets
             prompts = [row.prompt for row in rows]
             return rewards.score_trl(self.reward_funcs, self.reward_weights, prompts, responses, columns)
-        replaced = "compute_reward" in vars(self) or type(self).compute_reward is not LoraGAN.compute_reward
-        if replaced:
-            return rewards.score_pairs(self.compute_reward, responses, targets), {}
-        return list(self._cosine.batch(responses, targets)), {}
+        return rewards.score_pairs(self.compute_reward, responses, targets), {}
 
     # --- many steps -------------------------------------------------------------------------------------------------
 
@@ -214,18 +248,14 @@ class LoraGAN:
             if self.config.max_steps is None:
                 raise ValueError("fit() needs steps=, or max_steps in the config")
             steps = max(0, self.config.max_steps - self.global_step)
+        if steps < 0:
+            raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
         records = []
         with tracking.Tracker(self.config, steps, first=self.global_step, progress=progress) as tracker:
             for _ in range(steps):
                 batch = data.take(rows, self.config.prompts_per_step, seed=self.config.seed, position=self.position)
-                self.position += len(batch)
-                record = self.step(
-                    [row.prompt for row in batch],
-                    [row.target for row in batch],
-                    train_gen,
-                    train_disc,
-                    **data.columns_of(batch),
-                )
+                record = self._step(batch, train_gen, train_disc)
+                self.position += len(batch)  # after the step: one that raised takes its rows again
                 records.append(record)
                 tracker.log(record)
                 if on_step is not None:
@@ -248,29 +278,34 @@ class LoraGAN:
         max_completion_length: int | None = None,
         seed: int | None = None,
         player: Player = "generator",
+        batch_size: int | None = None,
     ) -> list[str]:
-        """One response a prompt, always a list.
+        """One response a prompt, always a list; the same for the same seed and step, whatever the batch.
 
         Args:
             prompts: one prompt, or several.
             best_of: how many to sample; the discriminator picks the one it predicts the highest reward for.
             temperature, top_p, max_completion_length: the config's where not given; temperature 0 is greedy.
-            seed: another seed gives other responses; the same one the same, at the same step.
+            seed: another seed gives other responses; the config's where not given.
             player: "reference" answers with the untouched base.
+            batch_size: prompts answered at once; None = all.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if best_of < 1:
-            raise ValueError(f"best_of={best_of} is not accepted: it must be a whole number from 1")
+        if not isinstance(best_of, int) or best_of < 1:
+            raise ValueError(f"best_of={best_of!r} is not accepted: it must be a whole number from 1")
         if not prompts:
             return []
-        sampled = self._sample(
-            self._encode(prompts, max_completion_length), best_of, purpose="generate", step=self.global_step,
-            temperature=temperature, top_p=top_p, length=max_completion_length, seed=seed, player=player,
-        )  # fmt: skip
-        if best_of == 1:
-            return sampled.texts
-        predicted_PK = self.discriminator.predict(sampled).mean(0).reshape(len(prompts), best_of)
-        return [sampled.texts[j * best_of + int(i)] for j, i in enumerate(predicted_PK.argmax(-1))]
+        encoded = self._encode(prompts, max_completion_length)
+        uniforms = self._uniforms(encoded, best_of, "generate", length=max_completion_length, seed=seed)
+        chosen: list[str] = []
+        for part in rollout.chunks(len(prompts), batch_size):
+            rows = slice(part.start * best_of, part.stop * best_of)
+            sampled = self._sample(encoded[part], uniforms[rows], temperature=temperature, top_p=top_p, player=player)
+            best = np.zeros(len(encoded[part]), dtype=int)
+            if best_of > 1:
+                best = self.discriminator.predict(sampled).mean(0).reshape(-1, best_of).argmax(-1)
+            chosen += [sampled.texts[j * best_of + int(i)] for j, i in enumerate(best)]
+        return chosen
 
     def score(self, prompts: str | list[str], responses: str | list[str]) -> list[float]:
         """The discriminator's predicted reward of one response to each prompt, always a list.
@@ -285,10 +320,7 @@ class LoraGAN:
         if not prompts:
             return []
         base = self.players.base
-        encoded = [rollout.encode_response(base, response) for response in responses]
-        rows = rollout.assemble(
-            base, self.players.device, rollout.encode_prompts(base, prompts, max(map(len, encoded))), encoded, responses
-        )
+        rows = rollout.assemble(base, self.players.device, *rollout.encode_pairs(base, prompts, responses), responses)
         return self.discriminator.predict(rows).mean(0).tolist()
 
     def evaluate(self, dataset: Dataset, **options: Any) -> dict[str, Any]:
@@ -299,37 +331,41 @@ class LoraGAN:
         return evaluation.evaluate(self, data.read_rows(dataset), **options)
 
     def _encode(self, prompts: Iterable[str], length: int | None = None) -> list[list[int]]:
-        return rollout.encode_prompts(self.players.base, list(prompts), length or self.config.max_completion_length)
+        length = self.config.max_completion_length if length is None else length
+        if length < 1:
+            raise ValueError(f"max_completion_length={length} is not accepted: it must be a whole number from 1")
+        return rollout.encode_prompts(self.players.base, list(prompts), length)
 
-    def _sample(
-        self,
-        prompts: list[list[int]],
-        count: int,
-        *,
-        purpose: str,
-        step: int,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        length: int | None = None,
-        seed: int | None = None,
-        player: Player = "generator",
-    ) -> rollout.Rollout:
-        uniforms = rollout.keyed_uniforms(
+    def _uniforms(
+        self, prompts: list[list[int]], count: int, purpose: str, *, length: int | None = None, seed: int | None = None
+    ) -> Tensor:
+        """The numbers that `count` responses to each prompt are sampled with, at this step."""
+        return rollout.keyed_uniforms(
             prompts,
             count,
             length or self.config.max_completion_length,
             seed=self.config.seed if seed is None else seed,
-            step=step,
+            step=self.global_step,
             purpose=purpose,
         )
-        with self.players.playing(player):
-            return rollout.sample(
-                self.players,
-                prompts,
-                uniforms,
-                temperature=self.config.temperature if temperature is None else temperature,
-                top_p=self.config.top_p if top_p is None else top_p,
+
+    def _sample(
+        self,
+        prompts: list[list[int]],
+        uniforms_BT: Tensor,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        player: Player = "generator",
+    ) -> rollout.Rollout:
+        temperature = self.config.temperature if temperature is None else temperature
+        top_p = self.config.top_p if top_p is None else top_p
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature={temperature}, top_p={top_p} is not accepted: 0 or more (0 is greedy), a share above 0"
             )
+        with self.players.playing(player):
+            return rollout.sample(self.players, prompts, uniforms_BT, temperature=temperature, top_p=top_p)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -62,17 +62,24 @@ class Generator:
         advantage_B = torch.as_tensor(
             self.advantages(experience, signal), device=self.players.device, dtype=torch.float32
         )
+        table_VH = self._embedding_table() if self.config.gradient_path == "straight_through" else None
         policy_loss, kl = 0.0, 0.0
         for chunk in chunks(total, self.config.micro_batch_size):
-            policy_B, kl_B = self._losses(experience.rollout.rows(chunk), advantage_B[chunk], backward_scale=1 / total)
+            policy_B, kl_B = self._losses(
+                experience.rollout.rows(chunk), advantage_B[chunk], table_VH, backward_scale=1 / total
+            )
             policy_loss += float(policy_B.sum()) / total
             kl += float(kl_B.sum()) / total
         return policy_loss, kl
 
-    def _losses(self, rows: Rollout, advantage_B: Tensor, backward_scale: float) -> tuple[Tensor, Tensor]:
-        """One forward and backward over these rows; their policy losses and KLs, detached."""
-        through = self.config.gradient_path == "straight_through"
-        gradient_BTH = self._discriminator_gradient(rows) if through else None
+    def _losses(
+        self, rows: Rollout, advantage_B: Tensor, table_VH: Tensor | None, *, backward_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """One forward and backward over these rows; their policy losses and KLs, detached.
+
+        With a table of embeddings the discriminator's gradient comes straight through.
+        """
+        gradient_BTH = None if table_VH is None else self._discriminator_gradient(rows)
         with torch.no_grad(), self.players.playing("reference"):
             reference_BTV = self._policy_logits(rows) if self.config.beta else None
 
@@ -81,10 +88,8 @@ class Generator:
             logits_BTV = self._policy_logits(rows)
             logprobs_BT = objectives.token_logprobs(logits_BTV, rows.response_ids_BT)
             policy_B = objectives.policy_gradient(logprobs_BT, mask_BT, advantage_B)
-            if gradient_BTH is not None:
-                policy_B = policy_B + objectives.straight_through(
-                    logits_BTV, gradient_BTH, self._embedding_table(logits_BTV.shape[-1]), mask_BT
-                )
+            if table_VH is not None and gradient_BTH is not None:
+                policy_B = policy_B + objectives.straight_through(logits_BTV, gradient_BTH, table_VH, mask_BT)
             if reference_BTV is not None:
                 kl_B = objectives.kl_to_reference(logits_BTV, reference_BTV, mask_BT)
             else:
@@ -112,7 +117,9 @@ class Generator:
             (gradient_BLH,) = torch.autograd.grad(predicted_B.sum(), embeds_BLH)
         return gradient_BLH[:, rows.prompt_places :].float()
 
-    def _embedding_table(self, vocabulary: int) -> Tensor:
+    def _embedding_table(self) -> Tensor:
+        """The embedding of every token the base can write, [V, H]."""
+        vocabulary = self.players.lm.get_output_embeddings().weight.shape[0]
         return self.players.embed(torch.arange(vocabulary, device=self.players.device)).float()
 
     def _imitate(self, rows: list[Row], weight: float) -> float:

@@ -32,9 +32,9 @@ class PlayerOptimizer:
         if state is not None:
             self.adamw.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            self._use_learning_rate(self.first_learning_rate / self.schedule.base_lrs[0])
+            self._rescale_learning_rate(self.first_learning_rate / self.schedule.base_lrs[0])
 
-    def _use_learning_rate(self, ratio: float) -> None:
+    def _rescale_learning_rate(self, ratio: float) -> None:
         """A checkpoint brings its own learning rate along; one that was set anew since then wins."""
         if ratio != 1:
             for group in self.adamw.param_groups:
@@ -48,6 +48,9 @@ class PlayerOptimizer:
         """One update from the gradients that stand; returns their norm before clipping."""
         distributed.average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            self.zero_grad()
+            raise FloatingPointError("a gradient is not finite: nothing was updated; try a smaller learning rate")
         self.adamw.step()
         self.schedule.step()
         self.zero_grad()
@@ -55,7 +58,7 @@ class PlayerOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        return float(self.schedule.get_last_lr()[0])
+        return float(self.adamw.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
         schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))}

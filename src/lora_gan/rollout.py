@@ -67,18 +67,34 @@ class Rollout:
 def encode_prompts(base: Base, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
     """Token ids of each prompt, as the tokenizer begins a text; one that is empty or does not fit raises."""
     encoded = []
+    nothing = list(base.tokenizer("")["input_ids"])  # some tokenizers open every text with a token
     for prompt in prompts:
-        ids = list(base.tokenizer(prompt)["input_ids"])
-        while ids and ids[-1] in base.eos_ids and len(ids) > 1:  # some tokenizers close every text
-            ids.pop()
-        if not ids:
+        ids = list(base.tokenizer(prompt, verbose=False)["input_ids"])
+        if ids == nothing:
             raise ValueError(f"the prompt {prompt!r} has no tokens: a response needs something to begin from")
+        while ids[-1] in base.eos_ids and len(ids) > 1:  # and some close it
+            ids.pop()
         if len(ids) + max_new_tokens > base.context:
             raise ValueError(
-                f"a prompt of {len(ids)} tokens and max_completion_length={max_new_tokens} do not fit into this base's "
-                f"{base.context} tokens: shorten the prompt that begins {prompt[:60]!r}, or set a smaller length"
+                f"a prompt of {len(ids)} tokens and a response of up to {max_new_tokens} do not fit into this base's "
+                f"{base.context} tokens: shorten the prompt that begins {prompt[:60]!r}, or set a smaller "
+                "max_completion_length"
             )
         encoded.append(ids)
+    return encoded
+
+
+def encode_pairs(base: Base, prompts: list[str], responses: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and of their responses, each response closed by the end-of-text token where it has room."""
+    encoded = encode_prompts(base, prompts, 0), [encode_response(base, response) for response in responses]
+    for prompt, response in zip(*encoded, strict=True):
+        room = base.context - len(prompt)
+        if len(response) > room + 1:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and a response of {len(response) - 1} do not fit into this base's "
+                f"{base.context} tokens"
+            )
+        del response[room:]  # sampling may have used all places, without an end
     return encoded
 
 
@@ -98,7 +114,7 @@ def assemble(
     responses: list[list[int]],
     texts: list[str] | None = None,
 ) -> Rollout:
-    """Rows from token ids: one response to one prompt each. The group is the prompt's first place in the list."""
+    """Rows from token ids: one response to one prompt each, every row a group of its own."""
     left, right = max(map(len, prompts)), max(1, max(map(len, responses)))
     ids = np.full((len(prompts), left + right), base.pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -106,11 +122,11 @@ def assemble(
         ids[row, left - len(prompt) : left] = prompt
         ids[row, left : left + len(response)] = response
         mask[row, left - len(prompt) : left + len(response)] = 1
-    first_seen: dict[tuple[int, ...], int] = {}
-    group = np.array([first_seen.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)])
     if texts is None:
         texts = [decode(base, response) for response in responses]
-    return Rollout(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), left, group, texts)
+    return Rollout(
+        torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), left, np.arange(len(prompts)), texts
+    )
 
 
 def keyed_uniforms(

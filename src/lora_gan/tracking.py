@@ -40,12 +40,15 @@ def step_record(
     def shaped(values: list[Any]) -> Any:
         return values[0] if single else values
 
+    def first(groups: list[Any]) -> Any:
+        return shaped([None if group is None else group[0] for group in groups])
+
     record: dict[str, Any] = {
         "prompt": shaped([row.prompt for row in rows]),
-        "response": shaped([group[0] for group in responses]),
-        "true_reward": shaped([group[0] for group in true]),
+        "response": first(responses),
+        "true_reward": first(true),
         "disc_loss": disc.get("disc_loss"),
-        "pred_reward": shaped([group[0] for group in predicted]),
+        "pred_reward": first(predicted),
         "gen_loss": gen.get("gen_loss"),
         "responses": shaped(responses),
         "true_rewards": shaped(true),
@@ -72,10 +75,10 @@ def step_record(
     return record | {k: v for k, v in (gen | disc).items() if k not in record}
 
 
-def _by_group(experience: Experience | None, prompts: int) -> tuple[list[list[Any]], ...]:
+def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], ...]:
     """Responses, true and predicted rewards, each P lists of K; None for what there is not."""
     if experience is None:
-        return tuple([[None]] * prompts for _ in range(3))
+        return tuple([None] * prompts for _ in range(3))
     per_prompt = len(experience.rollout) // prompts
     columns = (
         experience.rollout.texts,
@@ -103,7 +106,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.file = (folder / "metrics.jsonl").open("a" if self.first else "w", encoding="utf-8")
         if self.progress and sys.stderr.isatty():
             self.bar = tqdm(total=self.first + self.steps, initial=self.first, unit="step", dynamic_ncols=True)
         return self
