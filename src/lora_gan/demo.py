@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from . import tiny
 from .discriminator import Discriminator
@@ -81,8 +82,16 @@ def run(
     output_dir: str | None = None,
 ) -> dict[str, Any]:
     """Tune, judge before and after, print the table; returns what result.json in the output folder holds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny's matrices are too small to share: more threads wait for each other
+    try:
+        return _run(opponent, seed, steps, heldout, Path(output_dir or f"runs/demo-{opponent}"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(opponent: Opponent, seed: int, steps: int, heldout: int, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
-    folder = Path(output_dir or f"runs/demo-{opponent}")
     folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     train = tiny.pairs("train", 4096, seed=seed)
     test = tiny.pairs("heldout", heldout, seed=0)
