@@ -27,7 +27,7 @@ class Config:
     weights_format: WeightsFormat = "bin"  # adapter_model.bin or adapter_model.safetensors
     dtype: str = "auto"  # of the frozen base: auto = bfloat16 on a GPU that has it, else float32
     device: str = "auto"  # auto = the GPU where there is one, else the CPU
-    micro_batch_size: int | None = None  # responses in one forward and backward; None = all at once
+    micro_batch_size: int | None = None  # responses in one forward and backward of an update; None = all
 
     # --- sampling
     prompts_per_step: int = 4  # prompts fit() takes a step

@@ -1,7 +1,8 @@
 """Several processes: each steps on its own prompts, and the players' gradients are averaged by hand.
 
 Never DistributedDataParallel: around a model with two adapters that train in turn it raises, or silently never
-synchronises the second. Randomness is keyed by content, so nothing else needs to be shared.
+synchronises the second. Randomness is keyed by content, so nothing else needs to be shared. This covers `step()`;
+`fit()` takes rows and writes files as one process does.
 """
 
 from __future__ import annotations
