@@ -150,7 +150,10 @@ def table(out: Path, rows: list[dict[str, str]]) -> str:
     lines.append("")
     for i in range(4):
         lines += [f"- prompt: `{rows[i]['prompt'].strip()}`", f"  - reference: {rows[i]['target']}"]
-        lines += [f"  - {model}: {results[0][model]['texts'][i]}" for model in ("base", "warm-up", "adversarial")]
+        lines += [
+            f"  - {model}: {' '.join(results[0][model]['texts'][i].split())}"
+            for model in ("base", "warm-up", "adversarial")
+        ]
     return "\n".join(lines)
 
 
