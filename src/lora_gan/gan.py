@@ -118,6 +118,7 @@ class LoraGAN:
         *,
         single: bool = False,
     ) -> dict[str, Any]:
+        """The step on rows, as step() and fit() both take it: play, then one update of each player that learns."""
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         imitation_weight, reinforce = self._teaching(rows, train_gen)
 
