@@ -144,17 +144,17 @@ class LoraGAN:
         """Weight of imitation, and whether the reward teaches the generator in this step."""
         warming_up = self.global_step < self.config.imitation_warmup_steps
         weight = self.config.imitation_weight or float(warming_up)
-        if train_gen and weight:  # said before any true reward is paid for
-            missing = [row.prompt for row in rows if row.target is None]
-            if missing:
-                raise ValueError(f"imitation needs target_text, and the prompt {missing[0][:60]!r} has none")
+        if train_gen and weight:
+            _require_targets(rows, "imitation needs target_text")
         if train_gen and not weight and not self.config.reward_weight:
             raise ValueError("reward_weight=0 and imitation_weight=0 leave the generator nothing to learn from")
         return weight, train_gen and not warming_up and self.config.reward_weight > 0
 
     def _play(self, rows: list[Row], *, asks: bool) -> Experience:
         """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate."""
-        self._require_targets(rows, asks)
+        if asks and self._asks_cosine:
+            remedy = ": give target_text, or another reward (reward=, reward_funcs=, or assign compute_reward)"
+            _require_targets(rows, "the default reward compares with a target", remedy)
         prompts = self._encode(row.prompt for row in rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         predicted_MB = self.discriminator.predict(sampled)
@@ -189,15 +189,6 @@ class LoraGAN:
             return whole_B
 
         return spread(values), {name: spread(part) for name, part in parts.items()}
-
-    def _require_targets(self, rows: list[Row], asks: bool) -> None:
-        """The default reward compares with a target: a row without one is named before anything is sampled."""
-        missing = [row.prompt for row in rows if row.target is None]
-        if asks and missing and self._asks_cosine:
-            raise ValueError(
-                f"the default reward compares with a target, and the prompt {missing[0][:60]!r} has none: give "
-                "target_text, or another reward (reward=, reward_funcs=, or assign compute_reward)"
-            )
 
     @property
     def _asks_cosine(self) -> bool:
@@ -399,3 +390,10 @@ class LoraGAN:
         """Swap the discriminator for a saved one (a step's folder or its discriminator/), with its optimizer and
         replay where they are there; the generator and its optimizer stay bitwise as they were."""
         checkpoint.load_discriminator(self, Path(path))
+
+
+def _require_targets(rows: list[Row], need: str, remedy: str = "") -> None:
+    """Name a row without a target where one is needed, before anything is sampled or any true reward paid for."""
+    for row in rows:
+        if row.target is None:
+            raise ValueError(f"{need}, and the prompt {row.prompt[:60]!r} has none{remedy}")
