@@ -70,6 +70,7 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None,
     config: Config,
     *,
+    quantization_config: Any = None,
     local_files_only: bool = False,
 ) -> Base:
     """Open the base by hub id, folder, "tiny", or take a model in memory (then its tokenizer is needed too)."""
@@ -160,7 +161,14 @@ class Players:
     Outside, because "all-linear" would adapt a head inside, and `modules_to_save` would give the generator one too.
     """
 
-    def __init__(self, base: Base, config: Config) -> None:
+    def __init__(
+        self,
+        base: Base,
+        config: Config,
+        *,
+        peft_config: LoraConfig | None = None,
+        disc_peft_config: LoraConfig | None = None,
+    ) -> None:
         self.base = base
         transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
         lora = {

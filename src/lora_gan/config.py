@@ -1,5 +1,7 @@
 """Every setting, with its unit. Names are TRL's and transformers' where those have one; the discriminator's own start
 with `disc_`. All validation of settings is here; `Config` is frozen, `dataclasses.replace` makes a changed one.
+
+The text under a field is what editors show and what `lora-gan train --help` prints.
 """
 
 from __future__ import annotations
@@ -12,72 +14,154 @@ from typing import Any, Literal, get_args
 RewardSignal = Literal["true", "predicted", "corrected"]
 GradientPath = Literal["policy_gradient", "straight_through"]
 WeightsFormat = Literal["bin", "safetensors"]
+Aggregation = Literal["sum", "normalize_then_sum"]  # the latter is TRL's name
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 
 
 @dataclass(frozen=True)
 class Config:
+    """The settings of a run."""
+
     # --- the run
-    seed: int = 0  # every random draw is a function of (seed, step, purpose, index)
-    output_dir: str = "checkpoints"  # folder of step-N/ folders and of metrics.jsonl
-    max_steps: int | None = None  # steps that `lr_scheduler_type` counts on; fit(steps=) says how many are run
-    save_steps: int | None = None  # steps between checkpoints in fit(); None saves at the end only
-    save_total_limit: int | None = None  # checkpoints kept, the newest ones; None keeps all
-    logging_steps: int = 1  # steps between lines of metrics.jsonl
-    weights_format: WeightsFormat = "bin"  # adapter_model.bin or adapter_model.safetensors
-    dtype: str = "auto"  # of the frozen base: auto = bfloat16 on a GPU that has it, else float32
-    device: str = "auto"  # auto = the GPU where there is one, else the CPU
-    micro_batch_size: int | None = None  # responses in one forward and backward of an update; None = all
+    seed: int = 0
+    """Every random draw is a function of (seed, step, purpose, index)."""
+    output_dir: str = "checkpoints"
+    """Folder for the step-N/ folders, metrics.jsonl and completions.jsonl."""
+    max_steps: int | None = None
+    """Steps of the whole run, counted from the first one; None: as `num_train_epochs` says."""
+    num_train_epochs: float = 3.0
+    """Passes over the data, where max_steps is None."""
+    save_steps: int | None = 100
+    """Steps between checkpoints in fit(); None saves at the end only."""
+    save_total_limit: int | None = None
+    """Checkpoints kept, the newest ones; None keeps all."""
+    weights_format: WeightsFormat = "bin"
+    """Writes adapter_model.bin or adapter_model.safetensors; stock PEFT reads both."""
+
+    # --- what is logged, and where
+    logging_steps: int = 1
+    """Steps between lines of metrics.jsonl and of the trackers."""
+    eval_steps: int | None = None
+    """Steps between evaluations on fit()'s eval_dataset; None evaluates at the end only."""
+    log_completions: bool = True
+    """Whether sampled responses are shown, and written to completions.jsonl, with true and predicted reward."""
+    completions_steps: int = 25
+    """Steps between samples, where log_completions is on."""
+    num_completions_to_print: int = 2
+    """Responses shown each time; completions.jsonl has all of the step's."""
+    report_to: str | tuple[str, ...] = "none"
+    """Trackers beside metrics.jsonl: "tensorboard", "wandb", "trackio", several, "all" installed ones, or "none"."""
+    run_name: str | None = None
+    """The run's name in trackers; None: the name of output_dir."""
+    project: str = "lora-gan"
+    """The project's name in trackers that have projects."""
+
+    # --- the base
+    dtype: str = "auto"
+    """Of the frozen base: bfloat16, float16, float32; auto: bfloat16 on a GPU that has it, else float32."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", "mps"; auto: the GPU where there is one, else the CPU."""
+    micro_batch_size: int | None = None
+    """Responses in one forward and backward of an update: less memory, the same update; None: all."""
+    model_init_kwargs: dict[str, Any] | None = None
+    """Passed on to from_pretrained: revision, attn_implementation, ..."""
+    trust_remote_code: bool = False
+    """Whether a base may bring Python code of its own, which then runs on this machine."""
+
+    # --- the data
+    prompt_column: str = "prompt"
+    """The column that holds the prompt: a text, or chat messages."""
+    target_column: str | None = None
+    """The column that holds the target text; None: target, target_text or completion, whichever is there."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Passed on to the chat template of conversational prompts, such as {"enable_thinking": false}."""
 
     # --- sampling
-    prompts_per_step: int = 4  # prompts fit() takes a step
-    num_generations: int = 8  # responses sampled for one prompt: the group
-    max_completion_length: int = 64  # tokens, the end-of-text token included
-    temperature: float = 1.0  # of sampling, and of the policy that learns
-    top_p: float = 1.0  # share of probability kept when sampling, in (0, 1]; below 1 the policy gradient is biased
+    prompts_per_step: int = 4
+    """Prompts that fit() takes a step."""
+    num_generations: int = 8
+    """Responses sampled for each prompt: the group."""
+    max_completion_length: int = 64
+    """Most tokens of a response, the end-of-text token included."""
+    temperature: float = 1.0
+    """Of sampling, and of the policy that learns."""
+    top_p: float = 1.0
+    """Share of probability kept when sampling, in (0, 1]; below 1 the policy gradient is biased."""
 
     # --- the generator
-    learning_rate: float = 2e-4  # AdamW; LoRA wants about ten times that of full fine-tuning
-    lr_scheduler_type: SchedulerName = "constant"  # as in transformers; linear, cosine, polynomial need max_steps
-    warmup_steps: int = 0  # steps over which both learning rates rise from nought
-    max_grad_norm: float = 1.0  # each player's gradients are clipped to this norm
-    lora_r: int = 16  # rank
-    lora_alpha: int = 32  # the adapter is scaled by alpha / r
-    target_modules: str | tuple[str, ...] = "all-linear"  # layers that get an adapter, as in peft.LoraConfig
-    beta: float = 0.03  # weight of the KL to the reference, reward units a nat, summed over the response
-    reward_weight: float = 1.0  # weight of the policy gradient; 0 leaves imitation alone
-    imitation_weight: float = 0.0  # weight of the cross-entropy on target_text, reward units a nat a token
-    imitation_warmup_steps: int = 0  # first steps in which the generator learns by imitation alone
+    learning_rate: float = 2e-4
+    """Of AdamW, a step; LoRA wants about ten times that of full fine-tuning."""
+    lr_scheduler_type: SchedulerName = "constant"
+    """As in transformers, for both players; linear, cosine and polynomial need max_steps."""
+    warmup_steps: int = 0
+    """Steps over which both learning rates rise from nought."""
+    max_grad_norm: float = 1.0
+    """Norm to which each player's gradient is clipped."""
+    lora_r: int = 16
+    """Rank of the adapter; peft_config= says more than this."""
+    lora_alpha: int = 32
+    """The adapter is scaled by alpha / r."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter, as in peft.LoraConfig: "all-linear", a regular expression, or a list of names."""
+    beta: float = 0.03
+    """Weight of the KL to the reference, in reward units a nat; the KL is summed over a response."""
+    reward_weight: float = 1.0
+    """Weight of the policy gradient; 0 leaves imitation alone."""
+    imitation_weight: float = 0.0
+    """Weight of the cross-entropy on the target text (SFT), in reward units a nat a token."""
+    imitation_warmup_steps: int = 0
+    """First steps, in which the generator learns by imitation alone."""
 
     # --- where its reward comes from, and how it reaches the generator
-    adversarial: bool | None = None  # True: the predicted reward; False: the true one; None: reward_signal says
+    adversarial: bool | None = None
+    """True: the generator learns from the predicted reward; False: from the true one; None: reward_signal says."""
     reward_signal: RewardSignal = "corrected"
-    query_rate: float = 1.0  # share of responses for which the true reward is asked, in (0, 1]
+    """corrected: predicted + asked/query_rate · (true − predicted), unbiased; at query_rate 1 it is the true reward."""
+    query_rate: float = 1.0
+    """Share of the responses for which the true reward is asked, in (0, 1]."""
     gradient_path: GradientPath = "policy_gradient"
+    """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
+    multi_objective_aggregation: Aggregation = "sum"
+    """Several rewards: sum (weighted, as they are), or normalize_then_sum (each in units of its own spread first)."""
 
     # --- the discriminator
-    disc_learning_rate: float = 5e-4  # AdamW, adapter and heads
+    disc_learning_rate: float = 5e-4
+    """Of AdamW, an update, for its adapter and its heads."""
     disc_lora_r: int = 16
+    """Rank of its adapter; disc_peft_config= says more than this."""
     disc_lora_alpha: int = 32
+    """Its adapter is scaled by alpha / r."""
     disc_target_modules: str | tuple[str, ...] = "all-linear"
-    disc_heads: int = 4  # score heads; their mean is the prediction, their spread an uncertainty
-    disc_updates: int = 2  # optimizer updates a step
-    disc_replay_groups: int = 256  # groups kept for replay; a batch is half fresh, half replay; 0 keeps none
-    disc_mean_weight: float = 0.25  # weight of the group's mean in the regression, against 1 within the group
-    disc_rank_weight: float = 0.5  # weight of the within-group ranking loss, against 1 for the regression
+    """Layers that get its adapter, as target_modules."""
+    disc_heads: int = 4
+    """Score heads; their mean is the prediction, their spread an uncertainty."""
+    disc_updates: int = 2
+    """Optimizer updates a step."""
+    disc_replay_groups: int = 256
+    """Groups kept for replay; a batch is half fresh, half replay; 0 keeps none."""
+    disc_mean_weight: float = 0.25
+    """Weight of the group's mean in the regression, against 1 within the group."""
+    disc_rank_weight: float = 0.5
+    """Weight of the within-group ranking loss, against 1 for the regression."""
 
     def __post_init__(self) -> None:
         for name in (
-            "logging_steps", "prompts_per_step", "num_generations", "max_completion_length",
+            "logging_steps", "completions_steps", "prompts_per_step", "num_generations", "max_completion_length",
             "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates",
         ):  # fmt: skip
             self._require(name, self._is_whole(name, 1), "a whole number from 1")
-        for name in ("max_steps", "save_steps", "save_total_limit", "micro_batch_size"):
+        for name in ("max_steps", "save_steps", "eval_steps", "save_total_limit", "micro_batch_size"):
             ok = getattr(self, name) is None or self._is_whole(name, 1)
             self._require(name, ok, "None, or a whole number from 1")
-        for name in ("seed", "imitation_warmup_steps", "warmup_steps", "disc_replay_groups"):
+        for name in (
+            "seed",
+            "imitation_warmup_steps",
+            "warmup_steps",
+            "disc_replay_groups",
+            "num_completions_to_print",
+        ):
             self._require(name, self._is_whole(name, 0), "a whole number, 0 or more")
-        for name in ("learning_rate", "disc_learning_rate", "temperature", "max_grad_norm"):
+        for name in ("num_train_epochs", "learning_rate", "disc_learning_rate", "temperature", "max_grad_norm"):
             self._require(name, self._is_number(name) and getattr(self, name) > 0, "a number above 0")
         for name in ("beta", "reward_weight", "imitation_weight", "disc_mean_weight", "disc_rank_weight"):
             self._require(name, self._is_number(name) and getattr(self, name) >= 0, "a number, 0 or more")
@@ -87,13 +171,22 @@ class Config:
             ("reward_signal", get_args(RewardSignal)),
             ("gradient_path", get_args(GradientPath)),
             ("weights_format", get_args(WeightsFormat)),
+            ("multi_objective_aggregation", get_args(Aggregation)),
             ("lr_scheduler_type", get_args(SchedulerName)),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
         ):
             self._require(name, getattr(self, name) in accepted, "one of " + ", ".join(accepted))
         if self.lr_scheduler_type in ("linear", "cosine", "polynomial") and self.max_steps is None:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
-        for name in ("target_modules", "disc_target_modules"):  # YAML and JSON give lists
+        for name in ("model_init_kwargs", "chat_template_kwargs"):
+            self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
+        for name in ("log_completions", "trust_remote_code"):
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
+        for name in ("output_dir", "prompt_column", "project", "device"):
+            self._require(
+                name, isinstance(getattr(self, name), str) and getattr(self, name), "a text that is not empty"
+            )
+        for name in ("target_modules", "disc_target_modules", "report_to"):  # YAML and JSON give lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.signal(self.adversarial)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,6 +39,10 @@ class LoraGAN:
             list[float | None]; their weighted sum is the true reward.
         reward_weights: one weight a function of `reward_funcs`; default 1 each.
         processing_class: the tokenizer, where it is not the base's own.
+        peft_config: the generator's adapter as a peft.LoraConfig, where lora_r, lora_alpha and target_modules do not
+            say enough (rank patterns, rsLoRA, DoRA).
+        disc_peft_config: the same for the discriminator's.
+        quantization_config: how the base is quantized when it is loaded, as in transformers.
 
     Raises:
         ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other.
@@ -52,6 +57,9 @@ class LoraGAN:
         reward_funcs: list[BatchedRewardFunction] | None = None,
         reward_weights: list[float] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        disc_peft_config: LoraConfig | None = None,
+        quantization_config: Any = None,
         **settings: Any,
     ) -> None:
         if reward is not None and reward_funcs:
@@ -63,7 +71,8 @@ class LoraGAN:
                 f"{len(reward_weights)} reward_weights for {len(reward_funcs or [])} reward_funcs: give one weight each"
             )
         self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
-        self.players = Players(load_base(model, processing_class, self.config), self.config)
+        base = load_base(model, processing_class, self.config, quantization_config=quantization_config)
+        self.players = Players(base, self.config, peft_config=peft_config, disc_peft_config=disc_peft_config)
         self.generator = Generator(self.players, self.config)
         self.discriminator = Discriminator(self.players, self.config)
         self.global_step = 0  # steps taken; every random draw is keyed by it
