@@ -1,57 +1,113 @@
-"""The command line. Nothing heavy is imported before a command runs: `--help` answers at once."""
+"""The command line: what its commands accept, and how wrong input is answered. What they do stands in `commands`.
+
+Parsing is jsonargparse's work: options and their help are the parameters and docstrings of the functions in `commands`,
+and every setting of `Config` is an option of `train` under its own name. A YAML file given by --config says the same as
+`name: value`, and what stands on the command line after it wins. Nothing heavy is imported before a command runs:
+`--help` answers at once.
+"""
 
 from __future__ import annotations
 
-import argparse
+import difflib
+import re
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from . import __version__
+import docstring_parser
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from . import __version__, commands
+from .config import Config
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": commands.demo,
+    "train": commands.train,
+    "generate": commands.generate,
+    "score": commands.score,
+    "eval": commands.evaluate,
+    "export": commands.export,
+}
 
 
-def counted(text: str) -> int:
-    """A whole number from 1, as argparse reads it."""
-    value = int(text)  # a ValueError is argparse's own to explain
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not accepted: it must be a whole number from 1")
-    return value
+class Parser(ArgumentParser):
+    """A mistake is one line: what is wrong, what is accepted, where to read more; and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command = self.prog.replace(" [options]", "")
+        sys.stderr.write(f"lora-gan: {self._plain(message)} (see {command} --help)\n")
+        sys.exit(2)
+
+    def _plain(self, message: str) -> str:
+        """One line in this library's words, with the nearest option's name beside one that does not exist."""
+        message = re.sub(r"Parser key [\"'](?:\w+\.)?(\w+)[\"']:", r"--\1:", " ".join(message.split())).rstrip(".")
+        message = re.sub(r"<class '(\w+)'>", r"\1", message)
+        message = re.sub(r"(required: )(.*)", lambda m: m[1] + re.sub(r"(\w+\.)?(\w+)", r"--\2", m[2]), message)
+        wrong = re.search(r"[Oo]ption '(?:\w+\.)?([\w-]+)' is not accepted|unrecognized arguments: -*([\w-]+)", message)
+        if wrong:
+            name = next(filter(None, wrong.groups()))
+            known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+            nearest = difflib.get_close_matches(name, known, n=1)
+            message = f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
+        return message
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="lora-gan", description="Train a language model against any reward: two LoRA adapters on one frozen base."
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="tune the base that ships to translate by reward alone (a few minutes on two cores)",
-        description="Tune `tiny` to translate English to French by reward alone, and show what came of it.",
-    )
-    demo.add_argument(
-        "--discriminator", dest="opponent", choices=("learning", "off", "constant", "only"), default="learning",
-        help="learning: it learns online and corrects the half of the rewards that is asked for; off: plain RLOO on "
-        "the true reward of every response; constant: a constant in its place; only: its prediction is the only reward "
-        "(adversarial=True). Default: %(default)s",
-    )  # fmt: skip
-    demo.add_argument("--steps", type=counted, default=160, help="generator updates (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
-    demo.add_argument(
-        "--heldout", type=counted, default=320, help="held-out prompts to judge on (default: %(default)s)"
-    )
-    demo.add_argument("--output-dir", help="checkpoint, metrics, plot (default: runs/demo-DISCRIMINATOR)")
-    chosen = vars(parser.parse_args(arguments))
-    chosen.pop("command")
-    from . import demo as demo_module
-
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # --dry-run and --dry_run are one option, as in transformers' own command lines.
+    spelled = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in arguments]
+    chosen = _parser().parse_args(spelled)
+    values = chosen[chosen.command].as_dict()
+    values.pop("config", None)
     try:
-        demo_module.run(**chosen)
+        if chosen.command == "train":
+            settings = {name: values.pop(name) for name in Config.__dataclass_fields__}
+            values["config"] = Config.from_dict(settings)
+        COMMANDS[chosen.command](**values)
     except (ValueError, RuntimeError, ArithmeticError, ImportError, OSError) as error:
-        print(f"lora-gan: {error}", file=sys.stderr)
+        print(f"lora-gan: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("lora-gan: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"lora-gan: stopped{': ' if str(stop) else ''}{stop}", file=sys.stderr)
         return 130
     return 0
+
+
+def _parser() -> Parser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
+        prog="lora-gan",
+        description="Train a language model against any reward: two LoRA adapters on one frozen base.",
+        epilog="lora-gan COMMAND --help says what a command accepts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    for name, function in COMMANDS.items():
+        summary, _, more = (function.__doc__ or "").partition("\n")
+        one = Parser(
+            usage=f"lora-gan {name} [OPTION VALUE ...]",
+            description=summary + more.partition("Args:")[0].rstrip(),
+            allow_abbrev=False,
+        )
+        if name == "train":
+            one.add_argument(
+                "--config", action=ActionConfigFile, help="YAML file of options; what follows it on the line wins"
+            )
+        _add_options(one, function)
+        if name == "train":
+            one.add_class_arguments(Config)
+        commands.add_subcommand(name, one, help=summary.rstrip("."))
+    return parser
+
+
+def _add_options(parser: Parser, function: Callable[..., Any]) -> None:
+    """The function's parameters; the true-or-false ones as flags that take no value."""
+    flags = [name for name, hint in function.__annotations__.items() if hint in (bool, "bool")]
+    parser.add_function_arguments(function, as_group=False, skip={*flags, "config"})
+    described = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=described[flag])
 
 
 if __name__ == "__main__":

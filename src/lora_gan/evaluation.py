@@ -67,6 +67,20 @@ def evaluate(
     return {"metrics": metrics, "distinct_2": text.distinct_n(responses, 2), "samples": samples}
 
 
+def table(judged: dict[str, dict[str, Any]]) -> str:
+    """Evaluations side by side, as text: a line a metric, mean and interval in each evaluation's column."""
+    first = next(iter(judged.values()))["metrics"]
+    lines = [["", *judged]]
+    for name in first:
+        cells = [result["metrics"][name] for result in judged.values()]
+        lines.append([name, *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)])
+    lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
 def interval(values: list[float | None], draws: int = 2000) -> dict[str, float]:
     """Mean, and the 2.5 and 97.5 percentiles of its bootstrap distribution over rows (Efron 1979)."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)

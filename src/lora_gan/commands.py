@@ -1,0 +1,403 @@
+"""What the commands of `lora-gan` do. Their parameters and docstrings are the options and the help of the command line.
+
+Everything heavy is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from .config import Config
+
+if TYPE_CHECKING:
+    from .gan import LoraGAN
+
+SETTINGS_FILE = "train.yaml"  # the run's options, beside its checkpoints: what --config takes to go on
+
+
+def demo(
+    discriminator: Literal["learning", "off", "constant", "only"] = "learning",
+    steps: PositiveInt = 160,
+    seed: NonNegativeInt = 0,
+    heldout: PositiveInt = 320,
+    output_dir: str | None = None,
+) -> None:
+    """Tune the base that ships to translate by reward alone: a few minutes on two cores.
+
+    Args:
+        discriminator: learning: it learns online and corrects the half of the rewards that is asked for; off: plain
+            RLOO on the true reward of every response; constant: a constant in its place; only: its prediction is the
+            only reward (adversarial=True).
+        steps: Generator updates.
+        seed: Of everything that is drawn.
+        heldout: Held-out prompts to judge on.
+        output_dir: For checkpoint, metrics, plot; null: runs/demo-DISCRIMINATOR.
+    """
+    from . import demo as demo_module
+
+    demo_module.run(opponent=discriminator, steps=steps, seed=seed, heldout=heldout, output_dir=output_dir)
+
+
+def train(
+    model: str,
+    data: str,
+    config: Config,
+    split: str = "train",
+    streaming: bool = False,
+    eval_data: str | None = None,
+    reward: str | dict[str, Any] | list[str | dict[str, Any]] = "cosine",
+    peft_config: dict[str, Any] | None = None,
+    disc_peft_config: dict[str, Any] | None = None,
+    quantization_config: dict[str, Any] | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Train a generator and a discriminator on rows of prompts.
+
+    Args:
+        model: The base: a hub id, a local folder, or "tiny", the one that ships.
+        data: Rows with a prompt, and a target where the reward needs one: .jsonl, .csv, .tsv, .parquet, a folder saved
+            by `datasets`, or the name of a data set on the hub.
+        split: Of a data set that has several.
+        streaming: Read the data as it is needed, in its own order, instead of whole and shuffled.
+        eval_data: Held-out rows, judged every eval_steps and at the end.
+        reward: What a response is worth: a ready-made reward by name (cosine, exact_match, chrf, bleu, rouge, meteor,
+            length, repetition, perplexity, classifier, entailment, human, judge), your own as FILE.py:FUNCTION or
+            MODULE:FUNCTION, a mapping {name: ..., weight: ..., OPTION: ...}, or a list of these, which are summed.
+        peft_config: The generator's adapter, by fields of peft.LoraConfig, such as {use_rslora: true}.
+        disc_peft_config: The same for the discriminator's.
+        quantization_config: Fields of transformers.BitsAndBytesConfig, such as {load_in_4bit: true}.
+        resume: Go on from the newest complete checkpoint in output_dir.
+        dry_run: Train nothing: print what would be trained, its memory and its true-reward calls, and try the reward on
+            a few responses.
+    """
+    options = {**{name: value for name, value in locals().items() if name != "config"}, **config.to_dict()}
+    folder = Path(config.output_dir)
+    _require_room(folder, resume=resume, dry_run=dry_run)
+
+    from . import data as data_module
+    from . import preview
+    from .gan import LoraGAN
+    from .rewards import named
+
+    reward_funcs, reward_weights = named.from_specs(reward)
+    rows = data_module.read_rows(data, split=split, streaming=streaming, **_columns(config))
+    held_out = data_module.read_rows(eval_data, **_columns(config)) if eval_data else None
+    gan = LoraGAN(
+        model,
+        config,
+        reward_funcs=reward_funcs,
+        reward_weights=reward_weights,
+        peft_config=_lora("peft_config", peft_config),
+        disc_peft_config=_lora("disc_peft_config", disc_peft_config),
+        quantization_config=_quantization(quantization_config),
+    )
+    if resume:
+        gan.load_checkpoint()
+    print(preview.describe(gan, rows), flush=True)
+    if dry_run:
+        print(preview.try_reward(gan, rows), flush=True)
+        return
+    if gan.steps_left(rows) == 0:
+        raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
+    settings = _keep_options(folder, options)
+    try:
+        gan.fit(rows, eval_dataset=held_out)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}. Go on with: lora-gan train --config {settings} --resume") from None
+    print(
+        f"Done: step {gan.global_step}, {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
+        f"metrics.jsonl, completions.jsonl\n"
+        f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
+        f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
+        f"  lora-gan export --checkpoint {folder} --output_dir FOLDER"
+    )
+
+
+def generate(
+    checkpoint: str,
+    prompt: str | None = None,
+    data: str | None = None,
+    model: str | None = None,
+    best_of: PositiveInt = 1,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_completion_length: PositiveInt | None = None,
+    seed: NonNegativeInt | None = None,
+    batch_size: PositiveInt = 16,
+    prompt_column: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Write responses with a trained generator; the discriminator picks the best of several.
+
+    One prompt is answered as plain text. Those of a file are answered as JSON Lines: prompt, completion, pred_reward.
+
+    Args:
+        checkpoint: A run's folder (its newest complete step is taken), or one step's.
+        prompt: The prompt to answer.
+        data: Or a file of prompts: .jsonl, .csv, .parquet, or .txt with one a line.
+        model: The base, where it is not found where it was.
+        best_of: Responses sampled for each prompt; the discriminator keeps the one it predicts most reward for.
+        temperature: Of sampling; 0 is greedy; null: the run's.
+        top_p: Share of probability kept; null: the run's.
+        max_completion_length: Most tokens of a response; null: the run's.
+        seed: Another seed gives other responses; null: the run's.
+        batch_size: Prompts answered at once.
+        prompt_column: The column of data that holds the prompt; null: the run's.
+        output: A file for the JSON Lines; null: standard output.
+    """
+    if (prompt is None) == (data is None):
+        raise ValueError("give --prompt TEXT or --data FILE, one of the two")
+    gan = _open(checkpoint, model)
+    prompts = [prompt] if data is None else [row.prompt for row in _read(data, gan.config, prompt_column=prompt_column)]
+    responses = gan.generate(
+        prompts,
+        best_of,
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    if data is None and output is None:
+        print(responses[0])
+        return
+    predicted = _score(gan, prompts, responses, batch_size)
+    _write_lines(
+        output,
+        (
+            {"prompt": p, "completion": r, "pred_reward": value}
+            for p, r, value in zip(prompts, responses, predicted, strict=True)
+        ),
+    )
+
+
+def score(
+    checkpoint: str,
+    prompt: str | None = None,
+    response: str | None = None,
+    data: str | None = None,
+    model: str | None = None,
+    prompt_column: str | None = None,
+    response_column: str = "completion",
+    batch_size: PositiveInt = 16,
+    output: str | None = None,
+) -> None:
+    """Print the reward a trained discriminator predicts, without asking for the true one.
+
+    One pair is answered with a number. Pairs from a file are answered as JSON Lines: prompt, completion, pred_reward.
+
+    Args:
+        checkpoint: A run's folder (its newest complete step is taken), or one step's.
+        prompt: The prompt, and
+        response: the response to it.
+        data: Or a file of pairs, such as `lora-gan generate` writes: .jsonl, .csv, .parquet.
+        model: The base, where it is not found where it was.
+        prompt_column: The column of data that holds the prompt; null: the run's.
+        response_column: The column that holds the response.
+        batch_size: Pairs judged at once.
+        output: A file for the JSON Lines; null: standard output.
+    """
+    if (data is None) == (prompt is None or response is None) or (data is not None and (prompt or response)):
+        raise ValueError("give --prompt TEXT and --response TEXT, or --data FILE")
+    gan = _open(checkpoint, model)
+    if data is None:
+        print(gan.score(prompt or "", response or "")[0])
+        return
+    rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column)
+    prompts, responses = [row.prompt for row in rows], [row.target or "" for row in rows]
+    predicted = _score(gan, prompts, responses, batch_size)
+    _write_lines(
+        output,
+        (
+            {"prompt": p, "completion": r, "pred_reward": value}
+            for p, r, value in zip(prompts, responses, predicted, strict=True)
+        ),
+    )
+
+
+def evaluate(
+    checkpoint: str,
+    data: str,
+    split: str = "test",
+    model: str | None = None,
+    reward: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
+    reference: bool = False,
+    best_of: PositiveInt = 1,
+    temperature: float | None = None,
+    seed: NonNegativeInt | None = None,
+    batch_size: PositiveInt = 64,
+    prompt_column: str | None = None,
+    target_column: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Judge a trained generator on held-out rows: true and predicted reward beside other metrics, with 95 % intervals.
+
+    Args:
+        checkpoint: A run's folder (its newest complete step is taken), or one step's.
+        data: Held-out rows, as for train.
+        split: Of a data set that has several.
+        model: The base, where it is not found where it was.
+        reward: As for train; null: the one the run was trained on.
+        reference: Judge the untouched base beside it; this asks for twice as many true rewards.
+        best_of: Responses sampled for each prompt; the discriminator picks.
+        temperature: Of sampling; 0 is greedy; null: the run's.
+        seed: Of sampling; null: the run's.
+        batch_size: Rows in one batch.
+        prompt_column: The column that holds the prompt; null: the run's.
+        target_column: The column that holds the target; null: the run's.
+        output: A JSON file for the figures and every sample.
+    """
+    from . import evaluation
+
+    gan = _open(checkpoint, model, reward=reward, needs_reward=True)
+    rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
+    options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
+    judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
+    if reference:
+        judged["reference"] = gan.evaluate(rows, player="reference", **options)
+    print(f"{len(rows)} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(judged)}")
+    if output is not None:
+        Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
+
+
+def export(
+    checkpoint: str,
+    output_dir: str,
+    model: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> None:
+    """Write both adapters and both merged models, with cards, for stock PEFT and transformers.
+
+    Args:
+        checkpoint: A run's folder (its newest complete step is taken), or one step's.
+        output_dir: The folder to write; it must not exist yet, or be a former export.
+        model: The base, where it is not found where it was.
+        push_to_hub: A repository on the hub, USER/NAME, to upload to as well.
+        private: Whether that repository is private.
+    """
+    gan = _open(checkpoint, model)
+    gan.export(output_dir, push_to_hub=push_to_hub, private=private)
+    print(f"written to {output_dir}: {', '.join(sorted(path.name for path in Path(output_dir).iterdir()))}")
+
+
+# --- what the commands share ------------------------------------------------------------------------------------------
+
+
+def _open(checkpoint: str, model: str | None, *, reward: Any = None, needs_reward: bool = False) -> LoraGAN:
+    """The run as it was saved; with the reward given, or else the run's own."""
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}: --checkpoint takes a run's output_dir, or one step-N in it")
+    from .gan import LoraGAN
+    from .rewards import named
+
+    arguments: dict[str, Any] = {}
+    if needs_reward:
+        if reward is None:
+            reward = _kept_options(path).get("reward", "cosine")
+        arguments["reward_funcs"], arguments["reward_weights"] = named.from_specs(reward)
+    return LoraGAN.from_checkpoint(path, model, **arguments)
+
+
+def _read(data: str, config: Config, *, split: str = "train", **columns: str | None) -> Any:
+    """Rows of a file, its columns named on the command line or, where they are not, as in the run."""
+    from . import data as data_module
+
+    given = {name: value for name, value in columns.items() if value is not None}
+    return data_module.read_rows(data, split=split, **{**_columns(config), **given})
+
+
+def _columns(config: Config) -> dict[str, Any]:
+    return {"prompt_column": config.prompt_column, "target_column": config.target_column}
+
+
+def _score(gan: LoraGAN, prompts: list[Any], responses: list[str], batch_size: int) -> list[float]:
+    from .rollout import chunks
+
+    return [value for part in chunks(len(prompts), batch_size) for value in gan.score(prompts[part], responses[part])]
+
+
+def _write_lines(output: str | None, records: Iterable[dict[str, Any]]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    if output is None:
+        sys.stdout.writelines(lines)
+    else:
+        Path(output).write_text("".join(lines), encoding="utf-8")
+
+
+def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
+    """A new run beside an older one's checkpoints would mix the two."""
+    from .checkpoint import complete
+
+    if resume or dry_run or not folder.is_dir():
+        return
+    if there := complete(folder):
+        raise ValueError(
+            f"{folder} holds checkpoints up to {there[-1].name} of another run: go on with it by --resume, or "
+            "give this run another --output_dir"
+        )
+
+
+def _keep_options(folder: Path, options: dict[str, Any]) -> Path:
+    """Write the run's options where --config finds them again; files in them by their full path."""
+    import yaml
+
+    kept = {name: value for name, value in options.items() if name not in ("resume", "dry_run")}
+    for name in ("model", "data", "eval_data"):
+        if kept[name] and Path(kept[name]).exists():
+            kept[name] = str(Path(kept[name]).resolve())
+    kept["reward"] = _with_full_paths(kept["reward"])
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+    return folder / SETTINGS_FILE
+
+
+def _with_full_paths(reward: Any) -> Any:
+    if isinstance(reward, list):
+        return [_with_full_paths(part) for part in reward]
+    if isinstance(reward, dict):
+        return {**reward, "name": _with_full_paths(reward["name"])} if "name" in reward else reward
+    file, colon, function = reward.rpartition(":")
+    return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else reward
+
+
+def _kept_options(checkpoint: Path) -> dict[str, Any]:
+    """The options of the run that a checkpoint belongs to; empty where it was not made by `lora-gan train`."""
+    import yaml
+
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / SETTINGS_FILE).is_file():
+            return yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")) or {}
+    return {}
+
+
+def _lora(name: str, fields: dict[str, Any] | None) -> Any:
+    if fields is None:
+        return None
+    from peft import LoraConfig
+
+    return _constructed(LoraConfig, name, fields)
+
+
+def _quantization(fields: dict[str, Any] | None) -> Any:
+    if fields is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return _constructed(BitsAndBytesConfig, "quantization_config", fields)
+
+
+def _constructed(kind: type, name: str, fields: dict[str, Any]) -> Any:
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={fields!r} is not accepted by {kind.__name__}: {error}") from error

@@ -1,0 +1,171 @@
+"""`lora-gan train --dry_run`: what a run would train, hold and ask for, and whether its reward can teach anything.
+
+# P = prompts, K = responses a prompt, B = P·K, L = tokens of a row, T = tokens of a response, V = vocabulary
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .adapters import Players
+from .config import Config
+from .data import Row
+
+if TYPE_CHECKING:
+    from .gan import LoraGAN
+
+PROMPTS, RESPONSES = 4, 4  # the reward is tried on so many responses to so many prompts
+
+
+def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) -> str:
+    """Base, adapters, data, steps, true-reward calls and memory, a line each.
+
+    Args:
+        rows: the first rows of the data: their prompts' length is taken for that of all.
+        total: rows there are; None where they are streamed.
+        steps: steps that would be run.
+    """
+    config, players, base = gan.config, gan.players, gan.players.base
+    sizes = {player: _count(players.parameters(player)) for player in ("generator", "discriminator")}
+    frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
+    responses = config.prompts_per_step * config.num_generations
+    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    lines = {
+        "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {players.device})",
+        "generator": f"{sizes['generator']:,} parameters in its adapter",
+        "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} heads",
+        "data": f"{'streamed' if total is None else f'{total:,} rows'}",
+        "steps": f"{steps:,} of {config.prompts_per_step} prompts × {config.num_generations} responses of at most "
+        f"{config.max_completion_length} tokens" + (f", after {gan.global_step:,}" if gan.global_step else ""),
+        "true reward": f"{', '.join(gan.reward_names)}: asked for {config.query_rate:.0%} of the responses, "
+        f"{round(steps * responses * config.query_rate):,} calls",
+        "memory": _in_words(memory(players, config, [_tokens(gan, row) for row in rows])),
+    }
+    return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+
+
+def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[str, float]:
+    """Bytes a run needs, by purpose. Weights and optimizers are exact; the rest is an estimate.
+
+    Activations of an update: 17 numbers a token, layer and hidden unit, and 2.5 a pair of tokens, layer and attention
+    head (Korthikanti et al. 2022, without dropout's masks), and five arrays as large as the logits, which the policy
+    gradient and the KL keep in float32.
+    """
+    model, text = players.base.model, players.base.model.config.get_text_config()
+    heads = text.num_attention_heads
+    per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    number = next(model.parameters()).element_size()
+
+    sampled = config.prompts_per_step * config.num_generations
+    together = min(config.micro_batch_size or sampled, sampled)
+    length = max(prompt_lengths) + config.max_completion_length
+    layer = 17 * length * text.hidden_size + 2.5 * heads * length**2
+    trained = sum(p.numel() * p.element_size() for player in _TRAINED for p in players.parameters(player))
+    return {
+        "base": float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)),
+        "adapters, their gradients and AdamW's moments": 4.0 * trained,
+        "cache while sampling": 2.0 * number * sampled * length * text.num_hidden_layers * kv_heads * per_head,
+        "an update": number * together * text.num_hidden_layers * layer
+        + 5.0 * 4 * together * config.max_completion_length * vocabulary,
+    }
+
+
+_TRAINED = ("generator", "discriminator")
+
+
+def _in_words(parts: dict[str, float]) -> str:
+    """The sum of what is held at once: sampling and updating take turns."""
+    *always, sampling, update = parts.values()
+    whole = sum(always) + max(sampling, update)
+    return f"about {_size(whole)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _count(parameters: list[Any]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _tokens(gan: LoraGAN, row: Row) -> int:
+    return len(gan._encode([row.prompt])[0])
+
+
+def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
+    """Ask the true reward for a few responses of the generator as it stands, and for targets; say what it can teach.
+
+    Args:
+        rows: the first rows of the data; PROMPTS of them are used.
+        calls: true-reward calls the run would make, for the time they would take.
+    """
+    rows = rows[:PROMPTS]
+    prompts = [row.prompt for row in rows for _ in range(RESPONSES)]
+    responses = gan.generate(prompts)  # equal prompts are told apart: RESPONSES different draws each
+    began = time.perf_counter()
+    answers, parts = gan.ask([row for row in rows for _ in range(RESPONSES)], responses)
+    first = time.perf_counter() - began
+    reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), RESPONSES)
+
+    lines = [f"\nThe reward, tried on {len(responses)} responses of the generator as it stands:"]
+    for row, group, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
+        best = int(np.nanargmax(group)) if not np.isnan(group).all() else 0
+        lines.append(f"  {_shown(row.prompt)}\n    {' '.join(f'{r:.3f}' for r in group)}   best: {_shown(texts[best])}")
+    for name, part in parts.items():
+        values = [value for value in part if value is not None]
+        lines.append(f"  {name}: mean {np.mean(values):.3f}, {len(values)} of {len(part)} answered" if values else
+                     f"  {name}: no answer")  # fmt: skip
+    lines += _verdict_on_spread(reward_PK)
+
+    paired = [row for row in rows if row.target]
+    if len(paired) > 1:
+        began = time.perf_counter()
+        own, _ = gan.ask(paired, [row.target or "" for row in paired])
+        others, _ = gan.ask(paired, [row.target or "" for row in paired[1:] + paired[:1]])
+        own_mean, other_mean = (float(np.mean([x for x in xs if x is not None] or [np.nan])) for xs in (own, others))
+        lines.append(
+            f"  a row's own target {own_mean:.3f}, another row's {other_mean:.3f}"
+            + ("" if own_mean > other_mean else "   ! the reward does not prefer a row's own target")
+        )
+        again, asked = time.perf_counter() - began, 2 * len(paired)
+    else:
+        again, asked = first, len(responses)  # nothing asked twice: the first call's start-up is in it
+    each = again / asked
+    lines.append(
+        f"  {1000 * each:.1f} ms a call ({first:.1f} s for the first {len(responses)}, its start included): "
+        f"about {_duration(each * calls)} for the {calls:,} calls of this run"
+    )
+    return "\n".join(lines)
+
+
+def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
+    """What is learned from is the difference between responses to one prompt."""
+    answered_P = (~np.isnan(reward_PK)).sum(-1)
+    spread_P = np.array([np.nanstd(group) if n > 1 else np.nan for group, n in zip(reward_PK, answered_P, strict=True)])
+    if np.isnan(spread_P).all():
+        return ["  ! no prompt has two answers: there is nothing to compare, and nothing to learn from"]
+    flat = int((spread_P == 0).sum())
+    said = f"  spread within a prompt's responses {np.nanmean(spread_P):.3f} (standard deviation)"
+    if flat == len(spread_P):
+        return [f"{said}\n  ! every response is worth the same: there is nothing to learn from yet"]
+    return [said + (f"; none for {flat} of {len(spread_P)} prompts, which teach nothing" if flat else "")]
+
+
+def _shown(text: Any, length: int = 70) -> str:
+    line = " ".join((text if isinstance(text, str) else text[-1]["content"]).split())
+    return repr(line if len(line) <= length else line[:length] + "…")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

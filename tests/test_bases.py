@@ -1,0 +1,200 @@
+"""Any base: the same promises on every architecture, over tiny random models made here.
+
+Oracles: stock PEFT and transformers on the saved folders; an uncached, unbatched decode (test_rollout.py) for sampling;
+a run that was never interrupted for resuming; bitwise copies for the base.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from helpers import EOS, OTHER_EOS, PAD, PROMPTS, TARGETS, byte_tokenizer, copies, differences, player_state, small_gan
+from helpers import _folders as folders
+from helpers import word_tokenizer
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from test_rollout import MANY, draw, reference_decode, responses_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_gan import LoraGAN, rollout
+
+WINDOW = 7  # tokens; shorter than most of MANY's prompts, and than every prompt with its response
+
+COMMON = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 96, "bos_token_id": None, "initializer_range": 0.25,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}
+OPT = {"ffn_dim": 48, "init_std": 0.25}
+FALCON = {"ffn_hidden_size": 48}
+
+# Name: transformers' model type, and what differs from COMMON.
+BASES = {
+    "gpt2": ("gpt2", {}),  # learned positions, Conv1D, fused qkv, tied
+    "llama": ("llama", GROUPED),
+    "llama-tied": ("llama", GROUPED | {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen2-window": ("qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("qwen3", GROUPED | {"head_dim": 8}),
+    "mistral": ("mistral", GROUPED | {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", GROUPED | GEMMA),
+    "gemma3": ("gemma3_text", GROUPED | GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "phi3": ("phi3", GROUPED | {"sliding_window": WINDOW}),  # fused qkv, fused gate and up
+    "opt": ("opt", OPT),  # learned positions, tied
+    "opt-projected": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "gpt_neox": ("gpt_neox", {}),  # parallel attention, fused qkv, untied, part of each head rotated
+    "falcon": ("falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
+    "falcon-new": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("falcon", FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),  # alibi, fused qkv, a norm after the embeddings
+}
+
+
+def model_of(name: str, vocabulary: int, pad_id: int | None, seed: int = 0, **changes):
+    """A random causal LM; biases and norms are moved too, where one that is lost would not show."""
+    kind, own = BASES[name]
+    config = AutoConfig.for_model(
+        kind, **COMMON | {"vocab_size": vocabulary, "eos_token_id": 0, "pad_token_id": pad_id} | own | changes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@functools.cache
+def folder_of(name: str, pad: str = "own", kind: str = "words", **changes):
+    """A base's folder, as a user's would be. Two ids end a text."""
+    tokenizer = word_tokenizer(pad) if kind == "words" else byte_tokenizer(name, pad)
+    pad_id = {"own": tokenizer.convert_tokens_to_ids(PAD), "eos": tokenizer.eos_token_id, "none": None}[pad]
+    model = model_of(name, len(tokenizer), pad_id, **changes)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([EOS, OTHER_EOS])
+    folder = folders() / "-".join(["any", name, pad, kind, *map(str, changes.values())])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gan_of(name: str, pad: str = "own", changes=None, **settings) -> LoraGAN:
+    # The tokenizer as it was made: for some folders transformers takes a class of its own, which knows no words.
+    tokenizer = settings.pop("processing_class", None) or word_tokenizer(pad)
+    return small_gan(folder_of(name, pad, **changes or {}), processing_class=tokenizer, **settings)
+
+
+def base_weights(gan):
+    state = {name.replace(".base_layer", ""): tensor for name, tensor in gan.players.lm.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if "lora_" not in name}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def trained(request, tmp_path_factory):
+    """A LoraGAN after three steps, and where it was saved."""
+    gan = gan_of(request.param, learning_rate=1e-2, disc_learning_rate=1e-2)
+    for _ in range(3):
+        gan.step(MANY[:2])
+    return gan, gan.save_checkpoint(ckpt_dir=tmp_path_factory.mktemp("run")), request.param
+
+
+def logits_alone(model, rows):
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
+
+
+def right_padded(rows, pad_id):
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+def test_both_players_learn_and_the_base_stays_bitwise(trained):
+    gan, _, name = trained
+    alone = dict(AutoModelForCausalLM.from_pretrained(folder_of(name)).state_dict())
+    assert differences(alone, base_weights(gan)) == []
+    fresh = gan_of(name)
+    for player in ("generator", "discriminator"):
+        for before, after in zip(fresh.players.parameters(player), gan.players.parameters(player), strict=True):
+            assert not torch.equal(before, after), f"{player}: a weight never moved"
+
+
+def test_resuming_equals_never_having_stopped(trained, tmp_path):
+    name = trained[2]
+    through, halves = gan_of(name), gan_of(name)
+    expected = [through.step(MANY[:2], TARGETS[:2]) for _ in range(2)][1]
+    halves.step(MANY[:2], TARGETS[:2])
+    halves.save_checkpoint(ckpt_dir=tmp_path)
+    resumed = gan_of(name, seed=1)  # other weights until it loads
+    resumed = LoraGAN.from_checkpoint(tmp_path, reward=resumed.compute_reward, processing_class=word_tokenizer("own"))
+    assert differences(expected, resumed.step(MANY[:2], TARGETS[:2])) == []
+    for player in ("generator", "discriminator"):
+        assert differences(player_state(through, player), player_state(resumed, player)) == []
+
+
+def test_stock_peft_opens_the_generator(trained):
+    gan, folder, name = trained
+    stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
+    prompts = gan._encode(MANY)
+    rows = rollout.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
+    places = rows.prompt_places
+    with torch.no_grad(), gan.players.playing("generator"):
+        ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
+    untrained = logits_alone(AutoModelForCausalLM.from_pretrained(folder_of(name)).eval(), prompts)
+    with torch.no_grad():
+        batched = stock(**right_padded(prompts, gan.players.base.pad_on_disk)).logits
+    for row, (ids, theirs) in enumerate(zip(prompts, logits_alone(stock, prompts), strict=True)):
+        assert (ours[row, -len(ids) :] - theirs).abs().max() < 1e-5
+        assert (ours[row, -len(ids) :] - batched[row, : len(ids)]).abs().max() < 1e-5
+        assert (theirs - untrained[row]).abs().max() > 1e-2, "training moved nothing: this would show nothing"
+
+
+def test_stock_peft_opens_the_discriminator(trained):
+    gan, folder, _ = trained
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval()
+    responses = ["the cat", "ran", "a big red dog", "it", "mat", "under the old tree by a new house"]
+    ours = torch.tensor(gan.score(MANY, responses))
+    assert ours.std() > 1e-2, "a discriminator that says the same of everything shows nothing"
+    prompts, answers = rollout.encode_pairs(gan.players.base, MANY, responses)
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    single = torch.stack([logits[0] for logits in logits_alone(stock, rows)])
+    with torch.no_grad():
+        batched = stock(**right_padded(rows, gan.players.base.pad_on_disk)).logits[:, 0]
+    assert (ours - single).abs().max() < 1e-5
+    assert (ours - batched).abs().max() < 1e-5
+
+
+def test_sampling_equals_an_uncached_unbatched_decode(trained):
+    gan, folder, _ = trained
+    stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
+    prompts, count, length = gan._encode(MANY), 2, 14
+    uniforms = rollout.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
+    ours, ties = responses_of(draw(gan, MANY, count, length)), 0
+    for row, response in enumerate(ours):
+        prompt = prompts[row // count]
+        expected, tie = reference_decode(stock, prompt, uniforms[row].numpy(), gan.players.base.eos_ids)
+        assert (response[: len(expected)] if tie else response) == expected, f"row {row}"
+        ties += tie
+    lengths = list(map(len, ours))
+    assert ties <= 1 and len(set(lengths)) > 2, "rows that leave the batch at different times"
+    assert max(map(len, prompts)) > WINDOW and length > WINDOW
+
+
+def test_straight_through_reads_the_embeddings_that_the_ids_have(trained):
+    gan, _, name = trained
+    rows = draw(gan, MANY, 2)
+    with torch.no_grad(), gan.players.playing("discriminator"):
+        by_ids = gan.players.predict(rows.ids_BL, rows.mask_BL)
+        by_embeds = gan.players.predict(rows.ids_BL, rows.mask_BL, gan.players.embed(rows.ids_BL))
+    assert by_ids.std() > 1e-2 and (by_ids - by_embeds).abs().max() < 1e-5
+    through = gan_of(name, gradient_path="straight_through", reward_signal="predicted", beta=0.0)
+    through.step(MANY[:2])  # the first teaches the discriminator; its heads were nought
+    before = copies(through.players.parameters("generator"))
+    through.step(MANY[:2], train_disc=False)
+    assert all(not torch.equal(a, b) for a, b in zip(before, through.players.parameters("generator"), strict=True))
