@@ -12,15 +12,18 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all clean
+.PHONY: help install demo test test-all clean
 
 help:
+	@echo "make install    set up .venv, with every extra; then: source .venv/bin/activate"
 	@echo "make demo       train a generator and a discriminator on the base that ships, and show what they learned"
 	@echo "make test       the quick tests"
 	@echo "make test-all   every test, the slow ones too"
 	@echo "make clean      remove .venv, build outputs and caches (checkpoints and runs are kept)"
 	@echo
 	@echo "The first call installs what is needed into .venv. Options: ARGS=... PYTHON=... PIP_FLAGS=..."
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(VENV)/bin/lora-gan demo $(ARGS)

@@ -25,12 +25,12 @@ def test_every_arm_runs_and_leaves_its_files(opponent, tmp_path, capsys):
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     trained = opponent in ("learning", "only")
     assert [line.get("disc_loss") is not None for line in lines] == [trained, trained]
-    assert lines[1]["gen_loss"] is not None
+    assert "loss" in lines[1]
 
 
 def test_the_constant_predicts_the_mean_so_far(tmp_path):
     demo.run(opponent="constant", steps=2, heldout=2, output_dir=str(tmp_path))
     first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert first["pred_reward_mean"] == 0
-    assert second["pred_reward_mean"] == pytest.approx(first["reward_mean"])
-    assert second["rank_correlation"] is None
+    assert first["pred_reward"] == 0
+    assert second["pred_reward"] == pytest.approx(first["reward"])
+    assert "rank_correlation" not in second

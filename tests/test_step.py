@@ -236,7 +236,10 @@ def test_three_ways_to_give_the_reward():
     outs = [gan.step(PROMPTS[:2], TARGETS[:2]) for gan in (
         small_gan(reward=length), assigned, Mine(base_folder(), **SMALL)
     )]  # fmt: skip
-    assert outs[0] == outs[1] == outs[2]
+    names = [{name.partition("/")[2] for name in out if name.startswith("rewards/")} for out in outs]
+    assert names == [{"length"}, {"length"}, {"compute_reward"}]
+    alike = [{name: value for name, value in out.items() if not name.startswith("rewards/")} for out in outs]
+    assert alike[0] == alike[1] == alike[2]
     assert outs[0]["true_rewards"][0] == [len(response) + 0.5 for response in outs[0]["responses"][0]]
     assert outs[0]["true_rewards"][1] == [len(response) for response in outs[0]["responses"][1]]
 

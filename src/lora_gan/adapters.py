@@ -12,147 +12,30 @@ Two rules, each broken silently by stock PEFT:
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import inspect
-import os
 import re
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as hf_logging
 
 from . import randomness
+from .base import Base, load_base, positions
 from .config import Config
 
+__all__ = ["Base", "Player", "Players", "load_base", "lora_config", "pooled_index"]
+
 Player = Literal["generator", "discriminator", "reference"]
-
-
-@dataclass(frozen=True)
-class Base:
-    """A causal language model with its tokenizer, and what the two players must know of them."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str  # what the user called it: "tiny", a hub id, a folder, or "" for a model in memory
-    path: str  # what stock clients can load it by: a hub id or an absolute folder
-    pad_on_disk: int | None  # config.pad_token_id as stored: stock sequence classification pools by it
-    eos_ids: tuple[int, ...]  # all ids that end a text; the first is the one appended to a text
-    fingerprint: str
-
-    @property
-    def pad_id(self) -> int:
-        """What unused places are filled with; always masked. A pad token that was added to the tokenizer alone has no
-        row in the embedding table."""
-        rows = self.model.get_input_embeddings().num_embeddings
-        candidates = (self.pad_on_disk, self.tokenizer.pad_token_id, self.eos_ids[0])
-        return next(id for id in candidates if id is not None and 0 <= id < rows)
-
-    @property
-    def context(self) -> int:
-        """Tokens that fit in one row."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**31
-
-
-def load_base(
-    model: str | os.PathLike[str] | PreTrainedModel | Base,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: Config,
-    *,
-    quantization_config: Any = None,
-    local_files_only: bool = False,
-) -> Base:
-    """Open the base by hub id, folder, "tiny", or take a model in memory (then its tokenizer is needed too)."""
-    in_memory = model.model if isinstance(model, Base) else model
-    if isinstance(in_memory, PreTrainedModel) and any(isinstance(m, BaseTunerLayer) for m in in_memory.modules()):
-        raise ValueError("this model has adapters already: pass the base as it was loaded, one object a LoraGAN")
-    if isinstance(model, Base):
-        return model
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise ValueError("a model in memory comes without a tokenizer: pass processing_class=")
-        lm, name = model, model.config._name_or_path
-        path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
-    else:
-        name = os.fspath(model)
-        if not name:
-            raise ValueError("the base has no name: give a hub id, a local folder, or 'tiny'")
-        if name == "tiny":
-            from . import tiny
-
-            path = str(tiny.PATH)
-        else:
-            path = str(Path(name).resolve()) if Path(name).is_dir() else name
-        try:
-            with _without_progress_bars():
-                lm = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(config), local_files_only=local_files_only)
-                tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"the base {name!r} could not be opened as a causal language model: it must be a folder with a "
-                f"transformers model, a hub id that can be reached or is cached, or 'tiny' ({error})"
-            ) from error
-    lm.eval().requires_grad_(False).to(_device(config))
-    return Base(
-        lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, _eos_ids(lm, tokenizer), _fingerprint(lm)
-    )
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """A small base loads before its bar is drawn; the user's own setting comes back."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-
-
-def _device(config: Config) -> str:
-    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(config: Config) -> torch.dtype:
-    """The dtype is the device's choice, not the checkpoint's: without bf16 units a bf16 product is 300 times slower."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    on_gpu = _device(config).startswith("cuda")
-    return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Generation config first: it knows of bases that end a text by another id than their tokenizer says."""
-    generation = getattr(model.generation_config, "eos_token_id", None)
-    for ids in (generation, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id):
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-    raise ValueError("the base names no end-of-text token: set tokenizer.eos_token, a response could never end")
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Names, shapes and up to 4,096 evenly spaced numbers of every tensor: enough to tell one base from another.
-
-    Rounded to bfloat16, so that a base is the same in whatever dtype it was loaded.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()
 
 
 class Players:
@@ -172,29 +55,44 @@ class Players:
         self.base = base
         transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
         lora = {
-            "generator": _lora_config(config.lora_r, config.lora_alpha, config.target_modules, transposed),
-            "discriminator": _lora_config(
-                config.disc_lora_r, config.disc_lora_alpha, config.disc_target_modules, transposed
-            ),
+            "generator": lora_config("generator", peft_config, config, transposed),
+            "discriminator": lora_config("discriminator", disc_peft_config, config, transposed),
         }
+        # Which adapters a peft_config describes, and not the settings: a checkpoint says so.
+        self.by_peft_config = [
+            player for player, given in zip(lora, (peft_config, disc_peft_config), strict=True) if given
+        ]
         with randomness.seeded_torch(config.seed, "lora"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
-            self.peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
-            self.peft.add_adapter("discriminator", lora["discriminator"])
+            try:
+                self.peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
+                self.peft.add_adapter("discriminator", lora["discriminator"])
+            except Exception as error:  # PEFT's own kinds, and of what quantizes: DoRA on 8 bits, for one
+                quantized = " quantized" if getattr(base.model, "is_quantized", False) else ""
+                raise ValueError(
+                    f"PEFT could not put these adapters on this{quantized} {type(base.model).__name__}: {error}"
+                ) from error
         self.peft.eval()  # train mode would switch on the base's own dropout
         self.lm: Any = self.peft.get_base_model()
-        self.body: nn.Module = getattr(self.lm, self.lm.base_model_prefix)
-        hidden = base.model.config.get_text_config().hidden_size
+        self.body: nn.Module | None = getattr(self.lm, self.lm.base_model_prefix, None)
+        if self.body is None:
+            raise ValueError(
+                f"{type(self.lm).__name__} cannot be the base: its body, which the scores are read off, does not stand "
+                f"under its name {self.lm.base_model_prefix!r}"
+            )
+        # What comes out of the body, which the score head reads: OPT's may be narrower than its hidden size.
+        hidden = getattr(self.lm.get_output_embeddings(), "in_features", self.lm.config.get_text_config().hidden_size)
         device = next(base.model.parameters()).device
         self.heads_MH = nn.Parameter(torch.zeros(config.disc_heads, hidden, device=device, dtype=torch.float32))
         self.reward_unit = 1.0  # the heads count in it, so that their learning rate does not depend on the reward's
         self._layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
-        self._takes_positions = "position_ids" in inspect.signature(self.lm.forward).parameters
+        self._takes = inspect.signature(self.lm.forward).parameters
         self._playing: Player = "reference"
         self._open: dict[int, weakref.ref[_Graph]] = {}
         for parameters in (self.parameters("generator"), self.parameters("discriminator")):
             for parameter in parameters:
                 parameter.requires_grad_(True)
+        self._require_places()
         self._switch("reference")
 
     @property
@@ -206,6 +104,49 @@ class Players:
         mine = re.compile(rf"\.lora_\w+\.{player}(\.|$)")
         adapter = [parameter for name, parameter in self.peft.named_parameters() if mine.search(name)]
         return adapter + ([self.heads_MH] if player == "discriminator" else [])
+
+    def _require_places(self) -> None:
+        """Both players can train every adapter they were given; stock clients can open the discriminator, or a warning
+        says why they cannot."""
+        embeddings = self.lm.get_input_embeddings()
+        if isinstance(embeddings, BaseTunerLayer):
+            raise ValueError(
+                "target_modules name the input embeddings, which both players share: leave them out (all-linear does)"
+            )
+        # An expert's adapter stands around the layer that PEFT made of it.
+        places = [
+            name.replace(".base_layer", "")
+            for name, module in self.lm.named_modules()
+            if _has_adapter(module, "discriminator")
+        ]
+        outside = [name for name in places if not name.startswith(f"{self.lm.base_model_prefix}.")]
+        if outside:
+            raise ValueError(
+                f"disc_target_modules name {outside[0]!r}, which no score passes through: leave it out "
+                "(disc_peft_config= takes exclude_modules)"
+            )
+        if problem := self._stock_classifier_lacks(places):
+            warnings.warn(
+                f"stock transformers and PEFT cannot open a discriminator on {type(self.lm).__name__}: {problem}. This "
+                "library trains, saves, loads and scores with it all the same.",
+                stacklevel=5,
+            )
+
+    def _stock_classifier_lacks(self, places: list[str]) -> str | None:
+        """What stock sequence classification has not, of what discriminator/ needs of it; None where it has all."""
+        config = copy.deepcopy(self.lm.config)
+        kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+        if kind is None:
+            return f"transformers has no sequence classification for the model type {config.model_type!r}"
+        config.num_labels = 1
+        with torch.device("meta"):  # shapes alone, no memory
+            stock = kind(config)
+        score, width = getattr(stock, "score", None), self.heads_MH.shape[1]
+        if not isinstance(score, nn.Linear) or score.in_features != width:
+            return f"{kind.__name__} has no score head of width {width}"
+        there = dict(stock.named_modules())
+        lacking = [name for name in places if name not in there]
+        return f"{kind.__name__} has no {lacking[0]}" if lacking else None
 
     # --- switching
 
@@ -258,13 +199,17 @@ class Players:
     def logits(self, ids_BL: Tensor, mask_BL: Tensor, keep: int) -> Tensor:
         """Logits of the active player at the last `keep` places, [B, keep, V], float32."""
         output = self.lm(
-            input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, logits_to_keep=keep, **self.positions(mask_BL)
+            input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **self.keep(keep), **self.positions(mask_BL)
         )
-        return self._watch(output.logits.float())
+        return self._watch(output.logits[:, -keep:].float())
+
+    def keep(self, places: int) -> dict[str, int]:
+        """Asks for the logits of the last places alone, of bases that can be asked: the others compute all."""
+        return {"logits_to_keep": places} if "logits_to_keep" in self._takes else {}
 
     def positions(self, mask_BL: Tensor) -> dict[str, Tensor]:
         """Positions counted from the first real token, for bases that take them: rows are padded on the left."""
-        return {"position_ids": (mask_BL.cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+        return {"position_ids": positions(mask_BL)} if "position_ids" in self._takes else {}
 
     def embed(self, ids: Tensor) -> Tensor:
         """The frozen input embeddings both players share, as the body receives them."""
@@ -272,7 +217,9 @@ class Players:
 
     def features(self, ids_BL: Tensor, mask_BL: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
         """The active player's last hidden state at the pooled token, [B, H], float32."""
-        inputs: dict[str, Any] = {"input_ids": ids_BL} if embeds_BLH is None else {"inputs_embeds": embeds_BLH}
+        inputs: dict[str, Any] = {"input_ids": ids_BL}
+        if embeds_BLH is not None:
+            inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales in place what it is given
         hidden_BLH = self.body(
             **inputs, attention_mask=mask_BL, use_cache=False, **self.positions(mask_BL)
         ).last_hidden_state
@@ -287,6 +234,12 @@ class Players:
     def predict(self, ids_BL: Tensor, mask_BL: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
         """Every head's predicted reward, in the reward's own units, [M, B]."""
         return self.score_MH @ self.features(ids_BL, mask_BL, embeds_BLH).T
+
+
+def _has_adapter(module: nn.Module, player: str) -> bool:
+    return isinstance(module, BaseTunerLayer) and any(
+        player in getattr(module, name, ()) for name in module.adapter_layer_names
+    )
 
 
 class _Graph:
@@ -306,14 +259,77 @@ def pooled_index(ids_BL: Tensor, mask_BL: Tensor, pad_on_disk: int | None) -> Te
     return (places * readable_BL).argmax(-1)
 
 
-def _lora_config(r: int, alpha: int, target_modules: str | tuple[str, ...], transposed: bool) -> LoraConfig:
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        target_modules=targets,
-        bias="none",
-        fan_in_fan_out=transposed,
-        task_type=TaskType.CAUSAL_LM,
-    )
+# --- the adapters' settings -------------------------------------------------------------------------------------------
+
+# The fields of peft.LoraConfig that may differ from its defaults. The library sets the last row itself.
+ACCEPTED = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layers_pattern", "init_lora_weights",
+)  # fmt: skip
+SET_HERE = (
+    "task_type", "fan_in_fan_out", "base_model_name_or_path", "inference_mode", "revision", "peft_type", "peft_version",
+    "auto_mapping", "runtime_config",
+)  # fmt: skip
+INITS = (True, False, "gaussian", "orthogonal")
+TASKS = {"generator": ("CAUSAL_LM",), "discriminator": ("SEQ_CLS", "CAUSAL_LM")}
+WHY_NOT = {
+    "lora_dropout": "players run in eval mode, where it would do nothing",
+    "bias": "the biases are the base's, which both players share",
+    "modules_to_save": "copies of the base's modules would be trained; the score head is the library's own",
+    "target_parameters": "PEFT allows it to one adapter only",
+    "trainable_token_indices": "the embeddings are the base's, which both players share",
+    "layer_replication": "it would give the base another number of layers for both players",
+}
+
+
+def lora_config(
+    player: Literal["generator", "discriminator"], given: LoraConfig | None, config: Config, transposed: bool
+) -> LoraConfig:
+    """The player's adapter as PEFT gets it: from the settings, or a checked copy of the user's own.
+
+    Raises:
+        ValueError: a field that does not work on a base that two adapters share, by name; settings that contradict it.
+    """
+    prefix = "disc_" if player == "discriminator" else ""
+    name = f"{prefix}peft_config"
+    if given is None:
+        targets = getattr(config, f"{prefix}target_modules")
+        wanted = LoraConfig(
+            r=getattr(config, f"{prefix}lora_r"),
+            lora_alpha=getattr(config, f"{prefix}lora_alpha"),
+            target_modules=targets if isinstance(targets, str) else list(targets),
+        )
+    else:
+        if type(given) is not LoraConfig:
+            raise ValueError(f"{name} is a {type(given).__name__}: it must be a peft.LoraConfig")
+        for setting in (f"{prefix}lora_r", f"{prefix}lora_alpha", f"{prefix}target_modules"):
+            value = getattr(config, setting)
+            if value != Config.__dataclass_fields__[setting].default:
+                raise ValueError(f"{setting}={value!r} and {name}= both describe the adapter: give one of them")
+        _require_shareable(name, given)
+        if given.task_type is not None and given.task_type not in TASKS[player]:
+            raise ValueError(
+                f"{name} has task_type={str(given.task_type)!r}: it must be {' or '.join(TASKS[player])}, or None"
+            )
+        wanted = copy.deepcopy(given)
+    wanted.task_type = TaskType.CAUSAL_LM  # both adapters stand on the causal LM; a checkpoint says SEQ_CLS
+    wanted.fan_in_fan_out = transposed
+    wanted.base_model_name_or_path, wanted.revision, wanted.inference_mode = None, None, False
+    return wanted
+
+
+def _require_shareable(name: str, given: LoraConfig) -> None:
+    for field in fields(LoraConfig):
+        value = getattr(given, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name not in (*ACCEPTED, *SET_HERE) and value != default and value:
+            reason = WHY_NOT.get(field.name, "it is not known to work on a base that two adapters share")
+            raise ValueError(
+                f"{name} has {field.name}={value!r}, which is not accepted: {reason}. What may differ from PEFT's "
+                f"defaults: {', '.join(ACCEPTED)}"
+            )
+    if given.init_lora_weights not in INITS:
+        raise ValueError(
+            f"{name} has init_lora_weights={given.init_lora_weights!r}, which is not accepted: the base stays as it "
+            f"is, and it must be one of {', '.join(map(repr, INITS))}"
+        )

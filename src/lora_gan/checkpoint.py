@@ -26,8 +26,10 @@ from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .adapters import Players, load_base
+from .adapters import ACCEPTED, Players
+from .base import load_base
 from .config import Config
 from .optimizer import PlayerOptimizer
 
@@ -76,7 +78,13 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "reward_calls": gan.reward_calls,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
         "config": gan.config.to_dict(),
-        "base": {"name": base.name, "path": base.path, "fingerprint": base.fingerprint},
+        "by_peft_config": gan.players.by_peft_config,  # whose adapters the settings do not describe
+        "base": {
+            "name": base.name,
+            "path": base.path,
+            "architecture": type(base.model).__name__,
+            "fingerprint": base.fingerprint,
+        },
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
@@ -87,8 +95,9 @@ def _save_adapter(players: Players, player: str, folder: Path, weights_format: s
     config: Any = copy.deepcopy(players.peft.peft_config[player])
     config.base_model_name_or_path = players.base.path
     config.inference_mode = True
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # a set's order would change with PYTHONHASHSEED
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, name), set):
+            setattr(config, name, sorted(getattr(config, name)))  # a set's order would change with PYTHONHASHSEED
     if player == "discriminator":
         config.task_type = TaskType.SEQ_CLS
         config.modules_to_save = ["classifier", "score"]
@@ -144,11 +153,12 @@ def find(folder: Path, step: int | None) -> Path:
 
 def load(gan: LoraGAN, path: Path) -> None:
     """Continue exactly: everything is read and checked before anything in memory changes."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if state["base"]["fingerprint"] != gan.players.base.fingerprint:
+    state, base = _read_state(path), gan.players.base
+    if state["base"]["fingerprint"] != base.fingerprint:
+        theirs = f"{state['base']['name'] or 'in memory'!r} ({state['base'].get('architecture', 'unknown')})"
         raise ValueError(
-            f"{path} was made on the base {state['base']['name']!r}, whose weights are not those of "
-            f"{gan.players.base.name!r}: open it with LoraGAN.from_checkpoint(path, model=...)"
+            f"{path} was made on the base {theirs}, whose weights are not those of {base.name or 'in memory'!r} "
+            f"({type(base.model).__name__}): give that base, in the same revision and quantized alike"
         )
     put_generator = _read_generator(gan, path / "generator")
     put_discriminator = _read_discriminator(gan, path / "discriminator")
@@ -162,29 +172,81 @@ def load(gan: LoraGAN, path: Path) -> None:
 
 def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any]) -> LoraGAN:
     step_folder = path if is_complete(path) else find(path, None)
-    state = json.loads((step_folder / STATE).read_text(encoding="utf-8"))
-    settings = state["config"]
+    state = _read_state(step_folder)
+    settings = _harmless(state["config"])
     # Where the run's folder was moved, it goes on there, unless told otherwise.
     settings["output_dir"] = str(step_folder.parent)
     known = set(Config.__dataclass_fields__)
     settings |= {name: arguments.pop(name) for name in list(arguments) if name in known}
+    for player, name in zip(PLAYERS, ("peft_config", "disc_peft_config"), strict=True):
+        if player in state.get("by_peft_config", ()):
+            arguments.setdefault(name, _read_lora_config(step_folder / player))
+    if isinstance(model, PreTrainedModel):
+        settings["model_init_kwargs"] = None  # it is loaded
     if model is None:
-        model = _recorded_base(state["base"], Config.from_dict(settings))
+        # What says how to load the base is used up here; the tokenizer is part of it.
+        how = {name: arguments.pop(name, None) for name in ("processing_class", "quantization_config")}
+        model = _recorded_base(state["base"], Config.from_dict(settings), **how)
     gan = cls(model, Config.from_dict(settings), **arguments)
     load(gan, step_folder)
     return gan
 
 
-def _recorded_base(recorded: dict[str, str], config: Config) -> Any:
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state["base"]["fingerprint"], state["config"], state["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / STATE} could not be read as a checkpoint's state: {error!r}") from error
+    return state
+
+
+def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings, without what would let a stranger's checkpoint run code when its base is loaded."""
+    kept = {
+        key: value
+        for key, value in (settings.get("model_init_kwargs") or {}).items()
+        if key in ("revision", "subfolder", "variant")
+        or (key == "attn_implementation" and value in ("eager", "sdpa", "flash_attention_2"))
+    }
+    return settings | {"trust_remote_code": False, "model_init_kwargs": kept or None}
+
+
+def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class: Any, quantization_config: Any) -> Any:
     """The base a checkpoint names, only if it is on this machine: a stranger's path fetches nothing."""
     name, path = recorded["name"], recorded["path"]
     try:
-        return load_base("tiny" if name == "tiny" else path, None, config, local_files_only=True)
+        return load_base(
+            "tiny" if name == "tiny" else path,
+            processing_class,
+            config,
+            quantization_config=quantization_config,
+            local_files_only=True,
+        )
     except ValueError as error:
         raise ValueError(
             f"the checkpoint was made on the base {name or 'in memory'!r}, which is not on this machine; nothing is "
-            "fetched because a checkpoint names it: pass model= to say which base to use"
+            f"fetched because a checkpoint names it: pass model= to say which base to use ({error})"
         ) from error
+
+
+def _read_lora_config(folder: Path) -> LoraConfig:
+    """The adapter a checkpoint holds, from what of its JSON is accepted; the base it names is never followed."""
+    theirs = _read_adapter_config(folder)
+    try:
+        return LoraConfig(**{name: theirs[name] for name in ACCEPTED if name in theirs})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'adapter_config.json'} does not describe a LoRA adapter: {error}") from error
+
+
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no readable adapter_config.json: it is not an adapter ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'adapter_config.json'} is not an adapter's settings: {str(config)[:60]!r}")
+    return config
 
 
 def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
@@ -253,14 +315,13 @@ def _read_tensors(file: Path) -> Any:
         raise ValueError(f"{file} could not be read as tensors and plain numbers: {error}") from error
 
 
-def _require_same_scaling(folder: Path, ours: Any) -> None:
+def _require_same_scaling(folder: Path, ours: LoraConfig) -> None:
     """The settings that tensors do not show: an adapter under another alpha is another adapter."""
-    try:
-        theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} has no readable adapter_config.json: it is not an adapter ({error})") from error
-    stock = LoraConfig()
-    for name in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    theirs, stock = _read_adapter_config(folder), LoraConfig()
+    for name in (
+        "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+        "alora_invocation_tokens", "use_bdlora",
+    ):  # fmt: skip
         saved, here = theirs.get(name, getattr(stock, name)), getattr(ours, name)
         if saved != here:
             raise ValueError(f"{folder} does not fit: it was saved with {name}={saved!r}, this adapter has {here!r}")

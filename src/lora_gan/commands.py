@@ -1,6 +1,7 @@
 """What the commands of `lora-gan` do. Their parameters and docstrings are the options and the help of the command line.
 
-Everything heavy is imported inside the functions.
+Everything heavy is imported inside the functions, and a LoraGAN is Any here: jsonargparse imports what annotations
+name, even under TYPE_CHECKING, and that would be torch.
 """
 
 from __future__ import annotations
@@ -9,14 +10,11 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from .config import Config
-
-if TYPE_CHECKING:
-    from .gan import LoraGAN
 
 SETTINGS_FILE = "train.yaml"  # the run's options, beside its checkpoints: what --config takes to go on
 
@@ -100,12 +98,15 @@ def train(
     )
     if resume:
         gan.load_checkpoint()
-    print(preview.describe(gan, rows), flush=True)
-    if dry_run:
-        print(preview.try_reward(gan, rows), flush=True)
-        return
-    if gan.steps_left(rows) == 0:
+    steps = gan.steps_left(rows)
+    if steps == 0:
         raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
+    first = data_module.take(rows, config.prompts_per_step, seed=config.seed, position=gan.position)
+    total = None if isinstance(rows, data_module.Stream) else len(rows)
+    print(preview.describe(gan, first, total=total, steps=steps), flush=True)
+    if dry_run:
+        print(preview.try_reward(gan, first, calls=preview.calls(config, steps)), flush=True)
+        return
     settings = _keep_options(folder, options)
     try:
         gan.fit(rows, eval_dataset=held_out)
@@ -291,7 +292,7 @@ def export(
 # --- what the commands share ------------------------------------------------------------------------------------------
 
 
-def _open(checkpoint: str, model: str | None, *, reward: Any = None, needs_reward: bool = False) -> LoraGAN:
+def _open(checkpoint: str, model: str | None, *, reward: Any = None, needs_reward: bool = False) -> Any:
     """The run as it was saved; with the reward given, or else the run's own."""
     path = Path(checkpoint)
     if not path.is_dir():
@@ -319,7 +320,7 @@ def _columns(config: Config) -> dict[str, Any]:
     return {"prompt_column": config.prompt_column, "target_column": config.target_column}
 
 
-def _score(gan: LoraGAN, prompts: list[Any], responses: list[str], batch_size: int) -> list[float]:
+def _score(gan: Any, prompts: list[Any], responses: list[str], batch_size: int) -> list[float]:
     from .rollout import chunks
 
     return [value for part in chunks(len(prompts), batch_size) for value in gan.score(prompts[part], responses[part])]

@@ -1,65 +1,455 @@
-"""Rows of prompt and target, and the order in which they are taken: a function of (seed, epoch), so that the position
-in it is one number."""
+"""Rows of prompt and target, where they come from, and the order in which they are taken.
+
+A prompt is a text, or a conversation: a list of messages {"role", "content"}, as in TRL. The order is a function of
+(seed, epoch), or a stream's own, so that the position in it is one number, and a resumed run takes the very next row.
+"""
 
 from __future__ import annotations
 
+import csv
+import difflib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import randomness
 
+Conversation = list[dict[str, Any]]  # messages, each with a role and a content
+Prompt = str | Conversation
+Numbered = Iterator[tuple[str, Any]]  # where a row stands, for messages, and the row
+
 TARGET_NAMES = ("target", "target_text", "completion")
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state")  # what rewards get by these names is not data
 
 
 @dataclass(frozen=True)
 class Row:
-    prompt: str
+    prompt: Prompt
     target: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)  # whatever else the row has; rewards get it by keyword
 
 
-def read_rows(dataset: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows from a JSON Lines file, or from anything that yields mappings (a list, a `datasets.Dataset`).
+# --- reading --------------------------------------------------------------------------------------------------------
 
-    A row has `prompt`, and may have `target` (or `target_text`, or `completion`); a row without a prompt raises.
+
+def read_rows(
+    dataset: Any,
+    *,
+    prompt_column: str = "prompt",
+    target_column: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+) -> list[Row] | Stream:
+    """Rows of a file, a folder, a data set of the hub, a `datasets` object, or anything that yields mappings.
+
+    A row's prompt is a text or a list of messages; its target is a text, or one message of the assistant's. A row may
+    have TRL's `messages` instead of a prompt: the last one, where it is the assistant's, is the target. Whatever else
+    it has are columns, which rewards get by keyword; so do they get the target, under `target` and, where
+    `target_column` calls it otherwise, under that name.
+
+    Args:
+        dataset: a file (.jsonl, .json with a list or lines, .csv, .tsv, .txt with a prompt a line, .parquet; text is
+            UTF-8, an empty cell of a CSV file a missing value); a folder of such files called as the split
+            (train.jsonl, train-*.parquet), or written by `datasets.save_to_disk`; "OWNER/NAME" or "OWNER/NAME:CONFIG"
+            on the hub; a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a list or other iterable of mappings;
+            a function that returns one. What was read already is returned as it is.
+        prompt_column: the column that holds the prompt.
+        target_column: the column that holds the target, in every row; None: target, target_text or completion, the
+            first of them that a row has.
+        split: which one, where there are several; files and lists have none.
+        streaming: read as rows are needed, in the source's own order, instead of whole and shuffled. A
+            `datasets.IterableDataset` always is.
+
+    Returns:
+        The rows: a list, or a `Stream`, which has no length.
+
+    Raises:
+        ValueError: what cannot be read; it names the file, and the line or row.
+        ImportError: `datasets` is needed and not installed.
     """
+    if isinstance(dataset, Stream):
+        return dataset
+    if target_column is not None and target_column == prompt_column:
+        raise ValueError(f"prompt_column and target_column are both {prompt_column!r}: name two columns")
+    name = "the data set"
     if isinstance(dataset, (str, os.PathLike)):
-        lines = Path(dataset).read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028, too
-        dataset = [_parse(line, number, dataset) for number, line in enumerate(lines, 1) if line.strip()]
-    rows = []
-    for number, values in enumerate(dataset, 1):
-        if not isinstance(values, Mapping):
-            raise ValueError(f"row {number} is not a mapping with 'prompt' (and 'target'), but {values!r:.60}")
-        rest = dict(values)
-        prompt = rest.pop("prompt", None)
-        if not isinstance(prompt, str):
-            raise ValueError(f"row {number} has no text under 'prompt'; its columns are {', '.join(map(str, values))}")
-        names = [name for name in TARGET_NAMES if name in rest]
-        target = rest.pop(names[0]) if names else None
-        if not (target is None or isinstance(target, str)):
-            raise ValueError(f"row {number}: {names[0]} must be a text, or absent, not {target!r:.60}")
-        rows.append(Row(prompt, target, rest))
+        name = os.fspath(dataset)
+        dataset = _opened(name, split, streaming, prompt_column)
+    if isinstance(dataset, Mapping):
+        dataset = _one_split(dataset, split, name)
+    source = _source(dataset, streaming)
+
+    def to_row(where: str, values: Any) -> Row:
+        return _row(where, values, prompt_column, target_column)
+
+    if streaming or _is_iterable_dataset(dataset):
+        stream = Stream(name, source, to_row)
+        stream.take(1, 0)  # a wrong column, or no rows, are said now and not at the first step
+        return stream
+    rows = [to_row(where, values) for where, values in source(0)]
     if not rows:
-        raise ValueError("the dataset has no rows: give at least one mapping with 'prompt' (and 'target')")
+        raise ValueError(_no_rows(name))
     return rows
 
 
-def _parse(line: str, number: int, source: str | os.PathLike[str]) -> dict[str, Any]:
+def _no_rows(name: str) -> str:
+    return f"{name} has no rows: give at least one with a prompt (and a target)"
+
+
+def _source(dataset: Any, streaming: bool) -> Callable[[int], Numbered]:
+    """The rows of one epoch, numbered, by the number of the epoch."""
+    if isinstance(dataset, _Files):
+        return lambda epoch: dataset.read()
+    if isinstance(dataset, Iterator) and streaming:
+        raise ValueError("streaming begins again after an epoch, and an iterator cannot: give a function that makes it")
+    if not (callable(dataset) or hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
+        raise ValueError(f"a data set is a file, a name, or rows to iterate over, not {dataset!r:.60}")
+
+    def rows(epoch: int) -> Numbered:
+        if _is_iterable_dataset(dataset):
+            dataset.set_epoch(epoch)  # a shuffled one has an order of its own each epoch, by its seed
+        for number, values in enumerate(dataset() if callable(dataset) else dataset, 1):
+            yield f"row {number}", values
+
+    return rows
+
+
+def _is_iterable_dataset(dataset: Any) -> bool:
+    datasets = sys.modules.get("datasets")  # who holds such an object has imported it
+    return datasets is not None and isinstance(dataset, datasets.IterableDataset)
+
+
+def _row(where: str, values: Any, prompt_column: str, target_column: str | None) -> Row:
+    if isinstance(values, Row):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is not a mapping with 'prompt' (and 'target'), but {values!r:.60}")
+    rest = dict(values)
+    if prompt_column == "prompt" and "prompt" not in rest and "messages" in rest:
+        prompt_column = "messages"
+    prompt = _popped(rest, prompt_column, where, "prompt_column")
+    if target_column is not None:
+        target = _popped(rest, target_column, where, "target_column")
+        if target_column != "target" and "target" in rest:
+            raise ValueError(
+                f"{where} has a column 'target' beside target_column={target_column!r}, and rewards get the target "
+                "under that name: rename or remove one of them"
+            )
+    else:
+        names = [name for name in TARGET_NAMES if name in rest]
+        target_name = next((name for name in names if rest[name] is not None), names[0] if names else None)
+        target = rest.pop(target_name) if target_name else None
+
+    if prompt is None or (isinstance(prompt, (str, list, tuple)) and not prompt):
+        raise ValueError(f"{where}: {prompt_column} is empty, and a response needs something to begin from")
+    if is_conversation(prompt):
+        prompt = _messages(prompt, where)
+        if prompt_column == "messages" and target is None and prompt[-1]["role"] == "assistant":
+            prompt, target = prompt[:-1], prompt[-1:]
+            if not prompt:
+                raise ValueError(f"{where}: before the assistant's answer {prompt_column} has nothing to answer")
+    elif not isinstance(prompt, str):
+        raise ValueError(f"{where}: {prompt_column} must be a text, or a list of messages, not {prompt!r:.60}")
+    if is_conversation(target):
+        target = _answer(target, where)
+    if not (target is None or isinstance(target, str)):
+        raise ValueError(
+            f"{where}: the target must be a text, a message of the assistant's, or None, not {target!r:.60}"
+        )
+    if target_column is not None and target_column not in TARGET_NAMES:
+        rest[target_column] = target
+    _require_free_names(rest, where)
+    return Row(prompt, target, rest)
+
+
+def _popped(rest: dict[str, Any], name: str, where: str, setting: str) -> Any:
+    if name not in rest:
+        there = [str(column) for column in rest]
+        nearest = difflib.get_close_matches(name, there, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        columns = ", ".join(map(repr, there)) or "none"
+        raise ValueError(f"{where} has no column {name!r}{hint}; its columns: {columns}. {setting} names another")
+    return rest.pop(name)
+
+
+def _require_free_names(columns: Mapping[str, Any], where: str) -> None:
+    for name in columns:
+        if not isinstance(name, str) or name in RESERVED:
+            raise ValueError(
+                f"{where}: a column cannot be called {name!r}: rewards get columns by keyword, and "
+                f"{', '.join(RESERVED)} are taken; rename or remove it"
+            )
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether this is chat messages."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(m, Mapping) for m in value)
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether this is one prompt, a text or chat messages, and not several."""
+    return isinstance(value, str) or is_conversation(value)
+
+
+def excerpt(prompt: Prompt, length: int = 60) -> str:
+    """How a prompt begins, for messages; of a conversation its last message."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+    return repr(text if len(text) <= length else text[:length] + "…")
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list of prompts."""
+    return [prompts] if is_prompt(prompts) else list(prompts)
+
+
+def _messages(messages: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
+            raise ValueError(f"{where}: a message has a 'role' and a 'content', not {dict(message)!r:.60}")
+    # Tables give every message every key that any has; to a template a key that is None is not the same as none.
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _answer(messages: list[dict[str, Any]], where: str) -> str:
+    messages = _messages(messages, where)
+    if len(messages) > 1 or messages[0]["role"] != "assistant" or not isinstance(messages[0].get("content"), str):
+        raise ValueError(
+            f"{where}: as a target, one message of the assistant's with a text is accepted, not {messages}"
+        )
+    return messages[0]["content"]
+
+
+# --- files, folders, names ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: list[Path]
+    prompt_column: str  # what the lines of a .txt file are
+
+    def read(self) -> Numbered:
+        for path in self.paths:
+            suffix = path.suffix.lower()
+            for where, values in READERS[suffix](path):
+                yield where, {self.prompt_column: values} if suffix == ".txt" else values
+
+
+def _opened(name: str, split: str, streaming: bool, prompt_column: str) -> Any:
+    """The file or files, or what `datasets` makes of a name or of a folder it wrote."""
+    path, suffixes = Path(name).expanduser(), ", ".join(READERS)
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise ValueError(f"{name}: data files end in {suffixes}, not {path.suffix or 'nothing'!r}")
+        return _Files([path], prompt_column)
+    written_by_datasets = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if name and path.is_dir() and not written_by_datasets:
+        return _Files(_files_of_split(path, split), prompt_column)
+    on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", name) and path.suffix.lower() not in READERS
+    if not (written_by_datasets or on_hub):
+        raise ValueError(f"there is no file or folder {name!r}; data is a file ({suffixes}), a folder, or OWNER/NAME")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is not a file ({suffixes}) or a folder of such; data sets of the hub, and folders written by "
+            'datasets, need: pip install "lora-gan[data]"'
+        ) from error
+    try:
+        if written_by_datasets:
+            return datasets.load_from_disk(str(path))
+        hub_name, _, config = name.partition(":")
+        return datasets.load_dataset(hub_name, config or None, split=split, streaming=streaming)
+    except Exception as error:  # of the hub, the network, a file's format: no two are of one kind
+        what = "the folder" if written_by_datasets else "there is no such file or folder, and the data set"
+        raise ValueError(f"{what} {name!r} could not be opened by datasets, split {split!r}: {error}") from error
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """Data files in a folder or its data/ that are called as a split is, as in the hub's repositories: train.csv,
+    train-00000-of-00002.parquet."""
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    files = sorted(file for place in places for file in place.iterdir() if file.suffix.lower() in READERS)
+    chosen = [file for file in files if re.split(r"[-_.]", file.name)[0] == split]
+    if not chosen:
+        there = ", ".join(file.name for file in files[:10]) or "none"
+        raise ValueError(
+            f"the folder {folder} has no data of the split {split!r}: a file {split}.SUFFIX or {split}-*.SUFFIX, where "
+            f"SUFFIX is one of {', '.join(READERS)}; data files there: {there}"
+        )
+    return chosen
+
+
+def _one_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; its splits: {', '.join(map(repr, splits)) or 'none'}")
+    return splits[split]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file with their ends, cut at \\n alone: JSON allows U+2028 inside a text."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8: save the file as UTF-8 text"
+                ) from error
+            if "\0" in text:
+                raise ValueError(f"{path}, line {number}: this is a binary file, not UTF-8 text")
+            yield text
+
+
+def _json_lines(path: Path) -> Numbered:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.isspace():
+            where = f"{path}, line {number}"
+            yield where, _object(where, line)
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{os.fspath(source)}, line {number}: not JSON ({error})") from error
+        raise ValueError(f"{where}: not JSON ({error}); an object a line is expected") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{os.fspath(source)}, line {number}: expected an object with 'prompt', got {line[:60]!r}")
+        raise ValueError(f"{where}: expected an object with 'prompt', got {line.strip():.60}")
     return values
 
 
-def take(rows: list[Row], count: int, *, seed: int, position: int) -> list[Row]:
-    """The `count` rows from `position` on in the endless sequence of shuffled epochs."""
+def _json(path: Path) -> Numbered:
+    """One list of objects; or, as many a .json file is, an object a line."""
+    if not next((line for line in _lines(path) if not line.isspace()), "").lstrip().startswith("["):
+        yield from _json_lines(path)
+        return
+    try:
+        rows = json.loads("".join(_lines(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from error
+    for number, values in enumerate(rows, 1):
+        yield f"{path}, row {number}", values
+
+
+def _csv(path: Path) -> Numbered:
+    csv.field_size_limit(2**31 - 1)  # of the process; its default, 128 KiB, is less than a long context
+    header_line = next(_lines(path), "")
+    semicolons = ";" in header_line and "," not in header_line  # as spreadsheets write where the comma is decimal
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolons else ","
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 1  # where the row begins: a quoted field may have several
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {line}: not CSV ({error}); a field is closed by its quote") from error
+        if cells is None:
+            return
+        where, line = f"{path}, line {line}", reader.line_num + 1
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise ValueError(f"{where}: two columns are called {twice[0]!r}")
+        elif len(cells) != len(header):
+            raise ValueError(
+                f"{where}: {len(cells)} fields, and the header has {len(header)}; a field with {delimiter!r} in it "
+                "stands in quotes"
+            )
+        else:
+            yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+
+
+def _text(path: Path) -> Numbered:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.isspace():
+            yield f"{path}, line {number}", line.rstrip("\r\n")
+
+
+def _parquet(path: Path) -> Numbered:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f'{path}: Parquet files need pyarrow: pip install "lora-gan[data]"') from error
+    numbers = itertools.count(1)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1000):  # rows in memory at once, beside one row group
+                for values in batch.to_pylist():
+                    yield f"{path}, row {next(numbers)}", values
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} could not be read as Parquet: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": _parquet,
+}  # fmt: skip
+
+
+# --- the order ------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Rows read as they are needed, in the source's own order, epoch after epoch. No length; iterating is one epoch.
+
+    Elsewhere than onwards is reached by reading the rows before again, from the first epoch on. That costs their
+    reading, and is exact for every source that yields the same again: also for a shuffled `IterableDataset` (with a
+    seed), whose own state_dict() is not, since it holds no shuffling buffer.
+    """
+
+    def __init__(self, name: str, source: Callable[[int], Numbered], to_row: Callable[[str, Any], Row]) -> None:
+        self._name, self._source, self._to_row = name, source, to_row
+        self._seek(0)
+
+    def take(self, count: int, position: int) -> list[Row]:
+        """The `count` rows from `position` on, the number of rows before over all epochs."""
+        if not self._position <= position <= self._position + len(self._read):
+            self._seek(position)
+        del self._read[: position - self._position]
+        self._position = position
+        try:
+            while len(self._read) < count:
+                self._read.append(self._to_row(*next(self._unread)))
+        except BaseException:  # the place is lost: a row that is broken stays so, and none is passed over
+            self._seek(position)
+            raise
+        return self._read[:count]
+
+    def _seek(self, position: int) -> None:
+        self._position = position
+        self._read: list[Row] = []  # rows from the position on: a step that failed takes them again
+        self._unread = self._from(position)
+
+    def _from(self, position: int) -> Numbered:
+        passed = 0
+        for epoch in itertools.count():
+            before = passed
+            for numbered in self._source(epoch):
+                passed += 1
+                if passed > position:
+                    yield numbered
+            if passed == before:
+                raise ValueError(_no_rows(self._name))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._to_row(where, values) for where, values in self._source(0))
+
+
+def take(rows: list[Row] | Stream, count: int, *, seed: int, position: int) -> list[Row]:
+    """The `count` rows from `position` on in the endless sequence of epochs: shuffled ones, or a stream's own."""
+    if isinstance(rows, Stream):
+        return rows.take(count, position)
     taken: list[Row] = []
     for place in range(position, position + count):
         epoch, offset = divmod(place, len(rows))
@@ -69,15 +459,21 @@ def take(rows: list[Row], count: int, *, seed: int, position: int) -> list[Row]:
     return taken
 
 
-def rows_of(prompt: str | list[str], target: str | list[str | None] | None, columns: Mapping[str, Any]) -> list[Row]:
+# --- what step() is given -------------------------------------------------------------------------------------------
+
+
+def rows_of(
+    prompt: Prompt | list[Prompt], target: str | list[str | None] | None, columns: Mapping[str, Any]
+) -> list[Row]:
     """Rows from step()'s arguments: one of each, or lists of equal length."""
-    if isinstance(prompt, str):
+    _require_free_names(columns, "step()")
+    if is_prompt(prompt):
         if not (target is None or isinstance(target, str)):
             raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
-        return [Row(prompt, target, dict(columns))]
+        return [Row(_given(prompt), target, dict(columns))]
     prompts = list(prompt) if isinstance(prompt, (list, tuple)) else []
-    if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError("prompt must be a text, or a list of at least one text")
+    if not prompts or not all(map(is_prompt, prompts)):
+        raise ValueError("prompt must be a text or chat messages, or a list of at least one of them")
     targets = [None] * len(prompts) if target is None else target
     for name, values in {"target_text": targets, **columns}.items():
         if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
@@ -87,8 +483,13 @@ def rows_of(prompt: str | list[str], target: str | list[str | None] | None, colu
     if not all(target is None or isinstance(target, str) for target in targets):
         raise ValueError(f"target_text must be texts or None, got {targets!r:.80}")
     return [
-        Row(text, targets[i], {name: values[i] for name, values in columns.items()}) for i, text in enumerate(prompts)
+        Row(_given(one), targets[i], {name: values[i] for name, values in columns.items()})
+        for i, one in enumerate(prompts)
     ]
+
+
+def _given(prompt: Any) -> Prompt:
+    return prompt if isinstance(prompt, str) else _messages(prompt, "prompt")
 
 
 def columns_of(rows: list[Row]) -> dict[str, list[Any]]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,11 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, data, estimate, evaluation, rewards, rollout, tracking
 from .adapters import Player, Players, load_base
+from .callbacks import Callback, Run, check_callbacks
 from .config import Config
-from .data import Row
+from .data import Prompt, Row
 from .discriminator import Discriminator
+from .display import aside_for
 from .experience import Experience
 from .generator import Generator
+from .interrupts import Interrupted, Interrupts
 
 RewardFunction = Callable[[str, str | None], float]
 BatchedRewardFunction = Callable[..., list[float | None]]
@@ -34,15 +38,16 @@ class LoraGAN:
     Args:
         model: a hub id, a local folder, "tiny" (the base that ships), or a model in memory with `processing_class`.
         config: settings; or give them by name: `LoraGAN("tiny", learning_rate=1e-3)`.
-        reward: f(response, target) -> float, higher is better. Default: cosine by all-MiniLM-L6-v2.
-        reward_funcs: instead of `reward`, functions of TRL's form f(prompts, completions, **columns) ->
-            list[float | None]; their weighted sum is the true reward.
+        reward: f(response, target) -> float, higher is better, or a function of TRL's form, f(prompts, completions,
+            **columns) -> list[float | None]. Default: cosine by all-MiniLM-L6-v2.
+        reward_funcs: instead of `reward`, several functions of either form; their weighted sum is the true reward.
         reward_weights: one weight a function of `reward_funcs`; default 1 each.
         processing_class: the tokenizer, where it is not the base's own.
         peft_config: the generator's adapter as a peft.LoraConfig, where lora_r, lora_alpha and target_modules do not
             say enough (rank patterns, rsLoRA, DoRA).
         disc_peft_config: the same for the discriminator's.
         quantization_config: how the base is quantized when it is loaded, as in transformers.
+        callbacks: transformers.TrainerCallback objects or classes, which fit() calls.
 
     Raises:
         ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other.
@@ -60,16 +65,18 @@ class LoraGAN:
         peft_config: LoraConfig | None = None,
         disc_peft_config: LoraConfig | None = None,
         quantization_config: Any = None,
+        callbacks: list[Callback] | None = None,
         **settings: Any,
     ) -> None:
         if reward is not None and reward_funcs:
             raise ValueError("reward= and reward_funcs= both say what the true reward is: give one of them")
         if reward_funcs is not None and not isinstance(reward_funcs, (list, tuple)):
-            raise ValueError("reward_funcs must be a list of functions of the form f(prompts, completions, **columns)")
+            raise ValueError("reward_funcs must be a list of functions; one alone is reward=")
         if reward_weights is not None and len(reward_weights) != len(reward_funcs or []):
             raise ValueError(
                 f"{len(reward_weights)} reward_weights for {len(reward_funcs or [])} reward_funcs: give one weight each"
             )
+        self.callbacks = check_callbacks(callbacks)
         self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
         base = load_base(model, processing_class, self.config, quantization_config=quantization_config)
         self.players = Players(base, self.config, peft_config=peft_config, disc_peft_config=disc_peft_config)
@@ -78,16 +85,23 @@ class LoraGAN:
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
         self.reward_calls = 0  # true rewards asked for by step()
-        self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
+        self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
-        if reward is not None:
+        if reward is not None and rewards.takes_completions(reward):
+            reward_funcs = [reward]
+        elif reward is not None:
             self.compute_reward = reward
+        self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
+        self.reward_scales = rewards.Scales()  # of the parts of the true reward, where they are normalized
+        for func in reward_funcs or [reward]:
+            if hasattr(func, "bind"):  # one that asks the base itself, as Perplexity does
+                func.bind(self)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def step(
         self,
-        prompt: str | list[str],
+        prompt: Prompt | list[Prompt],
         target_text: str | list[str | None] | None = None,
         train_gen: bool = True,
         train_disc: bool = True,
@@ -98,7 +112,7 @@ class LoraGAN:
         """One cycle: sample K responses a prompt, predict their reward, ask for the true one, update the players.
 
         Args:
-            prompt: one prompt, or P prompts.
+            prompt: one prompt, or P prompts: texts, or lists of chat messages.
             target_text: the target of each prompt, where the reward or imitation needs one.
             train_gen: whether the generator learns in this step; if not, it stays bitwise as it was.
             train_disc: the same for the discriminator.
@@ -116,7 +130,7 @@ class LoraGAN:
                 contradict each other; `rewards.RewardError` for a reward function that does not answer as it should.
         """
         rows = data.rows_of(prompt, target_text, columns)
-        return self._step(rows, train_gen, train_disc, adversarial, single=isinstance(prompt, str))
+        return self._step(rows, train_gen, train_disc, adversarial, single=data.is_prompt(prompt))
 
     def _step(
         self,
@@ -146,6 +160,7 @@ class LoraGAN:
             disc,
             step=self.global_step,
             reward_calls=self.reward_calls,
+            eos_ids=self.players.base.eos_ids,
             single=single,
         )
 
@@ -189,35 +204,58 @@ class LoraGAN:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """True rewards of the asked responses, NaN elsewhere, float64 [B]; and their parts by name."""
         asked = np.flatnonzero(asked_B)
-        asked_rows = [rows[sampled.group_B[i]] for i in asked]
-        values, parts = self.ask(asked_rows, [sampled.texts[i] for i in asked])
+        groups = sampled.group_B[asked].tolist()
+        with self._interrupts.harmless():
+            parts = self._ask([rows[j] for j in groups], [sampled.texts[i] for i in asked])
+        self.reward_scales.update(parts, groups)
 
         def spread(answers: list[float | None]) -> np.ndarray:
             whole_B = np.full(len(sampled), np.nan)
             whole_B[asked] = [np.nan if answer is None else answer for answer in answers]
             return whole_B
 
-        return spread(values), {name: spread(part) for name, part in parts.items()}
+        return spread(self._total(parts)), {name: spread(part) for name, part in parts.items()}
+
+    def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], rewards.Parts]:
+        """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
+        parts = self._ask(rows, responses)
+        return self._total(parts), parts
+
+    @property
+    def reward_names(self) -> list[str]:
+        """What logs call the parts of the true reward."""
+        if self.reward_funcs and not self._replaces_reward:
+            return rewards.reward_names(self.reward_funcs)
+        return [rewards.reward_name(self._cosine if self._asks_cosine else self.compute_reward)]
+
+    @property
+    def _replaces_reward(self) -> bool:
+        return "compute_reward" in vars(self)  # what was assigned last is meant
 
     @property
     def _asks_cosine(self) -> bool:
-        replaced = "compute_reward" in vars(self) or type(self).compute_reward is not LoraGAN.compute_reward
-        return not replaced and not self.reward_funcs
+        overridden = self._replaces_reward or type(self).compute_reward is not LoraGAN.compute_reward
+        return not overridden and not self.reward_funcs
 
-    def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], dict[str, list[float | None]]]:
-        """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
-        targets = [row.target for row in rows]
+    def _ask(self, rows: list[Row], responses: list[str]) -> rewards.Parts:
+        """What each part of the true reward says of one response to each row."""
         if not responses:
-            return [], {}
-        if self._asks_cosine:
-            return list(self._cosine.batch(responses, targets)), {}
-        if self.reward_funcs and "compute_reward" not in vars(self):  # what was assigned last is meant
+            return {name: [] for name in self.reward_names}
+        if self.reward_funcs and not self._replaces_reward:
             columns = data.columns_of(rows)
-            if any(target is not None for target in targets):
-                columns["target"] = targets
-            prompts = [row.prompt for row in rows]
-            return rewards.score_trl(self.reward_funcs, self.reward_weights, prompts, responses, columns)
-        return rewards.score_pairs(self.compute_reward, responses, targets), {}
+            if any(row.target is not None for row in rows):
+                columns["target"] = [row.target for row in rows]
+            with aside_for(self.reward_funcs):
+                return rewards.score_parts(self.reward_funcs, [row.prompt for row in rows], responses, columns)
+        reward = self._cosine if self._asks_cosine else self.compute_reward
+        with aside_for([reward]):
+            answers = rewards.score_pairs(reward, responses, [row.target for row in rows])
+        return {self.reward_names[0]: answers}
+
+    def _total(self, parts: rewards.Parts) -> list[float | None]:
+        if self.config.multi_objective_aggregation == "normalize_then_sum":
+            return self.reward_scales.total(parts, self.reward_weights)
+        return rewards.weighted_total(parts, self.reward_weights)
 
     # --- many steps -------------------------------------------------------------------------------------------------
 
@@ -226,6 +264,7 @@ class LoraGAN:
         dataset: Dataset,
         steps: int | None = None,
         *,
+        eval_dataset: Dataset | None = None,
         train_gen: bool = True,
         train_disc: bool = True,
         progress: bool = True,
@@ -234,44 +273,70 @@ class LoraGAN:
         """Run `steps` further steps over a dataset's rows, `config.prompts_per_step` a step, in shuffled epochs.
 
         Args:
-            dataset: rows of prompt / target (mappings, a `datasets.Dataset`, or a JSON Lines file).
-            steps: how many more steps; None runs up to `config.max_steps` in all.
+            dataset: rows of prompt / target, as `data.read_rows` takes them: mappings, a file, a `datasets.Dataset`.
+            steps: how many more steps; None: up to `config.max_steps` in all, or for `config.num_train_epochs`.
+            eval_dataset: held-out rows, judged every `config.eval_steps`, and at the end.
             train_gen, train_disc: as in `step()`.
-            progress: a progress bar on a terminal, plain lines elsewhere.
+            progress: a live display on a terminal, plain lines elsewhere.
             on_step: called with every step's record.
 
         Returns:
-            The steps' records. Metrics stand in output_dir/metrics.jsonl, checkpoints in output_dir/step-N: every
+            The steps' records. In output_dir stand metrics.jsonl, completions.jsonl, and checkpoints step-N: every
             `config.save_steps`, and at the end. After loading a checkpoint, fit() goes on with the next rows.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
         """
-        rows = data.read_rows(dataset)
-        if steps is None:
-            if self.config.max_steps is None:
-                raise ValueError("fit() needs steps=, or max_steps in the config")
-            steps = max(0, self.config.max_steps - self.global_step)
+        rows = self._rows(dataset)
+        held_out = None if eval_dataset is None else list(self._rows(eval_dataset, split="test"))
+        steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
-        records = []
-        with tracking.Tracker(self.config, steps, first=self.global_step, progress=progress) as tracker:
-            for _ in range(steps):
-                batch = data.take(rows, self.config.prompts_per_step, seed=self.config.seed, position=self.position)
-                record = self._step(batch, train_gen, train_disc)
-                self.position += len(batch)  # after the step: one that raised takes its rows again
-                records.append(record)
-                tracker.log(record)
-                if on_step is not None:
-                    on_step(record)
-                if self.config.save_steps and self.global_step % self.config.save_steps == 0:
-                    self.save_checkpoint()
-            if steps and not (self.config.save_steps and self.global_step % self.config.save_steps == 0):
-                self.save_checkpoint()
+        records, saved = [], None
+        with Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run:
+            try:
+                with self._interrupts.catching():
+                    for _ in range(steps):
+                        run.begin_step()
+                        batch = data.take(
+                            rows, self.config.prompts_per_step, seed=self.config.seed, position=self.position
+                        )
+                        record = self._step(batch, train_gen, train_disc)
+                        self.position += len(batch)  # after the step: one that raised takes its rows again
+                        records.append(record)
+                        run.end_step(record, batch)
+                        if on_step is not None:
+                            on_step(record)
+                        if run.control.should_evaluate and held_out is not None:
+                            run.evaluated(evaluation.evaluate(self, held_out))
+                        if run.control.should_save:
+                            saved = self.save_checkpoint()
+                            run.saved(saved)
+                        if run.control.should_training_stop:
+                            break
+                        self._interrupts.check()
+            except Interrupted:
+                if not records:
+                    raise KeyboardInterrupt("before a step was done: there is nothing new to save") from None
+                if saved is None or saved.name != f"step-{self.global_step}":
+                    run.saved(saved := self.save_checkpoint())
+                raise KeyboardInterrupt(f"step {self.global_step} is saved in {saved}") from None
         return records
+
+    def steps_left(self, rows: list[Row] | data.Stream) -> int:
+        """Steps that fit() runs over these rows when it is not told how many."""
+        steps = self.config.max_steps
+        if steps is None and isinstance(rows, data.Stream):
+            raise ValueError("streamed rows have no length that num_train_epochs could count: set max_steps")
+        if steps is None:
+            steps = math.ceil(self.config.num_train_epochs * len(rows) / self.config.prompts_per_step)
+        return max(0, steps - self.global_step)
 
     # --- using the players ------------------------------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: str | list[str],
+        prompts: Prompt | list[Prompt],
         best_of: int = 1,
         *,
         temperature: float | None = None,
@@ -284,14 +349,14 @@ class LoraGAN:
         """One response a prompt, always a list; the same for the same seed and step, whatever the batch.
 
         Args:
-            prompts: one prompt, or several.
+            prompts: one prompt, or several: texts, or lists of chat messages.
             best_of: how many to sample; the discriminator picks the one it predicts the highest reward for.
             temperature, top_p, max_completion_length: the config's where not given; temperature 0 is greedy.
             seed: another seed gives other responses; the config's where not given.
             player: "reference" answers with the untouched base.
             batch_size: prompts answered at once; None = all.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = data.as_prompts(prompts)
         if not isinstance(best_of, int) or best_of < 1:
             raise ValueError(f"best_of={best_of!r} is not accepted: it must be a whole number from 1")
         if not prompts:
@@ -308,20 +373,21 @@ class LoraGAN:
             chosen += [sampled.texts[j * best_of + int(i)] for j, i in enumerate(best)]
         return chosen
 
-    def score(self, prompts: str | list[str], responses: str | list[str]) -> list[float]:
+    def score(self, prompts: Prompt | list[Prompt], responses: str | list[str]) -> list[float]:
         """The discriminator's predicted reward of one response to each prompt, always a list.
 
         Prompt and response are tokenized apart, concatenated, and closed with the end-of-text token: what the
         discriminator was trained on, for a response that was generated, and ended, as these tokens.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = data.as_prompts(prompts)
         responses = [responses] if isinstance(responses, str) else list(responses)
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: give one response to each prompt")
         if not prompts:
             return []
         base = self.players.base
-        rows = rollout.assemble(base, self.players.device, *rollout.encode_pairs(base, prompts, responses), responses)
+        encoded = rollout.encode_pairs(base, prompts, responses, self.config.chat_template_kwargs)
+        rows = rollout.assemble(base, self.players.device, *encoded, responses)
         return self.discriminator.predict(rows).mean(0).tolist()
 
     def evaluate(self, dataset: Dataset, **options: Any) -> dict[str, Any]:
@@ -329,13 +395,17 @@ class LoraGAN:
 
         See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size).
         """
-        return evaluation.evaluate(self, data.read_rows(dataset), **options)
+        return evaluation.evaluate(self, list(self._rows(dataset, split="test")), **options)
 
-    def _encode(self, prompts: Iterable[str], length: int | None = None) -> list[list[int]]:
+    def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
+        names = {"prompt_column": self.config.prompt_column, "target_column": self.config.target_column}
+        return data.read_rows(dataset, split=split, **names)
+
+    def _encode(self, prompts: Iterable[Prompt], length: int | None = None) -> list[list[int]]:
         length = self.config.max_completion_length if length is None else length
         if length < 1:
             raise ValueError(f"max_completion_length={length} is not accepted: it must be a whole number from 1")
-        return rollout.encode_prompts(self.players.base, list(prompts), length)
+        return rollout.encode_prompts(self.players.base, list(prompts), length, self.config.chat_template_kwargs)
 
     def _uniforms(
         self, prompts: list[list[int]], count: int, purpose: str, *, length: int | None = None, seed: int | None = None
@@ -405,4 +475,4 @@ def _require_targets(rows: list[Row], need: str, remedy: str = "") -> None:
     """Name a row without a target where one is needed, before anything is sampled or any true reward paid for."""
     for row in rows:
         if row.target is None:
-            raise ValueError(f"{need}, and the prompt {row.prompt[:60]!r} has none{remedy}")
+            raise ValueError(f"{need}, and the prompt {data.excerpt(row.prompt)} has none{remedy}")

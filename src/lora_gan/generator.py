@@ -127,7 +127,9 @@ class Generator:
         base = self.players.base
         texts = [row.target or "" for row in rows]  # step() has refused a row without a target
         targets = [encode_response(base, text)[: self.config.max_completion_length] for text in texts]
-        prompts = encode_prompts(base, [row.prompt for row in rows], self.config.max_completion_length)
+        prompts = encode_prompts(
+            base, [row.prompt for row in rows], self.config.max_completion_length, self.config.chat_template_kwargs
+        )
         batch = assemble(base, self.players.device, prompts, targets, texts)
         loss = 0.0
         for chunk in chunks(len(rows), self.config.micro_batch_size):

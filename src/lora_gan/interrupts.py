@@ -13,40 +13,48 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, at a point where everything is as the last whole step left it."""
+
+
 class Interrupts:
-    """Within `catching()`: `requested` turns true at the first Ctrl-C; the second raises KeyboardInterrupt."""
+    """Within `catching()` the first Ctrl-C is kept for `check()`; the second raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         self._harmless = False  # whether raising now would leave nothing half-done
-        self.catches = False
 
     @contextmanager
     def catching(self) -> Iterator[None]:
         """In threads other than the main one, where Python delivers no signals, nothing is caught."""
-        self.requested = False
+        self._requested = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGINT, self._handle)
-        self.catches = True
         try:
             yield
         finally:
-            self.catches = False
             signal.signal(signal.SIGINT, before)
+
+    def check(self) -> None:
+        """Between steps: raise Interrupted where Ctrl-C was pressed."""
+        if self._requested:
+            raise Interrupted
 
     @contextmanager
     def harmless(self) -> Iterator[None]:
-        """What runs inside may be broken off at any point: Ctrl-C raises KeyboardInterrupt at once."""
+        """What runs inside may be broken off at any point: Ctrl-C raises Interrupted at once."""
         self._harmless = True
         try:
             yield
+        except KeyboardInterrupt as stop:  # a person who is asked for rewards may quit, too
+            raise Interrupted from stop
         finally:
             self._harmless = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._harmless or self.requested:
+        if self._harmless or self._requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self._requested = True
         print("\nCtrl-C: finishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)

@@ -31,7 +31,6 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
     config, players, base = gan.config, gan.players, gan.players.base
     sizes = {player: _count(players.parameters(player)) for player in ("generator", "discriminator")}
     frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
-    responses = config.prompts_per_step * config.num_generations
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
     lines = {
         "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {players.device})",
@@ -41,10 +40,15 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         "steps": f"{steps:,} of {config.prompts_per_step} prompts × {config.num_generations} responses of at most "
         f"{config.max_completion_length} tokens" + (f", after {gan.global_step:,}" if gan.global_step else ""),
         "true reward": f"{', '.join(gan.reward_names)}: asked for {config.query_rate:.0%} of the responses, "
-        f"{round(steps * responses * config.query_rate):,} calls",
+        f"{calls(config, steps):,} calls",
         "memory": _in_words(memory(players, config, [_tokens(gan, row) for row in rows])),
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+
+
+def calls(config: Config, steps: int) -> int:
+    """True rewards that so many steps ask for."""
+    return round(steps * config.prompts_per_step * config.num_generations * config.query_rate)
 
 
 def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[str, float]:

@@ -10,16 +10,20 @@ is the inverse of the model's distribution function at a keyed uniform number.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import DynamicCache
 
 from . import randomness
-from .adapters import Base, Players
+from .adapters import Players
+from .base import Base
+from .data import Conversation, Prompt, excerpt
 
 
 @dataclass(frozen=True)
@@ -64,29 +68,68 @@ class Rollout:
         )
 
 
-def encode_prompts(base: Base, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, as the tokenizer begins a text; one that is empty or does not fit raises."""
+def encode_prompts(
+    base: Base,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of each prompt; one that is empty or does not fit raises.
+
+    A text is tokenized as the tokenizer begins one, a conversation as its chat template writes it.
+    """
     encoded = []
     nothing = list(base.tokenizer("")["input_ids"])  # some tokenizers open every text with a token
     for prompt in prompts:
-        ids = list(base.tokenizer(prompt, verbose=False)["input_ids"])
-        if ids == nothing:
-            raise ValueError(f"the prompt {prompt!r} has no tokens: a response needs something to begin from")
-        while ids[-1] in base.eos_ids and len(ids) > 1:  # and some close it
-            ids.pop()
+        if not isinstance(prompt, str):
+            ids = _encode_conversation(base, prompt, chat_template_kwargs or {})
+        else:
+            ids = list(base.tokenizer(prompt, verbose=False)["input_ids"])
+            if ids == nothing:
+                raise ValueError(f"the prompt {prompt!r} has no tokens: a response needs something to begin from")
+            while ids[-1] in base.eos_ids and len(ids) > 1:  # and some close it
+                ids.pop()
         if len(ids) + max_new_tokens > base.context:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and a response of up to {max_new_tokens} do not fit into this base's "
-                f"{base.context} tokens: shorten the prompt that begins {prompt[:60]!r}, or set a smaller "
+                f"{base.context} tokens: shorten the prompt {excerpt(prompt)}, or set a smaller "
                 "max_completion_length"
             )
         encoded.append(ids)
     return encoded
 
 
-def encode_pairs(base: Base, prompts: list[str], responses: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+def _encode_conversation(base: Base, messages: Conversation, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+    """Token ids of a conversation as the base's chat template writes it, up to where the response begins. As in TRL, a
+    last message that is the assistant's is continued."""
+    if base.tokenizer.chat_template is None and "chat_template" not in chat_template_kwargs:
+        raise ValueError(
+            f"the base {base.name or 'in memory'!r} has no chat template, and the prompt is chat messages: give the "
+            "prompts as plain text, or as processing_class= a tokenizer that has one (tokenizer.chat_template)"
+        )
+    continues = messages[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not continues, "continue_final_message": continues, **chat_template_kwargs}
+    options |= {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
+    try:
+        ids = list(base.tokenizer.apply_chat_template(messages, **options)["input_ids"])
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"the base's chat template does not take the prompt {excerpt(messages)}: {error}") from error
+    if not ids:
+        raise ValueError(f"the base's chat template makes no tokens of the prompt {excerpt(messages)}")
+    return ids
+
+
+def encode_pairs(
+    base: Base,
+    prompts: list[Prompt],
+    responses: list[str],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and of their responses, each response closed by the end-of-text token where it has room."""
-    encoded = encode_prompts(base, prompts, 0), [encode_response(base, response) for response in responses]
+    encoded = (
+        encode_prompts(base, prompts, 0, chat_template_kwargs),
+        [encode_response(base, response) for response in responses],
+    )
     for prompt, response in zip(*encoded, strict=True):
         room = base.context - len(prompt)
         if len(response) > room + 1:
@@ -168,7 +211,7 @@ def sample(
     cache = DynamicCache(config=players.lm.config)
     logits = players.lm(
         input_ids=prompt.ids_BL[:, :places], attention_mask=mask, past_key_values=cache, use_cache=True,
-        logits_to_keep=1, **players.positions(mask),
+        **players.keep(1), **players.positions(mask),
     ).logits[:, -1]  # fmt: skip
     if per_prompt > 1:
         cache.batch_repeat_interleave(per_prompt)

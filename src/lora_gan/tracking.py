@@ -1,19 +1,24 @@
-"""What a step returns, and where it goes: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere.
+"""What a step returns, and what is kept of it: metrics.jsonl, completions.jsonl, trackers.
 
 # P = prompts, K = responses a prompt, B = P·K
+
+`step()` returns a record under this library's own names (`step_record`); what is logged bears TRL's, where TRL has the
+metric, and then means what it means there (`summary`). docs/metrics.md lists every name.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import json
 import math
-import sys
-import time
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .config import Config
 from .data import Row
@@ -29,6 +34,7 @@ def step_record(
     *,
     step: int,
     reward_calls: int,
+    eos_ids: Sequence[int],
     single: bool,
 ) -> dict[str, Any]:
     """The dict that step() returns: six keys in their order, all K responses, then metrics, as plain Python values.
@@ -61,17 +67,18 @@ def step_record(
     if experience is not None:
         answered_B = experience.true_B[~np.isnan(experience.true_B)]
         record |= {
-            "reward_mean": float(answered_B.mean()) if len(answered_B) else None,
+            "reward_mean": _mean(experience.true_B),
+            "reward_std": _std(experience.true_B),
             "pred_reward_mean": float(experience.predicted_B.mean()),
             "asked": int(experience.asked_B.sum()),
             "unanswered": int(experience.asked_B.sum()) - len(answered_B),
-            "completion_length": float(experience.rollout.lengths_B.mean()),
+            "frac_asked": float(experience.asked_B.mean()),
+            "frac_reward_zero_std": _share_without_spread(experience),
+            **_lengths(experience, eos_ids),
             **fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B),
-            **{
-                f"rewards/{name}": float(np.nanmean(part)) if not np.isnan(part).all() else None
-                for name, part in experience.parts.items()
-            },
         }
+        for name, part_B in experience.parts.items():
+            record |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
     return record | {k: v for k, v in (gen | disc).items() if k not in record}
 
 
@@ -88,55 +95,245 @@ def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], .
     return tuple([column[j * per_prompt : (j + 1) * per_prompt] for j in range(prompts)] for column in columns)
 
 
-def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """A step's numbers without its texts: what metrics.jsonl holds."""
-    texts = {"prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards"}
-    return {name: value for name, value in record.items() if name not in texts}
+def _mean(values_B: np.ndarray) -> float | None:
+    known = values_B[~np.isnan(values_B)]
+    return float(known.mean()) if len(known) else None
 
 
-class Tracker:
-    """Follows fit(): metrics.jsonl in the output folder, and progress on stderr."""
+def _std(values_B: np.ndarray) -> float | None:
+    """With Bessel's correction, as TRL's."""
+    known = values_B[~np.isnan(values_B)]
+    return float(known.std(ddof=1)) if len(known) > 1 else None
 
-    def __init__(self, config: Config, steps: int, *, first: int, progress: bool) -> None:
-        self.config, self.steps, self.first, self.progress = config, steps, first, progress
-        self.file: TextIO | None = None
-        self.bar: tqdm | None = None
-        self.began = self.said = time.monotonic()
 
-    def __enter__(self) -> Tracker:
-        folder = Path(self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "metrics.jsonl").open("a" if self.first else "w", encoding="utf-8")
-        if self.progress and sys.stderr.isatty():
-            self.bar = tqdm(total=self.first + self.steps, initial=self.first, unit="step", dynamic_ncols=True)
+def _share_without_spread(experience: Experience) -> float | None:
+    """Of the groups with two answers or more, the share whose true rewards are all alike: they teach nothing."""
+    groups = [experience.true_B[experience.group_B == j] for j in range(len(experience.rows))]
+    answered = [group[~np.isnan(group)] for group in groups]
+    alike = [bool(np.isclose(np.ptp(group), 0)) for group in answered if len(group) > 1]
+    return float(np.mean(alike)) if alike else None
+
+
+def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """Tokens of the responses; those that used all places without an end are clipped."""
+    lengths_B, ids_BT = experience.rollout.lengths_B, experience.rollout.response_ids_BT.cpu().numpy()
+    ended_B = np.isin(ids_BT[np.arange(len(lengths_B)), lengths_B - 1], eos_ids)
+    return {
+        "step_tokens": int(experience.rollout.mask_BL.sum()),
+        "completion_length": float(lengths_B.mean()),
+        "completions/min_length": int(lengths_B.min()),
+        "completions/max_length": int(lengths_B.max()),
+        "completions/clipped_ratio": float(1 - ended_B.mean()),
+        "completions/mean_terminated_length": float(lengths_B[ended_B].mean()) if ended_B.any() else None,
+    }
+
+
+# --- what is logged ---------------------------------------------------------------------------------------------------
+
+TEXTS = {"prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards"}
+LOGGED_AS = {
+    "reward_mean": "reward",
+    "pred_reward_mean": "pred_reward",
+    "gen_loss": "loss",
+    "gen_grad_norm": "grad_norm",
+    "gen_learning_rate": "learning_rate",
+    "completion_length": "completions/mean_length",
+    "kl": "kl_per_response",
+}
+LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # the others: means
+
+
+def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's numbers under the names they are logged by; without those that were not measured."""
+    values = {name: value for name, value in record.items() if name not in TEXTS}
+    if record.get("kl") is not None and record.get("completion_length"):
+        values["kl_per_token"] = record["kl"] / record["completion_length"]
+    names = LOGGED_AS | {name: f"{name}/mean" for name in values if f"{name}/std" in values and "/" in name}
+    logged = {names.get(name, name): value for name, value in values.items()}
+    if "kl_per_token" in logged:
+        logged["kl"] = logged.pop("kl_per_token")  # TRL's kl counts a token
+    return measured(logged)
+
+
+def measured(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are numbers: None, NaN and infinities cannot stand in JSON, nor in every tracker."""
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+class Window:
+    """The steps since the last line of metrics: means, or the latest of what is a total or a setting."""
+
+    def __init__(self) -> None:
+        self.steps: list[Mapping[str, Any]] = []
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        self.steps.append(values)
+
+    def take(self) -> dict[str, Any]:
+        """What they come to; the next window begins. Steps in which a number was not measured do not count for it."""
+        columns: dict[str, list[Any]] = {}
+        for values in self.steps:
+            for name, value in values.items():
+                columns.setdefault(name, []).append(value)
+        self.steps = []
+        return {
+            name: column[-1] if name in LATEST or len(column) == 1 else sum(column) / len(column)
+            for name, column in columns.items()
+        }
+
+
+def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every response of a step with its rewards, as completions.jsonl holds it; `record` is of several prompts."""
+    samples = []
+    for j, row in enumerate(rows):
+        for response, true, predicted in zip(
+            *(record[name][j] or () for name in ("responses", "true_rewards", "pred_rewards")), strict=True
+        ):
+            sample = {"step": record["step"], "prompt": row.prompt, "completion": response}
+            sample |= {"true_reward": true, "pred_reward": predicted}
+            samples.append(sample if row.target is None else sample | {"target": row.target})
+    return samples
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """A file of JSON objects with a `step`, a line each, written as whole lines.
+
+    At step 0 it begins anew. A run that goes on after step N keeps the lines up to N: what was written between the
+    checkpoint and a crash comes again. `kept` holds them.
+    """
+
+    def __init__(self, path: Path, *, after: int) -> None:
+        self.kept = [line for line in _read_lines(path) if line["step"] <= after] if after and path.exists() else []
+        beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+        beside.write_text("".join(map(_line, self.kept)), encoding="utf-8", errors="backslashreplace", newline="\n")
+        beside.replace(path)
+        self.file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+    def write(self, *values: Mapping[str, Any]) -> None:
+        self.file.write("".join(map(_line, values)))
+        self.file.flush()
+
+    def __enter__(self) -> JsonLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
         self.file.close()
 
-    def log(self, record: dict[str, Any]) -> None:
-        done = record["step"] - self.first
-        if record["step"] % self.config.logging_steps == 0:
-            line = summary(record) | {"seconds": round(time.monotonic() - self.began, 3)}
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        if self.bar is not None:
-            self.bar.set_postfix_str(headline(record))
-            self.bar.update()
-        elif self.progress and (time.monotonic() - self.said > 10 or done == self.steps):
-            self.said = time.monotonic()
-            left = (self.said - self.began) / done * (self.steps - done)
-            print(f"step {record['step']}: {headline(record)}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def headline(record: dict[str, Any]) -> str:
-    """The numbers one would watch."""
-    shown = (
-        ("reward", "reward_mean"), ("predicted", "pred_reward_mean"),
-        ("rank corr. in group", "rank_correlation_within"), ("KL", "kl"),
-        ("imitation", "imitation_loss"), ("calls", "reward_calls"),
-    )  # fmt: skip
-    parts = [(name, record.get(key)) for name, key in shown]
-    return ", ".join(f"{name} {v:.3f}" if isinstance(v, float) else f"{name} {v}" for name, v in parts if v is not None)
+def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # the last one, if the process was killed while it wrote
+            continue
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+TRACKERS = ("tensorboard", "wandb", "trackio")  # the names are their packages', too
+
+
+def trackers_of(report_to: str | Sequence[str]) -> list[str]:
+    """The trackers that `config.report_to` names; one that does not exist, or is not installed, raises."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    if names == ["none"]:
+        return []
+    if "all" in names:
+        return [name for name in TRACKERS if find_spec(name)]
+    for name in names:
+        if name not in TRACKERS:
+            nearest = difflib.get_close_matches(str(name), [*TRACKERS, "all", "none"], n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(
+                f"report_to={name!r} is not accepted{hint}: it must be {', '.join(map(repr, TRACKERS))}, several of "
+                "these, 'all' or 'none'"
+            )
+        if find_spec(name) is None:
+            raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}")
+    return list(dict.fromkeys(names))
+
+
+class Trackers:
+    """TensorBoard, Weights & Biases and trackio, by accelerate's classes; metrics under train/ and eval/.
+
+    A run that goes on (`after` > 0) goes on at its own step numbers. TensorBoard then hides what was logged after them,
+    trackio continues the run of this name; wandb does with WANDB_RUN_ID and WANDB_RESUME=allow.
+    """
+
+    def __init__(self, config: Config, settings: Mapping[str, Any], *, after: int) -> None:
+        self.trackers: list[Any] = []
+        for name in trackers_of(config.report_to):
+            try:
+                tracker = _tracker(name, config, after)
+                tracker.start()
+                self.trackers.append(tracker)
+                tracker.store_init_configuration(_flat(settings))
+            except Exception as error:
+                self.__exit__()
+                raise ValueError(f"the tracker {name} could not start: {error}") from error
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        named = {
+            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+            for name, value in values.items()
+        }
+        for tracker in self.trackers:
+            tracker.log(dict(named), step=step)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """As a table; TensorBoard has none, and gets it as Markdown."""
+        columns = ["step", "prompt", "completion", "true_reward", "pred_reward", "target"]
+        data = [[sample.get(column) for column in columns] for sample in samples]
+        for tracker in self.trackers:
+            if tracker.name == "wandb":
+                tracker.log_table("completions", columns=columns, data=data, step=step)
+            elif tracker.name == "trackio":
+                table = importlib.import_module("trackio").Table(columns=columns, data=data)
+                tracker.log({"completions": table}, step=step)
+            else:
+                tracker.log({"completions": _markdown(columns, data)}, step=step)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers = []
+
+
+def _tracker(name: str, config: Config, after: int) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers log through it
+    importlib.import_module(name)  # one that is broken says so here
+    run_name = config.run_name or Path(config.output_dir).resolve().name
+    if name == "tensorboard":
+        folder = Path(config.output_dir) / "tensorboard"
+        return LOGGER_TYPE_TO_CLASS[name](run_name, logging_dir=folder, purge_step=after + 1 if after else None)
+    options = {"dir": config.output_dir} if name == "wandb" else {"resume": "allow" if after else "never"}
+    return LOGGER_TYPE_TO_CLASS[name](config.project, name=run_name, **options)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as every tracker takes them: numbers, truth values and texts."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def _markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
+    def cells(row: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(value).replace("|", "\\|").replace("\n", " ") for value in row) + " |"
+
+    return "\n".join([cells(columns), "|" + " --- |" * len(columns), *map(cells, data)])

@@ -1,20 +1,66 @@
 """True rewards: what a response is worth, as a float, higher being better."""
 
-from .combine import RewardError, reward_name, reward_names, score_pairs, score_trl
-from .cosine import CosineReward, RewardUnavailable
-from .text import bleu, chrf, corpus_chrf, distinct_n, exact_match
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .base import Perplexity
+from .combine import (
+    RewardError,
+    RewardUnavailable,
+    reward_name,
+    reward_names,
+    score_pairs,
+    score_parts,
+    score_trl,
+    takes_completions,
+    weighted_total,
+)
+from .model import Classifier, Entailment
+from .named import from_spec, from_specs
+from .scales import Scales
+from .shaping import Length, repetition
+from .text import bleu, chrf, corpus_chrf, distinct_n, exact_match, meteor, rouge
+
+if TYPE_CHECKING:
+    from .cosine import CosineReward
+    from .human import Human
+    from .judge import Judge
 
 __all__ = [
+    "Classifier",
     "CosineReward",
+    "Entailment",
+    "Human",
+    "Judge",
+    "Length",
+    "Perplexity",
     "RewardError",
     "RewardUnavailable",
+    "Scales",
     "bleu",
     "chrf",
     "corpus_chrf",
     "distinct_n",
     "exact_match",
+    "from_spec",
+    "from_specs",
+    "meteor",
+    "repetition",
     "reward_name",
     "reward_names",
+    "rouge",
     "score_pairs",
+    "score_parts",
     "score_trl",
+    "takes_completions",
+    "weighted_total",
 ]
+
+_LATER = {"CosineReward": "cosine", "Human": "human", "Judge": "judge"}
+
+
+def __getattr__(name: str) -> Any:
+    """What brings a library along is imported when it is asked for: naming rewards must cost nothing."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

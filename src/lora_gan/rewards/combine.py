@@ -1,19 +1,20 @@
 """Where what a user's reward returns becomes numbers. Pure functions without state.
 
-Two forms are understood: f(response, target) -> float, and TRL's f(prompts=, completions=, **columns) -> list. In both,
-a score is any one real number (Python, NumPy or PyTorch; a bool counts as 0 or 1), or None: "not answered" in the first
-form, "does not apply to this row" in the second. Departure from TRL: NaN is refused, not read as None, since it is
-more often a bug in a reward than a decision.
+Two forms are understood everywhere, told apart by signature: f(response, target) -> float, and TRL's
+f(prompts=, completions=, **columns) -> list. In both, a score is any one real number (Python, NumPy or PyTorch; a bool
+counts as 0 or 1), or None: "not answered" in the first form, "does not apply to this row" in the second. Departure
+from TRL: NaN is refused, not read as None, since it is more often a bug in a reward than a decision.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .cosine import RewardUnavailable
-
 PairReward = Callable[[str, str | None], Any]
 TrlReward = Callable[..., Any]
+Reward = PairReward | TrlReward
+Parts = dict[str, list[float | None]]  # {name of the reward: its score of each row, unweighted}
 
 ACCEPTED = "a finite number (int, float, bool, or a NumPy or PyTorch scalar), or None"
 
@@ -22,8 +23,36 @@ class RewardError(ValueError):
     """A reward function raised, or returned what is not a score. The message names the function and the row."""
 
 
-def score_pairs(fn: PairReward, responses: Sequence[str], targets: Sequence[str | None]) -> list[float | None]:
-    """Score response i against target i by f(response, target).
+class RewardUnavailable(RuntimeError):
+    """A reward cannot run here at all, whatever it is asked to score: its model or its data is not to be had."""
+
+
+def takes_completions(func: Reward) -> bool:
+    """Whether a reward is of TRL's form: it takes the keyword `completions`, by name or through **kwargs.
+
+    f(response, target, **kwargs) takes its first two by position and is of the pair form. What has no signature to
+    read (some builtins) is of the pair form, too.
+    """
+    if hasattr(func, "batch"):
+        return False
+    try:
+        parameters = inspect.signature(func).parameters
+    except (TypeError, ValueError):
+        return False
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if "completions" in parameters:
+        return True
+    by_position = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, _EITHER) for kind in kinds)
+    return inspect.Parameter.VAR_KEYWORD in kinds and (by_position < 2 or "prompts" in parameters)
+
+
+_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def score_pairs(
+    fn: PairReward, responses: Sequence[str], targets: Sequence[str | None], *, name: str | None = None
+) -> list[float | None]:
+    """Score response i against target i by f(response, target); `name` is what errors call it, its own if None.
 
     A function that has a method `batch(responses, targets) -> list` is asked once for all rows, as CosineReward is.
 
@@ -36,7 +65,7 @@ def score_pairs(fn: PairReward, responses: Sequence[str], targets: Sequence[str 
     """
     if len(responses) != len(targets):
         raise ValueError(f"{len(responses)} responses but {len(targets)} targets; give one target (or None) for each")
-    name = reward_name(fn)
+    name = name or reward_name(fn)
 
     def row(i: int) -> str:
         return f"row {i} (response {_excerpt(responses[i])}, target {_excerpt(targets[i])})"
@@ -52,39 +81,54 @@ def score_pairs(fn: PairReward, responses: Sequence[str], targets: Sequence[str 
 
 
 def score_trl(
-    funcs: Sequence[TrlReward],
+    funcs: Sequence[Reward],
     weights: Sequence[float] | None,
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
-) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Score rows by TRL's reward functions, f(prompts=..., completions=..., **columns) -> list[float | None].
-
-    A row's total is the sum of weight · score over the functions that apply to it, as in TRL's GRPOTrainer; the weights
-    are not renormalised. A row to which none applies has no total: None, where TRL warns and counts 0.
-
-    Args:
-        funcs: reward functions; they must accept the columns they do not use (**kwargs).
-        weights: one for each function; None means 1 each.
-        prompts: one for each row, text or chat messages, handed on as they are.
-        completions: likewise.
-        columns: the dataset's other columns, each with one entry for each row.
+) -> tuple[list[float | None], Parts]:
+    """Score rows by several rewards: `score_parts`, and their `weighted_total` as TRL's GRPOTrainer makes it.
 
     Returns:
-        totals: for each row a finite float, or None.
+        totals: for each row a finite float, or None where no reward applies to it.
         parts: {name of the function: its scores, unweighted}, in the order of `funcs`.
 
     Raises:
+        RewardError, ValueError, RewardUnavailable, ImportError: see `score_parts`, `weighted_total`.
+    """
+    weights = checked_weights(weights, len(funcs))  # before a reward that costs is asked
+    parts = score_parts(funcs, prompts, completions, columns)
+    return weighted_total(parts, weights), parts
+
+
+def score_parts(
+    funcs: Sequence[Reward], prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+) -> Parts:
+    """What each reward says of each row, unweighted.
+
+    Args:
+        funcs: rewards of either form. TRL's is called as f(prompts=..., completions=..., **columns), so it must accept
+            the columns it does not use (**kwargs); the other as f(response, target), its target the column `target`,
+            None where there is none.
+        prompts: one for each row, text or chat messages, handed on as they are.
+        completions: the responses, text or chat messages. Where the prompt is chat messages, a function of TRL's form
+            gets a text as [{"role": "assistant", "content": text}], as from TRL; the pair form always gets text.
+        columns: the dataset's other columns, each with one entry for each row.
+
+    Returns:
+        {name of the function: its scores}, in the order of `funcs`.
+
+    Raises:
         RewardError: a function raised, or returned what is not one score a row.
-        ValueError: weights, completions or a column of the wrong length.
+        ValueError: no functions, completions or a column of the wrong length, or a column named as an argument is.
         RewardUnavailable, ImportError: passed on as they are; the reward cannot run here, and no row is at fault.
     """
     rows = len(prompts)
-    weights = [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
-    if len(weights) != len(funcs):
-        raise ValueError(f"{len(weights)} reward weights for {len(funcs)} reward functions; give one for each, or None")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"reward weights {weights}; all must be finite numbers")
+    if not funcs:
+        raise ValueError("there are no reward functions: give at least one")
+    for column in ("prompts", "completions"):
+        if column in columns:
+            raise ValueError(f"a column must not be called {column!r}: rewards get the rows' own {column} by that name")
     for column, entries in {"completions": completions, **columns}.items():
         if len(entries) != rows:
             raise ValueError(f"{len(entries)} {column} for {rows} prompts; give one for each prompt")
@@ -93,19 +137,54 @@ def score_trl(
         return f"row {i} (prompt {_excerpt(prompts[i])}, completion {_excerpt(completions[i])})"
 
     where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
-    parts: dict[str, list[float | None]] = {}
+    parts: Parts = {}
     for name, func in zip(reward_names(funcs), funcs, strict=True):
+        if not takes_completions(func):
+            texts = [completion_text(completion) for completion in completions]
+            parts[name] = score_pairs(func, texts, columns.get("target") or [None] * rows, name=name)
+            continue
         # Lists of its own for each function: one that sorts in place must not misalign the next.
-        kwargs = {column: list(entries) for column, entries in columns.items()}
-        values = _call(
-            name, where, lambda f=func, kw=kwargs: f(prompts=list(prompts), completions=list(completions), **kw)
-        )
+        arguments: dict[str, Any] = {column: list(entries) for column, entries in columns.items()}
+        arguments["prompts"] = list(prompts)
+        arguments["completions"] = [_as_answer(*pair) for pair in zip(prompts, completions, strict=True)]
+        values = _call(name, where, lambda f=func, given=arguments: f(**given))
         parts[name] = _scores(name, values, rows, row)
+    return parts
+
+
+def weighted_total(parts: Parts, weights: Sequence[float] | None = None) -> list[float | None]:
+    """The sum of weight · score over the parts that apply to a row, for each row; the weights are not renormalised.
+
+    A row to which none applies has no total: None, where TRL warns and counts 0. One weight for each part, None = 1.
+    """
+    weights = checked_weights(weights, len(parts))
     weighted = [
-        [weight * score for weight, part in zip(weights, parts.values(), strict=True) if (score := part[i]) is not None]
-        for i in range(rows)
+        [weight * score for weight, score in zip(weights, scores, strict=True) if score is not None]
+        for scores in zip(*parts.values(), strict=True)
     ]
-    return [sum(terms) if terms else None for terms in weighted], parts
+    return [sum(terms) if terms else None for terms in weighted]
+
+
+def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One finite weight for each of `count` rewards; None means 1 each."""
+    weights = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(weights) != count:
+        raise ValueError(f"{len(weights)} reward weights for {count} reward functions; give one for each, or None")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward weights {weights}; all must be finite numbers")
+    return weights
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion that is text, or chat messages: what they say, joined by newlines."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message["content"]) for message in completion)
+
+
+def _as_answer(prompt: Any, completion: Any) -> Any:
+    conversational = isinstance(prompt, list | tuple) and isinstance(completion, str)
+    return [{"role": "assistant", "content": completion}] if conversational else completion
 
 
 def reward_name(func: Callable[..., Any]) -> str:

@@ -1,12 +1,25 @@
 """Rewards and judges that compare words and characters: cheap, unrelated to any embedding, the same on every machine.
 
-Sentence level, f(response, target) -> float in [0, 1], fit for reward=: exact_match, chrf, bleu.
+Sentence level, f(response, target) -> float in [0, 1], fit for reward=: exact_match, chrf, bleu, rouge, meteor.
 Corpus level, over a whole evaluation: corpus_chrf in [0, 100], as papers print it, and distinct_n in [0, 1].
-chrF and BLEU are sacrebleu's, with its defaults, so that figures compare with published ones.
+chrF and BLEU are sacrebleu's, ROUGE is rouge-score's and METEOR nltk's, each with its defaults, so that figures compare
+with published ones.
 """
 
+import functools
+import io
+import os
+import re
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal, get_args
+
+from .combine import RewardUnavailable
+
+Rouge = Literal["rouge1", "rouge2", "rougeL"]
+DEBIANS_WORDNET = Path("/usr/share/wordnet")
 
 
 def exact_match(response: str, target: str | None) -> float:
@@ -32,6 +45,39 @@ def bleu(response: str, target: str | None) -> float:
         ImportError: sacrebleu is not installed.
     """
     return _unit(_sacrebleu().sentence_bleu(response, [_given(target)]).score)
+
+
+def rouge(response: str, target: str | None, kind: Rouge = "rougeL") -> float:
+    """ROUGE F-measure of one sentence, in [0, 1] (Lin 2004): of words, pairs of words, or longest common subsequence.
+
+    As rouge-score has it, without stemming: lower case, and whatever is not a–z or 0–9 parts words. A metric for
+    English: letters with accents part words too, and a text in another script scores 0.
+
+    Raises:
+        ValueError: there is no target, or no such kind.
+        ImportError: rouge-score is not installed.
+    """
+    if kind not in get_args(Rouge):
+        raise ValueError(f"kind={kind!r} is not accepted: it must be one of {', '.join(get_args(Rouge))}")
+    return float(_rouge_scorer(kind).score(_given(target), response)[kind].fmeasure)
+
+
+def meteor(response: str, target: str | None) -> float:
+    """METEOR of one sentence, in [0, 1]: words matched as they are, by stem, or by synonym (Lavie & Agarwal 2007).
+
+    As nltk has it, with its defaults (alpha 0.9, beta 3, gamma 0.5). It wants words: here those are the runs of
+    letters, digits and underscores, and every other visible character by itself. Its synonyms and stems are English.
+
+    Raises:
+        ValueError: there is no target.
+        ImportError: nltk is not installed.
+        RewardUnavailable: WordNet is not on this machine.
+    """
+    wanted = _words(_given(target))
+    wordnet = _wordnet()
+    from nltk.translate.meteor_score import single_meteor_score
+
+    return float(single_meteor_score(wanted, _words(response), wordnet=wordnet))
 
 
 def corpus_chrf(responses: Sequence[str], targets: Sequence[str | None]) -> float:
@@ -82,3 +128,57 @@ def _sacrebleu() -> ModuleType:
     except ImportError as error:
         raise ImportError('BLEU and chrF are computed by sacrebleu: pip install "lora-gan[metrics]"') from error
     return sacrebleu
+
+
+@functools.lru_cache
+def _rouge_scorer(kind: Rouge) -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError('ROUGE is computed by rouge-score: pip install "lora-gan[metrics]"') from error
+    return RougeScorer([kind])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+@functools.lru_cache
+def _wordnet() -> Any:
+    """WordNet as an nltk reader: from nltk's own data, else from the dict folder of WordNet or of Debian's package."""
+    try:
+        import nltk
+        from nltk.corpus import wordnet
+        from nltk.corpus.reader import WordNetCorpusReader
+    except ImportError as error:
+        raise ImportError('METEOR is computed by nltk: pip install "lora-gan[metrics]"') from error
+
+    class DictFolder(WordNetCorpusReader):
+        """A folder with WordNet's data alone, which is what Debian ships: METEOR reads no more."""
+
+        def open(self, file: str) -> Any:
+            if file == "lexnames":  # names of WordNet's 45 source files; the reader wants them to be there
+                return io.StringIO("".join(f"{i:02d} {i:02d} 0\n" for i in range(45)))
+            return super().open(file)
+
+        def map_wn(self, version: str = "wordnet") -> None:
+            """No map from another release: only other languages' synonyms need one, from a file that is not there."""
+
+    try:
+        wordnet.ensure_loaded()
+        return wordnet
+    except LookupError:
+        pass
+    named = os.environ.get("WNSEARCHDIR")  # WordNet's own variable
+    folder = Path(named) if named else DEBIANS_WORDNET
+    if not (folder / "data.noun").is_file():
+        raise RewardUnavailable(
+            "METEOR looks synonyms up in WordNet, which is not on this machine: python -m nltk.downloader wordnet, or "
+            "Debian's package (apt-get install wordnet-base), or WNSEARCHDIR naming a folder with its data "
+            f"(looked in {folder})"
+        )
+    if str(folder) not in nltk.data.path:
+        nltk.data.path.append(str(folder))  # nltk opens files below these folders only
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no other languages
+        return DictFolder(str(folder), None)

@@ -1,0 +1,399 @@
+"""Opening the base: a causal language model with its tokenizer, and what both players must know of them.
+
+What the library needs of a base is asked of the base itself, not of a list of names: it is run once, on a dozen tokens
+(`_require_causal`). What cannot work is refused here, by name, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as hf_logging
+
+from .config import Config
+
+# Keys of model_init_kwargs that another setting decides.
+DECIDED_ELSEWHERE = {
+    "dtype": "dtype=", "torch_dtype": "dtype=", "device_map": "device=", "trust_remote_code": "trust_remote_code=",
+    "quantization_config": "quantization_config=", "load_in_8bit": "quantization_config=",
+    "load_in_4bit": "quantization_config=", "pretrained_model_name_or_path": "model=", "config": "model=",
+    "state_dict": "model=", "local_files_only": "the environment variable HF_HUB_OFFLINE=1",
+    "output_loading_info": "nothing: the library reads it itself",
+}  # fmt: skip
+OF_THE_REPOSITORY = ("revision", "token", "cache_dir", "subfolder")  # which concern the tokenizer's files too
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A causal language model with its tokenizer, and what the two players must know of them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # what the user called it: "tiny", a hub id, a folder, or "" for a model in memory
+    path: str  # what stock clients can load it by: a hub id or an absolute folder
+    pad_on_disk: int | None  # config.pad_token_id as stored: stock sequence classification pools by it
+    eos_ids: tuple[int, ...]  # all ids that end a text; the first is the one appended to a text
+    fingerprint: str
+
+    @property
+    def pad_id(self) -> int:
+        """What unused places are filled with; always masked. A pad token that was added to the tokenizer alone has no
+        row in the embedding table."""
+        rows = self.model.get_input_embeddings().num_embeddings
+        candidates = (self.pad_on_disk, self.tokenizer.pad_token_id, self.eos_ids[0])
+        return next(id for id in candidates if id is not None and 0 <= id < rows)
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit in one row."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or 2**31
+
+
+def load_base(
+    model: str | os.PathLike[str] | PreTrainedModel | Base,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Config,
+    *,
+    quantization_config: Any = None,
+    local_files_only: bool = False,
+) -> Base:
+    """Open the base by hub id, folder, "tiny", or take a model in memory (then its tokenizer is needed too).
+
+    Raises:
+        ValueError: one line that names what could not be opened, or why it cannot serve as a base.
+    """
+    device = _device(config)
+    if isinstance(model, Base):
+        _require_bare(model.model)
+        if tokenizer is None:
+            return model
+        return replace(model, tokenizer=tokenizer, eos_ids=_eos_ids(model.model, tokenizer))
+    if isinstance(model, PreTrainedModel):
+        lm, name = model, str(model.config._name_or_path or "")
+        path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
+        tokenizer = _require_in_memory(lm, tokenizer, config, quantization_config)
+    elif isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        if not name:
+            raise ValueError("the base has no name: give a hub id, a local folder, or 'tiny'")
+        lm, tokenizer, path = _open(name, tokenizer, config, quantization_config, local_files_only)
+    else:
+        raise ValueError(
+            f"the base is a {type(model).__name__}: it must be a hub id, a local folder, 'tiny', or a transformers "
+            "model without adapters"
+        )
+    _require_bare(lm)
+    lm.eval().requires_grad_(False)
+    if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
+        lm.to(device)
+    eos_ids = _eos_ids(lm, tokenizer)
+    _require_causal(lm)
+    return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, eos_ids, _fingerprint(lm))
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ValueError(f"device={config.device!r} is not a device: it must be auto, cpu, cuda, or cuda:N") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"the GPUs here are cuda:0 to cuda:{count - 1}" if count else "torch finds no CUDA GPU here"
+            raise ValueError(f"device={config.device!r} cannot be used, {there}: set device='auto' or 'cpu'")
+        return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+    if device.type == "mps":
+        raise ValueError("device='mps' cannot be used: sampling counts in float64, which MPS lacks; set device='cpu'")
+    return device
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype is the device's choice, not the checkpoint's: without bf16 units a bf16 product is 300 times slower."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def _require_in_memory(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: Config, quantization_config: Any
+) -> PreTrainedTokenizerBase:
+    """What a model that is loaded already can be asked for, and what it cannot; its tokenizer."""
+    if tokenizer is None:
+        raise ValueError("a model in memory comes without a tokenizer: pass processing_class=")
+    for name, value in (
+        ("quantization_config", quantization_config), ("model_init_kwargs", config.model_init_kwargs),
+    ):  # fmt: skip
+        if value:
+            raise ValueError(f"{name}= says how a base is loaded, and this one is loaded: pass its name, or drop it")
+    if config.dtype != "auto" and lm.dtype != getattr(torch, config.dtype):
+        raise ValueError(f"dtype={config.dtype!r}, but the model in memory is {lm.dtype}: drop dtype=, or convert it")
+    _require_supported(lm.config, type(lm))
+    return tokenizer
+
+
+def _open(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Config,
+    quantization_config: Any,
+    local_files_only: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load model and tokenizer by name; the third is the path that stock clients load it by."""
+    extra = dict(config.model_init_kwargs or {})
+    for key in extra.keys() & DECIDED_ELSEWHERE.keys():
+        raise ValueError(f"model_init_kwargs has {key!r}, which is decided by {DECIDED_ELSEWHERE[key]}: drop it there")
+    repository = {key: extra[key] for key in OF_THE_REPOSITORY if key in extra}
+    if name == "tiny":
+        from . import tiny
+
+        path = source = str(tiny.PATH)
+    elif Path(name).is_dir():
+        path = source = str(Path(name).resolve())
+    else:
+        path, source = name, _reach_hub(name, repository, local_files_only)
+    if Path(source).is_dir():
+        _require_files(Path(source, extra.get("subfolder", "")), name, tokenizer is None)
+
+    shared = {**repository, "trust_remote_code": config.trust_remote_code}
+    with _opening(name, "model"):
+        lm_config = AutoConfig.from_pretrained(source, **shared)
+    _require_supported(lm_config, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(lm_config), None))
+
+    device = _device(config)
+    quantized = quantization_config or getattr(lm_config, "quantization_config", None)
+    if quantized:  # packed weights are made on their device: not all of them can be moved
+        extra["device_map"] = {"": device}
+    if quantization_config is not None:
+        extra["quantization_config"] = quantization_config
+    with _opening(name, "model"), _without_progress_bars():
+        lm, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_dtype(config, device), output_loading_info=True, **{**extra, **shared}
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"the base {name!r} does not hold all of a {type(lm).__name__}: {missing[0]} is missing "
+            f"({len(missing)} tensors in all) and would be random. It holds {_architectures(lm_config)}"
+        )
+    if tokenizer is None:
+        with _opening(name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+    return lm, tokenizer, path
+
+
+@contextmanager
+def _opening(name: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside, in one line; the whole of it stays behind as the cause."""
+    try:
+        yield
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError ...
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        remedy = "; save it there, or pass processing_class=" if what == "tokenizer" else ""
+        raise ValueError(f"the {what} of the base {name!r} could not be opened: {reason}{remedy}") from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """A small base loads before its bar is drawn; the user's own setting comes back."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _require_files(folder: Path, name: str, needs_tokenizer: bool) -> None:
+    """Say which part of a base a folder lacks; transformers would make up an empty tokenizer where there is none."""
+    if not (folder / "config.json").is_file():
+        found = "it has no config.json"
+        if (folder / "adapter_config.json").is_file():
+            found = (
+                "it is an adapter, not a base: open it with load_generator(), load_discriminator() or from_checkpoint()"
+            )
+        elif (folder / "trainer_state.json").is_file() or any(folder.glob("step-*/trainer_state.json")):
+            found = "it is a checkpoint, not a base: open it with LoraGAN.from_checkpoint()"
+        raise ValueError(f"the folder {name!r} cannot be the base: {found}")
+    if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.gguf", "*.safetensors.index.*")):
+        raise ValueError(f"the folder {name!r} cannot be the base: it has a config.json, but no weights")
+    if needs_tokenizer and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise ValueError(
+            f"the folder {name!r} has no tokenizer (no tokenizer.json): save it there with "
+            "tokenizer.save_pretrained(), or pass processing_class="
+        )
+
+
+def _reach_hub(name: str, repository: dict[str, Any], local_files_only: bool) -> str:
+    """What a hub id is to be opened by: itself, or where the hub cannot be asked its folder in the cache.
+
+    One request, once: without a network the hub's client would try each of several files six times, for some 45 s in
+    all, and nearly as long for a base that is cached. A slow network makes this request late, and is then waited for.
+    """
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ValueError(
+            f"the base {name!r} is not there: it must be a folder with a transformers model, a hub id "
+            "(name, or owner/name), or 'tiny'"
+        )
+    where = {key: repository[key] for key in ("revision", "subfolder") if key in repository}
+    file = "/".join(filter(None, [where.get("subfolder"), "config.json"]))
+    try:
+        cached = try_to_load_from_cache(name, file, repository.get("cache_dir"), where.get("revision"))
+    except ValueError as error:  # two dots, a dash at the end
+        raise ValueError(f"the base {name!r} is neither a folder nor a hub id ({error})") from error
+    folder = cached.removesuffix(file) if isinstance(cached, str) else None
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        if folder is not None:
+            return folder
+        asked = "only this machine is asked" if local_files_only else "HF_HUB_OFFLINE=1 forbids to ask the hub"
+        raise ValueError(f"the base {name!r} is neither a folder here nor in the hub's cache, and {asked}")
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", **where), token=repository.get("token"))
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"the base {name!r} is gated: accept its terms at {constants.ENDPOINT}/{name} and log in with "
+            "`hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"there is no base {name!r}, neither as a folder here nor at {constants.ENDPOINT} (a private one needs "
+            "`hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"the base {name!r} has no revision {where.get('revision')!r}") from error
+    except errors.EntryNotFoundError as error:
+        raise ValueError(f"{name!r} is on the hub, but has no {file}: it is not a transformers model") from error
+    except errors.HfHubHTTPError:
+        return name  # an overloaded hub: its client waits and asks again
+    except Exception as error:  # of whichever client the hub's library uses
+        if "Timeout" in type(error).__name__ and "Connect" not in type(error).__name__:
+            return name
+        if folder is not None:
+            return folder
+        raise ValueError(
+            f"the base {name!r} is neither a folder here nor in the hub's cache, and {constants.ENDPOINT} cannot be "
+            f"reached ({str(error) or type(error).__name__})"
+        ) from error
+    return name
+
+
+# --- what can be a base -----------------------------------------------------------------------------------------------
+
+
+def _architectures(config: Any) -> str:
+    return ", ".join(getattr(config, "architectures", None) or [f"a model of type {config.model_type!r}"])
+
+
+def _require_supported(config: Any, kind: type | None) -> None:
+    """Refuse by kind what cannot be a base, before its weights are read."""
+    is_remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    name = kind.__name__ if kind else _architectures(config)
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, and both players are one stack that reads prompt and response"
+    elif kind is None and not is_remote:
+        reason = "transformers knows no causal language model of its type"
+    elif config.get_text_config() is not config:
+        reason = (
+            "it is multimodal: its other towers would get adapters that nothing trains, and stock PEFT would look for "
+            "them; use the text model alone, saved from it"
+        )
+    elif getattr(kind, "_is_stateful", False):
+        reason = "it carries a recurrent state, which neither padded rows nor a prompt shared by a group leave right"
+    elif kind is not None and "past_key_values" not in inspect.signature(kind.forward).parameters:
+        reason = "it has no key-value cache to sample with"
+    else:
+        return
+    raise ValueError(
+        f"{name} cannot be the base, it is not a causal language model of the kind that is needed: {reason}"
+    )
+
+
+def _require_bare(lm: PreTrainedModel) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in lm.modules()):
+        raise ValueError("this model has adapters already: pass the base as it was loaded, one object a LoraGAN")
+
+
+@torch.no_grad()
+def _require_causal(lm: PreTrainedModel) -> None:
+    """Run the base on one text twice: alone, and shifted right by padding and without its last token.
+
+    A causal model that leaves padding alone says the same of the tokens both rows have.
+    """
+    rows = lm.get_input_embeddings().num_embeddings
+    ids = (torch.arange(6) * 7 + 3) % rows
+    batch = torch.stack([ids, ids.roll(1)]).to(next(lm.parameters()).device)  # the second begins with a pad
+    mask = torch.ones_like(batch)
+    mask[1, 0] = 0
+    takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+
+    def agree(ids_BL: Tensor, mask_BL: Tensor, first: slice, second: slice) -> bool:
+        more = {"position_ids": positions(mask_BL)} if takes_positions else {}
+        logits = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **more).logits.float()
+        difference = logits[0, first] - logits[1, second]
+        # Rounding in bfloat16, and of quantized products, is far below this; another context far above it.
+        return bool(difference.square().mean().sqrt() <= 0.05 * logits.std())
+
+    if agree(batch, mask, slice(0, 5), slice(1, 6)):
+        return
+    other_end = batch[:1].repeat(2, 1)
+    other_end[1, -1] = (other_end[1, -1] + 1) % rows
+    if agree(other_end, torch.ones_like(mask), slice(0, 5), slice(0, 5)):
+        raise ValueError(
+            f"{type(lm).__name__} cannot be the base: padding on the left changes what it says of a text, and rows of "
+            "different lengths could not stand in one batch"
+        )
+    raise ValueError(
+        f"{type(lm).__name__} cannot be the base, it is not a causal language model: what it says of a token depends "
+        "on the tokens after it"
+    )
+
+
+def positions(mask_BL: Tensor) -> Tensor:
+    """Positions counted from the first real token, [B, L]: rows are padded on the left."""
+    return (mask_BL.cumsum(-1) - 1).clamp(min=0)
+
+
+# --- what must be known of it -----------------------------------------------------------------------------------------
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Generation config first: it knows of bases that end a text by another id than their tokenizer says."""
+    generation = getattr(model.generation_config, "eos_token_id", None)
+    for ids in (generation, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id):
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    raise ValueError("the base names no end-of-text token: set tokenizer.eos_token, a response could never end")
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Names, shapes and up to 4,096 evenly spaced numbers of every tensor: enough to tell one base from another.
+
+    Rounded to bfloat16, so that a base is the same in whatever dtype it was loaded; not so where it was quantized.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,279 @@
+"""Everything around the steps of fit(): callbacks, logs, samples, and when to log, evaluate and save.
+
+Callbacks are transformers' TrainerCallbacks, driven by its own CallbackHandler; its DefaultFlowCallback decides when to
+log, evaluate and save: every logging_steps, eval_steps, save_steps, and at the end. So a callback's `control` is
+honoured as Trainer does. What departs from it: `args` is a view of this library's Config under Trainer's names; a step
+has no sub-steps, so on_substep_end, on_pre_optimizer_step, on_optimizer_step, on_prediction_step, on_predict and
+on_push_begin never come; on_init_end comes when fit() begins; on_epoch_end comes before the log, evaluation and
+checkpoint of the epoch's last step, not after; an epoch cannot be cut short (should_epoch_stop raises).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy
+
+from . import tracking
+from .config import Config
+from .data import Row
+from .display import Display
+
+if TYPE_CHECKING:
+    from .gan import LoraGAN
+
+Callback = TrainerCallback | type[TrainerCallback]
+
+
+def check_callbacks(callbacks: Sequence[Callback] | None) -> list[Callback]:
+    """The callbacks, as a list; what is none raises."""
+    for callback in callbacks or ():
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ValueError(f"callbacks must be transformers.TrainerCallback objects or classes, not {callback!r:.80}")
+    return list(callbacks or ())
+
+
+class Arguments:
+    """What callbacks get as `args`: every setting of Config, and the names that TrainingArguments has besides."""
+
+    logging_strategy = save_strategy = IntervalStrategy.STEPS
+    logging_first_step = False
+    eval_delay = 0
+    disable_tqdm = True
+    process_index = local_process_index = 0
+    world_size = 1
+
+    def __init__(self, config: Config, *, max_steps: int, evaluates: bool) -> None:
+        self._config = config
+        self.max_steps = max_steps
+        self.save_steps = config.save_steps or max(1, max_steps)
+        self.eval_steps = config.eval_steps or max(1, max_steps)
+        self.eval_strategy = IntervalStrategy.STEPS if evaluates else IntervalStrategy.NO
+        self.run_name = config.run_name or Path(config.output_dir).resolve().name
+        self.metric_for_best_model = getattr(config, "metric_for_best_model", "true_reward")
+        self.greater_is_better = getattr(config, "greater_is_better", True)
+        self.load_best_model_at_end = getattr(config, "load_best_model_at_end", False)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self.__dict__["_config"], name)
+        except (KeyError, AttributeError):
+            raise AttributeError(f"a callback read args.{name}, which fit() has no setting for") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._config.to_dict()
+
+    to_sanitized_dict = to_dict
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+class Run:
+    """One call of fit(), for those who watch it; a context manager.
+
+    fit() says what happened (begin_step, end_step, evaluated, saved), `control` says what to do next: should_evaluate,
+    should_save, should_training_stop.
+
+    Args:
+        gan: whose run it is.
+        rows: the training data; where it has no length, there are no epochs.
+        steps: how many further steps.
+        evaluates: whether there is an evaluation to ask for.
+        progress: whether anything is shown.
+    """
+
+    def __init__(self, gan: LoraGAN, rows: Any, steps: int, *, evaluates: bool = False, progress: bool = True) -> None:
+        config, last = gan.config, gan.global_step + steps
+        self.gan, self.first = gan, gan.global_step
+        self._epoch_length = len(rows) if hasattr(rows, "__len__") else None
+        self._epoch_is_open = False
+        self.args = Arguments(config, max_steps=last, evaluates=evaluates)
+        self.control = TrainerControl()
+        self.state = TrainerState(
+            global_step=self.first,
+            max_steps=last,
+            epoch=self._epoch,
+            logging_steps=config.logging_steps,
+            eval_steps=self.args.eval_steps,
+            save_steps=self.args.save_steps,
+        )
+        own = [callback for callback in gan.callbacks if not _is_a(callback, DefaultFlowCallback)]
+        self._stops_early = any(_is_a(callback, EarlyStoppingCallback) for callback in own)
+        if self._stops_early and not evaluates:
+            raise ValueError("EarlyStoppingCallback watches an evaluation: give fit() an eval_dataset")
+        self.handler = CallbackHandler(
+            [DefaultFlowCallback, *own],
+            gan.players.peft,
+            gan.players.base.tokenizer,
+            gan.generator.optimizer.adamw,
+            gan.generator.optimizer.schedule,
+        )
+        shown = progress and not any(_is_a(callback, ProgressCallback) for callback in own)  # it shows its own
+        self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
+        self.window, self.num_tokens = tracking.Window(), 0
+        self._evaluated_at: int | None = None
+        self._stack = ExitStack()
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Run:
+        config, folder = self.gan.config, Path(self.gan.config.output_dir)
+        tracking.trackers_of(config.report_to)  # before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self.metrics = stack.enter_context(tracking.JsonLines(folder / "metrics.jsonl", after=self.first))
+            if config.log_completions:
+                lines = tracking.JsonLines(folder / "completions.jsonl", after=self.first)
+                self.completions = stack.enter_context(lines)
+            settings = {"model": self.gan.players.base.name, **config.to_dict()}
+            self.trackers = stack.enter_context(tracking.Trackers(config, settings, after=self.first))
+            self._go_on()
+            stack.enter_context(self.display)
+            self._fire("on_init_end")
+            self._fire("on_train_begin")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if kind is None:
+                self._end_epoch()
+                self._fire("on_train_end")
+
+    def _go_on(self) -> None:
+        """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
+        self.state.log_history = list(self.metrics.kept)
+        for line in self.metrics.kept:
+            self.num_tokens = line.get("num_tokens", self.num_tokens)
+            if self._keep_best(line, line["step"]):
+                path = Path(self.gan.config.output_dir, f"step-{line['step']}")
+                self.state.best_model_checkpoint = str(path) if path.is_dir() else None
+
+    # --- what fit() says
+
+    def begin_step(self) -> None:
+        if not self._epoch_is_open and self._epoch_length:
+            self._epoch_is_open = True
+            self._fire("on_epoch_begin")
+        self._fire("on_step_begin")
+        self._began = time.perf_counter()
+
+    def end_step(self, record: Mapping[str, Any], rows: Sequence[Row]) -> None:
+        """A step was taken on these rows: its numbers are kept, and logged where it is time."""
+        seconds = time.perf_counter() - self._began
+        epoch = self._epoch
+        values = tracking.summary(record) | {"step_time": seconds}
+        self.num_tokens += values.pop("step_tokens", 0)
+        values |= {"num_tokens": self.num_tokens} | ({"epoch": epoch} if self._epoch_length else {})
+        ended = int(epoch) > int(self.state.epoch)
+        self.state.global_step, self.state.epoch = record["step"], epoch
+        self.state.num_input_tokens_seen = self.num_tokens
+        self.window.add(values)
+        self.display.update(record["step"], values)
+        config = self.gan.config
+        if config.log_completions and record["step"] % config.completions_steps == 0:
+            self._log_samples(tracking.samples_of(record, rows))
+        self._fire("on_step_end")
+        if ended or self.control.should_training_stop:
+            self._end_epoch()  # here, so that what it asks for is done
+        if self.control.should_log:
+            self._log(self.window.take())
+        self._end_if_told()
+
+    def evaluated(self, result: Mapping[str, Any]) -> None:
+        """What `gan.evaluate` found: its means are logged as eval_<name>."""
+        means = {name: metric["mean"] for name, metric in result["metrics"].items()}
+        metrics = {f"eval_{name}": value for name, value in (means | {"distinct_2": result["distinct_2"]}).items()}
+        metrics = tracking.measured(metrics)
+        self._evaluated_at = self.state.global_step
+        if self._best_name not in metrics and (self._stops_early or self.args.load_best_model_at_end):
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} was not measured: the evaluation has "
+                f"{', '.join(name.removeprefix('eval_') for name in metrics)}"
+            )
+        self.display.update(self.state.global_step, metrics)
+        self._log({"step": self.state.global_step} | ({"epoch": self._epoch} if self._epoch_length else {}) | metrics)
+        self._fire("on_evaluate", metrics=dict(metrics))
+        if self._keep_best(metrics, self.state.global_step) and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        self._end_if_told()
+
+    def saved(self, path: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(path)
+        self._fire("on_save")
+
+    # --- what follows from it
+
+    def _fire(self, event: str, **values: Any) -> None:
+        self.control = getattr(self.handler, event)(self.args, self.state, self.control, **values)
+        if self.control.should_epoch_stop:
+            raise ValueError(
+                "a callback set should_epoch_stop, but fit() cuts no epoch short: should_training_stop ends"
+            )
+
+    def _log(self, values: dict[str, Any]) -> None:
+        line = {"step": self.state.global_step, **values}
+        self.metrics.write(line)
+        self.trackers.log(values, self.state.global_step)
+        self.state.log_history.append(line)
+        self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
+
+    def _log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        if samples:
+            self.completions.write(*samples)
+            self.trackers.log_samples(samples, self.state.global_step)
+            self.display.show(samples)
+
+    def _end_if_told(self) -> None:
+        """A run that ends, for whatever reason, is evaluated and saved as it is then."""
+        evaluates = self.args.eval_strategy == IntervalStrategy.STEPS
+        if self.control.should_training_stop:
+            self.control.should_save = True
+            self.control.should_evaluate = evaluates and self._evaluated_at != self.state.global_step
+        if self.control.should_evaluate and not evaluates:
+            raise ValueError("a callback set should_evaluate, but fit() was given no eval_dataset")
+
+    def _end_epoch(self) -> None:
+        if self._epoch_is_open:
+            self._epoch_is_open = False
+            self._fire("on_epoch_end")
+
+    def _keep_best(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Whether this evaluation is the best one so far."""
+        value, best = metrics.get(self._best_name), self.state.best_metric
+        if value is None or not (best is None or (value > best if self.args.greater_is_better else value < best)):
+            return False
+        self.state.best_metric, self.state.best_global_step = value, step
+        return True
+
+    @property
+    def _best_name(self) -> str:
+        return f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+
+    @property
+    def _epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.gan.position / self._epoch_length if self._epoch_length else 0.0
+
+
+def _is_a(callback: Callback, kind: type[TrainerCallback]) -> bool:
+    return isinstance(callback, kind) or (isinstance(callback, type) and issubclass(callback, kind))

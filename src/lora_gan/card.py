@@ -1,0 +1,387 @@
+"""The card of an exported part: README.md with the hub's metadata, made from the run.
+
+It says what the run knows and nothing else: what is not known (the data of a run that was stepped by hand, an
+evaluation that nobody made) is left out, and the licence is the user's to give.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from . import __version__, evaluation
+from .base import Base
+from .config import Config
+
+if TYPE_CHECKING:
+    from .gan import LoraGAN
+
+# Settings that say nothing of the weights, or may hold a token; and those that `peft_config=` may have overruled.
+NOT_SHOWN = (
+    "output_dir", "weights_format", "save_steps", "save_total_limit", "logging_steps", "log_completions",
+    "completions_steps", "num_completions_to_print", "report_to", "run_name", "project", "device", "model_init_kwargs",
+    "lora_r", "lora_alpha", "target_modules", "disc_lora_r", "disc_lora_alpha", "disc_target_modules",
+)  # fmt: skip
+COUNTS = ("step", "reward_calls", "seconds")  # told elsewhere in the card, or of no interest in it
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of how the players came to be."""
+
+    base: Base
+    config: Config
+    steps: int
+    reward_calls: int
+    adapters: dict[str, LoraConfig]  # of each player
+    scores: bool  # whether the discriminator's heads have learned anything
+    reward: str | None  # the true reward
+    data: str | None  # what the prompts were
+    metrics: dict[str, float]  # the last line of metrics.jsonl
+    evaluation: dict[str, dict[str, Any]]  # name -> what gan.evaluate() returned
+
+    @classmethod
+    def of(cls, gan: LoraGAN, judged: dict[str, Any] | None) -> Run:
+        metrics = _last_metrics(gan)
+        options = _options(gan) if metrics else {}
+        judged = {} if judged is None else {"generator": judged} if "metrics" in judged else judged
+        if not all(isinstance(result, dict) and "metrics" in result for result in judged.values()):
+            raise ValueError("evaluation= must be what gan.evaluate() returned, or several of these by name")
+        return cls(
+            base=gan.players.base,
+            config=gan.config,
+            steps=gan.global_step,
+            reward_calls=gan.reward_calls,
+            adapters=gan.players.peft.peft_config,
+            scores=bool(gan.players.heads_MH.any()),
+            reward=_reward(gan, options, metrics),
+            data=options.get("data"),
+            metrics=metrics,
+            evaluation=judged,
+        )
+
+
+def _last_metrics(gan: LoraGAN) -> dict[str, float]:
+    """The numbers logged last before these weights, empty where the folder has none, or those of another run."""
+    file = Path(gan.config.output_dir) / "metrics.jsonl"
+    if not file.is_file():
+        return {}
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    first = gan.global_step - gan.config.logging_steps + 1
+    lines = [line for line in lines if first <= line.get("step", 0) <= gan.global_step and "reward_calls" in line]
+    if not lines:
+        return {}
+    last = lines[-1]
+    if last["step"] == gan.global_step and last["reward_calls"] != gan.reward_calls:
+        return {}
+    numbers = {name: value for name, value in last.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in numbers.items() if name not in COUNTS}
+
+
+def _options(gan: LoraGAN) -> dict[str, Any]:
+    """What `lora-gan train` was called with, where it was."""
+    import yaml
+
+    from .commands import SETTINGS_FILE
+
+    file = Path(gan.config.output_dir) / SETTINGS_FILE
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+
+
+def _reward(gan: LoraGAN, options: dict[str, Any], metrics: dict[str, float]) -> str | None:
+    """The reward the run was given, else the one it logged, else one that is set here.
+
+    The default is no sign of anything: a run that was opened from a checkpoint has it, whatever it was trained on.
+    """
+    if "reward" in options:
+        return _reward_text(options["reward"])
+    logged = [found[1] for name in metrics if (found := re.fullmatch("rewards/(.+)/mean", name))]
+    here = gan.reward_names
+    if not set(logged) <= set(here):
+        return _reward_text(logged)
+    if gan._asks_cosine and not logged:
+        return None
+    weights = (gan.reward_weights if len(here) > 1 else None) or [1] * len(here)
+    return _reward_text([{"name": name, "weight": w} for name, w in zip(here, weights, strict=True)])
+
+
+COSINE = "`cosine`: similarity of sentence embeddings of response and target (all-MiniLM-L6-v2)"
+
+
+def _reward_text(reward: Any) -> str:
+    """A reward as the command line names it, and its weight. Not its other options: a key may be among them."""
+    if isinstance(reward, list):
+        return ", ".join(map(_reward_text, reward))
+    if isinstance(reward, dict):
+        weight = reward.get("weight", 1)
+        return _reward_text(reward.get("name", "")) + (f" × {weight:g}" if weight != 1 else "")
+    if reward == "cosine":
+        return COSINE
+    file, colon, function = str(reward).rpartition(":")
+    return f"`{Path(file).name}:{function}`" if colon else f"`{reward}`"  # whose folder it lay in is no one's business
+
+
+# --- the card
+
+
+def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """README.md of one part.
+
+    Args:
+        run: the facts.
+        part: a name of `export.PARTS`.
+        name: what the code in the card loads: a hub id, or the part's folder.
+        tokenizer: the one that is saved beside it.
+    """
+    sections = [
+        f"# {_base_name(run.base)}: {part.replace('-', ', ')}",
+        _what(run, part),
+        f"## How to load it\n\n{_loading(run, part, name, tokenizer)}",
+        f"## How it was trained\n\n{_training(run, part)}",
+    ]
+    if run.metrics:
+        rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in run.metrics.items())
+        sections.append(
+            f"## The last metrics that were logged\n\nOf one step, as lora-gan's docs/metrics.md explains them.\n\n| metric | value |\n| --- | --- |\n{rows}"
+        )
+    if run.evaluation:
+        rows = max(len(result.get("samples", ())) for result in run.evaluation.values())
+        sections.append(
+            f"## Evaluation\n\nOn {rows} rows: mean and 95 % bootstrap interval over rows.\n\n"
+            f"```text\n{evaluation.table(run.evaluation)}\n```"
+        )
+    sections += [
+        f"## Limits\n\n{_limits(run, part)}",
+        "## Licence\n\nNone was given with this export: its maker has to add one (`license:` in the metadata). What "
+        "was made of the base is bound by the base's licence, too.",
+        f"## All settings\n\n<details><summary>lora_gan.Config</summary>\n\n```json\n{_settings(run.config)}\n```\n"
+        f"\n</details>\n\nMade with {_versions()}.",
+    ]
+    return f"---\n{_metadata(run, part).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _metadata(run: Run, part: str) -> ModelCardData:
+    adapter, generator = not part.endswith("-merged"), part.startswith("generator")
+    tags = ["lora-gan", *(["lora"] if adapter else []), *([] if generator else ["reward-model"])]
+    return ModelCardData(
+        base_model=_hub_id(run.base.path),
+        datasets=[run.data] if run.data and _hub_id(run.data) else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation" if generator else "text-classification",
+        tags=tags,
+    )
+
+
+def _hub_id(path: str) -> str | None:
+    """The name on the hub; what lies in a folder has none, and the hub refuses a path in its place."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return None
+    return None if Path(path).exists() else path
+
+
+def _base_name(base: Base) -> str:
+    """As short as it can be told: whose folders a local base lay in is no one's business."""
+    return _hub_id(base.path) or Path(base.name).name or base.model.config.model_type
+
+
+def _what(run: Run, part: str) -> str:
+    base = f"`{_base_name(run.base)}`"
+    text = {
+        "generator": f"A LoRA adapter on {base}, trained to write responses that a reward function rates high.",
+        "generator-merged": f"{base} with a LoRA adapter merged in, trained to write responses that a reward function "
+        "rates high.",
+        "discriminator": f"A LoRA adapter with a score head on {base}, trained to predict the reward of a response.",
+        "discriminator-merged": f"A reward model: {base} with a LoRA adapter merged in and one output, trained to "
+        "predict the reward of a response.",
+    }[part]
+    return (
+        f"{text} It comes from LoRA-GAN (`lora-gan`): two adapters on one frozen base, a generator and a discriminator "
+        "that learns the generator's reward while it trains."
+    )
+
+
+GENERATE = """
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+inputs = {inputs}
+sampling = dict(do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0)  # as in training
+tokens = model.generate(**inputs, max_new_tokens={length}, **sampling)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+SCORE = """
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+END = {end}  # the end-of-text token, which the discriminator has read after every response that was not cut
+
+def score(prompts, responses):
+    rows = [
+        {tokens} + tokenizer(response, add_special_tokens=False)["input_ids"] + [END]
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    batch = tokenizer.pad({{"input_ids": rows}}, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        return model(**batch).logits[:, 0].tolist()
+
+print(score([{prompt}], ["a response"]))
+"""
+CHAT = """
+
+Prompts that are text, not chat messages, are tokenized by `tokenizer(prompt)` in place of the chat template."""
+TRL = """
+
+As a reward of [TRL](https://huggingface.co/docs/trl)'s trainers:
+
+```python
+def reward(prompts, completions, **columns):
+    return score(prompts, {completions})
+
+trainer = GRPOTrainer(..., reward_funcs=reward)
+```
+
+`reward_funcs=model, reward_processing_classes=tokenizer` is taken as well, but is not the same: GRPOTrainer tokenizes
+prompt and completion as one text, in which tokens may differ where the two meet{lacking}."""
+
+
+def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Code for stock clients, and what to know of it."""
+    base, adapter, generator = run.base, not part.endswith("-merged"), part.startswith("generator")
+    client = "AutoPeftModelFor" if adapter else "AutoModelFor"
+    client += "CausalLM" if generator else "SequenceClassification"
+    labels = ", num_labels=1" if adapter and not generator else ""
+    lines = [
+        *([] if generator else ["import torch"]),
+        *([f"from peft import {client}", "from transformers import AutoTokenizer"] if adapter else []),
+        *([] if adapter else [f"from transformers import {client}, AutoTokenizer"]),
+        "",
+        f"model = {client}.from_pretrained({name!r}{labels}).eval()",
+    ]
+    if labels and base.pad_on_disk != tokenizer.pad_token_id:
+        lines.append(f"model.config.pad_token_id = {tokenizer.pad_token_id}  # batches need one, the base names none")
+
+    chat = {"add_generation_prompt": True, "return_dict": True, **(run.config.chat_template_kwargs or {})}
+    options = ", ".join(f"{option}={value!r}" for option, value in chat.items())
+    text = tokenizer("a")["input_ids"]
+    if tokenizer.chat_template:
+        prompt = '[{"role": "user", "content": "a prompt"}]'
+        inputs = f'tokenizer.apply_chat_template({prompt}, {options}, return_tensors="pt")'
+        tokens = f'tokenizer.apply_chat_template(prompt, {options})["input_ids"]'
+    else:
+        prompt = '"a prompt"'
+        inputs = f'tokenizer({prompt}, return_tensors="pt")'
+        tokens = 'tokenizer(prompt)["input_ids"]'
+        if text and text[-1] in base.eos_ids:
+            tokens += "[:-1]"  # a tokenizer that ends every text
+    if generator:
+        config = run.config
+        code = GENERATE.format(
+            name=name, inputs=inputs, length=config.max_completion_length, temperature=config.temperature,
+            top_p=config.top_p,
+        )  # fmt: skip
+    else:
+        code = SCORE.format(name=name, tokens=tokens, prompt=prompt, end=base.eos_ids[0])
+    said = "```python\n" + "\n".join(lines) + code + "```"
+    if tokenizer.chat_template:
+        said += CHAT
+    if part == "discriminator-merged":
+        lacking = []
+        if text[:1] == [tokenizer.bos_token_id]:
+            lacking.append("the token that begins texts")
+        if tokenizer.pad_token_id not in base.eos_ids:
+            lacking.append("the end-of-text token, at which the score is read")
+        completions = 'completions if isinstance(completions[0], str) else [c[-1]["content"] for c in completions]'
+        said += TRL.format(
+            completions=completions if tokenizer.chat_template else "completions",
+            lacking=f", without {' and without '.join(lacking)}" if lacking else "",
+        )
+    if adapter and _hub_id(base.path) is None:
+        kind = "" if generator else ", a base loaded by `AutoModelForSequenceClassification` with `num_labels=1`"
+        said += (
+            "\n\nThe adapter names its base by a folder of the machine it was trained on. Elsewhere, load the base "
+            f"yourself and put the adapter on it: `PeftModel.from_pretrained(base, ...)`{kind}."
+        )
+    return said
+
+
+def _training(run: Run, part: str) -> str:
+    config = run.config
+    signal = config.signal(config.adversarial)
+    if not config.reward_weight:
+        learns = "imitation of target texts"
+    else:
+        learns = {
+            "true": "the true reward",
+            "predicted": "the reward that the discriminator predicts",
+            "corrected": "the true reward"
+            if config.query_rate == 1
+            else "the predicted reward, corrected by the true "
+            f"one where it was asked for (a share of {config.query_rate:g} of the responses)",
+        }[signal]
+        learns += {"policy_gradient": ", by policy gradient (RLOO)", "straight_through": ", straight through it"}[
+            config.gradient_path
+        ]
+        if config.imitation_weight:
+            learns += f"; imitation of target texts at weight {config.imitation_weight:g}"
+    rows = {
+        "base": f"`{_base_name(run.base)}`, in {str(run.base.model.dtype).removeprefix('torch.')}",
+        "adapter": _adapter(run.adapters[part.removesuffix("-merged")]),
+        "true reward": run.reward,
+        "data": None if run.data is None else f"`{_data_name(run.data)}`",
+        "steps": f"{run.steps:,}",
+        "true rewards asked for": f"{run.reward_calls:,}",
+        "the generator was set to learn from": learns,
+        "responses to a prompt": f"{config.num_generations}, of up to {config.max_completion_length} tokens, at "
+        f"temperature {config.temperature:g}",
+        "KL to the base": f"weight {config.beta:g}",
+        "seed": str(config.seed),
+    }
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+
+
+def _adapter(lora: LoraConfig) -> str:
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+    return f"{kind}, r {lora.r}, alpha {lora.lora_alpha}, on " + ", ".join(f"`{name}`" for name in targets)
+
+
+def _data_name(data: str) -> str:
+    return Path(data).name if Path(data).is_absolute() else data
+
+
+def _limits(run: Run, part: str) -> str:
+    if part.startswith("generator"):
+        lines = [
+            "It was made to please one reward. A model can learn to please a reward without writing better: judge it "
+            "by something else too."
+        ]
+    else:
+        lines = [
+            "It learned from one generator's responses to the prompts of one run; of other texts it knows nothing.",
+            "Its numbers are in the units of the true reward, without calibration.",
+        ]
+        if not run.scores:
+            lines.insert(0, "**It was not trained**: it scores every text 0.")
+    if not run.steps:
+        lines.insert(0, "No step was taken: the adapter changes nothing yet.")
+    if not run.evaluation:
+        lines.append("No evaluation on held-out prompts was given with this export.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _settings(config: Config) -> str:
+    kept = {name: value for name, value in config.to_dict().items() if name not in NOT_SHOWN}
+    return json.dumps(kept, indent=2, ensure_ascii=False)
+
+
+def _versions() -> str:
+    return f"lora-gan {__version__}, " + ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "peft")
+    )

@@ -1,0 +1,292 @@
+"""What a run leaves: adapters and merged models that stock PEFT and transformers open, each with its card.
+
+    FOLDER/
+      generator/              LoRA adapter                AutoPeftModelForCausalLM
+      generator-merged/       causal language model       AutoModelForCausalLM
+      discriminator/          LoRA adapter, score head    AutoPeftModelForSequenceClassification, num_labels=1
+      discriminator-merged/   sequence classifier         AutoModelForSequenceClassification: a reward model
+      export.json             what was exported; a folder that has it may be replaced by a later export
+
+Weights are safetensors. The LoraGAN in memory is only read: nothing of it is merged, cast or moved.
+
+A classifier pools the last token that is not its pad token, so the pad token decides what it reads. Where the base's
+config has one, it stays, and the tokenizer beside the classifier pads with it. Where it has none, which stock answers
+by refusing batches, the classifier gets one that no text ends with: the tokenizer's own unless that also ends or
+begins texts, else a new `<|pad|>`, in an unused row of the embedding if there is one, else in one more row.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import __version__, card
+from .adapters import Players
+from .base import Base, _without_progress_bars
+from .checkpoint import _save_adapter
+
+if TYPE_CHECKING:
+    from .gan import LoraGAN
+
+PARTS = ("generator", "generator-merged", "discriminator", "discriminator-merged")
+MANIFEST = "export.json"
+PAD_TOKEN = "<|pad|>"
+
+
+def export(
+    gan: LoraGAN,
+    folder: str | os.PathLike[str],
+    *,
+    parts: tuple[str, ...] | list[str] = PARTS,
+    dtype: str | torch.dtype | None = None,
+    evaluation: dict[str, Any] | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> Path:
+    """Write the players for stock PEFT and transformers; a reader sees the whole folder or nothing.
+
+    Args:
+        gan: of which the players, as they are now, are written.
+        folder: what to write; it must not exist yet, be empty, or be a former export, which is then replaced.
+        parts: which of "generator", "generator-merged", "discriminator", "discriminator-merged".
+        dtype: of the merged weights: float32, bfloat16, float16; None: what the base is in here, so that the merged
+            models say what was trained. Merging is computed in float32 and rounded once.
+        evaluation: what gan.evaluate() returned, or several of these by name, for the cards.
+        push_to_hub: a name on the hub, "user/name": each part is uploaded as a model of its own, "user/name-PART".
+        private: whether repositories that are made for it are private.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: an unknown part or dtype, a folder that holds something else, a quantized base to be merged, a base
+            without a sequence classifier in transformers, no token for the hub.
+    """
+    parts, dtype = _known_parts(parts), _dtype(dtype, gan.players)
+    final = Path(folder).absolute()
+    _require_replaceable(final)
+    if push_to_hub is not None:
+        _require_hub(push_to_hub)
+    if any(part.endswith("-merged") for part in parts):
+        _require_mergeable(gan.players)
+
+    run = card.Run.of(gan, evaluation)
+    writing, replaced = (final.parent / f".{final.name}.{state}-{os.getpid()}" for state in ("writing", "replaced"))
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        for part in parts:
+            (writing / part).mkdir(parents=True)
+            tokenizer = _write(gan.players, part, writing / part, dtype)
+            name = part if push_to_hub is None else f"{push_to_hub}-{part}"
+            text = card.card(run, part, name=name, tokenizer=tokenizer)
+            (writing / part / "README.md").write_text(text, encoding="utf-8")
+        manifest = {"format": 1, "parts": list(parts), "step": gan.global_step, "lora_gan": __version__}
+        (writing / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if final.exists():
+            final.rename(replaced)
+        writing.rename(final)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    if push_to_hub is not None:
+        push(final, push_to_hub, private=private)
+    return final
+
+
+def push(folder: str | os.PathLike[str], name: str, *, private: bool = False) -> list[str]:
+    """Upload an export: each part is a model repository of its own, "user/name-PART"; returns their addresses.
+
+    A repository each, not folders of one: a hub id is then all that from_pretrained, PEFT and TRL's reward_funcs need.
+
+    Raises:
+        ValueError: the folder is no export, the name is none the hub accepts, there is no token, or the hub refused.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of the HTTP library the hub's client happens to use
+
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is not an export: it has no {MANIFEST}; make one by gan.export(folder)")
+    _require_hub(name)
+    addresses, api = [], HfApi()
+    for part in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parts"]:
+        repo = f"{name}-{part}"
+        try:
+            # What the hub names is what it has: a name without a user becomes the user's.
+            made = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+            api.upload_folder(
+                folder_path=folder / part, repo_id=made.repo_id, repo_type="model", commit_message=f"Upload {part}"
+            )
+        except (HTTPError, OSError) as error:
+            raise ValueError(
+                f"{repo} could not be uploaded: {error}. The export is complete in {folder}; upload it again by "
+                f"lora_gan.export.push({str(folder)!r}, {name!r})"
+            ) from error
+        addresses.append(str(made))
+    return addresses
+
+
+# --- what is asked of the arguments
+
+
+def _known_parts(parts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    wanted = (parts,) if isinstance(parts, str) else tuple(parts)
+    unknown = [part for part in wanted if part not in PARTS]
+    if unknown or not wanted:
+        raise ValueError(f"parts={wanted!r} is not accepted: give one or more of {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in wanted)
+
+
+def _dtype(dtype: str | torch.dtype | None, players: Players) -> torch.dtype:
+    accepted = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
+    if dtype is None:
+        return players.lm.dtype
+    if dtype not in (*accepted, *accepted.values()):
+        raise ValueError(f"dtype={dtype!r} is not accepted: it must be None, or one of {', '.join(accepted)}")
+    return accepted[dtype] if isinstance(dtype, str) else dtype
+
+
+def _require_replaceable(folder: Path) -> None:
+    """Only what an export wrote is ever removed."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder to export to")
+    there = {path.name for path in folder.iterdir()}
+    foreign = sorted(there - {*PARTS, MANIFEST})
+    if foreign or (there and MANIFEST not in there):
+        what = f"{foreign[0]!r}, which no export wrote" if foreign else f"no {MANIFEST}, which every export has"
+        raise ValueError(f"{folder} is not empty, and holds {what}: give a folder that is new, empty or an export")
+
+
+def _require_mergeable(players: Players) -> None:
+    if getattr(players.lm, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "a quantized base is not merged with an adapter, its weights would be rounded twice: export "
+            "parts=('generator', 'discriminator'), or open the checkpoint on the unquantized base first "
+            "(LoraGAN.from_checkpoint(path, model=...))"
+        )
+
+
+def _require_hub(name: str) -> None:
+    """Asked before anything is computed."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        for part in PARTS:
+            validate_repo_id(f"{name}-{part}")
+    except HFValidationError as error:
+        raise ValueError(f"push_to_hub={name!r} is not accepted: it must be USER/NAME ({error})") from error
+    if not get_token():
+        raise ValueError("there is no token for the hub: log in by `hf auth login`, or set HF_TOKEN")
+
+
+# --- the parts
+
+
+def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> PreTrainedTokenizerBase:
+    """One part's weights, config and tokenizer; returns the tokenizer."""
+    player = part.removesuffix("-merged")
+    tokenizer = players.base.tokenizer if player == "generator" else scoring_tokenizer(players.base)
+    if part == player:
+        _save_adapter(players, player, folder, "safetensors")
+    else:
+        weights = merged_weights(players, player, dtype)
+        model = _causal_lm(players, weights) if player == "generator" else _classifier(players, weights, tokenizer)
+        with _without_progress_bars():
+            model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@torch.no_grad()
+def merged_weights(
+    players: Players, player: Literal["generator", "discriminator"], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The base's weights with one player's adapter added, under the base's own names, on the CPU.
+
+    Layer by layer on copies, so that at most one more base is in memory, and none on the GPU. PEFT's own merging works
+    in place, from which unmerging does not come back to the same bits.
+    """
+    layers = {name: module for name, module in players.lm.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in layers)
+    weights = {name: tensor for name, tensor in players.lm.state_dict().items() if not name.startswith(inside)}
+    weights = {name: _stored(tensor, dtype) for name, tensor in weights.items()}
+    for name, layer in layers.items():
+        layer = copy.deepcopy(layer).float()
+        layer.merge(adapter_names=[player])
+        merged = layer.get_base_layer().state_dict()
+        weights |= {f"{name}.{key}": _stored(tensor, dtype) for key, tensor in merged.items()}
+    return weights
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _causal_lm(players: Players, weights: dict[str, Tensor]) -> PreTrainedModel:
+    with torch.device("meta"):  # its weights are those given: none of its own is made first
+        model = type(players.lm)(copy.deepcopy(players.lm.config))
+    model.load_state_dict(weights, assign=True)
+    model.generation_config = copy.deepcopy(players.lm.generation_config)
+    head = model.get_output_embeddings()
+    if model.config.tie_word_embeddings and head is not None:
+        if torch.equal(head.weight, model.get_input_embeddings().weight):
+            model.tie_weights()
+        else:  # an adapter on one of the two has parted them
+            model.config.tie_word_embeddings = False
+    return model
+
+
+def _classifier(players: Players, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A stock sequence classifier with one output, the predicted reward."""
+    config = copy.deepcopy(players.lm.config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    config.problem_type = "regression"  # without it the text-classification pipeline would show a sigmoid
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    body = f"{players.lm.base_model_prefix}."
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        ours = {name.removeprefix(body): tensor for name, tensor in weights.items() if name.startswith(body)}
+        weights = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in ours.items()}
+        weights["score.weight"] = _stored(players.score_MH.mean(0, keepdim=True), dtype)
+        model.load_state_dict(weights, assign=True)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"transformers has no sequence classifier that fits a base of the kind {config.model_type!r}: leave "
+            f"'discriminator-merged' out of parts ({error})"
+        ) from error
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        # Its row is never read: padding is masked.
+        model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+    return model
+
+
+def scoring_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, padding on the right with a token under which stock pools what the discriminator pools."""
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.padding_side = "right"  # where positions are counted from the row's begin, left padding would shift them
+    token = None
+    if base.pad_on_disk is not None and 0 <= base.pad_on_disk < len(tokenizer):
+        token = tokenizer.convert_ids_to_tokens(base.pad_on_disk)
+    if token is not None:
+        tokenizer.pad_token = token
+    elif tokenizer.pad_token_id in (None, *base.eos_ids, tokenizer.bos_token_id, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer

@@ -1,0 +1,73 @@
+"""A reward that asks the base itself: how probable it finds a response. It costs a forward and no further model."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .combine import completion_text
+
+if TYPE_CHECKING:
+    from ..gan import LoraGAN
+
+
+class Perplexity:
+    """Mean log-probability of a response's tokens, given the prompt, under the untouched base: −log perplexity.
+
+    In nats a token, at most 0, higher is better. The end-of-text token counts as one, so an empty response scores the
+    log-probability of ending at once. Of TRL's form; `LoraGAN` binds it to its base.
+
+    Args:
+        batch_size: rows in one forward; changes memory, and scores only to rounding.
+    """
+
+    __name__ = "perplexity"  # what logs call this part of a sum of rewards
+
+    def __init__(self, batch_size: int = 16) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        self.batch_size = batch_size
+        self._gan: LoraGAN | None = None
+
+    def bind(self, gan: "LoraGAN") -> None:
+        """Score by this LoraGAN's base from now on; a second one must have the same base.
+
+        Raises:
+            ValueError: it is bound to another base already.
+        """
+        bound = self._gan
+        if bound is not None and bound.players.base.fingerprint != gan.players.base.fingerprint:
+            raise ValueError(
+                f"this Perplexity scores by the base {bound.players.base.name!r} already, not by "
+                f"{gan.players.base.name!r}: make one for each LoraGAN"
+            )
+        self._gan = gan
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Score completion i, an answer to prompt i; texts, or chat messages. None: the prompt leaves it no place.
+
+        Raises:
+            ValueError: it was never bound to a base, or prompt and response do not fit into the base's context.
+        """
+        import torch
+
+        from .. import objectives, rollout
+
+        if self._gan is None:
+            raise ValueError(
+                "Perplexity has no base to score by: give it to LoraGAN(reward_funcs=[Perplexity(), ...]), which binds "
+                "it to its own, or call bind(gan)"
+            )
+        players, template = self._gan.players, self._gan.config.chat_template_kwargs
+        scores: list[float | None] = []
+        for part in rollout.chunks(len(prompts), self.batch_size):
+            texts = [completion_text(completion) for completion in completions[part]]
+            encoded = rollout.encode_pairs(players.base, list(prompts[part]), texts, template)
+            rows = rollout.assemble(players.base, players.device, *encoded, texts)
+            with torch.no_grad(), players.playing("reference"):
+                keep = rows.response_ids_BT.shape[1] + 1
+                logits_BTV = players.logits(rows.ids_BL, rows.mask_BL, keep=keep)[:, :-1]
+                logprobs_BT = objectives.token_logprobs(logits_BTV, rows.response_ids_BT)
+            sums = (logprobs_BT * rows.response_mask_BT).sum(-1).tolist()
+            scores += [
+                total / int(tokens) if tokens else None for total, tokens in zip(sums, rows.lengths_B, strict=True)
+            ]
+        return scores

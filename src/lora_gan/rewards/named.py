@@ -1,0 +1,208 @@
+"""Rewards as a command line or a YAML file can say them: by the name of a ready-made one, or by where a function is.
+
+from_spec("chrf")
+from_spec("my_reward.py:score")                                     # a function, or a class, in a file
+from_spec({"name": "rouge", "kind": "rouge2"})                      # options go to the function or class
+from_specs(["chrf", {"name": "length", "target_words": 30, "weight": 0.2}])
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .combine import reward_name, takes_completions
+
+READY = {  # name: the file of this folder it is in, and what it is called there
+    "exact_match": ("text", "exact_match"),
+    "chrf": ("text", "chrf"),
+    "bleu": ("text", "bleu"),
+    "rouge": ("text", "rouge"),
+    "meteor": ("text", "meteor"),
+    "cosine": ("cosine", "CosineReward"),
+    "length": ("shaping", "Length"),
+    "repetition": ("shaping", "repetition"),
+    "perplexity": ("base", "Perplexity"),
+    "classifier": ("model", "Classifier"),
+    "entailment": ("model", "Entailment"),
+    "human": ("human", "Human"),
+    "judge": ("judge", "Judge"),
+}
+
+Spec = str | Mapping[str, Any] | Callable[..., Any]
+
+
+def from_spec(spec: Spec) -> Callable[..., Any]:
+    """The reward that a specification names.
+
+    Args:
+        spec: the name of a ready-made reward (`READY`), "path/to/file.py:function" or "package.module:function", a
+            class in the function's place being called without arguments; or a mapping with such a `name`, options for
+            the function or class, and if wanted `as`, the name that logs shall show. A callable is returned as it is.
+
+    Raises:
+        ValueError: no such reward, file, module or function; one that cannot be imported or called; unknown options.
+        ImportError: the reward needs a library that is not installed.
+    """
+    reward, _ = _read(spec)
+    return reward
+
+
+def from_specs(specs: Spec | Sequence[Spec]) -> tuple[list[Callable[..., Any]], list[float]]:
+    """The rewards that one or several specifications name, and their weights: `weight` in a mapping, else 1.
+
+    Raises:
+        ValueError, ImportError: see `from_spec`; or a weight that is not a finite number.
+    """
+    several = isinstance(specs, Sequence) and not isinstance(specs, str)
+    read = [_read(spec) for spec in (specs if several else [specs])]
+    return [reward for reward, _ in read], [weight for _, weight in read]
+
+
+def _read(spec: Any) -> tuple[Callable[..., Any], float]:
+    if isinstance(spec, str):
+        return _build(spec, {}, None), 1.0
+    if not isinstance(spec, Mapping):
+        if callable(spec):
+            return spec, 1.0
+        raise ValueError(f"{spec!r} names no reward: give a name, file.py:function, or a mapping with 'name'")
+    options = dict(spec)
+    name, weight, shown = options.pop("name", None), options.pop("weight", 1.0), options.pop("as", None)
+    if not isinstance(name, str):
+        raise ValueError(f"the reward {dict(spec)!r:.80} has no name: give 'name', and beside it weight and options")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"weight={weight!r} of the reward {name!r} is not accepted: it must be a finite number")
+    if not (shown is None or isinstance(shown, str) and shown):
+        raise ValueError(f"as={shown!r} of the reward {name!r} is not accepted: it must be a text that is not empty")
+    return _build(name, options, shown), float(weight)
+
+
+def _build(name: str, options: dict[str, Any], shown: str | None) -> Callable[..., Any]:
+    """A class called with its options; a function with its options bound, under its own name."""
+    found = _find(name)
+    if not callable(found):
+        raise ValueError(
+            f"{name!r} is of type {type(found).__name__}, not a function: a reward is called with a response"
+        )
+    is_class = isinstance(found, type)
+    _check_options(name, found, options, is_class)
+    if is_class:
+        reward = found(**options)
+        if not callable(reward):
+            raise ValueError(f"{name!r} is a class whose objects cannot be called: give it __call__(response, target)")
+    elif options or shown:
+        reward = functools.partial(found, **options)
+        reward.__name__ = reward_name(found)  # type: ignore[attr-defined]
+    else:
+        reward = found
+    if shown:
+        reward.__name__ = shown
+    return reward
+
+
+def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any], is_class: bool) -> None:
+    """Every option is one that the function or class takes beside what a reward is called with; none is missing."""
+    try:
+        parameters = dict(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return
+    if not is_class:
+        called_with = ("prompts", "completions") if "completions" in parameters else list(parameters)[:2]
+        parameters = {key: value for key, value in parameters.items() if key not in called_with}
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    accepted = [key for key, value in parameters.items() if value.kind not in variadic]
+    if not any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values()):
+        for option in options:
+            if option not in accepted:
+                nearest = difflib.get_close_matches(option, accepted, n=1)
+                hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+                takes = ", ".join(accepted) or "no options"
+                raise ValueError(f"the reward {name!r} has no option {option!r}{hint}; it takes {takes}")
+    required = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in options]
+    if required and (is_class or not takes_completions(found)):  # TRL's form may ask for columns
+        raise ValueError(
+            f"the reward {name!r} needs {', '.join(required)}: give it as {{name: {name}, {required[0]}: ...}}"
+        )
+
+
+def _find(name: str) -> Any:
+    if name in READY:
+        file, inside = READY[name]
+        return getattr(importlib.import_module(f"{__package__}.{file}"), inside)
+    place, colon, inside = name.rpartition(":")
+    if not colon:
+        if name.endswith(".py"):
+            raise ValueError(f"{name!r} names a file: say which function of it, as {name}:function")
+        nearest = difflib.get_close_matches(name, READY, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(
+            f"there is no reward {name!r}{hint}. Ready made are {', '.join(READY)}; a function of your own is named "
+            "as path/to/file.py:function or package.module:function"
+        )
+    if not place or not inside:
+        raise ValueError(f"{name!r} names no function: path/to/file.py:function or package.module:function")
+    module = _of_file(place) if place.endswith(".py") else _of_module(place)
+    if not hasattr(module, inside):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        nearest = difflib.get_close_matches(inside, own, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(f"there is no {inside!r} in {place}{hint}")
+    return getattr(module, inside)
+
+
+def _of_file(place: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"there is no file {place} to take a reward from (looked for {path})")
+    return _run(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _run(path: Path, mtime: int) -> ModuleType:
+    """The file as a module, run once until it changes: two rewards of one file share what it has loaded."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # its neighbours can be imported; last, so as to hide nothing
+    module_name = f"lora_gan_reward_{path.stem}_{abs(hash(path)):x}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look a class's module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
+        raise _unusable(str(path), error) from error
+    return module
+
+
+def _of_module(name: str) -> ModuleType:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # an installed command, other than `python -m`, does not look there
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(f"{missing}."):
+            raise ValueError(f"there is no module {name!r} to take a reward from: {error}") from error
+        raise _unusable(name, error) from error
+    except (Exception, SystemExit) as error:
+        raise _unusable(name, error) from error
+
+
+def _unusable(place: str, error: BaseException) -> ValueError:
+    if isinstance(error, SyntaxError):
+        return ValueError(f"{error.filename or place}, line {error.lineno}: {error.msg}")
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [frame for frame in frames if not frame.filename.startswith("<frozen")][-1]  # not the import machinery
+    said = f": {error}" if str(error) else ""
+    return ValueError(
+        f"{place} raised {type(error).__name__} when imported ({last.filename}, line {last.lineno}){said}"
+    )

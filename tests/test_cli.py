@@ -1,0 +1,207 @@
+"""The command line: options, YAML, overrides, resume, Ctrl-C; each command on a tiny random base."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import base_folder
+
+from lora_gan import Config, LoraGAN, cli
+
+SMALL = [
+    "--num_generations", "4", "--max_completion_length", "6", "--lora_r", "4", "--disc_lora_r", "4",
+    "--prompts_per_step", "2",
+]  # fmt: skip
+REWARD = """
+def length(response, target):
+    return float(len(response))
+"""
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """A working folder with data and a reward of one's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.csv").write_text(
+        "prompt,target\n" + "".join(f"the cat number {i},le chat {i}\n" for i in range(6))
+    )
+    (tmp_path / "mine.py").write_text(REWARD)
+    return tmp_path
+
+
+def train(*options: str) -> int:
+    base = ["--model", str(base_folder()), "--data", "pairs.csv", "--reward", "mine.py:length", "--output_dir", "run"]
+    return cli.main(["train", *base, *SMALL, *options])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_setting_is_an_option_of_train_with_its_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in fields(Config):
+        option = re.search(rf"^  --{field.name}( \S+)?( {{.*?}})?\s+(\S.*)$", text, flags=re.MULTILINE)
+        assert option, field.name
+        help_text = option[3].partition("(type:")[0].strip()
+        assert len(help_text) > 10 and help_text.endswith("."), f"{field.name}: {help_text!r}"
+        assert field.name in text
+
+
+def test_train_writes_what_it_says(there, capsys):
+    assert train("--max_steps", "2") == 0
+    assert (there / "run" / "step-2" / "generator" / "adapter_config.json").is_file()
+    assert [line["step"] for line in lines(there / "run" / "metrics.jsonl")] == [1, 2]
+    out = capsys.readouterr().out
+    assert "lora-gan generate --checkpoint run" in out
+    gan = LoraGAN.from_checkpoint(there / "run", base_folder())
+    assert (gan.config.lora_r, gan.config.num_generations, gan.global_step) == (4, 4, 2)
+
+
+def test_a_yaml_file_says_the_same_and_the_line_wins(there):
+    (there / "run.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": str(base_folder()),
+                "data": "pairs.csv",
+                "reward": [{"name": "mine.py:length", "weight": 2.0}],
+                "max_steps": 3,
+                "num_generations": 4,
+                "max_completion_length": 6,
+                "lora_r": 2,
+                "prompts_per_step": 2,
+                "target_modules": ["c_attn", "c_fc"],
+                "output_dir": "from-file",
+            }  # fmt: skip
+        )
+        + "learning_rate: 1e-3\n"  # what PyYAML alone reads as a text
+    )
+    assert cli.main(["train", "--config", "run.yaml", "--max_steps", "1", "--output-dir", "from-line"]) == 0
+    gan = LoraGAN.from_checkpoint(there / "from-line", base_folder())
+    assert gan.global_step == 1 and gan.config.max_steps == 1
+    assert (gan.config.learning_rate, gan.config.lora_r, gan.config.target_modules) == (1e-3, 2, ("c_attn", "c_fc"))
+    assert not (there / "from-file").exists()
+
+
+def test_resume_takes_the_newest_and_equals_the_undisturbed_run(there):
+    assert train("--max_steps", "4", "--save_steps", "2") == 0
+    whole = (there / "run").rename(there / "whole")
+    assert train("--max_steps", "2") == 0
+    assert cli.main(["train", "--config", "run/train.yaml", "--max_steps", "4", "--resume"]) == 0
+    for player in ("generator", "discriminator"):
+        weights = [(run / "step-4" / player / "adapter_model.bin").read_bytes() for run in (whole, there / "run")]
+        assert weights[0] == weights[1]
+    names = ("step", "reward", "reward_calls")
+    runs = [[[line[n] for n in names] for line in lines(run / "metrics.jsonl")] for run in (whole, there / "run")]
+    assert runs[0] == runs[1] and len(runs[0]) == 4
+
+
+def test_a_new_run_does_not_mix_with_an_older_one(there, capsys):
+    assert train("--max_steps", "1") == 0
+    assert train("--max_steps", "1") == 2
+    assert "step-1" in (said := capsys.readouterr().err) and "--resume" in said
+
+
+def test_dry_run_trains_nothing_and_tries_the_reward(there, capsys):
+    assert train("--max_steps", "5", "--query_rate", "0.5", "--dry-run") == 0
+    assert not (there / "run").exists()
+    out = capsys.readouterr().out
+    assert re.search(r"true reward +length: asked for 50% of the responses, 20 calls", out)  # 5 steps × 8 × 0.5
+    assert "steps          5 of 2 prompts × 4 responses" in out
+    assert re.search(r"memory +about [\d.]+ (kB|MB|GB): base", out)
+    assert re.search(r"own target 9\.\d+, another row's 9\.\d+", out)  # "le chat 0": nine characters
+    assert "does not prefer a row's own target" in out  # the length does not know the target
+    assert re.search(r"ms a call .* for the 20 calls of this run", out)
+
+
+def test_dry_run_says_when_there_is_nothing_to_learn_from(there, capsys):
+    (there / "mine.py").write_text("def length(response, target):\n    return 1.0\n")
+    assert train("--max_steps", "1", "--dry-run") == 0
+    assert "every response is worth the same" in capsys.readouterr().out
+
+
+def test_generate_score_and_eval(there, capsys):
+    assert train("--max_steps", "2") == 0
+    gan = LoraGAN.from_checkpoint(there / "run", base_folder())
+    capsys.readouterr()
+
+    assert cli.main(["generate", "--checkpoint", "run", "--prompt", "the cat", "--best_of", "3"]) == 0
+    assert capsys.readouterr().out == gan.generate("the cat", best_of=3)[0] + "\n"
+
+    assert cli.main(["generate", "--checkpoint", "run", "--data", "pairs.csv", "--output", "answers.jsonl"]) == 0
+    answers = lines(there / "answers.jsonl")
+    prompts = [f"the cat number {i}" for i in range(6)]
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert [answer["completion"] for answer in answers] == gan.generate(prompts)
+
+    capsys.readouterr()
+    assert cli.main(["score", "--checkpoint", "run", "--prompt", "the cat", "--response", "sat"]) == 0
+    assert float(capsys.readouterr().out) == pytest.approx(gan.score("the cat", "sat")[0], abs=1e-6)
+    assert cli.main(["score", "--checkpoint", "run/step-2", "--data", "answers.jsonl"]) == 0
+    scores = [json.loads(line)["pred_reward"] for line in capsys.readouterr().out.splitlines()]
+    assert scores == pytest.approx(gan.score(prompts, [a["completion"] for a in answers]), abs=1e-6)
+
+    options = ["--checkpoint", "run", "--data", "pairs.csv", "--output", "judged.json"]
+    assert cli.main(["eval", *options, "--reference"]) == 0
+    judged = json.loads((there / "judged.json").read_text())
+    for player in ("generator", "reference"):  # the run's own reward: the length
+        lengths = [len(sample["response"]) for sample in judged[player]["samples"]]
+        assert judged[player]["metrics"]["true_reward"]["mean"] == pytest.approx(sum(lengths) / 6)
+    assert "generator" in (out := capsys.readouterr().out) and "reference" in out and "true_reward" in out
+
+
+def test_the_run_is_found_from_another_folder(there, monkeypatch, capsys):
+    assert train("--max_steps", "1") == 0
+    (there / "elsewhere").mkdir()
+    monkeypatch.chdir(there / "elsewhere")
+    assert cli.main(["eval", "--checkpoint", "../run", "--data", "../pairs.csv"]) == 0
+    assert (
+        cli.main(["train", "--config", "../run/train.yaml", "--output_dir", "../run", "--max_steps", "2", "--resume"])
+        == 0
+    )
+    assert (there / "run" / "step-2").is_dir()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_ctrl_c_saves_and_says_how_to_go_on(there):
+    (there / "mine.py").write_text(
+        "import time\ndef length(response, target):\n    time.sleep(0.02)\n    return 1.0 * len(response)\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable, "-m", "lora_gan", "train", "--model", str(base_folder()), "--data", "pairs.csv",
+        "--reward", "mine.py:length", "--output_dir", "run", "--max_steps", "100000", *SMALL,
+    ]  # fmt: skip
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (there / "run" / "metrics.jsonl").is_file() or len(lines(there / "run" / "metrics.jsonl")) < 2:
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130 and "Traceback" not in said
+    (saved,) = (there / "run").glob("step-*")
+    done = int(saved.name.removeprefix("step-"))
+    assert lines(there / "run" / "metrics.jsonl")[-1]["step"] == done
+    assert "--config run/train.yaml --resume" in said and saved.name in said
+    assert cli.main(["train", "--config", "run/train.yaml", "--max_steps", str(done + 1), "--resume"]) == 0
+    assert (there / "run" / f"step-{done + 1}").is_dir()
