@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import base_folder, small_gan
+from helpers import base_folder, byte_tokenizer, small_gan
 
 from lora_gan import cli
 
@@ -68,6 +68,7 @@ def test_a_base_that_is_no_causal_language_model(there, capsys):
 
     config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertModel(config).save_pretrained(there / "bert")
+    byte_tokenizer("gpt2", "own").save_pretrained(there / "bert")
     refused(capsys, train(model="bert"), "bert", "causal language model")
     assert nothing_written(there)
 
@@ -84,9 +85,9 @@ def test_a_base_that_is_no_causal_language_model(there, capsys):
         ("broken.jsonl", GOOD + '{"prompt": "the\n', ["broken.jsonl", "line 3"]),
         ("list.jsonl", "[1]\n", ["list.jsonl", "line 1"]),
         ("ragged.csv", "prompt,target\na,b\nc,d,e\n", ["ragged.csv", "line 3"]),
-        ("columns.csv", "question,answer\na,b\n", ["columns.csv", "prompt", "question, answer", "--prompt_column"]),
-        ("empty-prompt.csv", "prompt,target\na,b\n  ,d\n", ["row 2", "prompt"]),
-        ("number.jsonl", '{"prompt": 3}\n', ["row 1", "3"]),
+        ("columns.csv", "question,answer\na,b\n", ["columns.csv", "'prompt'", "'question', 'answer'", "prompt_column"]),
+        ("empty-prompt.csv", "prompt,target\na,b\n,d\n", ["line 3", "prompt"]),
+        ("number.jsonl", '{"prompt": 3}\n', ["line 1", "3"]),
         ("rows.xlsx", "x", ["rows.xlsx", ".csv"]),
     ],
 )

@@ -323,6 +323,18 @@ def test_half_precision_rounds_once(tmp_path):
     assert read_json(tmp_path / "out" / "generator-merged" / "config.json")["dtype"] == "bfloat16"
 
 
+def test_merged_weights_are_by_default_in_the_dtype_of_the_base_here(tmp_path):
+    gan = trained_gan(steps=2, dtype="bfloat16")
+    export(gan, tmp_path / "out")
+    for part in ("generator-merged", "discriminator-merged"):
+        weights = load_file(tmp_path / "out" / part / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    ours = torch.tensor(gan.score(ASKED, ANSWERS))
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "discriminator-merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "discriminator-merged")
+    assert (ours - stock_scores(stock, tokenizer, gan.players.base.eos_ids[0])).abs().max() < 0.1 * ours.std()
+
+
 def test_from_a_checkpoint_in_either_weights_format(tmp_path):
     gan = trained_gan(weights_format="bin")
     saved = gan.save_checkpoint(ckpt_dir=tmp_path / "run")

@@ -1,16 +1,11 @@
 """Opening a base: by name, from the hub, from a folder, quantized; and one clear line where that fails.
 
-The hub is a small server of this file's own, asked in a new process (its address is read when it is imported).
+The hub is a small server of the tests' own (mini_hub.py), asked in a new process.
 """
 
-import http.server
 import importlib.util
-import os
 import re
 import shutil
-import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -147,72 +142,36 @@ def test_a_checkpoint_cannot_make_its_base_run_code(tmp_path, monkeypatch):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Files of one folder under any owner's name; some owners answer otherwise."""
+ON_THE_HUB = """
+import sys, time, mini_hub
+server = mini_hub.start(*sys.argv[1:])
+from lora_gan.base import load_base
+from lora_gan.config import Config
 
-    folder, seen = Path(), []
-    errors = {"missing": (404, "RepoNotFound"), "gated": (403, "GatedRepo"), "old": (404, "RevisionNotFound")}
+def attempt(name, **settings):
+    started, result = time.monotonic(), "opened"
+    try:
+        assert load_base(name, None, Config(**settings)).path == name
+    except ValueError as error:
+        result = str(error)
+    print(f"{name}|{time.monotonic() - started:.1f}|{result}")
 
-    def do_GET(self):
-        self.seen.append(self.path)
-        owner, file = self.path.split("/")[1], self.folder / self.path.split("/resolve/main/")[-1]
-        if owner in self.errors:
-            return self.answer(self.errors[owner][0], {"X-Error-Code": self.errors[owner][1]})
-        if owner in ("api", "empty") or not file.is_file():
-            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        if owner == "slow" and not any(path.startswith("/slow") for path in self.seen[:-1]):
-            time.sleep(2)  # longer than the client waits for an answer (HF_HUB_ETAG_TIMEOUT below)
-        headers = {"ETag": f'"{file.name}"', "X-Repo-Commit": "a" * 40}
-        return self.answer(200, headers, file.read_bytes())
-
-    do_HEAD = do_GET
-
-    def answer(self, status, headers, body=b""):
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-def ask_the_hub(folder, cache):
-    """Run in a new process: open bases by hub id, and print what became of each, and after how many seconds."""
-    Hub.folder = Path(folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.environ |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": cache}
-    os.environ |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    from lora_gan.base import load_base
-    from lora_gan.config import Config
-
-    def attempt(name, **settings):
-        started, result = time.monotonic(), "opened"
-        try:
-            assert load_base(name, None, Config(**settings)).path == name
-        except ValueError as error:
-            result = str(error)
-        print(f"{name}|{time.monotonic() - started:.1f}|{result}")
-
-    attempt("missing/model")
-    attempt("gated/model")
-    attempt("old/model", model_init_kwargs={"revision": "v2"})
-    attempt("empty/model")
-    attempt("slow/model")
-    attempt("cached/model")
-    server.shutdown()
-    server.server_close()
-    attempt("cached/model")
-    attempt("other/model")
+attempt("missing/model")
+attempt("gated/model")
+attempt("old/model", model_init_kwargs={"revision": "v2"})
+attempt("empty/model")
+attempt("slow/model")
+attempt("cached/model")
+server.shutdown()
+server.server_close()
+attempt("cached/model")
+attempt("other/model")
+"""
 
 
 @pytest.mark.slow
 def test_bases_on_the_hub(tmp_path):
-    code = "import sys, test_opening; test_opening.ask_the_hub(*sys.argv[1:])"
-    output = python(code, str(base_folder()), str(tmp_path))
+    output = python(ON_THE_HUB, str(base_folder()), str(tmp_path))
     lines = [line.split("|") for line in output.splitlines() if line.count("|") == 2]
     expected = [
         ("missing/model", "there is no base 'missing/model'"),

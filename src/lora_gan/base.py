@@ -206,7 +206,7 @@ def _opening(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError ...
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
         remedy = "; save it there, or pass processing_class=" if what == "tokenizer" else ""
         raise ValueError(f"the {what} of the base {name!r} could not be opened: {reason}{remedy}") from error
 

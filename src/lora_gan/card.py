@@ -108,7 +108,7 @@ def _reward(gan: LoraGAN, options: dict[str, Any], metrics: dict[str, float]) ->
     here = gan.reward_names
     if not set(logged) <= set(here):
         return _reward_text(logged)
-    if gan._asks_cosine and not logged:
+    if here == ["cosine"] and not logged:
         return None
     weights = (gan.reward_weights if len(here) > 1 else None) or [1] * len(here)
     return _reward_text([{"name": name, "weight": w} for name, w in zip(here, weights, strict=True)])
@@ -151,7 +151,8 @@ def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) 
     if run.metrics:
         rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in run.metrics.items())
         sections.append(
-            f"## The last metrics that were logged\n\nOf one step, as lora-gan's docs/metrics.md explains them.\n\n| metric | value |\n| --- | --- |\n{rows}"
+            "## The last metrics that were logged\n\nOf one step, as lora-gan's docs/metrics.md explains them.\n\n"
+            f"| metric | value |\n| --- | --- |\n{rows}"
         )
     if run.evaluation:
         rows = max(len(result.get("samples", ())) for result in run.evaluation.values())

@@ -225,8 +225,8 @@ def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class
         )
     except ValueError as error:
         raise ValueError(
-            f"the checkpoint was made on the base {name or 'in memory'!r}, which is not on this machine; nothing is "
-            f"fetched because a checkpoint names it: pass model= to say which base to use ({error})"
+            f"the checkpoint was made on the base {name or 'in memory'!r}, which could not be opened from this machine "
+            f"alone, and nothing is fetched because a checkpoint names it: pass model= to say which to use ({error})"
         ) from error
 
 

@@ -30,12 +30,22 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+UNKNOWN = re.compile(
+    r"option '(?:\w+\.)?([\w-]+)' is not accepted|does not accept option '([\w-]+)'|unrecognized arguments: -*([\w-]+)",
+    flags=re.IGNORECASE,
+)
+
+
 class Parser(ArgumentParser):
     """A mistake is one line: what is wrong, what is accepted, where to read more; and exit code 2."""
 
+    options: set[str] = set()  # of all commands, by name
+    reading: str | None = None  # the file that --config named, while it is read
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        command = self.prog.replace(" [options]", "")
-        sys.stderr.write(f"lora-gan: {self._plain(message)} (see {command} --help)\n")
+        command, file = self.prog.replace(" [options]", ""), Parser.reading
+        Parser.reading = None
+        sys.stderr.write(f"lora-gan: {f'{file}: ' if file else ''}{self._plain(message)} (see {command} --help)\n")
         sys.exit(2)
 
     def _plain(self, message: str) -> str:
@@ -43,13 +53,20 @@ class Parser(ArgumentParser):
         message = re.sub(r"Parser key [\"'](?:\w+\.)?(\w+)[\"']:", r"--\1:", " ".join(message.split())).rstrip(".")
         message = re.sub(r"<class '(\w+)'>", r"\1", message)
         message = re.sub(r"(required: )(.*)", lambda m: m[1] + re.sub(r"(\w+\.)?(\w+)", r"--\2", m[2]), message)
-        wrong = re.search(r"[Oo]ption '(?:\w+\.)?([\w-]+)' is not accepted|unrecognized arguments: -*([\w-]+)", message)
-        if wrong:
+        if wrong := UNKNOWN.search(message):
             name = next(filter(None, wrong.groups()))
-            known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-            nearest = difflib.get_close_matches(name, known, n=1)
+            nearest = difflib.get_close_matches(name, self.options, n=1)
             message = f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
         return message
+
+
+class ConfigFile(ActionConfigFile):
+    """--config; what is wrong in a file is said with its name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        Parser.reading = str(values)
+        super().__call__(parser, cfg, values, option_string)
+        Parser.reading = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,11 +109,12 @@ def _parser() -> Parser:
         )
         if name == "train":
             one.add_argument(
-                "--config", action=ActionConfigFile, help="YAML file of options; what follows it on the line wins"
+                "--config", action=ConfigFile, help="YAML file of options; what follows it on the line wins"
             )
         _add_options(one, function)
         if name == "train":
             one.add_class_arguments(Config)
+        Parser.options |= {option.lstrip("-") for action in one._actions for option in action.option_strings}
         commands.add_subcommand(name, one, help=summary.rstrip("."))
     return parser
 

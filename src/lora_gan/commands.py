@@ -86,7 +86,7 @@ def train(
 
     reward_funcs, reward_weights = named.from_specs(reward)
     rows = data_module.read_rows(data, split=split, streaming=streaming, **_columns(config))
-    held_out = data_module.read_rows(eval_data, **_columns(config)) if eval_data else None
+    held_out = data_module.read_rows(eval_data, split="test", **_columns(config)) if eval_data else None
     gan = LoraGAN(
         model,
         config,
@@ -156,7 +156,7 @@ def generate(
     if (prompt is None) == (data is None):
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
     gan = _open(checkpoint, model)
-    prompts = [prompt] if data is None else [row.prompt for row in _read(data, gan.config, prompt_column=prompt_column)]
+    prompts = [prompt] if data is None else _prompts(data, prompt_column or gan.config.prompt_column)
     responses = gan.generate(
         prompts,
         best_of,
@@ -211,7 +211,10 @@ def score(
     if data is None:
         print(gan.score(prompt or "", response or "")[0])
         return
-    rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column)
+    try:
+        rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column)
+    except ValueError as error:  # the response stands where a target would
+        raise ValueError(str(error).replace("target_column", "--response_column")) from error
     prompts, responses = [row.prompt for row in rows], [row.target or "" for row in rows]
     predicted = _score(gan, prompts, responses, batch_size)
     _write_lines(
@@ -272,6 +275,8 @@ def export(
     checkpoint: str,
     output_dir: str,
     model: str | None = None,
+    parts: list[Literal["generator", "generator-merged", "discriminator", "discriminator-merged"]] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> None:
@@ -281,12 +286,17 @@ def export(
         checkpoint: A run's folder (its newest complete step is taken), or one step's.
         output_dir: The folder to write; it must not exist yet, or be a former export.
         model: The base, where it is not found where it was.
-        push_to_hub: A repository on the hub, USER/NAME, to upload to as well.
-        private: Whether that repository is private.
+        parts: What to write, such as [generator, discriminator-merged]; null: all four.
+        dtype: Of the merged weights; null: what the base was trained in.
+        push_to_hub: USER/NAME: each part is uploaded as well, as the model USER/NAME-PART.
+        private: Whether repositories that are made for it are private.
     """
     gan = _open(checkpoint, model)
-    gan.export(output_dir, push_to_hub=push_to_hub, private=private)
-    print(f"written to {output_dir}: {', '.join(sorted(path.name for path in Path(output_dir).iterdir()))}")
+    chosen = {} if parts is None else {"parts": parts}
+    folder = gan.export(output_dir, dtype=dtype, push_to_hub=push_to_hub, private=private, **chosen)
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
+        print(f"{Path(output_dir) / part.name}: {size:.1f} MB")
 
 
 # --- what the commands share ------------------------------------------------------------------------------------------
@@ -314,6 +324,12 @@ def _read(data: str, config: Config, *, split: str = "train", **columns: str | N
 
     given = {name: value for name, value in columns.items() if value is not None}
     return data_module.read_rows(data, split=split, **{**_columns(config), **given})
+
+
+def _prompts(data: str, prompt_column: str) -> list[Any]:
+    from . import data as data_module
+
+    return [row.prompt for row in data_module.read_rows(data, prompt_column=prompt_column)]
 
 
 def _columns(config: Config) -> dict[str, Any]:

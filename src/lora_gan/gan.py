@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoint, data, estimate, evaluation, rewards, rollout, tracking
+from . import checkpoint, data, distributed, estimate, evaluation, export, rewards, rollout, tracking
 from .adapters import Player, Players, load_base
 from .callbacks import Callback, Run, check_callbacks
 from .config import Config
@@ -176,9 +176,10 @@ class LoraGAN:
 
     def _play(self, rows: list[Row], *, asks: bool) -> Experience:
         """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate."""
-        if asks and self._asks_cosine:
+        comparing = [func for func in self._rewards if getattr(func, "needs_target", False)]
+        if asks and comparing:
             remedy = ": give target_text, or another reward (reward=, reward_funcs=, or assign compute_reward)"
-            _require_targets(rows, "the default reward compares with a target", remedy)
+            _require_targets(rows, f"the reward {rewards.reward_name(comparing[0])!r} compares with a target", remedy)
         prompts = self._encode(row.prompt for row in rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         predicted_MB = self.discriminator.predict(sampled)
@@ -224,38 +225,35 @@ class LoraGAN:
     @property
     def reward_names(self) -> list[str]:
         """What logs call the parts of the true reward."""
-        if self.reward_funcs and not self._replaces_reward:
-            return rewards.reward_names(self.reward_funcs)
-        return [rewards.reward_name(self._cosine if self._asks_cosine else self.compute_reward)]
+        return rewards.reward_names(self._rewards)
 
     @property
-    def _replaces_reward(self) -> bool:
-        return "compute_reward" in vars(self)  # what was assigned last is meant
-
-    @property
-    def _asks_cosine(self) -> bool:
-        overridden = self._replaces_reward or type(self).compute_reward is not LoraGAN.compute_reward
-        return not overridden and not self.reward_funcs
+    def _rewards(self) -> list[Callable[..., Any]]:
+        """The functions whose weighted sum is the true reward; what was assigned last is meant."""
+        assigned = "compute_reward" in vars(self)
+        if self.reward_funcs and not assigned:
+            return self.reward_funcs
+        overridden = assigned or type(self).compute_reward is not LoraGAN.compute_reward
+        return [self.compute_reward if overridden else self._cosine]
 
     def _ask(self, rows: list[Row], responses: list[str]) -> rewards.Parts:
         """What each part of the true reward says of one response to each row."""
         if not responses:
             return {name: [] for name in self.reward_names}
-        if self.reward_funcs and not self._replaces_reward:
-            columns = data.columns_of(rows)
-            if any(row.target is not None for row in rows):
-                columns["target"] = [row.target for row in rows]
-            with aside_for(self.reward_funcs):
-                return rewards.score_parts(self.reward_funcs, [row.prompt for row in rows], responses, columns)
-        reward = self._cosine if self._asks_cosine else self.compute_reward
-        with aside_for([reward]):
-            answers = rewards.score_pairs(reward, responses, [row.target for row in rows])
-        return {self.reward_names[0]: answers}
+        columns = data.columns_of(rows)
+        if any(row.target is not None for row in rows):
+            columns["target"] = [row.target for row in rows]
+        funcs = self._rewards
+        with aside_for(funcs):
+            return rewards.score_parts(funcs, [row.prompt for row in rows], responses, columns)
 
     def _total(self, parts: rewards.Parts) -> list[float | None]:
+        weights = self.reward_weights if self._rewards is self.reward_funcs else None
         if self.config.multi_objective_aggregation == "normalize_then_sum":
-            return self.reward_scales.total(parts, self.reward_weights)
-        return rewards.weighted_total(parts, self.reward_weights)
+            if distributed.processes() > 1:
+                raise ValueError("normalize_then_sum keeps scales of its own in each process: use sum with several")
+            return self.reward_scales.total(parts, weights)
+        return rewards.weighted_total(parts, weights)
 
     # --- many steps -------------------------------------------------------------------------------------------------
 
@@ -469,6 +467,15 @@ class LoraGAN:
         """Swap the discriminator for a saved one (a step's folder or its discriminator/), with its optimizer and
         replay where they are there; the generator and its optimizer stay bitwise as they were."""
         checkpoint.load_discriminator(self, Path(path))
+
+    # --- what a run leaves
+
+    def export(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
+        """Write both players, as adapters and merged, as safetensors for stock PEFT and transformers, with model cards.
+
+        See `export.export` for the options (parts, dtype, evaluation, push_to_hub, private).
+        """
+        return export.export(self, output_dir, **options)
 
 
 def _require_targets(rows: list[Row], need: str, remedy: str = "") -> None:

@@ -190,7 +190,7 @@ def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str,
             *(record[name][j] or () for name in ("responses", "true_rewards", "pred_rewards")), strict=True
         ):
             sample = {"step": record["step"], "prompt": row.prompt, "completion": response}
-            sample |= {"true_reward": true, "pred_reward": predicted}
+            sample |= {"true_reward": true, "pred_reward": predicted if math.isfinite(predicted) else None}
             samples.append(sample if row.target is None else sample | {"target": row.target})
     return samples
 

@@ -47,6 +47,7 @@ class CosineReward:
     """
 
     __name__ = "cosine"  # what logs call this part of a sum of rewards
+    needs_target = True
 
     def __init__(
         self,

@@ -63,6 +63,8 @@ def from_specs(specs: Spec | Sequence[Spec]) -> tuple[list[Callable[..., Any]], 
         ValueError, ImportError: see `from_spec`; or a weight that is not a finite number.
     """
     several = isinstance(specs, Sequence) and not isinstance(specs, str)
+    if several and not specs:
+        raise ValueError("the reward is an empty list: name at least one")
     read = [_read(spec) for spec in (specs if several else [specs])]
     return [reward for reward, _ in read], [weight for _, weight in read]
 
@@ -101,6 +103,7 @@ def _build(name: str, options: dict[str, Any], shown: str | None) -> Callable[..
     elif options or shown:
         reward = functools.partial(found, **options)
         reward.__name__ = reward_name(found)  # type: ignore[attr-defined]
+        reward.needs_target = getattr(found, "needs_target", False)  # type: ignore[attr-defined]
     else:
         reward = found
     if shown:

@@ -25,6 +25,7 @@ class Length:
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance is {tolerance}; it is a share, 0 or more and below 1")
         self.target_words = target_words
+        self.needs_target = target_words is None
         self.tolerance = tolerance
 
     def __call__(self, response: str, target: str | None = None) -> float:

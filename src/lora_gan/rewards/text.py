@@ -80,6 +80,10 @@ def meteor(response: str, target: str | None) -> float:
     return float(single_meteor_score(wanted, _words(response), wordnet=wordnet))
 
 
+for _reward in (exact_match, chrf, bleu, rouge, meteor):
+    _reward.needs_target = True  # type: ignore[attr-defined]  # so that LoraGAN says what is missing before it samples
+
+
 def corpus_chrf(responses: Sequence[str], targets: Sequence[str | None]) -> float:
     """chrF over a corpus, in [0, 100]: n-grams are counted over all rows first, so it is not the mean of `chrf`.
 
