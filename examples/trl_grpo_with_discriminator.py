@@ -28,7 +28,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl import GRPOConfig, GRPOTrainer
 
 from lora_gan import LoraGAN, tiny
-from lora_gan.export import export
 
 
 def share_of_words(response: str, target: str) -> float:
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
     with tempfile.TemporaryDirectory() as folder:
         gan = LoraGAN(given.model, reward=share_of_words, output_dir=f"{folder}/run", **shared)
         gan.fit(rows, steps=given.gan_steps)
-        exported = export(gan, given.output_dir or f"{folder}/export", parts=("discriminator-merged",))
+        exported = gan.export(given.output_dir or f"{folder}/export", parts=("discriminator-merged",))
         reward_model = exported / "discriminator-merged"
         classifier = AutoModelForSequenceClassification.from_pretrained(reward_model).eval().to(gan.players.device)
         tokenizer = AutoTokenizer.from_pretrained(reward_model)

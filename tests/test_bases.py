@@ -349,3 +349,14 @@ def test_a_discriminator_that_stock_clients_cannot_open_is_announced(name, tmp_p
         folder = gan.save_checkpoint(ckpt_dir=tmp_path) / "discriminator"
         with pytest.raises((ValueError, KeyError)):
             AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+
+
+@pytest.mark.parametrize("name", ["qwen2-window", "mistral", "gemma2", "gemma3", "phi3"])
+def test_the_windows_of_these_bases_are_felt(name):
+    """Where a window is as wide as the text the base says something else: the matrix above does go beyond it."""
+    wide = {"sliding_window": 64}
+    narrow, other = model_of(name, 30, 1), model_of(name, 30, 1, **wide)
+    ids = torch.tensor([[5 + i % 20 for i in range(2 * WINDOW)]])
+    with torch.no_grad():
+        difference = (narrow(ids).logits - other(ids).logits)[0].abs().amax(-1)
+    assert difference[: WINDOW - 1].max() < 1e-5 < 1e-2 < difference[-1]

@@ -41,8 +41,14 @@ def test_fit_runs_up_to_max_steps(tmp_path):
     gan.step(PROMPTS[0])
     assert len(gan.fit(ROWS, progress=False)) == 2 and gan.global_step == 3
     assert gan.fit(ROWS, progress=False) == []
+
+
+def test_fit_counts_steps_by_epochs_where_it_is_not_told(tmp_path):
+    rows = [{"prompt": f"the cat {i}"} for i in range(5)]
+    gan = small_gan(output_dir=str(tmp_path), num_train_epochs=1.5)  # 7.5 prompts, two a step
+    assert len(gan.fit(rows, progress=False)) == 4 and gan.fit(rows, progress=False) == []
     with pytest.raises(ValueError, match="max_steps"):
-        small_gan(output_dir=str(tmp_path)).fit(ROWS, progress=False)
+        gan.fit(data.read_rows(lambda: rows, streaming=True), progress=False)
 
 
 def test_fit_trains_whom_it_is_told_to(tmp_path):

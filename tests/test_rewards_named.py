@@ -120,7 +120,8 @@ def test_several_with_weights(folder):
     assert weights == [1.0, -2.0, 1.0, 1.0] and funcs[3] is own
     assert from_specs("chrf") == ([rewards.chrf], [1.0])
     assert from_specs({"name": "chrf", "weight": 0.5}) == ([rewards.chrf], [0.5])
-    assert from_specs([]) == ([], [])
+    with pytest.raises(ValueError, match="empty list"):
+        from_specs([])
 
 
 @pytest.mark.parametrize(

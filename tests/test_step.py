@@ -236,7 +236,7 @@ def test_three_ways_to_give_the_reward():
     outs = [gan.step(PROMPTS[:2], TARGETS[:2]) for gan in (
         small_gan(reward=length), assigned, Mine(base_folder(), **SMALL)
     )]  # fmt: skip
-    names = [{name.partition("/")[2] for name in out if name.startswith("rewards/")} for out in outs]
+    names = [{name.split("/")[1] for name in out if name.startswith("rewards/")} for out in outs]
     assert names == [{"length"}, {"length"}, {"compute_reward"}]
     alike = [{name: value for name, value in out.items() if not name.startswith("rewards/")} for out in outs]
     assert alike[0] == alike[1] == alike[2]

@@ -23,7 +23,7 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -59,19 +59,10 @@ class Players:
             "discriminator": lora_config("discriminator", disc_peft_config, config, transposed),
         }
         # Which adapters a peft_config describes, and not the settings: a checkpoint says so.
-        self.by_peft_config = [
-            player for player, given in zip(lora, (peft_config, disc_peft_config), strict=True) if given
-        ]
-        with randomness.seeded_torch(config.seed, "lora"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
-            try:
-                self.peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
-                self.peft.add_adapter("discriminator", lora["discriminator"])
-            except Exception as error:  # PEFT's own kinds, and of what quantizes: DoRA on 8 bits, for one
-                quantized = " quantized" if getattr(base.model, "is_quantized", False) else ""
-                raise ValueError(
-                    f"PEFT could not put these adapters on this{quantized} {type(base.model).__name__}: {error}"
-                ) from error
+        given = {"generator": peft_config, "discriminator": disc_peft_config}
+        self.by_peft_config = [player for player, its in given.items() if its is not None]
+        with randomness.seeded_torch(config.seed, "lora"):
+            self.peft = _attach(base, lora)
         self.peft.eval()  # train mode would switch on the base's own dropout
         self.lm: Any = self.peft.get_base_model()
         self.body: nn.Module | None = getattr(self.lm, self.lm.base_model_prefix, None)
@@ -316,6 +307,27 @@ def lora_config(
     wanted.fan_in_fan_out = transposed
     wanted.base_model_name_or_path, wanted.revision, wanted.inference_mode = None, None, False
     return wanted
+
+
+def _attach(base: Base, lora: dict[str, LoraConfig]) -> PeftModel:
+    """The base with both adapters on it; what PEFT cannot do is one line."""
+    on_cpu = base.model.device.type == "cpu"
+    if on_cpu and getattr(base.model, "is_loaded_in_8bit", False) and any(c.use_dora for c in lora.values()):
+        raise ValueError(
+            "use_dora=True does not work on a base in 8 bits on the CPU, where PEFT loses the scales of its weights: "
+            "load it in 4 bits, or leave DoRA out"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
+        try:
+            peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
+            peft.add_adapter("discriminator", lora["discriminator"])
+        except Exception as error:  # PEFT's own kinds, and those of what quantizes
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"PEFT could not put these adapters on the base, a {type(base.model).__name__}: {reason}"
+            ) from error
+    return peft
 
 
 def _require_shareable(name: str, given: LoraConfig) -> None:

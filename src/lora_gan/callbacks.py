@@ -66,9 +66,8 @@ class Arguments:
         self.eval_steps = config.eval_steps or max(1, max_steps)
         self.eval_strategy = IntervalStrategy.STEPS if evaluates else IntervalStrategy.NO
         self.run_name = config.run_name or Path(config.output_dir).resolve().name
-        self.metric_for_best_model = getattr(config, "metric_for_best_model", "true_reward")
-        self.greater_is_better = getattr(config, "greater_is_better", True)
-        self.load_best_model_at_end = getattr(config, "load_best_model_at_end", False)
+        self.metric_for_best_model, self.greater_is_better = config.metric_for_best_model, config.greater_is_better
+        self.load_best_model_at_end = False
 
     def __getattr__(self, name: str) -> Any:
         try:

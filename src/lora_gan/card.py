@@ -183,12 +183,12 @@ def _metadata(run: Run, part: str) -> ModelCardData:
 
 
 def _hub_id(path: str) -> str | None:
-    """The name on the hub; what lies in a folder has none, and the hub refuses a path in its place."""
+    """The name on the hub; what lies in a folder has none: its path is absolute, and the hub accepts no such name."""
     try:
         validate_repo_id(path)
     except HFValidationError:
         return None
-    return None if Path(path).exists() else path
+    return path
 
 
 def _base_name(base: Base) -> str:

@@ -43,6 +43,10 @@ class Config:
     """Steps between lines of metrics.jsonl and of the trackers."""
     eval_steps: int | None = None
     """Steps between evaluations on fit()'s eval_dataset; None evaluates at the end only."""
+    metric_for_best_model: str = "true_reward"
+    """What early stopping watches: a metric of the evaluation, as `lora-gan eval` prints them."""
+    greater_is_better: bool = True
+    """Whether more of it is better."""
     log_completions: bool = True
     """Whether sampled responses are shown, and written to completions.jsonl, with true and predicted reward."""
     completions_steps: int = 25
@@ -180,9 +184,9 @@ class Config:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
-        for name in ("log_completions", "trust_remote_code"):
+        for name in ("log_completions", "trust_remote_code", "greater_is_better"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
-        for name in ("output_dir", "prompt_column", "project", "device"):
+        for name in ("output_dir", "prompt_column", "project", "device", "metric_for_best_model"):
             self._require(
                 name, isinstance(getattr(self, name), str) and getattr(self, name), "a text that is not empty"
             )

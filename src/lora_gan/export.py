@@ -226,10 +226,13 @@ def merged_weights(
     weights = {name: tensor for name, tensor in players.lm.state_dict().items() if not name.startswith(inside)}
     weights = {name: _stored(tensor, dtype) for name, tensor in weights.items()}
     for name, layer in layers.items():
-        layer = copy.deepcopy(layer).float()
-        layer.merge(adapter_names=[player])
-        merged = layer.get_base_layer().state_dict()
-        weights |= {f"{name}.{key}": _stored(tensor, dtype) for key, tensor in merged.items()}
+        if name.startswith(inside):
+            continue  # several adapters on one module, as on the fused weights of experts, wrap each other
+        part = copy.deepcopy(layer).float()
+        while isinstance(part, BaseTunerLayer):
+            part.merge(adapter_names=[player])
+            part = part.base_layer
+        weights |= {f"{name}.{key}": _stored(tensor, dtype) for key, tensor in part.state_dict().items()}
     return weights
 
 
@@ -270,7 +273,7 @@ def _classifier(players: Players, weights: dict[str, Tensor], tokenizer: PreTrai
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"transformers has no sequence classifier that fits a base of the kind {config.model_type!r}: leave "
-            f"'discriminator-merged' out of parts ({error})"
+            f"'discriminator-merged' out of parts ({' '.join(str(error).split())[:200]})"
         ) from error
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         # Its row is never read: padding is masked.

@@ -313,12 +313,13 @@ class LoraGAN:
                         if run.control.should_training_stop:
                             break
                         self._interrupts.check()
-            except Interrupted:
+            except Interrupted as stop:
+                why = f"{stop}: " if str(stop) else ""
                 if not records:
-                    raise KeyboardInterrupt("before a step was done: there is nothing new to save") from None
+                    raise KeyboardInterrupt(f"{why}no step was done, so there is nothing new to save") from None
                 if saved is None or saved.name != f"step-{self.global_step}":
                     run.saved(saved := self.save_checkpoint())
-                raise KeyboardInterrupt(f"step {self.global_step} is saved in {saved}") from None
+                raise KeyboardInterrupt(f"{why}step {self.global_step} is saved in {saved}") from None
         return records
 
     def steps_left(self, rows: list[Row] | data.Stream) -> int:

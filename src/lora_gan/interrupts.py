@@ -49,7 +49,7 @@ class Interrupts:
         try:
             yield
         except KeyboardInterrupt as stop:  # a person who is asked for rewards may quit, too
-            raise Interrupted from stop
+            raise Interrupted(*stop.args) from stop
         finally:
             self._harmless = False
 

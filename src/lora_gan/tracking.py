@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -202,25 +202,33 @@ class JsonLines:
     """A file of JSON objects with a `step`, a line each, written as whole lines.
 
     At step 0 it begins anew. A run that goes on after step N keeps the lines up to N: what was written between the
-    checkpoint and a crash comes again. `kept` holds them.
+    checkpoint and a crash comes again. `kept` holds them. Nothing is touched before there is a line to write.
     """
 
     def __init__(self, path: Path, *, after: int) -> None:
+        self.path, self.file = path, None
         self.kept = [line for line in _read_lines(path) if line["step"] <= after] if after and path.exists() else []
-        beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-        beside.write_text("".join(map(_line, self.kept)), encoding="utf-8", errors="backslashreplace", newline="\n")
-        beside.replace(path)
-        self.file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def write(self, *values: Mapping[str, Any]) -> None:
+        if self.file is None:
+            self.file = self._begin()
         self.file.write("".join(map(_line, values)))
         self.file.flush()
+
+    def _begin(self) -> TextIO:
+        """The file with the lines that are kept, written beside and renamed, open for more."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.writing-{os.getpid()}")
+        beside.write_text("".join(map(_line, self.kept)), encoding="utf-8", errors="backslashreplace", newline="\n")
+        beside.replace(self.path)
+        return self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def __enter__(self) -> JsonLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _line(values: Mapping[str, Any]) -> str:

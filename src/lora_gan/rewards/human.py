@@ -48,6 +48,7 @@ class Human:
         stdin, stdout: text streams to read answers from and write to; None is the terminal.
     """
 
+    interactive = True  # a live display steps aside while it asks
     __name__ = "human"  # what logs call this part of a sum of rewards
 
     def __init__(

@@ -1,0 +1,110 @@
+"""Ctrl-C in fit(): what is saved is whole, and goes on as the undisturbed run; a second one stops at once."""
+
+import signal
+import threading
+
+import pytest
+from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
+
+ROWS = [{"prompt": p, "target": t} for p, t in zip(PROMPTS, TARGETS, strict=True)]
+PLAYERS = ("generator", "discriminator")
+
+
+class PressesCtrlC:
+    """A reward during whose n-th call a person presses Ctrl-C."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, response: str, target: str | None) -> float:
+        self.calls += 1
+        if self.calls == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return reward(response, target)
+
+
+def state(gan) -> list:
+    return [player_state(gan, player) for player in PLAYERS]
+
+
+def gone_on(folder, steps: int):
+    gan = small_gan(output_dir=str(folder))
+    gan.load_checkpoint()
+    gan.fit(ROWS, steps=steps - gan.global_step, progress=False)
+    return gan
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    gan = small_gan(output_dir=str(tmp_path_factory.mktemp("whole")))
+    gan.fit(ROWS, steps=4, progress=False)
+    return gan
+
+
+def test_while_a_reward_is_asked_it_stops_at_once(tmp_path, undisturbed):
+    asked = PressesCtrlC(at=2 * 8 + 3)  # in the third step: 2 prompts × 4 responses a step
+    gan = small_gan(output_dir=str(tmp_path), reward=asked)
+    with pytest.raises(KeyboardInterrupt, match="step 2 is saved in .*step-2"):
+        gan.fit(ROWS, steps=4, progress=False)
+    assert asked.calls == asked.at and gan.global_step == 2
+    assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
+
+
+def test_elsewhere_the_step_is_finished_first(tmp_path, undisturbed, capsys):
+    gan = small_gan(output_dir=str(tmp_path))
+    update = gan.discriminator.update
+
+    def pressed_while_updating(experience):
+        if gan.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return update(experience)
+
+    gan.discriminator.update = pressed_while_updating
+    with pytest.raises(KeyboardInterrupt, match="step 2 is saved in .*step-2"):
+        gan.fit(ROWS, steps=4, progress=False)
+    assert "once more stops at once" in capsys.readouterr().err
+    assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
+
+
+def test_the_second_one_stops_at_once_and_saves_nothing(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path))
+
+    def pressed_twice(experience):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    gan.discriminator.update = pressed_twice
+    with pytest.raises(KeyboardInterrupt):
+        gan.fit(ROWS, steps=4, progress=False)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_before_a_step_is_done_there_is_nothing_to_save(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="nothing new to save"):
+        small_gan(output_dir=str(tmp_path), reward=PressesCtrlC(at=1)).fit(ROWS, steps=2, progress=False)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_what_was_just_saved_is_not_saved_twice(tmp_path, monkeypatch):
+    gan = small_gan(output_dir=str(tmp_path), save_steps=1)
+    saves = []
+    save = gan.save_checkpoint
+    monkeypatch.setattr(gan, "save_checkpoint", lambda: saves.append(gan.global_step) or save())
+    with pytest.raises(KeyboardInterrupt, match="step 1 is saved"):
+        gan.fit(ROWS, steps=3, progress=False, on_step=lambda record: signal.raise_signal(signal.SIGINT))
+    assert saves == [1]
+
+
+def test_the_handler_before_comes_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    small_gan(output_dir=str(tmp_path)).fit(ROWS, steps=1, progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_another_thread_nothing_is_caught(tmp_path):
+    done = []
+    gan = small_gan(output_dir=str(tmp_path))
+    thread = threading.Thread(target=lambda: done.append(gan.fit(ROWS, steps=1, progress=False)))
+    thread.start()
+    thread.join()
+    assert len(done[0]) == 1
