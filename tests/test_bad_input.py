@@ -64,10 +64,17 @@ def test_a_hub_id_without_a_hub(there, capsys):
 
 
 def test_a_base_that_is_no_causal_language_model(there, capsys):
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    BertModel(config).save_pretrained(there / "bert")
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        initializer_range=1.0,
+    )
+    BertForMaskedLM(config).save_pretrained(there / "bert")
     byte_tokenizer("gpt2", "own").save_pretrained(there / "bert")
     refused(capsys, train(model="bert"), "bert", "causal language model")
     assert nothing_written(there)

@@ -39,6 +39,7 @@ VARIANTS = {
     "groups of one": {"num_generations": 1},
     "schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 8, "disc_updates": 3},
     "warm-up": {"imitation_warmup_steps": 4, "imitation_weight": 0.5, "weights_format": "safetensors"},
+    "normalized": {"multi_objective_aggregation": "normalize_then_sum", "query_rate": 0.5},
     "small replay": {"disc_replay_groups": 4, "micro_batch_size": 3},
 }
 
@@ -61,6 +62,7 @@ def everything(gan):
         "generator": player_state(gan, "generator"),
         "discriminator": player_state(gan, "discriminator"),
         "counters": [gan.global_step, gan.position, gan.reward_calls],
+        "scales": gan.reward_scales.state_dict(),
     }
 
 

@@ -51,7 +51,7 @@ def save(gan: LoraGAN, folder: Path, step: int) -> Path:
     shutil.rmtree(writing, ignore_errors=True)
     for player in PLAYERS:
         (writing / player).mkdir(parents=True)
-        _save_adapter(gan.players, player, writing / player, gan.config.weights_format)
+        save_adapter(gan.players, player, writing / player, gan.config.weights_format)
     torch.save(gan.generator.optimizer.state_dict(), writing / "generator" / "optimizer.pt")
     torch.save(gan.discriminator.optimizer.state_dict(), writing / "discriminator" / "optimizer.pt")
     torch.save(gan.discriminator.state_dict(), writing / "discriminator" / "state.pt")
@@ -77,6 +77,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "position": gan.position,
         "reward_calls": gan.reward_calls,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
+        "reward_scales": gan.reward_scales.state_dict(),
         "config": gan.config.to_dict(),
         "by_peft_config": gan.players.by_peft_config,  # whose adapters the settings do not describe
         "base": {
@@ -89,7 +90,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
     }
 
 
-def _save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
+def save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
     """Adapter weights and config as stock PEFT reads them."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(players, player).items()}
     config: Any = copy.deepcopy(players.peft.peft_config[player])
@@ -168,6 +169,7 @@ def load(gan: LoraGAN, path: Path) -> None:
     gan.reward_calls = state["reward_calls"]
     gan.generator.baseline.total = state["baseline"]["total"]
     gan.generator.baseline.weight = state["baseline"]["weight"]
+    gan.reward_scales.load_state_dict(state.get("reward_scales", {}))  # older checkpoints have none
 
 
 def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any]) -> LoraGAN:

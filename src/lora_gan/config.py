@@ -64,7 +64,7 @@ class Config:
     dtype: str = "auto"
     """Of the frozen base: bfloat16, float16, float32; auto: bfloat16 on a GPU that has it, else float32."""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1", "mps"; auto: the GPU where there is one, else the CPU."""
+    """"cpu", "cuda", "cuda:1"; auto: the GPU where there is one, else the CPU."""
     micro_batch_size: int | None = None
     """Responses in one forward and backward of an update: less memory, the same update; None: all."""
     model_init_kwargs: dict[str, Any] | None = None

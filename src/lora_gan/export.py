@@ -31,8 +31,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from . import __version__, card
 from .adapters import Players
-from .base import Base, _without_progress_bars
-from .checkpoint import _save_adapter
+from .base import Base, without_progress_bars
+from .checkpoint import save_adapter
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -202,11 +202,11 @@ def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> Pre
     player = part.removesuffix("-merged")
     tokenizer = players.base.tokenizer if player == "generator" else scoring_tokenizer(players.base)
     if part == player:
-        _save_adapter(players, player, folder, "safetensors")
+        save_adapter(players, player, folder, "safetensors")
     else:
         weights = merged_weights(players, player, dtype)
         model = _causal_lm(players, weights) if player == "generator" else _classifier(players, weights, tokenizer)
-        with _without_progress_bars():
+        with without_progress_bars():
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer

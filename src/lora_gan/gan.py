@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, data, distributed, estimate, evaluation, export, rewards, rollout, tracking
-from .adapters import Player, Players, load_base
+from .adapters import Player, Players
+from .base import load_base
 from .callbacks import Callback, Run, check_callbacks
 from .config import Config
 from .data import Prompt, Row
