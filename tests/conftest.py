@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,12 @@ import torch
 # On the tiny models of these tests one thread is quicker than many, and sums then have one order. Deterministic
 # algorithms are not forced: what users rely on must hold in PyTorch's default mode.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward taken from a file leaves its folder on the path: not for the next test."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
 @pytest.fixture(autouse=True)

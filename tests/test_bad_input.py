@@ -66,14 +66,8 @@ def test_a_hub_id_without_a_hub(there, capsys):
 def test_a_base_that_is_no_causal_language_model(there, capsys):
     from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        initializer_range=1.0,
-    )
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=300, **small)
     BertForMaskedLM(config).save_pretrained(there / "bert")
     byte_tokenizer("gpt2", "own").save_pretrained(there / "bert")
     refused(capsys, train(model="bert"), "bert", "causal language model")

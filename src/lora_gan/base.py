@@ -102,7 +102,7 @@ def load_base(
     if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
         lm.to(device)
     eos_ids = _eos_ids(lm, tokenizer)
-    _require_causal(lm)
+    _require_causal(lm, f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__)
     return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, eos_ids, _fingerprint(lm))
 
 
@@ -335,7 +335,7 @@ def _require_bare(lm: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _require_causal(lm: PreTrainedModel) -> None:
+def _require_causal(lm: PreTrainedModel, called: str) -> None:
     """Run the base on one text twice: alone, and shifted right by padding and without its last token.
 
     A causal model that leaves padding alone says the same of the tokens both rows have.
@@ -362,11 +362,11 @@ def _require_causal(lm: PreTrainedModel) -> None:
     other_end[1, -1] = (other_end[1, -1] + 1) % rows
     if agree(other_end, torch.ones_like(mask), slice(0, 5), slice(0, 5)):
         raise ValueError(
-            f"{type(lm).__name__} cannot be the base: padding on the left changes what it says of a text, and rows of "
+            f"{called} cannot be the base: padding on the left changes what it says of a text, and rows of "
             "different lengths could not stand in one batch"
         )
     raise ValueError(
-        f"{type(lm).__name__} cannot be the base, it is not a causal language model: what it says of a token depends "
+        f"{called} cannot be the base, it is not a causal language model: what it says of a token depends "
         "on the tokens after it"
     )
 
