@@ -174,7 +174,7 @@ def test_a_reward_that_is_not_there(there, capsys, reward, words):
         (["--lerning_rate", "1e-3"], ["lerning_rate", "learning_rate"]),
         (["--query_rate", "2"], ["query_rate=2.0", "at most 1"]),
         (["--lora_r", "0"], ["lora_r=0"]),
-        (["--learning_rate", "fast"], ["--learning_rate", "fast", "float"]),
+        (["--learning_rate", "fast"], ["--learning_rate", "fast", "a number"]),
         (["--reward_signal", "ture"], ["--reward_signal", "ture", "true"]),
         (["--adversarial", "true", "--reward_signal", "true"], ["adversarial=True", "reward_signal='true'"]),
         (["--reward_signal", "true", "--query_rate", "0.5"], ["query_rate=0.5", "corrected"]),

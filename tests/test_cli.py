@@ -205,3 +205,157 @@ def test_ctrl_c_saves_and_says_how_to_go_on(there):
     assert "--config run/train.yaml --resume" in said and saved.name in said
     assert cli.main(["train", "--config", "run/train.yaml", "--max_steps", str(done + 1), "--resume"]) == 0
     assert (there / "run" / f"step-{done + 1}").is_dir()
+
+
+# --- mistakes, and what is said of them
+
+
+def said_of(capsys, *arguments: str) -> str:
+    """The one line on standard error of a command that is refused."""
+    capsys.readouterr()
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err.strip()
+    assert code == 2 and said.startswith("lora-gan: ") and "\n" not in said, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("--max_steps", "many", "--max_steps many is not accepted: it must be a whole number, or null"),
+        ("--learning_rate", "fast", "it must be a number"),
+        ("--log_completions", "maybe", "it must be true or false"),
+        ("--weights_format", "pt", "--weights_format pt is not accepted: it must be one of bin, safetensors"),
+        ("--peft_config", "5", "it must be a mapping, or null"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_in_plain_words(capsys, option, value, accepted):
+    said = said_of(capsys, "train", "--model", "tiny", "--data", "x.csv", option, value)
+    assert accepted in said and "typing" not in said and "NoneType" not in said
+
+
+def test_a_choice_of_parts_is_said(capsys):
+    said = said_of(capsys, "export", "--checkpoint", "x", "--output_dir", "y", "--parts", "[gen]")
+    assert "it must be a list [...] of generator, generator-merged, " in said
+
+
+def test_a_value_that_looks_like_an_option_stays_as_it_is(monkeypatch):
+    seen = []
+
+    def score(two_words: str | None = None) -> None:
+        """Nothing.
+
+        Args:
+            two_words: Any.
+        """
+        seen.append(two_words)
+
+    monkeypatch.setitem(cli.COMMANDS, "score", score)
+    assert cli.main(["score", "--two-words", "--- a well-known one"]) == 0
+    assert cli.main(["score", "--two-words=well-known"]) == 0
+    assert seen == ["--- a well-known one", "well-known"]
+
+
+def test_options_of_a_run_that_cannot_be_read_are_said(there, capsys):
+    assert train("--max_steps", "1") == 0
+    for text, words in (("a: [1\n", "not YAML"), ("[1]\n", "NAME: VALUE")):
+        (there / "run" / "train.yaml").write_text(text)
+        assert words in said_of(capsys, "eval", "--checkpoint", "run", "--data", "pairs.csv")
+        assert words in said_of(capsys, "export", "--checkpoint", "run", "--output_dir", "exported")
+
+
+def test_eval_does_not_guess_the_reward(there, capsys):
+    assert train("--max_steps", "1") == 0
+    (there / "run" / "train.yaml").unlink()
+    assert "give --reward" in said_of(capsys, "eval", "--checkpoint", "run", "--data", "pairs.csv")
+    assert cli.main(["eval", "--checkpoint", "run", "--data", "pairs.csv", "--reward", "exact_match"]) == 0
+
+
+def test_evaluations_need_rows(there, capsys):
+    options = ["--model", str(base_folder()), "--data", "pairs.csv", "--eval_steps", "1"]
+    assert "--eval_data" in said_of(capsys, "train", *options)
+
+
+def test_where_an_answer_goes_is_looked_at_first(there, capsys, monkeypatch):
+    assert train("--max_steps", "1") == 0
+    monkeypatch.setattr(LoraGAN, "from_checkpoint", lambda *_, **__: pytest.fail("opened before"))
+    (there / "folder").mkdir()
+    for command in ("generate", "score", "eval"):
+        said = said_of(capsys, command, "--checkpoint", "run", "--data", "pairs.csv", "--output", "folder")
+        assert "folder is a folder" in said
+
+
+def test_score_reads_what_generate_wrote_whatever_the_run_called_its_columns(there, capsys):
+    (there / "pairs.csv").write_text("question,answer\nthe cat,le chat\nthe dog,le chien\n")
+    assert train("--max_steps", "1", "--prompt_column", "question", "--target_column", "answer") == 0
+    answers = "new/answers.jsonl"  # the folder is made
+    assert cli.main(["generate", "--checkpoint", "run", "--data", "pairs.csv", "--output", answers]) == 0
+    capsys.readouterr()
+    assert cli.main(["score", "--checkpoint", "run", "--data", answers]) == 0
+    scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    written = lines(there / answers)
+    assert [s["pred_reward"] for s in scores] == pytest.approx([a["pred_reward"] for a in written], abs=1e-5)
+
+
+def test_a_run_of_another_device_opens_on_this_one(there, capsys):
+    assert train("--max_steps", "1") == 0
+    state = there / "run" / "step-1" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"device": "auto"', '"device": "cuda:77"'))
+    assert "cuda:77" in said_of(capsys, "score", "--checkpoint", "run", "--prompt", "a", "--response", "b")
+    assert cli.main(["score", "--checkpoint", "run", "--prompt", "a", "--response", "b", "--device", "cpu"]) == 0
+
+
+def test_the_base_that_ships_stays_it_beside_a_folder_of_that_name(there):
+    (there / "tiny").mkdir()
+    options = {"model": "tiny", "data": "pairs.csv", "eval_data": None, "reward": "cosine"}
+    kept = yaml.safe_load(cli.commands._keep_options(there / "run", options).read_text())
+    assert kept == options | {"data": str(there / "pairs.csv")}
+
+
+def test_chat_messages_in_parts_are_tried_and_shown(there, capsys):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(base_folder(), there / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(there / "chat")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
+    tokenizer.save_pretrained(there / "chat")
+    message = {"role": "user", "content": [{"type": "text", "text": "the cat"}]}
+    (there / "chat.jsonl").write_text(json.dumps({"prompt": [message]}) + "\n")
+    options = ["--model", "chat", "--data", "chat.jsonl", "--reward", "mine.py:length", "--max_steps", "1"]
+    assert cli.main(["train", *options, *SMALL, "--dry-run"]) == 0
+    assert "the cat" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_anything_is_saved_does_not_say_go_on(there, capsys):
+    (there / "mine.py").write_text("def length(response, target):\n    raise KeyboardInterrupt\n")
+    assert train("--max_steps", "1") == 130
+    said = capsys.readouterr().err
+    assert "nothing new to save" in said and "--resume" not in said
+
+
+def test_a_reward_that_fails_later_leaves_a_run_that_goes_on(there, capsys):
+    (there / "mine.py").write_text(
+        "calls = []\ndef length(response, target):\n    calls.append(1)\n"
+        "    if len(calls) == 20:\n        raise ConnectionError('no service')\n    return float(len(response))\n"
+    )
+    capsys.readouterr()
+    assert train("--max_steps", "4", "--save_steps", "1") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "no service" in said and said.endswith("go on with: lora-gan train --config run/train.yaml --resume")
+    assert cli.main(["train", "--config", "run/train.yaml", "--resume"]) == 0
+    assert (there / "run" / "step-4").is_dir()
+
+
+def test_score_reads_the_samples_of_a_run_beside_their_targets(there, capsys):
+    assert train("--max_steps", "1", "--completions_steps", "1") == 0
+    capsys.readouterr()
+    assert cli.main(["score", "--checkpoint", "run", "--data", "run/completions.jsonl"]) == 0
+    scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    samples = lines(there / "run" / "completions.jsonl")
+    assert all("target" in sample for sample in samples)
+    assert [score["completion"] for score in scores] == [sample["completion"] for sample in samples]

@@ -522,3 +522,9 @@ def test_the_order_does_not_depend_on_numpy_s_own_state():
     first = data.take(rows, 9, seed=0, position=0)
     np.random.seed(99)
     assert data.take(rows, 9, seed=0, position=0) == first
+
+
+@pytest.mark.parametrize("prompts", [5, [1], [None], [[]], [[{"content": "a"}]]])
+def test_what_is_no_prompt_is_said(prompts):
+    with pytest.raises(ValueError, match="text|message"):
+        data.as_prompts(prompts)

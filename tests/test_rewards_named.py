@@ -192,3 +192,13 @@ def test_naming_rewards_brings_nothing_heavy():
         "print([name for name in ('torch', 'transformers', 'numpy', 'nltk') if name in sys.modules])"
     )
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "length", "target_words": "many"}, {"name": "judge", "model": "m", "scale": 5}]
+)
+def test_an_option_of_the_wrong_type_is_said(options):
+    if options["name"] == "judge":
+        pytest.importorskip("openai", reason="the judge's client is not installed")
+    with pytest.raises(ValueError, match=f"the reward '{options['name']}' cannot be made with"):
+        from_spec(options)

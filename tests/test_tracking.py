@@ -573,3 +573,30 @@ def test_the_picture_draws_what_was_logged(funcs, tmp_path, monkeypatch):
     assert "length, tokens" in titles and ("parts of the true reward" in titles) == (funcs == 2)
     if funcs == 2:
         assert drawn["parts of the true reward", "letters"] == logged("rewards/letters/mean")
+
+
+def test_samples_of_another_run_do_not_stay(tmp_path):
+    """Nor of steps that come again: both files begin together."""
+    small_gan(output_dir=str(tmp_path), completions_steps=1).fit(ROWS, steps=3, progress=False)
+    small_gan(output_dir=str(tmp_path), completions_steps=100).fit(ROWS, steps=1, progress=False)
+    assert (tmp_path / "completions.jsonl").read_text() == ""
+
+
+def test_a_token_for_the_hub_reaches_no_tracker(tmp_path, monkeypatch):
+    seen = {}
+    start = tracking.Trackers.__init__
+    monkeypatch.setattr(
+        tracking.Trackers,
+        "__init__",
+        lambda self, config, settings, after: seen.update(settings) or start(self, config, settings, after=after),
+    )
+    small_gan(output_dir=str(tmp_path), model_init_kwargs={"token": "hf_secret"}).fit(ROWS, steps=1, progress=False)
+    assert seen["seed"] == 0 and "hf_secret" not in str(seen)
+
+
+def test_the_picture_and_the_card_read_past_a_line_that_a_crash_left(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
+    assert list(tracking.read_lines(tmp_path / "metrics.jsonl")) == [{"step": 1, "reward": 0.5}]
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    assert (tmp_path / "run.png").is_file()

@@ -141,6 +141,7 @@ class Run:
                 lines = tracking.JsonLines(folder / "completions.jsonl", after=self.first)
                 self.completions = stack.enter_context(lines)
             settings = {"model": self.gan.players.base.name, **config.to_dict()}
+            settings.pop("model_init_kwargs")  # a token may be among them
             self.trackers = stack.enter_context(tracking.Trackers(config, settings, after=self.first))
             self._go_on()
             stack.enter_context(self.display)
@@ -231,6 +232,8 @@ class Run:
 
     def _log(self, values: dict[str, Any]) -> None:
         line = {"step": self.state.global_step, **values}
+        if self.gan.config.log_completions:
+            self.completions.begin()  # so that none of another run, or of steps that come again, stand beside
         self.metrics.write(line)
         self.trackers.log(values, self.state.global_step)
         self.state.log_history.append(line)

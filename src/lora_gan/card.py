@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from . import __version__, evaluation
+from . import __version__, evaluation, tracking
 from .base import Base
 from .config import Config
 
@@ -75,9 +75,12 @@ def _last_metrics(gan: LoraGAN) -> dict[str, float]:
     file = Path(gan.config.output_dir) / "metrics.jsonl"
     if not file.is_file():
         return {}
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     first = gan.global_step - gan.config.logging_steps + 1
-    lines = [line for line in lines if first <= line.get("step", 0) <= gan.global_step and "reward_calls" in line]
+    lines = [
+        line
+        for line in tracking.read_lines(file)
+        if first <= line.get("step", 0) <= gan.global_step and "reward_calls" in line
+    ]
     if not lines:
         return {}
     last = lines[-1]
@@ -89,12 +92,9 @@ def _last_metrics(gan: LoraGAN) -> dict[str, float]:
 
 def _options(gan: LoraGAN) -> dict[str, Any]:
     """What `lora-gan train` was called with, where it was."""
-    import yaml
+    from .commands import kept_options
 
-    from .commands import SETTINGS_FILE
-
-    file = Path(gan.config.output_dir) / SETTINGS_FILE
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    return kept_options(Path(gan.config.output_dir))
 
 
 def _reward(gan: LoraGAN, options: dict[str, Any], metrics: dict[str, float]) -> str | None:

@@ -31,9 +31,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 UNKNOWN = re.compile(
-    r"option '(?:\w+\.)?([\w-]+)' is not accepted|does not accept option '([\w-]+)'|unrecognized arguments: -*([\w-]+)",
+    r"option '(?:\w+\.)?([\w-]+)' is not accepted|does not accept option '([\w-]+)'|unrecognized arguments: -+([\w-]+)",
     flags=re.IGNORECASE,
 )
+WRONG = re.compile(  # jsonargparse's three ways to say that a value is of the wrong type
+    r"Parser key [\"'](?:\w+\.)?(\w+)[\"']: "
+    r"(?:.*?Subtypes: \[(?P<several>.*)\] Errors: .*Given value: (?P<a>.*)"
+    r"|Expected a (?P<one>.*?)\. Got value: (?P<b>.*)"
+    r"|Not of type (?P<number>\w+): (?:(?P<c>\S+) does not conform.*|.*'(?P<d>.*)'))"
+)
+KINDS = {
+    "PositiveInt": "a whole number from 1", "NonNegativeInt": "a whole number, 0 or more", "int": "a whole number",
+    "float": "a number", "bool": "true or false", "str": "a text", "dict": "a mapping", "tuple": "a list",
+    "list": "a list", "NoneType": "null",
+}  # fmt: skip
 
 
 class Parser(ArgumentParser):
@@ -50,14 +61,30 @@ class Parser(ArgumentParser):
 
     def _plain(self, message: str) -> str:
         """One line in this library's words, with the nearest option's name beside one that does not exist."""
-        message = re.sub(r"Parser key [\"'](?:\w+\.)?(\w+)[\"']:", r"--\1:", " ".join(message.split())).rstrip(".")
-        message = re.sub(r"<class '(\w+)'>", r"\1", message)
+        message = " ".join(message.split()).rstrip(".")
+        if wrong := WRONG.fullmatch(message):
+            value = next(wrong[name] for name in "abcd" if wrong[name] is not None)
+            kinds = _kinds(wrong["several"] or wrong["one"] or wrong["number"])
+            return f"--{wrong[1]} {value} is not accepted: it must be {kinds}"
+        message = re.sub(r"Parser key [\"'](?:\w+\.)?(\w+)[\"']:", r"--\1:", message)
+        message = re.sub("Unexpected config:.*", "it must be YAML, an option a line, as NAME: VALUE", message)
+        message = message.replace("Problems parsing config:", "not YAML:").replace('in "<unicode string>", ', "")
+        message = re.sub(r"unrecognized arguments: ([^-].*)", r"\1: no option; a value with spaces is quoted", message)
         message = re.sub(r"(required: )(.*)", lambda m: m[1] + re.sub(r"(\w+\.)?(\w+)", r"--\2", m[2]), message)
         if wrong := UNKNOWN.search(message):
             name = next(filter(None, wrong.groups()))
             nearest = difflib.get_close_matches(name, self.options, n=1)
             message = f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
         return message
+
+
+def _kinds(types: str) -> str:
+    """Python's types, as a person would say them."""
+    types = re.sub(r"(dict|tuple)\[[^]]*\]", r"\1", types)
+    said = []
+    for choices, kind in re.findall(r"Literal\[([^]]*)\]|(\w+)", types):
+        said += ["one of " + choices.replace("'", "")] if choices else [KINDS[kind]] if kind in KINDS else []
+    return ", or ".join(said).replace("a list, or one of", "a list [...] of")
 
 
 class ConfigFile(ActionConfigFile):
@@ -71,8 +98,10 @@ class ConfigFile(ActionConfigFile):
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    # --dry-run and --dry_run are one option, as in transformers' own command lines.
-    spelled = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in arguments]
+    # --dry-run and --dry_run are one option, as in transformers' own command lines; a value that begins so is none.
+    spelled = [
+        re.sub(r"^--[a-z][\w-]*(?=[=.]|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in arguments
+    ]
     chosen = _parser().parse_args(spelled)
     values = chosen[chosen.command].as_dict()
     values.pop("config", None)

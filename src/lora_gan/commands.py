@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,10 +76,13 @@ def train(
     """
     options = {**{name: value for name, value in locals().items() if name != "config"}, **config.to_dict()}
     folder = Path(config.output_dir)
+    if config.eval_steps and eval_data is None:
+        raise ValueError(f"--eval_steps {config.eval_steps} needs rows to judge on: give --eval_data")
     _require_room(folder, resume=resume, dry_run=dry_run)
 
     from . import data as data_module
     from . import preview
+    from .checkpoint import complete
     from .gan import LoraGAN
     from .rewards import named
 
@@ -110,8 +112,11 @@ def train(
     settings = _keep_options(folder, options)
     try:
         gan.fit(rows, eval_dataset=held_out)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"{stop}. Go on with: lora-gan train --config {settings} --resume") from None
+    except (KeyboardInterrupt, ValueError, RuntimeError) as stop:
+        if complete(folder):
+            go_on = f"go on with: lora-gan train --config {settings} --resume"
+            stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
+        raise
     print(
         f"Done: step {gan.global_step}, {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
         f"metrics.jsonl, completions.jsonl\n"
@@ -133,6 +138,7 @@ def generate(
     seed: NonNegativeInt | None = None,
     batch_size: PositiveInt = 16,
     prompt_column: str | None = None,
+    device: str | None = None,
     output: str | None = None,
 ) -> None:
     """Write responses with a trained generator; the discriminator picks the best of several.
@@ -151,11 +157,13 @@ def generate(
         seed: Another seed gives other responses; null: the run's.
         batch_size: Prompts answered at once.
         prompt_column: The column of data that holds the prompt; null: the run's.
+        device: cpu, cuda, cuda:1, auto; null: the run's.
         output: A file for the JSON Lines; null: standard output.
     """
     if (prompt is None) == (data is None):
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
-    gan = _open(checkpoint, model)
+    _require_writable(output)
+    gan = _open(checkpoint, model, device)
     prompts = [prompt] if data is None else _prompts(data, prompt_column or gan.config.prompt_column)
     responses = gan.generate(
         prompts,
@@ -169,14 +177,7 @@ def generate(
     if data is None and output is None:
         print(responses[0])
         return
-    predicted = _score(gan, prompts, responses, batch_size)
-    _write_lines(
-        output,
-        (
-            {"prompt": p, "completion": r, "pred_reward": value}
-            for p, r, value in zip(prompts, responses, predicted, strict=True)
-        ),
-    )
+    _write_scored(output, gan, prompts, responses, batch_size)
 
 
 def score(
@@ -185,9 +186,10 @@ def score(
     response: str | None = None,
     data: str | None = None,
     model: str | None = None,
-    prompt_column: str | None = None,
+    prompt_column: str = "prompt",
     response_column: str = "completion",
     batch_size: PositiveInt = 16,
+    device: str | None = None,
     output: str | None = None,
 ) -> None:
     """Print the reward a trained discriminator predicts, without asking for the true one.
@@ -200,30 +202,25 @@ def score(
         response: the response to it.
         data: Or a file of pairs, such as `lora-gan generate` writes: .jsonl, .csv, .parquet.
         model: The base, where it is not found where it was.
-        prompt_column: The column of data that holds the prompt; null: the run's.
+        prompt_column: The column of data that holds the prompt.
         response_column: The column that holds the response.
         batch_size: Pairs judged at once.
+        device: cpu, cuda, cuda:1, auto; null: the run's.
         output: A file for the JSON Lines; null: standard output.
     """
     if (data is None) == (prompt is None or response is None) or (data is not None and (prompt or response)):
         raise ValueError("give --prompt TEXT and --response TEXT, or --data FILE")
-    gan = _open(checkpoint, model)
+    _require_writable(output)
+    gan = _open(checkpoint, model, device)
     if data is None:
         print(gan.score(prompt or "", response or "")[0])
         return
     try:
-        rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column)
+        rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column, columns=False)
     except ValueError as error:  # the response stands where a target would
         raise ValueError(str(error).replace("target_column", "--response_column")) from error
     prompts, responses = [row.prompt for row in rows], [row.target or "" for row in rows]
-    predicted = _score(gan, prompts, responses, batch_size)
-    _write_lines(
-        output,
-        (
-            {"prompt": p, "completion": r, "pred_reward": value}
-            for p, r, value in zip(prompts, responses, predicted, strict=True)
-        ),
-    )
+    _write_scored(output, gan, prompts, responses, batch_size)
 
 
 def evaluate(
@@ -239,6 +236,7 @@ def evaluate(
     batch_size: PositiveInt = 64,
     prompt_column: str | None = None,
     target_column: str | None = None,
+    device: str | None = None,
     output: str | None = None,
 ) -> None:
     """Judge a trained generator on held-out rows: true and predicted reward beside other metrics, with 95 % intervals.
@@ -256,11 +254,13 @@ def evaluate(
         batch_size: Rows in one batch.
         prompt_column: The column that holds the prompt; null: the run's.
         target_column: The column that holds the target; null: the run's.
+        device: cpu, cuda, cuda:1, auto; null: the run's.
         output: A JSON file for the figures and every sample.
     """
     from . import evaluation
 
-    gan = _open(checkpoint, model, reward=reward, needs_reward=True)
+    _require_writable(output)
+    gan = _open(checkpoint, model, device, reward=reward, needs_reward=True)
     rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
@@ -279,6 +279,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
+    device: str | None = None,
 ) -> None:
     """Write both adapters and both merged models, with cards, for stock PEFT and transformers.
 
@@ -290,8 +291,9 @@ def export(
         dtype: Of the merged weights; null: what the base was trained in.
         push_to_hub: USER/NAME: each part is uploaded as well, as the model USER/NAME-PART.
         private: Whether repositories that are made for it are private.
+        device: Where the base is opened: cpu, cuda, cuda:1, auto; null: the run's.
     """
-    gan = _open(checkpoint, model)
+    gan = _open(checkpoint, model, device)
     chosen = {} if parts is None else {"parts": parts}
     folder = gan.export(output_dir, dtype=dtype, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -302,7 +304,9 @@ def export(
 # --- what the commands share ------------------------------------------------------------------------------------------
 
 
-def _open(checkpoint: str, model: str | None, *, reward: Any = None, needs_reward: bool = False) -> Any:
+def _open(
+    checkpoint: str, model: str | None, device: str | None, *, reward: Any = None, needs_reward: bool = False
+) -> Any:
     """The run as it was saved; with the reward given, or else the run's own."""
     path = Path(checkpoint)
     if not path.is_dir():
@@ -310,44 +314,56 @@ def _open(checkpoint: str, model: str | None, *, reward: Any = None, needs_rewar
     from .gan import LoraGAN
     from .rewards import named
 
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {} if device is None else {"device": device}
     if needs_reward:
         if reward is None:
-            reward = _kept_options(path).get("reward", "cosine")
+            reward = (kept_options(path) or kept_options(path.parent)).get("reward")
+        if reward is None:
+            raise ValueError(f"{checkpoint} does not say what its reward was ({SETTINGS_FILE} does): give --reward")
         arguments["reward_funcs"], arguments["reward_weights"] = named.from_specs(reward)
     return LoraGAN.from_checkpoint(path, model, **arguments)
 
 
-def _read(data: str, config: Config, *, split: str = "train", **columns: str | None) -> Any:
+def _read(data: str, config: Config, **options: Any) -> Any:
     """Rows of a file, its columns named on the command line or, where they are not, as in the run."""
     from . import data as data_module
 
-    given = {name: value for name, value in columns.items() if value is not None}
-    return data_module.read_rows(data, split=split, **{**_columns(config), **given})
+    given = {name: value for name, value in options.items() if value is not None}
+    return data_module.read_rows(data, **{**_columns(config), **given})
 
 
 def _prompts(data: str, prompt_column: str) -> list[Any]:
     from . import data as data_module
 
-    return [row.prompt for row in data_module.read_rows(data, prompt_column=prompt_column)]
+    return [row.prompt for row in data_module.read_rows(data, prompt_column=prompt_column, columns=False)]
 
 
 def _columns(config: Config) -> dict[str, Any]:
     return {"prompt_column": config.prompt_column, "target_column": config.target_column}
 
 
-def _score(gan: Any, prompts: list[Any], responses: list[str], batch_size: int) -> list[float]:
+def _write_scored(output: str | None, gan: Any, prompts: list[Any], responses: list[str], batch_size: int) -> None:
+    """Each response with its predicted reward, as JSON Lines."""
     from .rollout import chunks
 
-    return [value for part in chunks(len(prompts), batch_size) for value in gan.score(prompts[part], responses[part])]
-
-
-def _write_lines(output: str | None, records: Iterable[dict[str, Any]]) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    predicted = [x for part in chunks(len(prompts), batch_size) for x in gan.score(prompts[part], responses[part])]
+    lines = [
+        json.dumps({"prompt": prompt, "completion": response, "pred_reward": value}, ensure_ascii=False) + "\n"
+        for prompt, response, value in zip(prompts, responses, predicted, strict=True)
+    ]
     if output is None:
         sys.stdout.writelines(lines)
     else:
         Path(output).write_text("".join(lines), encoding="utf-8")
+
+
+def _require_writable(output: str | None) -> None:
+    """Asked before anything is computed."""
+    if output is None:
+        return
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder: give a file")
 
 
 def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
@@ -369,7 +385,7 @@ def _keep_options(folder: Path, options: dict[str, Any]) -> Path:
 
     kept = {name: value for name, value in options.items() if name not in ("resume", "dry_run")}
     for name in ("model", "data", "eval_data"):
-        if kept[name] and Path(kept[name]).exists():
+        if kept[name] and kept[name] != "tiny" and Path(kept[name]).exists():
             kept[name] = str(Path(kept[name]).resolve())
     kept["reward"] = _with_full_paths(kept["reward"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -387,14 +403,20 @@ def _with_full_paths(reward: Any) -> Any:
     return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else reward
 
 
-def _kept_options(checkpoint: Path) -> dict[str, Any]:
-    """The options of the run that a checkpoint belongs to; empty where it was not made by `lora-gan train`."""
+def kept_options(folder: Path) -> dict[str, Any]:
+    """The options of the run in this folder; empty where it was not made by `lora-gan train`."""
     import yaml
 
-    for folder in (checkpoint, checkpoint.parent):
-        if (folder / SETTINGS_FILE).is_file():
-            return yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")) or {}
-    return {}
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} does not hold a run's options, as NAME: VALUE")
+    return options
 
 
 def _lora(name: str, fields: dict[str, Any] | None) -> Any:

@@ -45,6 +45,7 @@ def read_rows(
     target_column: str | None = None,
     split: str = "train",
     streaming: bool = False,
+    columns: bool = True,
 ) -> list[Row] | Stream:
     """Rows of a file, a folder, a data set of the hub, a `datasets` object, or anything that yields mappings.
 
@@ -65,6 +66,7 @@ def read_rows(
         split: which one, where there are several; files and lists have none.
         streaming: read as rows are needed, in the source's own order, instead of whole and shuffled. A
             `datasets.IterableDataset` always is.
+        columns: whether the rows keep what else they have; False where no reward is asked.
 
     Returns:
         The rows: a list, or a `Stream`, which has no length.
@@ -86,7 +88,7 @@ def read_rows(
     source = _source(dataset, streaming)
 
     def to_row(where: str, values: Any) -> Row:
-        return _row(where, values, prompt_column, target_column)
+        return _row(where, values, prompt_column, target_column, columns)
 
     if streaming or _is_iterable_dataset(dataset):
         stream = Stream(name, source, to_row)
@@ -125,7 +127,7 @@ def _is_iterable_dataset(dataset: Any) -> bool:
     return datasets is not None and isinstance(dataset, datasets.IterableDataset)
 
 
-def _row(where: str, values: Any, prompt_column: str, target_column: str | None) -> Row:
+def _row(where: str, values: Any, prompt_column: str, target_column: str | None, columns: bool) -> Row:
     if isinstance(values, Row):
         return values
     if not isinstance(values, Mapping):
@@ -136,7 +138,7 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None)
     prompt = _popped(rest, prompt_column, where, "prompt_column")
     if target_column is not None:
         target = _popped(rest, target_column, where, "target_column")
-        if target_column != "target" and "target" in rest:
+        if columns and target_column != "target" and "target" in rest:
             raise ValueError(
                 f"{where} has a column 'target' beside target_column={target_column!r}, and rewards get the target "
                 "under that name: rename or remove one of them"
@@ -162,6 +164,8 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None)
         raise ValueError(
             f"{where}: the target must be a text, a message of the assistant's, or None, not {target!r:.60}"
         )
+    if not columns:
+        return Row(prompt, target)
     if target_column is not None and target_column not in TARGET_NAMES:
         rest[target_column] = target
     _require_free_names(rest, where)
@@ -208,7 +212,13 @@ def excerpt(prompt: Prompt, length: int = 60) -> str:
 
 def as_prompts(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list of prompts."""
-    return [prompts] if is_prompt(prompts) else list(prompts)
+    if not is_prompt(prompts) and not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be texts or chat messages, not {prompts!r:.60}")
+    several = [prompts] if is_prompt(prompts) else list(prompts)
+    for prompt in several:
+        if not is_prompt(prompt):
+            raise ValueError(f"a prompt must be a text or chat messages, not {prompt!r:.60}")
+    return [_given(prompt) for prompt in several]
 
 
 def _messages(messages: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:

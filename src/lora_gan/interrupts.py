@@ -1,6 +1,7 @@
 """Ctrl-C during a run: the step under way is finished, so that what is saved is whole; a second one stops at once.
 
-Asking for rewards may take long and changes nothing yet, so there the first Ctrl-C stops at once, too.
+Asking for rewards may take long and changes nothing yet: there the first Ctrl-C stops at once, too, and after one that
+came while the step's responses were sampled nothing is asked any more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Interrupts:
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            self._requested = False
+            if before is not None:  # None: set by C code, which signal() cannot put back
+                signal.signal(signal.SIGINT, before)
 
     def check(self) -> None:
         """Between steps: raise Interrupted where Ctrl-C was pressed."""
@@ -44,9 +47,11 @@ class Interrupts:
 
     @contextmanager
     def harmless(self) -> Iterator[None]:
-        """What runs inside may be broken off at any point: Ctrl-C raises Interrupted at once."""
+        """What runs inside may be broken off at any point: Ctrl-C, or one that came before, raises Interrupted."""
         self._harmless = True
         try:
+            if self._requested:
+                raise KeyboardInterrupt
             yield
         except KeyboardInterrupt as stop:  # a person who is asked for rewards may quit, too
             raise Interrupted(*stop.args) from stop
@@ -57,4 +62,8 @@ class Interrupts:
         if self._harmless or self._requested:
             raise KeyboardInterrupt
         self._requested = True
-        print("\nCtrl-C: finishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)
+        print(
+            "\nCtrl-C: stopping where a step is whole, then saving; once more stops at once",
+            file=sys.stderr,
+            flush=True,
+        )

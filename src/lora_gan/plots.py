@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .tracking import read_lines
 
 
 def plot_run(metrics: Path, picture: Path, *, window: int = 8) -> Path | None:
@@ -25,7 +26,7 @@ def plot_run(metrics: Path, picture: Path, *, window: int = 8) -> Path | None:
         return None
     from matplotlib.figure import Figure  # the object interface: no global state, no display
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").split("\n") if line]
+    lines = list(read_lines(metrics))
     panels = _panels(lines)
     columns = 2 if len(panels) == 4 else 3
     rows = -(-len(panels) // columns)

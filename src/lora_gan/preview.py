@@ -13,6 +13,7 @@ import numpy as np
 from .adapters import Players
 from .config import Config
 from .data import Row
+from .display import one_line
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -55,8 +56,9 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
     """Bytes a run needs, by purpose. Weights and optimizers are exact; the rest is an estimate.
 
     Activations of an update: 17 numbers a token, layer and hidden unit, and 2.5 a pair of tokens, layer and attention
-    head (Korthikanti et al. 2022, without dropout's masks), and five arrays as large as the logits, which the policy
-    gradient and the KL keep in float32.
+    head (Korthikanti et al. 2022, without dropout's masks), and 13 float32 arrays as large as the logits, which the
+    policy gradient and the KL hold at their peak: so many as meet the peaks that were measured to a quarter, on two
+    GPT-2 shapes of 4 layers.
     """
     model, text = players.base.model, players.base.model.config.get_text_config()
     heads = text.num_attention_heads
@@ -75,7 +77,7 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
         "adapters, their gradients and AdamW's moments": 4.0 * trained,
         "cache while sampling": 2.0 * number * sampled * length * text.num_hidden_layers * kv_heads * per_head,
         "an update": number * together * text.num_hidden_layers * layer
-        + 5.0 * 4 * together * config.max_completion_length * vocabulary,
+        + 13.0 * 4 * together * config.max_completion_length * vocabulary,
     }
 
 
@@ -123,7 +125,8 @@ def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
     lines = [f"\nThe reward, tried on {len(responses)} responses of the generator as it stands:"]
     for row, group, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
         best = int(np.nanargmax(group)) if not np.isnan(group).all() else 0
-        lines.append(f"  {_shown(row.prompt)}\n    {' '.join(f'{r:.3f}' for r in group)}   best: {_shown(texts[best])}")
+        rewards = " ".join(f"{reward:.3f}" for reward in group)
+        lines.append(f"  “{one_line(row.prompt, 70)}”\n    {rewards}   best: “{one_line(texts[best], 70)}”")
     for name, part in parts.items():
         values = [value for value in part if value is not None]
         lines.append(f"  {name}: mean {np.mean(values):.3f}, {len(values)} of {len(part)} answered" if values else
@@ -162,11 +165,6 @@ def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
     if flat == len(spread_P):
         return [f"{said}\n  ! every response is worth the same: there is nothing to learn from yet"]
     return [said + (f"; none for {flat} of {len(spread_P)} prompts, which teach nothing" if flat else "")]
-
-
-def _shown(text: Any, length: int = 70) -> str:
-    line = " ".join((text if isinstance(text, str) else text[-1]["content"]).split())
-    return repr(line if len(line) <= length else line[:length] + "…")
 
 
 def _duration(seconds: float) -> str:

@@ -206,22 +206,24 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, after: int) -> None:
-        self.path, self.file = path, None
-        self.kept = [line for line in _read_lines(path) if line["step"] <= after] if after and path.exists() else []
+        self.path = path
+        self.file: TextIO | None = None
+        self.kept = [line for line in read_lines(path) if line["step"] <= after] if after and path.exists() else []
 
     def write(self, *values: Mapping[str, Any]) -> None:
-        if self.file is None:
-            self.file = self._begin()
+        self.begin()
         self.file.write("".join(map(_line, values)))
         self.file.flush()
 
-    def _begin(self) -> TextIO:
+    def begin(self) -> None:
         """The file with the lines that are kept, written beside and renamed, open for more."""
+        if self.file is not None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f".{self.path.name}.writing-{os.getpid()}")
         beside.write_text("".join(map(_line, self.kept)), encoding="utf-8", errors="backslashreplace", newline="\n")
         beside.replace(self.path)
-        return self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+        self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def __enter__(self) -> JsonLines:
         return self
@@ -235,7 +237,8 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The objects in such a file, without what a killed process left half-written."""
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             yield json.loads(line)

@@ -97,7 +97,10 @@ def _build(name: str, options: dict[str, Any], shown: str | None) -> Callable[..
     is_class = isinstance(found, type)
     _check_options(name, found, options, is_class)
     if is_class:
-        reward = found(**options)
+        try:
+            reward = found(**options)
+        except (TypeError, AttributeError, LookupError) as error:  # an option of the wrong type, mostly
+            raise ValueError(f"the reward {name!r} cannot be made with {options!r:.200}: {error}") from error
         if not callable(reward):
             raise ValueError(f"{name!r} is a class whose objects cannot be called: give it __call__(response, target)")
     elif options or shown:
