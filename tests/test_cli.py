@@ -311,7 +311,7 @@ def test_a_run_of_another_device_opens_on_this_one(there, capsys):
 def test_the_base_that_ships_stays_it_beside_a_folder_of_that_name(there):
     (there / "tiny").mkdir()
     options = {"model": "tiny", "data": "pairs.csv", "eval_data": None, "reward": "cosine"}
-    kept = yaml.safe_load(cli.commands._keep_options(there / "run", options).read_text())
+    kept = yaml.safe_load(cli.commands.keep_options(there / "run", options).read_text())
     assert kept == options | {"data": str(there / "pairs.csv")}
 
 

@@ -10,6 +10,7 @@ import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 
 from lora_gan import data, evaluation
+from lora_gan.rewards import chrf
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 
@@ -142,3 +143,47 @@ def test_the_interval_covers_as_a_bootstrap_does():
     assert found["mean"] == pytest.approx(values.mean())
     assert found["low"] == pytest.approx(values.mean() - half, abs=0.05)
     assert found["high"] == pytest.approx(values.mean() + half, abs=0.05)
+
+
+# --- what goes wrong late costs no step that was done
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [([{"prompt": "x"}], "target"), ([{"prompt": "x " * 300, "target": "y"}], "96 tokens")],
+)
+def test_held_out_rows_are_checked_before_the_first_step(tmp_path, held_out, said):
+    gan = small_gan(output_dir=str(tmp_path), reward=chrf)
+    with pytest.raises(ValueError, match=said):
+        gan.fit(ROWS, steps=2, eval_dataset=held_out, progress=False)
+    assert (gan.global_step, gan.reward_calls) == (0, 0)
+
+
+def test_a_row_or_a_reward_that_fails_leaves_the_last_whole_step(tmp_path):
+    whole = small_gan(output_dir=str(tmp_path / "whole"))
+    whole.fit(ROWS, steps=4, progress=False)
+    answers = 0
+
+    def dies(response, target):
+        nonlocal answers
+        answers += 1
+        if answers > 2 * 8:
+            raise ConnectionError("the service is down")
+        return reward(response, target)
+
+    gan = small_gan(output_dir=str(tmp_path / "run"), reward=dies)
+    with pytest.raises(ValueError, match="the service is down"):
+        gan.fit(ROWS, steps=4, progress=False)
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-2"]
+    again = small_gan(output_dir=str(tmp_path / "run"))
+    again.load_checkpoint()
+    again.fit(ROWS, steps=2, progress=False)
+    for player in ("generator", "discriminator"):
+        assert differences(player_state(whole, player), player_state(again, player)) == []
+
+
+def test_a_first_step_that_fails_leaves_nothing(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path), reward=lambda response, target: "good")
+    with pytest.raises(ValueError, match="'good'"):
+        gan.fit(ROWS, steps=2, progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -127,3 +127,12 @@ def test_before_rewards_are_asked_it_stops_and_asks_none(tmp_path, undisturbed):
     assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
     del gan.discriminator.predict
     gan.step(PROMPTS[0], TARGETS[0])  # what was asked to stop has stopped: this is another run
+
+
+def test_an_evaluation_may_be_broken_off(tmp_path, undisturbed):
+    asked = PressesCtrlC(at=2 * 8 + 2)  # the evaluation after the second step
+    gan = small_gan(output_dir=str(tmp_path), reward=asked, eval_steps=2)
+    with pytest.raises(KeyboardInterrupt, match="step 2 is saved"):
+        gan.fit(ROWS, steps=4, eval_dataset=ROWS, progress=False)
+    assert asked.calls == asked.at
+    assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []

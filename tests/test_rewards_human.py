@@ -11,8 +11,10 @@ import time
 import pytest
 from helpers import PROMPTS, ROOT, small_gan
 
+from lora_gan.json_lines import append_line, open_lines
 from lora_gan.rewards import RewardUnavailable, score_trl
-from lora_gan.rewards.human import Human, append_json_line, as_text, open_json_lines
+from lora_gan.rewards.human import Human
+from lora_gan.rewards.messages import as_text
 
 
 class Answers(io.StringIO):
@@ -184,10 +186,10 @@ def test_a_line_that_a_crash_broke_costs_that_answer_only(tmp_path):
 
 def test_a_line_without_its_line_break_is_whole(tmp_path):
     path = tmp_path / "log.jsonl"
-    append_json_line(path, {"a": 1})
+    append_line(path, {"a": 1})
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    append_json_line(path, {"b": 2})
-    assert open_json_lines(path) == [{"a": 1}, {"b": 2}]
+    append_line(path, {"b": 2})
+    assert open_lines(path) == [{"a": 1}, {"b": 2}]
 
 
 def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path):

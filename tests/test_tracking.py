@@ -29,6 +29,7 @@ from rich.console import Console
 from lora_gan import Config, display, tracking
 from lora_gan.data import Row
 from lora_gan.experience import Experience
+from lora_gan.json_lines import JsonLines, read_lines
 from lora_gan.plots import plot_run
 from lora_gan.rollout import assemble
 
@@ -183,15 +184,15 @@ def test_no_completions_where_they_are_off(tmp_path):
 def test_lines_hold_any_text_whole(tmp_path):
     path = tmp_path / "lines.jsonl"
     texts = ["two\nlines", "\u2028", "é \ud800", '"\\']
-    with tracking.JsonLines(path, after=0) as lines:
+    with JsonLines(path, after=0) as lines:
         lines.write(*({"step": i, "text": text} for i, text in enumerate(texts)))
         assert [line["text"] for line in lines_of(path)] == texts, "written at once"
-    with tracking.JsonLines(path, after=1) as lines:
+    with JsonLines(path, after=1) as lines:
         assert [line["text"] for line in lines.kept] == texts[:2]
         assert [line["text"] for line in lines_of(path)] == texts, "nothing is touched before there is a line to write"
         lines.write({"step": 2, "text": "new"})
     assert [line["text"] for line in lines_of(path)] == [*texts[:2], "new"]
-    with pytest.raises(ValueError, match="JSON"), tracking.JsonLines(path, after=0) as lines:
+    with pytest.raises(ValueError, match="JSON"), JsonLines(path, after=0) as lines:
         lines.write({"step": NAN})
 
 
@@ -596,7 +597,7 @@ def test_a_token_for_the_hub_reaches_no_tracker(tmp_path, monkeypatch):
 
 def test_the_picture_and_the_card_read_past_a_line_that_a_crash_left(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
-    assert list(tracking.read_lines(tmp_path / "metrics.jsonl")) == [{"step": 1, "reward": 0.5}]
+    assert list(read_lines(tmp_path / "metrics.jsonl")) == [{"step": 1, "reward": 0.5}]
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot_run(tmp_path / "metrics.jsonl", tmp_path / "run.png")
     assert (tmp_path / "run.png").is_file()

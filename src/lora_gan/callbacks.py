@@ -33,6 +33,7 @@ from . import tracking
 from .config import Config
 from .data import Row
 from .display import Display
+from .json_lines import JsonLines
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -136,12 +137,11 @@ class Run:
         tracking.trackers_of(config.report_to)  # before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            self.metrics = stack.enter_context(tracking.JsonLines(folder / "metrics.jsonl", after=self.first))
+            self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
             if config.log_completions:
-                lines = tracking.JsonLines(folder / "completions.jsonl", after=self.first)
+                lines = JsonLines(folder / "completions.jsonl", after=self.first)
                 self.completions = stack.enter_context(lines)
-            settings = {"model": self.gan.players.base.name, **config.to_dict()}
-            settings.pop("model_init_kwargs")  # a token may be among them
+            settings = {"model": self.gan.players.base.name, **config.to_file()}
             self.trackers = stack.enter_context(tracking.Trackers(config, settings, after=self.first))
             self._go_on()
             stack.enter_context(self.display)

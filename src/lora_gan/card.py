@@ -18,9 +18,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from . import __version__, evaluation, tracking
+from . import __version__, evaluation
 from .base import Base
 from .config import Config
+from .json_lines import read_lines
+from .options import kept_options
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -77,9 +79,7 @@ def _last_metrics(gan: LoraGAN) -> dict[str, float]:
         return {}
     first = gan.global_step - gan.config.logging_steps + 1
     lines = [
-        line
-        for line in tracking.read_lines(file)
-        if first <= line.get("step", 0) <= gan.global_step and "reward_calls" in line
+        line for line in read_lines(file) if first <= line.get("step", 0) <= gan.global_step and "reward_calls" in line
     ]
     if not lines:
         return {}
@@ -92,8 +92,6 @@ def _last_metrics(gan: LoraGAN) -> dict[str, float]:
 
 def _options(gan: LoraGAN) -> dict[str, Any]:
     """What `lora-gan train` was called with, where it was."""
-    from .commands import kept_options
-
     return kept_options(Path(gan.config.output_dir))
 
 

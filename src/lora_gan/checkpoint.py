@@ -78,7 +78,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "reward_calls": gan.reward_calls,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
         "reward_scales": gan.reward_scales.state_dict(),
-        "config": gan.config.to_dict(),
+        "config": gan.config.to_file(),
         "by_peft_config": gan.players.by_peft_config,  # whose adapters the settings do not describe
         "base": {
             "name": base.name,

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from .config import Config
-
-SETTINGS_FILE = "train.yaml"  # the run's options, beside its checkpoints: what --config takes to go on
+from .options import SETTINGS_FILE, keep_options, kept_options
 
 
 def demo(
@@ -74,7 +73,7 @@ def train(
         dry_run: Train nothing: print what would be trained, its memory and its true-reward calls, and try the reward on
             a few responses.
     """
-    options = {**{name: value for name, value in locals().items() if name != "config"}, **config.to_dict()}
+    options = {**{name: value for name, value in locals().items() if name != "config"}, **config.to_file()}
     folder = Path(config.output_dir)
     if config.eval_steps and eval_data is None:
         raise ValueError(f"--eval_steps {config.eval_steps} needs rows to judge on: give --eval_data")
@@ -109,7 +108,7 @@ def train(
     if dry_run:
         print(preview.try_reward(gan, first, calls=preview.calls(config, steps)), flush=True)
         return
-    settings = _keep_options(folder, options)
+    settings = keep_options(folder, options)
     try:
         gan.fit(rows, eval_dataset=held_out)
     except (KeyboardInterrupt, ValueError, RuntimeError) as stop:
@@ -139,6 +138,7 @@ def generate(
     batch_size: PositiveInt = 16,
     prompt_column: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     output: str | None = None,
 ) -> None:
     """Write responses with a trained generator; the discriminator picks the best of several.
@@ -158,12 +158,13 @@ def generate(
         batch_size: Prompts answered at once.
         prompt_column: The column of data that holds the prompt; null: the run's.
         device: cpu, cuda, cuda:1, auto; null: the run's.
+        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
         output: A file for the JSON Lines; null: standard output.
     """
     if (prompt is None) == (data is None):
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
     _require_writable(output)
-    gan = _open(checkpoint, model, device)
+    gan = _open(checkpoint, model, device, trust_remote_code)
     prompts = [prompt] if data is None else _prompts(data, prompt_column or gan.config.prompt_column)
     responses = gan.generate(
         prompts,
@@ -190,6 +191,7 @@ def score(
     response_column: str = "completion",
     batch_size: PositiveInt = 16,
     device: str | None = None,
+    trust_remote_code: bool = False,
     output: str | None = None,
 ) -> None:
     """Print the reward a trained discriminator predicts, without asking for the true one.
@@ -206,12 +208,13 @@ def score(
         response_column: The column that holds the response.
         batch_size: Pairs judged at once.
         device: cpu, cuda, cuda:1, auto; null: the run's.
+        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
         output: A file for the JSON Lines; null: standard output.
     """
     if (data is None) == (prompt is None or response is None) or (data is not None and (prompt or response)):
         raise ValueError("give --prompt TEXT and --response TEXT, or --data FILE")
     _require_writable(output)
-    gan = _open(checkpoint, model, device)
+    gan = _open(checkpoint, model, device, trust_remote_code)
     if data is None:
         print(gan.score(prompt or "", response or "")[0])
         return
@@ -237,6 +240,7 @@ def evaluate(
     prompt_column: str | None = None,
     target_column: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     output: str | None = None,
 ) -> None:
     """Judge a trained generator on held-out rows: true and predicted reward beside other metrics, with 95 % intervals.
@@ -255,12 +259,13 @@ def evaluate(
         prompt_column: The column that holds the prompt; null: the run's.
         target_column: The column that holds the target; null: the run's.
         device: cpu, cuda, cuda:1, auto; null: the run's.
+        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
         output: A JSON file for the figures and every sample.
     """
     from . import evaluation
 
     _require_writable(output)
-    gan = _open(checkpoint, model, device, reward=reward, needs_reward=True)
+    gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
     rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
@@ -280,6 +285,7 @@ def export(
     push_to_hub: str | None = None,
     private: bool = False,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write both adapters and both merged models, with cards, for stock PEFT and transformers.
 
@@ -292,8 +298,9 @@ def export(
         push_to_hub: USER/NAME: each part is uploaded as well, as the model USER/NAME-PART.
         private: Whether repositories that are made for it are private.
         device: Where the base is opened: cpu, cuda, cuda:1, auto; null: the run's.
+        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
     """
-    gan = _open(checkpoint, model, device)
+    gan = _open(checkpoint, model, device, trust_remote_code)
     chosen = {} if parts is None else {"parts": parts}
     folder = gan.export(output_dir, dtype=dtype, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -305,7 +312,13 @@ def export(
 
 
 def _open(
-    checkpoint: str, model: str | None, device: str | None, *, reward: Any = None, needs_reward: bool = False
+    checkpoint: str,
+    model: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    *,
+    reward: Any = None,
+    needs_reward: bool = False,
 ) -> Any:
     """The run as it was saved; with the reward given, or else the run's own."""
     path = Path(checkpoint)
@@ -314,7 +327,10 @@ def _open(
     from .gan import LoraGAN
     from .rewards import named
 
-    arguments: dict[str, Any] = {} if device is None else {"device": device}
+    # A checkpoint cannot turn on remote code by itself: it is said here, or it is off.
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if device is not None:
+        arguments["device"] = device
     if needs_reward:
         if reward is None:
             reward = (kept_options(path) or kept_options(path.parent)).get("reward")
@@ -377,46 +393,6 @@ def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
             f"{folder} holds checkpoints up to {there[-1].name} of another run: go on with it by --resume, or "
             "give this run another --output_dir"
         )
-
-
-def _keep_options(folder: Path, options: dict[str, Any]) -> Path:
-    """Write the run's options where --config finds them again; files in them by their full path."""
-    import yaml
-
-    kept = {name: value for name, value in options.items() if name not in ("resume", "dry_run")}
-    for name in ("model", "data", "eval_data"):
-        if kept[name] and kept[name] != "tiny" and Path(kept[name]).exists():
-            kept[name] = str(Path(kept[name]).resolve())
-    kept["reward"] = _with_full_paths(kept["reward"])
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
-    return folder / SETTINGS_FILE
-
-
-def _with_full_paths(reward: Any) -> Any:
-    if isinstance(reward, list):
-        return [_with_full_paths(part) for part in reward]
-    if isinstance(reward, dict):
-        return {**reward, "name": _with_full_paths(reward["name"])} if "name" in reward else reward
-    file, colon, function = reward.rpartition(":")
-    return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else reward
-
-
-def kept_options(folder: Path) -> dict[str, Any]:
-    """The options of the run in this folder; empty where it was not made by `lora-gan train`."""
-    import yaml
-
-    file = folder / SETTINGS_FILE
-    if not file.is_file():
-        return {}
-    try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{file} does not hold a run's options, as NAME: VALUE")
-    return options
 
 
 def _lora(name: str, fields: dict[str, Any] | None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -149,6 +150,8 @@ class Config:
     """Weight of the within-group ranking loss, against 1 for the regression."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.output_dir, os.PathLike):
+            object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for name in (
             "logging_steps", "completions_steps", "prompts_per_step", "num_generations", "max_completion_length",
             "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates",
@@ -193,6 +196,11 @@ class Config:
         for name in ("target_modules", "disc_target_modules", "report_to"):  # YAML and JSON give lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            ok = isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
+            self._require(name, ok and bool(value), "a text, or a list of texts")
+        for name in ("run_name", "target_column"):
+            self._require(name, isinstance(getattr(self, name), str | None), "a text, or None")
         self.signal(self.adversarial)
 
     def _is_whole(self, name: str, least: int) -> bool:
@@ -243,6 +251,11 @@ class Config:
                 hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
                 raise ValueError(f"there is no setting {name!r}{hint}. The settings: {', '.join(known)}")
         return cls(**values)
+
+    def to_file(self) -> dict[str, Any]:
+        """Plain values for files that others may read: without the hub token that model_init_kwargs may hold."""
+        hidden = {name: value for name, value in (self.model_init_kwargs or {}).items() if name != "token"}
+        return self.to_dict() | {"model_init_kwargs": hidden or None}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""

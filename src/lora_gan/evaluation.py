@@ -73,7 +73,7 @@ def table(judged: dict[str, dict[str, Any]]) -> str:
     lines = [["", *judged]]
     for name in first:
         cells = [result["metrics"][name] for result in judged.values()]
-        lines.append([name, *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)])
+        lines.append([name, *map(_cell, cells)])
     lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -81,11 +81,17 @@ def table(judged: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def interval(values: list[float | None], draws: int = 2000) -> dict[str, float]:
-    """Mean, and the 2.5 and 97.5 percentiles of its bootstrap distribution over rows (Efron 1979)."""
+def _cell(metric: dict[str, float | None]) -> str:
+    if metric["mean"] is None:
+        return "–"
+    return f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+
+
+def interval(values: list[float | None], draws: int = 2000) -> dict[str, float | None]:
+    """Mean, and the 2.5 and 97.5 percentiles of its bootstrap distribution over rows (Efron 1979); None without any."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if len(known) == 0:
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+        return {"mean": None, "low": None, "high": None}
     picks = randomness.generator(0, 0, "bootstrap").integers(len(known), size=(draws, len(known)))
     low, high = np.quantile(known[picks].mean(-1), (0.025, 0.975))
     return {"mean": float(known.mean()), "low": float(low), "high": float(high)}

@@ -77,6 +77,9 @@ class LoraGAN:
             raise ValueError(
                 f"{len(reward_weights)} reward_weights for {len(reward_funcs or [])} reward_funcs: give one weight each"
             )
+        for func in reward_funcs or ([] if reward is None else [reward]):
+            if not callable(func):
+                raise ValueError(f"the reward {func!r} is not a function: give one, or rewards.from_spec({func!r})")
         self.callbacks = check_callbacks(callbacks)
         self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
         base = load_base(model, processing_class, self.config, quantization_config=quantization_config)
@@ -177,10 +180,8 @@ class LoraGAN:
 
     def _play(self, rows: list[Row], *, asks: bool) -> Experience:
         """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate."""
-        comparing = [func for func in self._rewards if getattr(func, "needs_target", False)]
-        if asks and comparing:
-            remedy = ": give target_text, or another reward (reward=, reward_funcs=, or assign compute_reward)"
-            _require_targets(rows, f"the reward {rewards.reward_name(comparing[0])!r} compares with a target", remedy)
+        if asks:
+            self._require_comparable(rows)
         prompts = self._encode(row.prompt for row in rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         predicted_MB = self.discriminator.predict(sampled)
@@ -198,8 +199,15 @@ class LoraGAN:
     # --- the true reward --------------------------------------------------------------------------------------------
 
     def compute_reward(self, response: str, target: str | None) -> float:
-        """The true reward of one response. Assign a function of this form, or override the method, to change it."""
+        """The true reward of one response, the cosine by default. Assign a function, or override the method, to change
+        it; where `reward_funcs`, or a reward of TRL's form, were given, those are asked instead."""
         return self._cosine(response, target)
+
+    def _require_comparable(self, rows: list[Row]) -> None:
+        comparing = [func for func in self._rewards if getattr(func, "needs_target", False)]
+        if comparing:
+            remedy = ": give target_text, or another reward (reward=, reward_funcs=, or assign compute_reward)"
+            _require_targets(rows, f"the reward {rewards.reward_name(comparing[0])!r} compares with a target", remedy)
 
     def _true_rewards(
         self, rows: list[Row], sampled: rollout.Rollout, asked_B: np.ndarray
@@ -288,6 +296,9 @@ class LoraGAN:
         """
         rows = self._rows(dataset)
         held_out = None if eval_dataset is None else list(self._rows(eval_dataset, split="test"))
+        if held_out is not None:  # not after hours
+            self._require_comparable(held_out)
+            self._encode(row.prompt for row in held_out)
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
@@ -307,19 +318,24 @@ class LoraGAN:
                         if on_step is not None:
                             on_step(record)
                         if run.control.should_evaluate and held_out is not None:
-                            run.evaluated(evaluation.evaluate(self, held_out))
+                            with self._interrupts.harmless():  # it changes nothing, and may ask a person
+                                judged = evaluation.evaluate(self, held_out)
+                            run.evaluated(judged)
                         if run.control.should_save:
                             saved = self.save_checkpoint()
                             run.saved(saved)
                         if run.control.should_training_stop:
                             break
                         self._interrupts.check()
-            except Interrupted as stop:
+            except (Interrupted, ValueError, rewards.RewardUnavailable) as stop:
+                # A person, or a row or a reward that is not as it should be: the last step is whole.
+                if records and (saved is None or saved.name != f"step-{self.global_step}"):
+                    run.saved(saved := self.save_checkpoint())
+                if not isinstance(stop, Interrupted):
+                    raise
                 why = f"{stop}: " if str(stop) else ""
                 if not records:
                     raise KeyboardInterrupt(f"{why}no step was done, so there is nothing new to save") from None
-                if saved is None or saved.name != f"step-{self.global_step}":
-                    run.saved(saved := self.save_checkpoint())
                 raise KeyboardInterrupt(f"{why}step {self.global_step} is saved in {saved}") from None
         return records
 
@@ -395,7 +411,9 @@ class LoraGAN:
 
         See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size).
         """
-        return evaluation.evaluate(self, list(self._rows(dataset, split="test")), **options)
+        rows = list(self._rows(dataset, split="test"))
+        self._require_comparable(rows)  # before anything is sampled
+        return evaluation.evaluate(self, rows, **options)
 
     def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
         names = {"prompt_column": self.config.prompt_column, "target_column": self.config.target_column}

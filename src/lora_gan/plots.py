@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .tracking import read_lines
+from .json_lines import read_lines
 
 
 def plot_run(metrics: Path, picture: Path, *, window: int = 8) -> Path | None:

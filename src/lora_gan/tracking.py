@@ -12,11 +12,10 @@ import difflib
 import importlib
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -193,57 +192,6 @@ def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str,
             sample |= {"true_reward": true, "pred_reward": predicted if math.isfinite(predicted) else None}
             samples.append(sample if row.target is None else sample | {"target": row.target})
     return samples
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-class JsonLines:
-    """A file of JSON objects with a `step`, a line each, written as whole lines.
-
-    At step 0 it begins anew. A run that goes on after step N keeps the lines up to N: what was written between the
-    checkpoint and a crash comes again. `kept` holds them. Nothing is touched before there is a line to write.
-    """
-
-    def __init__(self, path: Path, *, after: int) -> None:
-        self.path = path
-        self.file: TextIO | None = None
-        self.kept = [line for line in read_lines(path) if line["step"] <= after] if after and path.exists() else []
-
-    def write(self, *values: Mapping[str, Any]) -> None:
-        self.begin()
-        self.file.write("".join(map(_line, values)))
-        self.file.flush()
-
-    def begin(self) -> None:
-        """The file with the lines that are kept, written beside and renamed, open for more."""
-        if self.file is not None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.writing-{os.getpid()}")
-        beside.write_text("".join(map(_line, self.kept)), encoding="utf-8", errors="backslashreplace", newline="\n")
-        beside.replace(self.path)
-        self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
-
-    def __enter__(self) -> JsonLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-
-
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The objects in such a file, without what a killed process left half-written."""
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # the last one, if the process was killed while it wrote
-            continue
 
 
 # --- trackers ---------------------------------------------------------------------------------------------------------

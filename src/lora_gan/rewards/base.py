@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .combine import completion_text
+from .messages import completion_text
 
 if TYPE_CHECKING:
     from ..gan import LoraGAN

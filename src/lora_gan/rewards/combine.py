@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .messages import completion_text
+
 PairReward = Callable[[str, str | None], Any]
 TrlReward = Callable[..., Any]
 Reward = PairReward | TrlReward
@@ -173,13 +175,6 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"reward weights {weights}; all must be finite numbers")
     return weights
-
-
-def completion_text(completion: Any) -> str:
-    """The text of a completion that is text, or chat messages: what they say, joined by newlines."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message["content"]) for message in completion)
 
 
 def _as_answer(prompt: Any, completion: Any) -> Any:

@@ -7,7 +7,6 @@ predicts. Equal pairs of prompt and response are asked for once, in the life of 
 Beside the reward stand the two things that judge.py needs as well: chats as text, and files of JSON Lines.
 """
 
-import json
 import re
 import signal
 import sys
@@ -19,7 +18,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..json_lines import append_line, open_lines
 from .combine import RewardUnavailable
+from .messages import as_text
 
 TOP = 10  # ratings are 0 to TOP
 QUESTION = "rating 0 to 10, or s, u, q, ? > "
@@ -63,7 +64,7 @@ class Human:
         self.log = None if log is None else Path(log)
         self._stdin, self._stdout = stdin, stdout
         self._ratings: dict[Pair, float | None] = {}
-        for entry in [] if self.log is None else open_json_lines(self.log):
+        for entry in [] if self.log is None else open_lines(self.log):
             self._recall(entry)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -138,7 +139,7 @@ class Human:
             entry["undone"] = True
         entry["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         if self.log is not None:
-            append_json_line(self.log, entry)
+            append_line(self.log, entry)
         self._recall(entry)
 
     def _recall(self, entry: Mapping[str, Any]) -> None:
@@ -230,66 +231,3 @@ def _ctrl_c_raises() -> Iterator[None]:
 
 
 # --- chats as text --------------------------------------------------------------------------------------------------
-
-
-def as_text(value: Any) -> str:
-    """A prompt or completion as one text: a text as it is, one chat message as its content, more with their roles.
-
-    Content in parts ({"type": "text", "text": ...}) is joined; parts that are no text are named.
-    """
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(message, Mapping) for message in value):
-        raise ValueError(f"{value!r:.80} is neither a text nor a list of chat messages {{'role': ..., 'content': ...}}")
-    contents = [_content(message.get("content")) for message in value]
-    if len(value) == 1:
-        return contents[0]
-    return "\n\n".join(
-        f"{message.get('role', '?')}: {content}" for message, content in zip(value, contents, strict=True)
-    )
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, list | tuple):
-        return "".join(str(part["text"]) if "text" in part else f"[{part.get('type', 'unknown')}]" for part in content)
-    return "" if content is None else str(content)
-
-
-# --- JSON Lines that survive a crash --------------------------------------------------------------------------------
-
-
-def open_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file's lines, in order; the file is made where there is none, so that a path that cannot be
-    written to fails now.
-
-    Lines that are no JSON are left out: a crash leaves part of one at the end, or in the middle if a run went on.
-
-    Raises:
-        OSError: the file cannot be opened for writing.
-        ValueError: no line can be read, and there is more than one: this is another file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        lines = [line for line in file.read().split(b"\n") if line.strip()]
-    entries = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            entries.append(entry)
-    if len(lines) > 1 and not entries:
-        raise ValueError(f"{path} is no JSON Lines file: none of its {len(lines)} lines is a JSON object")
-    return entries
-
-
-def append_json_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append one line, and hand it to the system before returning; what a crash left unfinished is closed first."""
-    line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"  # \udc80 is JSON as well
-    with path.open("ab+") as file:
-        if file.seek(0, 2) > 0:
-            file.seek(-1, 2)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)

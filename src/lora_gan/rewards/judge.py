@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ..json_lines import append_line, open_lines
 from .combine import RewardUnavailable
-from .human import append_json_line, as_text, open_json_lines
+from .messages import as_text
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -242,7 +243,7 @@ class Judge:
         with self._lock:
             self._scores[key] = reward
             if self._cache is not None:
-                append_json_line(self._cache, {"key": key, "reward": reward, "model": self.model, "answer": answer})
+                append_line(self._cache, {"key": key, "reward": reward, "model": self.model, "answer": answer})
 
     # --- the endpoint -----------------------------------------------------------------------------------------------
 
@@ -424,7 +425,7 @@ def _digest(value: Any) -> str:
 
 def _read_cache(path: Path) -> dict[str, float]:
     scores = {}
-    for entry in open_json_lines(path):
+    for entry in open_lines(path):
         key, reward = entry.get("key"), entry.get("reward")
         if not isinstance(key, str) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise ValueError(f"{path} holds a line that no judge wrote: {str(entry)[:80]}; name another file as cache=")

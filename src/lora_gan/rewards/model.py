@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .combine import RewardUnavailable, completion_text
+from .combine import RewardUnavailable
 from .loading import local_folder, undisturbed
+from .messages import completion_text
 
 Reads = Literal["response", "pair", "text", "chat"]
 Output = Literal["probability", "logit"]
