@@ -140,9 +140,9 @@ def test_chats_become_text():
 
 def test_without_a_terminal_it_says_so_before_anything_is_shown(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("7\n"))
-    with pytest.raises(RewardUnavailable, match="stdin and stdout is no terminal. Start the run in a terminal"):
+    with pytest.raises(RewardUnavailable, match="stdin and stdout must be a terminal. Start the run in a terminal"):
         Human()(["p"], ["r"])
-    with pytest.raises(RewardUnavailable, match="ask: stdin is no terminal"):
+    with pytest.raises(RewardUnavailable, match="ask: stdin must be a terminal"):
         Human(stdout=io.StringIO())(["p"], ["r"])
     assert capsys.readouterr().out == "" and sys.stdin.read() == "7\n"
 

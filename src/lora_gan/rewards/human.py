@@ -167,7 +167,7 @@ class Human:
         ]
         if missing:
             raise RewardUnavailable(
-                f"there is no person to ask: {' and '.join(missing)} is no terminal. Start the run in a terminal, "
+                f"there is no person to ask: {' and '.join(missing)} must be a terminal. Start the run in a terminal, "
                 "neither in the background nor with input or output redirected, or use another reward"
             )
 
