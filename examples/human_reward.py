@@ -21,7 +21,7 @@ PROMPTS = ["Translate English to French: Hello world", "Translate English to Fre
 def main(arguments: list[str] | None = None, *, stdin: TextIO | None = None, stdout: TextIO | None = None) -> LoraGAN:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="the base: a hub id, a folder, or the one that ships")
-    parser.add_argument("--steps", type=int, default=5, help="8 ratings a step")
+    parser.add_argument("--steps", type=int, default=5, help="a step asks for at most 16 ratings")
     parser.add_argument("--output_dir", default="runs/human-reward")
     given = parser.parse_args(arguments)
     Path(given.output_dir).mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,10 @@ def main(arguments: list[str] | None = None, *, stdin: TextIO | None = None, std
         learning_rate=1e-3,
         output_dir=given.output_dir,
     )
-    gan.fit([{"prompt": prompt} for prompt in PROMPTS], steps=given.steps, progress=False)
+    try:
+        gan.fit([{"prompt": prompt} for prompt in PROMPTS], steps=given.steps, progress=False)
+    except KeyboardInterrupt as stop:  # q, Ctrl-C or Ctrl-D: go on with what was learned so far
+        print(stop, file=stdout)
     said: list[dict[str, Any]] = [
         {"prompt": prompt, "response": gan.generate(prompt, best_of=8)[0]} for prompt in PROMPTS
     ]

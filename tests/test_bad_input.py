@@ -47,7 +47,7 @@ def nothing_written(folder: Path) -> bool:
     """No checkpoint, whole or half, and no line of metrics."""
     run = folder / "run"
     written = {path.name for path in run.rglob("*") if path.is_file()} if run.is_dir() else set()
-    return written <= {"train.yaml"}
+    return written == set()
 
 
 # --- the base
@@ -233,7 +233,14 @@ def test_what_the_other_commands_refuse(there, capsys):
     refused(capsys, ["score", "--checkpoint", "run", "--data", "good.jsonl"], "completion", "--response_column")
     refused(capsys, ["eval", "--checkpoint", "run"], "--data")
     refused(capsys, ["trian"], "trian", "train")
-    refused(capsys, [], "command")
+    assert cli.main([]) == 2 and "COMMAND" in capsys.readouterr().err  # the help
+    export = ["export", "--checkpoint", "run", "--output_dir", "new"]
+    refused(capsys, [*export, "--parts", "gen"], "'gen'", "generator-merged")
+    refused(capsys, [*export, "--dtype", "int8"], "int8", "bfloat16")
+    assert not (there / "new").exists()
+    refused(capsys, ["generate", "--checkpoint", "run/step-1/generator", "--prompt", "a"], "run/step-1")
+    refused(capsys, ["generate", "--checkpoint", ".", "--prompt", "a"], "there are in run")
+    refused(capsys, train(output_dir="good.jsonl"), "good.jsonl is a file")
     (there / "full").mkdir()
     (there / "full" / "thesis.txt").write_text("mine")
     refused(capsys, ["export", "--checkpoint", "run", "--output_dir", "full"], "full")

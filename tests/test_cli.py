@@ -237,11 +237,6 @@ def test_a_value_of_the_wrong_type_is_refused_in_plain_words(capsys, option, val
     assert accepted in said and "typing" not in said and "NoneType" not in said
 
 
-def test_a_choice_of_parts_is_said(capsys):
-    said = said_of(capsys, "export", "--checkpoint", "x", "--output_dir", "y", "--parts", "[gen]")
-    assert "it must be a list [...] of generator, generator-merged, " in said
-
-
 def test_a_value_that_looks_like_an_option_stays_as_it_is(monkeypatch):
     seen = []
 
@@ -312,7 +307,7 @@ def test_the_base_that_ships_stays_it_beside_a_folder_of_that_name(there):
     (there / "tiny").mkdir()
     options = {"model": "tiny", "data": "pairs.csv", "eval_data": None, "reward": "cosine"}
     kept = yaml.safe_load(cli.commands.keep_options(there / "run", options).read_text())
-    assert kept == options | {"data": str(there / "pairs.csv")}
+    assert kept == options | {"data": str(there / "pairs.csv"), "output_dir": str(there / "run")}
 
 
 def test_chat_messages_in_parts_are_tried_and_shown(there, capsys):
@@ -359,3 +354,29 @@ def test_score_reads_the_samples_of_a_run_beside_their_targets(there, capsys):
     samples = lines(there / "run" / "completions.jsonl")
     assert all("target" in sample for sample in samples)
     assert [score["completion"] for score in scores] == [sample["completion"] for sample in samples]
+
+
+def test_changing_the_reward_at_resume_is_said(there, capsys):
+    assert train("--max_steps", "1") == 0
+    assert train("--max_steps", "2", "--resume") == 0
+    assert "reward is another one" not in capsys.readouterr().err
+    assert train("--max_steps", "3", "--resume", "--reward", "repetition") == 0
+    assert "repetition from now on" in capsys.readouterr().err
+
+
+def test_a_run_leaves_its_curves(there, capsys):
+    pytest.importorskip("matplotlib", reason="curves are drawn by matplotlib, which is not installed")
+    assert train("--max_steps", "2") == 0
+    assert (there / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "metrics.jsonl, training.png" in capsys.readouterr().out  # no completions before completions_steps
+
+
+def test_what_a_reader_does_not_take_is_no_error(there):
+    assert train("--max_steps", "1") == 0
+    command = (
+        f"{sys.executable} -m lora_gan score --checkpoint run --data many.csv --response_column target | head -n 1"
+    )
+    (there / "many.csv").write_text("prompt,target\n" + "the cat,le chat\n" * 3000)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, timeout=120)
+    assert run.stdout.count("\n") == 1 and "Broken" not in run.stderr and "Traceback" not in run.stderr

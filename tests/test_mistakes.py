@@ -155,7 +155,7 @@ def test_an_adapter_of_another_trainer_brings_no_optimizer(tmp_path):
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--discriminator", "sometimes"], "sometimes"),
         (["demo", "--output-dir", "a-file/below"], "a-file"),
-        ([], "command"),
+        ([], "COMMAND"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(arguments, words, tmp_path):

@@ -143,7 +143,7 @@ def test_several_with_weights(folder):
         ("lora_gan.rewards.text:absent", "there is no 'absent' in lora_gan.rewards.text"),
         (3, "3 names no reward"),
         ({"weight": 1}, "has no name"),
-        ({"name": "chrf", "n": 3}, "'chrf' has no option 'n'; it takes no options"),
+        ({"name": "chrf", "n": 3}, "'chrf' has no option 'n'; it takes weight, as"),
         ({"name": "length", "target_word": 3}, r"no option 'target_word' \(did you mean 'target_words'\?\); it takes"),
         ({"name": "rouge", "response": "x"}, "no option 'response'; it takes kind"),
         ({"name": "perplexity", "prompts": 3}, "no option 'prompts'; it takes batch_size"),

@@ -477,3 +477,10 @@ def test_micro_batches_change_nothing_but_rounding(gradient_path):
     for name, value in a.items():
         if type(value) is float:
             assert b[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_a_reward_that_answers_nothing_warns():
+    gan = small_gan(reward=lambda response, target: None)
+    with pytest.warns(UserWarning, match="answered for none of the step's 4 responses"):
+        out = gan.step(PROMPTS[0])
+    assert out["reward_mean"] is None and out["true_rewards"] == [None] * 4

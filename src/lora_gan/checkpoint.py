@@ -106,8 +106,17 @@ def save_adapter(players: Players, player: str, folder: Path, weights_format: st
     config.save_pretrained(folder)
     if weights_format == "safetensors":
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        readable(folder)
     else:
         torch.save(state, folder / "adapter_model.bin")
+
+
+def readable(folder: Path) -> None:
+    """safetensors makes files that only their owner can read: give them the mode that every other new file has."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def adapter_state(players: Players, player: str) -> dict[str, Tensor]:
@@ -146,7 +155,14 @@ def find(folder: Path, step: int | None) -> Path:
         return folder / f"step-{step}"
     steps = ", ".join(path.name.removeprefix("step-") for path in there) or "none"
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-    raise ValueError(f"there is no complete {wanted} in {folder}: complete steps there: {steps}")
+    hint = ""
+    if (folder / "export.json").is_file():
+        hint = "; it is an export, which stock PEFT and transformers open: name the run it was made of"
+    elif folder.parent.name.startswith("step-") and is_complete(folder.parent):
+        hint = f"; it is a part of one: name {folder.parent}"
+    elif runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{STATE}")}):
+        hint = f"; there are in {', '.join(runs[:3])}"
+    raise ValueError(f"there is no complete {wanted} in {folder}: complete steps there: {steps}{hint}")
 
 
 # --- loading

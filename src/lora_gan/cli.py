@@ -9,6 +9,7 @@ and every setting of `Config` is an option of `train` under its own name. A YAML
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class Parser(ArgumentParser):
 
     options: set[str] = set()  # of all commands, by name
     reading: str | None = None  # the file that --config named, while it is read
+    line: list[str] = []  # the words of the command line
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command, file = self.prog.replace(" [options]", ""), Parser.reading
@@ -74,7 +76,9 @@ class Parser(ArgumentParser):
         if wrong := UNKNOWN.search(message):
             name = next(filter(None, wrong.groups()))
             nearest = difflib.get_close_matches(name, self.options, n=1)
-            message = f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
+            typed = any(word.startswith(f"--{name}") for word in self.line)
+            hint = f"; did you mean --{nearest[0]}?" if nearest else ""
+            message = f"there is no option --{name}{'' if typed else ' (in the file that --config names)'}{hint}"
         return message
 
 
@@ -102,6 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
     spelled = [
         re.sub(r"^--[a-z][\w-]*(?=[=.]|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in arguments
     ]
+    if not arguments:
+        _parser().print_help(sys.stderr)
+        return 2
+    Parser.line = spelled
     chosen = _parser().parse_args(spelled)
     values = chosen[chosen.command].as_dict()
     values.pop("config", None)
@@ -110,11 +118,19 @@ def main(arguments: list[str] | None = None) -> int:
             settings = {name: values.pop(name) for name in Config.__dataclass_fields__}
             values["config"] = Config.from_dict(settings)
         COMMANDS[chosen.command](**values)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what is left to write at exit goes nowhere
     except (ValueError, RuntimeError, ArithmeticError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            error = OSError(f"{error.filename}: {error.strerror}")
         print(f"lora-gan: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"lora-gan: stopped{': ' if str(stop) else ''}{stop}", file=sys.stderr)
+        said = str(stop)
+        print(
+            f"lora-gan: {said if said.startswith('stopped') else ': '.join(filter(None, ['stopped', said]))}",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from .config import Config
-from .options import SETTINGS_FILE, keep_options, kept_options
+from .options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 
 
 def demo(
@@ -79,15 +79,20 @@ def train(
         raise ValueError(f"--eval_steps {config.eval_steps} needs rows to judge on: give --eval_data")
     _require_room(folder, resume=resume, dry_run=dry_run)
 
-    from . import data as data_module
-    from . import preview
-    from .checkpoint import complete
-    from .gan import LoraGAN
+    from . import data as data_module  # before what takes seconds to import: most mistakes are in the data
     from .rewards import named
 
     reward_funcs, reward_weights = named.from_specs(reward)
     rows = data_module.read_rows(data, split=split, streaming=streaming, **_columns(config))
     held_out = data_module.read_rows(eval_data, split="test", **_columns(config)) if eval_data else None
+
+    from . import preview
+    from .checkpoint import complete
+    from .gan import LoraGAN
+    from .plots import plot_run
+    from .tracking import trackers_of
+
+    trackers_of(config.report_to)
     gan = LoraGAN(
         model,
         config,
@@ -99,6 +104,7 @@ def train(
     )
     if resume:
         gan.load_checkpoint()
+        _say_if_changed(folder, reward)
     steps = gan.steps_left(rows)
     if steps == 0:
         raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
@@ -108,17 +114,31 @@ def train(
     if dry_run:
         print(preview.try_reward(gan, first, calls=preview.calls(config, steps)), flush=True)
         return
-    settings = keep_options(folder, options)
+    for func in reward_funcs:
+        if getattr(func, "interactive", False) and func.log is None:
+            func.keep(folder / "ratings.jsonl")  # what a person said is not asked again
+    settings: list[Path] = []  # written with the first step: what fails before leaves nothing
+
+    def keep(record: dict[str, Any]) -> None:
+        if not settings:
+            settings.append(keep_options(folder, options))
+
     try:
-        gan.fit(rows, eval_dataset=held_out)
+        gan.fit(rows, eval_dataset=held_out, on_step=keep)
     except (KeyboardInterrupt, ValueError, RuntimeError) as stop:
-        if complete(folder):
-            go_on = f"go on with: lora-gan train --config {settings} --resume"
+        if settings and complete(folder):
+            go_on = f"go on with: lora-gan train --config {settings[0]} --resume"
             stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
         raise
+    plot_run(folder / "metrics.jsonl", folder / "training.png")
+    files = [
+        name
+        for name in ("metrics.jsonl", "completions.jsonl", "training.png")
+        if (folder / name).is_file() and (folder / name).stat().st_size
+    ]
     print(
         f"Done: step {gan.global_step}, {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
-        f"metrics.jsonl, completions.jsonl\n"
+        f"{', '.join(files)}\n"
         f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
         f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
         f"  lora-gan export --checkpoint {folder} --output_dir FOLDER"
@@ -280,8 +300,8 @@ def export(
     checkpoint: str,
     output_dir: str,
     model: str | None = None,
-    parts: list[Literal["generator", "generator-merged", "discriminator", "discriminator-merged"]] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    parts: str | list[str] | None = None,
+    dtype: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     device: str | None = None,
@@ -293,15 +313,16 @@ def export(
         checkpoint: A run's folder (its newest complete step is taken), or one step's.
         output_dir: The folder to write; it must not exist yet, or be a former export.
         model: The base, where it is not found where it was.
-        parts: What to write, such as [generator, discriminator-merged]; null: all four.
-        dtype: Of the merged weights; null: what the base was trained in.
+        parts: What to write: generator, generator-merged, discriminator, discriminator-merged, or a list of them such
+            as [generator, discriminator]; null: all four.
+        dtype: Of the merged weights: float32, bfloat16, float16; null: what the base was trained in.
         push_to_hub: USER/NAME: each part is uploaded as well, as the model USER/NAME-PART.
         private: Whether repositories that are made for it are private.
         device: Where the base is opened: cpu, cuda, cuda:1, auto; null: the run's.
         trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
     """
     gan = _open(checkpoint, model, device, trust_remote_code)
-    chosen = {} if parts is None else {"parts": parts}
+    chosen = {} if parts is None else {"parts": [parts] if isinstance(parts, str) else parts}
     folder = gan.export(output_dir, dtype=dtype, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
@@ -384,15 +405,21 @@ def _require_writable(output: str | None) -> None:
 
 def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
     """A new run beside an older one's checkpoints would mix the two."""
-    from .checkpoint import complete
-
-    if resume or dry_run or not folder.is_dir():
-        return
-    if there := complete(folder):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder")
+    older = sorted(folder.glob("step-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    if older and not (resume or dry_run):
         raise ValueError(
-            f"{folder} holds checkpoints up to {there[-1].name} of another run: go on with it by --resume, or "
-            "give this run another --output_dir"
+            f"{folder} holds {older[-1].parent.name} of another run: go on with it by --resume, or give this run "
+            "another --output_dir"
         )
+
+
+def _say_if_changed(folder: Path, reward: Any) -> None:
+    """A discriminator that learned one reward begins by predicting it for another."""
+    before = kept_options(folder).get("reward")
+    if before is not None and before != with_full_paths(reward):
+        print(f"The reward is another one than before: {before} up to here, {reward} from now on.", file=sys.stderr)
 
 
 def _lora(name: str, fields: dict[str, Any] | None) -> Any:

@@ -193,6 +193,8 @@ class Config:
             self._require(
                 name, isinstance(getattr(self, name), str) and getattr(self, name), "a text that is not empty"
             )
+        if isinstance(self.report_to, str) and "," in self.report_to:
+            object.__setattr__(self, "report_to", tuple(name.strip() for name in self.report_to.split(",")))
         for name in ("target_modules", "disc_target_modules", "report_to"):  # YAML and JSON give lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -137,7 +137,7 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
         prompt_column = "messages"
     prompt = _popped(rest, prompt_column, where, "prompt_column")
     if target_column is not None:
-        target = _popped(rest, target_column, where, "target_column")
+        target = _popped(rest, target_column, where, "target_column", beside=prompt_column)
         if columns and target_column != "target" and "target" in rest:
             raise ValueError(
                 f"{where} has a column 'target' beside target_column={target_column!r}, and rewards get the target "
@@ -172,9 +172,9 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
     return Row(prompt, target, rest)
 
 
-def _popped(rest: dict[str, Any], name: str, where: str, setting: str) -> Any:
+def _popped(rest: dict[str, Any], name: str, where: str, setting: str, *, beside: str | None = None) -> Any:
     if name not in rest:
-        there = [str(column) for column in rest]
+        there = [*filter(None, [beside]), *map(str, rest)]
         nearest = difflib.get_close_matches(name, there, n=1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         columns = ", ".join(map(repr, there)) or "none"

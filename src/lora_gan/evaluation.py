@@ -37,9 +37,10 @@ def evaluate(
         batch_size: rows in one batch; changes memory, and results only to rounding.
 
     Returns:
-        metrics: name -> {"mean", "low", "high"}, a 95 % bootstrap interval over rows: true_reward, pred_reward, length
-        (words); where rows have targets exact_match (0 or 1) and, with sacrebleu installed, chrf (0 to 100, mean over
-        rows). distinct_2 (share of word pairs that differ, over all responses) as a plain number.
+        metrics: name -> {"mean", "low", "high"}, a 95 % bootstrap interval over rows, None where nothing was measured:
+        true_reward, pred_reward, length (words); of several rewards each one, unweighted, as rewards/NAME; where rows
+        have targets exact_match (0 or 1) and, with sacrebleu installed, chrf (0 to 100, mean over rows).
+        distinct_2 (share of word pairs that differ, over all responses) as a plain number.
         samples: prompt, target, response, true_reward, pred_reward of every row.
     """
     prompts = [row.prompt for row in rows]
@@ -47,13 +48,15 @@ def evaluate(
     predicted: list[float] = []
     for part in chunks(len(rows), batch_size):
         predicted += gan.score(prompts[part], responses[part])
-    true, _ = gan.ask(rows, responses)
+    true, parts = gan.ask(rows, responses)
 
     columns: dict[str, list[float | None]] = {
         "true_reward": true,
         "pred_reward": predicted,
         "length": [float(len(response.split())) for response in responses],
     }
+    if len(parts) > 1:
+        columns |= {f"rewards/{name}": part for name, part in parts.items()}
     if all(row.target is not None for row in rows):
         pairs = list(zip(responses, (row.target for row in rows), strict=True))
         columns["exact_match"] = [text.exact_match(*pair) for pair in pairs]

@@ -32,7 +32,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from . import __version__, card
 from .adapters import Players
 from .base import Base, without_progress_bars
-from .checkpoint import save_adapter
+from .checkpoint import readable, save_adapter
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -209,6 +209,7 @@ def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> Pre
         with without_progress_bars():
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    readable(folder)
     return tokenizer
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ class LoraGAN:
     def _require_comparable(self, rows: list[Row]) -> None:
         comparing = [func for func in self._rewards if getattr(func, "needs_target", False)]
         if comparing:
-            remedy = ": give target_text, or another reward (reward=, reward_funcs=, or assign compute_reward)"
+            remedy = ": give target_text (target_column names its column in data), or another reward"
             _require_targets(rows, f"the reward {rewards.reward_name(comparing[0])!r} compares with a target", remedy)
 
     def _true_rewards(
@@ -224,7 +225,14 @@ class LoraGAN:
             whole_B[asked] = [np.nan if answer is None else answer for answer in answers]
             return whole_B
 
-        return spread(self._total(parts)), {name: spread(part) for name, part in parts.items()}
+        total = self._total(parts)
+        if total and all(answer is None for answer in total):
+            warnings.warn(
+                f"the reward {' + '.join(parts)} answered for none of the step's {len(total)} responses, which teach "
+                "nothing then: does the function return its value?",
+                stacklevel=2,
+            )
+        return spread(total), {name: spread(part) for name, part in parts.items()}
 
     def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], rewards.Parts]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
@@ -296,7 +304,9 @@ class LoraGAN:
         """
         rows = self._rows(dataset)
         held_out = None if eval_dataset is None else list(self._rows(eval_dataset, split="test"))
-        if held_out is not None:  # not after hours
+        if train_disc or self.config.signal(self.config.adversarial) != "predicted":
+            self._require_comparable([] if isinstance(rows, data.Stream) else rows)  # not after hours
+        if held_out is not None:
             self._require_comparable(held_out)
             self._encode(row.prompt for row in held_out)
         steps = self.steps_left(rows) if steps is None else steps

@@ -16,18 +16,23 @@ def keep_options(folder: Path, options: dict[str, Any]) -> Path:
     for name in ("model", "data", "eval_data"):
         if kept[name] and kept[name] != "tiny" and Path(kept[name]).exists():
             kept[name] = str(Path(kept[name]).resolve())
-    kept["reward"] = _with_full_paths(kept["reward"])
+    kept["output_dir"] = str(folder.resolve())
+    kept["reward"] = with_full_paths(kept["reward"])
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
     return folder / SETTINGS_FILE
 
 
-def _with_full_paths(reward: Any) -> Any:
+def with_full_paths(reward: Any) -> Any:
+    """A reward as the command line names it, its files by their full path."""
     if isinstance(reward, list):
-        return [_with_full_paths(part) for part in reward]
+        return [with_full_paths(part) for part in reward]
     if isinstance(reward, dict):
-        return {**reward, "name": _with_full_paths(reward["name"])} if "name" in reward else reward
+        files = {
+            name: str(Path(reward[name]).resolve()) for name in ("log", "cache") if isinstance(reward.get(name), str)
+        }
+        return reward | files | ({"name": with_full_paths(reward["name"])} if "name" in reward else {})
     file, colon, function = reward.rpartition(":")
     return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else reward
 

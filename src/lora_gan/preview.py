@@ -117,6 +117,10 @@ def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
     rows = rows[:PROMPTS]
     prompts = [row.prompt for row in rows for _ in range(RESPONSES)]
     responses = gan.generate(prompts)  # equal prompts are told apart: RESPONSES different draws each
+    if any(getattr(func, "interactive", False) for func in gan.reward_funcs or ()):
+        print(
+            f"Now you are asked about up to {len(responses) + 2 * len(rows)} responses, to try the reward.", flush=True
+        )
     began = time.perf_counter()
     answers, parts = gan.ask([row for row in rows for _ in range(RESPONSES)], responses)
     first = time.perf_counter() - began
@@ -139,10 +143,11 @@ def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
         own, _ = gan.ask(paired, [row.target or "" for row in paired])
         others, _ = gan.ask(paired, [row.target or "" for row in paired[1:] + paired[:1]])
         own_mean, other_mean = (float(np.mean([x for x in xs if x is not None] or [np.nan])) for xs in (own, others))
-        lines.append(
-            f"  a row's own target {own_mean:.3f}, another row's {other_mean:.3f}"
-            + ("" if own_mean > other_mean else "   ! the reward does not prefer a row's own target")
-        )
+        if not np.isnan(own_mean + other_mean):
+            lines.append(
+                f"  a row's own target {own_mean:.3f}, another row's {other_mean:.3f}"
+                + ("" if own_mean > other_mean else "   ! the reward does not prefer a row's own target")
+            )
         again, asked = time.perf_counter() - began, 2 * len(paired)
     else:
         again, asked = first, len(responses)  # nothing asked twice: the first call's start-up is in it

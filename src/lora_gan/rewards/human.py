@@ -61,10 +61,16 @@ class Human:
         stdout: TextIO | None = None,
     ) -> None:
         self.show_target = show_target
-        self.log = None if log is None else Path(log)
+        self.log: Path | None = None
         self._stdin, self._stdout = stdin, stdout
         self._ratings: dict[Pair, float | None] = {}
-        for entry in [] if self.log is None else open_lines(self.log):
+        if log is not None:
+            self.keep(log)
+
+    def keep(self, log: str | PathLike[str]) -> None:
+        """From now on append each answer to this file; what it holds already is not asked again."""
+        self.log = Path(log)
+        for entry in open_lines(self.log):
             self._recall(entry)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:

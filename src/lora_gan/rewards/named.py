@@ -128,9 +128,10 @@ def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any]
     if not any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values()):
         for option in options:
             if option not in accepted:
-                nearest = difflib.get_close_matches(option, accepted, n=1)
+                known = [*accepted, "weight", "as"]
+                nearest = difflib.get_close_matches(option, known, n=1)
                 hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-                takes = ", ".join(accepted) or "no options"
+                takes = ", ".join(known)
                 raise ValueError(f"the reward {name!r} has no option {option!r}{hint}; it takes {takes}")
     required = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in options]
     if required and (is_class or not takes_completions(found)):  # TRL's form may ask for columns
