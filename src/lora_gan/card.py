@@ -329,8 +329,9 @@ def _training(run: Run, part: str) -> str:
         ]
         if config.imitation_weight:
             learns += f"; imitation of target texts at weight {config.imitation_weight:g}"
+    ships = ", which ships with lora-gan" if run.base.name == "tiny" else ""
     rows = {
-        "base": f"`{_base_name(run.base)}`, in {str(run.base.model.dtype).removeprefix('torch.')}",
+        "base": f"`{_base_name(run.base)}`{ships}, in {str(run.base.model.dtype).removeprefix('torch.')}",
         "adapter": _adapter(run.adapters[part.removesuffix("-merged")]),
         "true reward": run.reward,
         "data": None if run.data is None else f"`{_data_name(run.data)}`",
