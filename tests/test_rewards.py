@@ -86,6 +86,7 @@ def test_cosine_leaves_no_trace():
 import random, warnings
 import numpy as np, torch
 warnings.simplefilter("always")
+warnings.simplefilter("ignore", DeprecationWarning)  # what libraries say to each other; Python hides it from users
 from lora_gan.rewards import CosineReward
 import sys
 assert "sentence_transformers" not in sys.modules
