@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers import base_folder
 
-from lora_gan import Config, LoraGAN, cli
+from lora_gan import Config, LoraGAN, cli, data
 
 SMALL = [
     "--num_generations", "4", "--max_completion_length", "6", "--lora_r", "4", "--disc_lora_r", "4",
@@ -250,8 +250,9 @@ def test_a_value_that_looks_like_an_option_stays_as_it_is(monkeypatch):
 
     monkeypatch.setitem(cli.COMMANDS, "score", score)
     assert cli.main(["score", "--two-words", "--- a well-known one"]) == 0
+    assert cli.main(["score", "--two-words", "--a-well-known one"]) == 0
     assert cli.main(["score", "--two-words=well-known"]) == 0
-    assert seen == ["--- a well-known one", "well-known"]
+    assert seen == ["--- a well-known one", "--a-well-known one", "well-known"]
 
 
 def test_options_of_a_run_that_cannot_be_read_are_said(there, capsys):
@@ -380,3 +381,146 @@ def test_what_a_reader_does_not_take_is_no_error(there):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, timeout=120)
     assert run.stdout.count("\n") == 1 and "Broken" not in run.stderr and "Traceback" not in run.stderr
+
+
+# --- what an option says reaches what it is about
+
+
+def test_eval_does_as_its_options_say(there):
+    """Oracle: gan.evaluate() called with the same in Python."""
+    assert train("--max_steps", "2", "--learning_rate", "0.05") == 0
+    (there / "others.csv").write_text("question,answer\nthe dog,le chien\nthe tree,arbre\nthe red house,non\n")
+    gan = LoraGAN.from_checkpoint(there / "run", base_folder(), reward=lambda response, target: 2.0 * len(response))
+    rows = [
+        {"prompt": p, "target": t}
+        for p, t in (("the dog", "le chien"), ("the tree", "arbre"), ("the red house", "non"))
+    ]
+    options = ["eval", "--checkpoint", "run/step-2", "--data", "others.csv", "--output", "judged.json"]
+    columns = ["--prompt_column", "question", "--target_column", "answer"]
+    sampling = ["--best_of", "3", "--temperature", "0.7", "--seed", "7", "--reference"]
+    twice = ["--reward", '[{"name": "mine.py:length", "weight": 2.0}]']
+    assert cli.main([*options, *columns, *sampling, *twice]) == 0
+    judged = json.loads((there / "judged.json").read_text())
+    for player, more in (("generator", {"best_of": 3}), ("reference", {"player": "reference"})):
+        expected = gan.evaluate(rows, temperature=0.7, seed=7, **more)
+        assert judged[player]["samples"] == json.loads(json.dumps(expected["samples"])), player
+    assert judged["generator"]["samples"] != judged["reference"]["samples"]
+
+    assert cli.main([*options, *columns]) == 0  # a step's folder: the reward stands in the run's train.yaml, above it
+    judged = json.loads((there / "judged.json").read_text())
+    assert [s["true_reward"] for s in judged["generator"]["samples"]] == [
+        float(len(s["response"])) for s in judged["generator"]["samples"]
+    ]
+
+
+def test_generate_does_as_its_options_say(there, capsys):
+    assert train("--max_steps", "1") == 0
+    gan = LoraGAN.from_checkpoint(there / "run", base_folder())
+    usual = gan.generate("the cat")[0]
+    for option, value in (("seed", 7), ("temperature", 0.0), ("top_p", 0.05), ("max_completion_length", 2)):
+        capsys.readouterr()
+        assert cli.main(["generate", "--checkpoint", "run", "--prompt", "the cat", f"--{option}", str(value)]) == 0
+        (expected,) = gan.generate("the cat", **{option: value})
+        assert capsys.readouterr().out == expected + "\n" != usual + "\n", option
+
+
+def test_train_gives_every_part_what_is_meant_for_it(there):
+    (there / "held_out.csv").write_text("question,answer\nthe dog,le chien\n")
+    (there / "pairs.csv").write_text("question,answer\nthe cat,le chat\nthe old tree,arbre\n")
+    options = ["--model", str(base_folder()), "--data", "pairs.csv", "--output_dir", "run", "--max_steps", "1"]
+    columns = ["--prompt_column", "question", "--target_column", "answer", "--eval_data", "held_out.csv"]
+    adapters = ["--peft_config", '{"r": 2}', "--disc_peft_config", '{"r": 3}', "--max_completion_length", "6"]
+    rewards = ["--reward", '[{"name": "mine.py:length", "weight": 2.0}]']
+    assert cli.main(["train", *options, *columns, *adapters, *rewards]) == 0
+    ranks = [
+        json.loads((there / "run" / "step-1" / player / "adapter_config.json").read_text())["r"]
+        for player in ("generator", "discriminator")
+    ]
+    assert ranks == [2, 3]
+    gan = LoraGAN.from_checkpoint(there / "run", base_folder(), reward=lambda response, target: 2.0 * len(response))
+    expected = gan.evaluate([{"question": "the dog", "answer": "le chien"}])["metrics"]["true_reward"]["mean"]
+    evaluated = [line for line in lines(there / "run" / "metrics.jsonl") if "eval_true_reward" in line]
+    assert [line["eval_true_reward"] for line in evaluated] == [expected]
+
+
+def test_export_writes_the_parts_it_is_told_to(there, capsys):
+    assert train("--max_steps", "1") == 0
+    assert cli.main(["export", "--checkpoint", "run", "--output_dir", "new", "--parts", "generator"]) == 0
+    assert [path.name for path in (there / "new").iterdir() if path.is_dir()] == ["generator"]
+
+
+def test_a_run_at_its_end_says_so(there, capsys):
+    assert train("--max_steps", "1") == 0
+    options = ["--config", "run/train.yaml", "--resume"]
+    assert "at its end, step 1: set a larger --max_steps" in said_of(capsys, "train", *options)
+
+
+def test_a_dry_run_beside_an_older_run_is_allowed(there, capsys):
+    assert train("--max_steps", "1") == 0
+    assert train("--max_steps", "2", "--dry-run") == 0
+    assert [path.name for path in (there / "run").glob("step-*")] == ["step-1"]
+
+
+def test_a_dry_run_compares_targets(there, capsys):
+    assert train("--max_steps", "3", "--dry-run", "--reward", "exact_match") == 0
+    out = capsys.readouterr().out
+    assert "a row's own target 1.000, another row's 0.000" in out and "does not prefer" not in out
+
+
+def test_a_dry_run_reckons_the_time_of_the_whole_run(there, capsys):
+    (there / "mine.py").write_text(
+        "import time\ndef length(response, target):\n    time.sleep(0.05)\n    return float(len(response))\n"
+    )
+    assert train("--max_steps", "1000", "--dry-run") == 0
+    said = re.search(r"([\d.]+) ms a call .*: about (\d+) min for the 8,000 calls", capsys.readouterr().out)
+    assert float(said[1]) >= 50 and float(said[2]) == pytest.approx(float(said[1]) * 8000 / 60_000, abs=1)
+
+
+def test_files_in_the_kept_options_stand_under_their_full_path(there):
+    (there / "base").mkdir()
+    reward = ["chrf", {"name": "mine.py:length", "weight": 2.0}, {"name": "human", "log": "said.jsonl"}]
+    options = {"model": "base", "data": "pairs.csv", "eval_data": "pairs.csv", "reward": reward, "resume": True}
+    kept = yaml.safe_load(cli.commands.keep_options(there / "run", options).read_text())
+    pairs = str(there / "pairs.csv")
+    assert kept == {
+        "model": str(there / "base"), "data": pairs, "eval_data": pairs, "output_dir": str(there / "run"),
+        "reward": [
+            "chrf", {"name": f"{there}/mine.py:length", "weight": 2.0},
+            {"name": "human", "log": str(there / "said.jsonl")},
+        ],
+    }  # fmt: skip
+
+
+def test_split_and_streaming_reach_the_data(there, monkeypatch):
+    asked, read = [], data.read_rows
+    monkeypatch.setattr(data, "read_rows", lambda source, **how: asked.append(how) or read(source, **how))
+    assert train("--max_steps", "1", "--streaming", "--split", "train[:4]", "--dry-run") in (0, 2)
+    assert (asked[0]["streaming"], asked[0]["split"]) == (True, "train[:4]")
+
+
+def test_remote_code_runs_only_where_the_line_says_so(there, capsys, monkeypatch):
+    (there / "run").mkdir()
+    allowed = []
+
+    def opened(path, model, **arguments):
+        allowed.append(arguments["trust_remote_code"])
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(LoraGAN, "from_checkpoint", opened)
+    for options in (
+        ["generate", "--prompt", "a"], ["score", "--prompt", "a", "--response", "b"], ["export", "--output_dir", "new"],
+        ["eval", "--data", "pairs.csv", "--reward", "chrf"],
+    ):  # fmt: skip
+        for more in ([], ["--trust_remote_code"]):
+            assert "far enough" in said_of(capsys, options[0], "--checkpoint", "run", *options[1:], *more)
+    assert allowed == [False, True] * 4
+
+
+def test_a_run_that_could_not_save_does_not_say_go_on(there, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt("pressed again")
+
+    monkeypatch.setattr(LoraGAN, "save_checkpoint", stopped)
+    assert train("--max_steps", "1") == 130
+    said = capsys.readouterr().err
+    assert "pressed again" in said and "--resume" not in said

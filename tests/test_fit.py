@@ -10,7 +10,7 @@ import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 
 from lora_gan import data, evaluation
-from lora_gan.rewards import chrf
+from lora_gan.rewards import RewardUnavailable, chrf
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 
@@ -187,3 +187,104 @@ def test_a_first_step_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="'good'"):
         gan.fit(ROWS, steps=2, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what is known before the first step is said before it; what goes wrong late is saved first
+
+
+def test_a_late_row_without_a_target_is_named_before_the_first_step(tmp_path):
+    asked = []
+
+    def compares(response, target):
+        asked.append(target)
+        return 1.0
+
+    compares.needs_target = True
+    gan = small_gan(output_dir=str(tmp_path), reward=compares)
+    rows = [*ROWS, {"prompt": "without one"}]
+    with pytest.raises(ValueError, match="'without one' has none"):
+        gan.fit(rows, steps=1, progress=False)
+    assert not asked and gan.global_step == 0
+    adversarial = small_gan(output_dir=str(tmp_path), reward=compares, adversarial=True)
+    assert len(adversarial.fit(rows, steps=1, train_disc=False, progress=False)) == 1 and not asked  # nothing compares
+
+
+def test_evaluation_names_a_missing_target_before_it_samples(monkeypatch):
+    gan = small_gan(reward=chrf)
+    monkeypatch.setattr(gan, "generate", lambda *_, **__: pytest.fail("sampled before"))
+    with pytest.raises(ValueError, match="'x' has none"):
+        gan.evaluate([{"prompt": "x"}])
+
+
+def test_steps_below_nought_are_refused_and_a_run_past_its_end_has_none_left(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path), max_steps=1)
+    with pytest.raises(ValueError, match="steps=-1"):
+        gan.fit(ROWS, steps=-1, progress=False)
+    gan.fit(ROWS, steps=2, progress=False)
+    assert gan.steps_left(gan._rows(ROWS)) == 0 and gan.fit(ROWS, progress=False) == []
+
+
+def test_a_reward_that_cannot_run_any_more_leaves_the_last_whole_step(tmp_path):
+    answers = []
+
+    def gone(response, target):
+        answers.append(response)
+        if len(answers) > 8:
+            raise RewardUnavailable("its model is gone")
+        return reward(response, target)
+
+    with pytest.raises(RewardUnavailable, match="its model is gone"):
+        small_gan(output_dir=str(tmp_path), reward=gone).fit(ROWS, steps=3, progress=False)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-1"]
+
+
+# --- what evaluate() measures
+
+
+def test_the_best_of_several_and_the_reference_are_those_of_generate():
+    gan = small_gan()
+    for _ in range(3):
+        gan.step(PROMPTS[:2])
+    prompts = [row["prompt"] for row in ROWS]
+    answers = [[s["response"] for s in gan.evaluate(ROWS, **options)["samples"]]
+               for options in ({}, {"best_of": 5}, {"player": "reference"})]  # fmt: skip
+    assert answers[1] == gan.generate(prompts, 5) != answers[0]
+    assert answers[2] == gan.generate(prompts, player="reference") != answers[0]
+
+
+def test_metrics_that_need_targets_and_rewards_that_do_not_answer():
+    def sometimes(response, target):
+        return None if target == TARGETS[0] else 2.0
+
+    gan = small_gan(reward=sometimes)
+    responses = ["le chat", "", "French food"]
+    gan.generate = lambda prompts, *_, **__: responses[: len(prompts)]
+    rows = [{"prompt": p, "target": t} for p, t in zip("abc", (TARGETS[0], "le", "French food"), strict=True)]
+    found = gan.evaluate(rows)["metrics"]
+    assert found["true_reward"] == {"mean": 2.0, "low": 2.0, "high": 2.0}  # of the two that were answered
+    assert found["exact_match"]["mean"] == pytest.approx(1 / 3)
+    assert found["length"]["mean"] == pytest.approx(4 / 3)  # words
+    if "chrf" in found:
+        scores = [chrf(response, row["target"]) for response, row in zip(responses, rows, strict=True)]
+        assert found["chrf"]["mean"] == pytest.approx(100 * sum(scores) / 3) and scores[2] == 1.0
+    assert not any(name.startswith("rewards/") for name in found)  # one reward is the whole
+    assert "exact_match" not in gan.evaluate([*rows[:2], {"prompt": "c"}])["metrics"]
+
+
+def test_the_interval_holds_95_percent():
+    values = np.arange(100.0)
+    found = evaluation.interval(values.tolist(), draws=20_000)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 10, rel=0.02)
+
+
+def test_a_step_measures_the_scales_that_rewards_are_normalized_by():
+    gan = small_gan(multi_objective_aggregation="normalize_then_sum")
+    before = json.dumps(gan.reward_scales.state_dict())
+    gan.step(PROMPTS[:2])
+    assert json.dumps(gan.reward_scales.state_dict()) != before
+
+
+def test_a_reward_that_answers_some_does_not_warn(recwarn):
+    answers = iter([None, 1.0] * 8)
+    small_gan(reward=lambda response, target: next(answers)).step(PROMPTS[:2])
+    assert not [warning for warning in recwarn if "answered for none" in str(warning.message)]

@@ -1,0 +1,45 @@
+"""What a dry run says before anything is trained. Oracle: counted by hand on two tiny shapes, and arrays made up."""
+
+import re
+
+import numpy as np
+import pytest
+from helpers import base_folder, small_gan
+from transformers import AutoModelForCausalLM
+
+from lora_gan import preview
+
+
+@pytest.mark.parametrize(("architecture", "kv_width"), [("gpt2", 32), ("llama", 16)])  # llama: 2 of 4 heads of width 8
+def test_memory_is_counted_as_by_hand(architecture, kv_width):
+    folder = base_folder(architecture)
+    gan = small_gan(folder, micro_batch_size=3)  # 2 prompts × 4 responses of 6 tokens, two layers of width 32
+    found = preview.memory(gan.players, gan.config, [4, 10])
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    trained = sum(p.numel() for player in ("generator", "discriminator") for p in gan.players.parameters(player))
+    vocabulary = base.config.vocab_size
+    assert list(found.values()) == [
+        4 * sum(p.numel() for p in base.parameters()),
+        4 * 4 * trained,  # float32: the weight, its gradient, and AdamW's two moments
+        2 * 4 * 8 * 16 * 2 * kv_width,  # keys and values of 8 rows of 10 + 6 tokens in 2 layers
+        4 * 3 * 2 * (17 * 16 * 32 + 2.5 * 4 * 16**2) + 13 * 4 * 3 * 6 * vocabulary,
+    ]
+
+
+def test_what_takes_turns_is_not_added_up():
+    said = preview._in_words({"base": 2e6, "adapters": 1e6, "sampling": 5e6, "an update": 4e6})
+    assert said.startswith("about 8 MB: base 2 MB, adapters 1 MB, sampling 5 MB")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ([[1.0, np.nan], [np.nan, np.nan]], "no prompt has two answers"),
+        ([[1.0, 1.0], [2.0, 2.0]], "every response is worth the same"),
+        ([[1.0, 3.0], [2.0, 2.0]], r"responses 0\.500 \(standard deviation\); none for 1 of 2 prompts"),
+        ([[1.0, 3.0], [2.0, np.nan]], r"responses 1\.000 \(standard deviation\)$"),
+    ],
+)
+def test_the_spread_is_that_of_responses_to_one_prompt(rewards, said):
+    (line,) = preview._verdict_on_spread(np.array(rewards))
+    assert re.search(said, line), line
