@@ -67,3 +67,13 @@ def test_the_pooled_token_is_the_one_the_page_says(pad):
         hidden = body(input_ids=torch.tensor([ids])).last_hidden_state[0, -2 if pad == "eos" else -1]
     expected = float(gan.players.heads_MH.mean(0) @ hidden)
     assert gan.score(PROMPTS[0], "French") == pytest.approx([expected], abs=1e-4)
+
+
+def test_the_batch_size_changes_no_score():
+    gan = small_gan()
+    for _ in range(2):
+        gan.step(PROMPTS[:2])
+    pairs = PROMPTS, ["one", "", "three words long", "four"]
+    whole = gan.score(*pairs)
+    assert gan.score(*pairs, batch_size=3) == pytest.approx(whole, abs=1e-6) and len(set(whole)) > 1
+    assert gan.score([], []) == gan.score([], [], batch_size=3) == []

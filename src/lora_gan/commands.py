@@ -381,9 +381,7 @@ def _columns(config: Config) -> dict[str, Any]:
 
 def _write_scored(output: str | None, gan: Any, prompts: list[Any], responses: list[str], batch_size: int) -> None:
     """Each response with its predicted reward, as JSON Lines."""
-    from .rollout import chunks
-
-    predicted = [x for part in chunks(len(prompts), batch_size) for x in gan.score(prompts[part], responses[part])]
+    predicted = gan.score(prompts, responses, batch_size=batch_size)
     lines = [
         json.dumps({"prompt": prompt, "completion": response, "pred_reward": value}, ensure_ascii=False) + "\n"
         for prompt, response, value in zip(prompts, responses, predicted, strict=True)

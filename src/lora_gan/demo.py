@@ -22,6 +22,7 @@ import torch
 
 from . import tiny
 from .discriminator import Discriminator
+from .evaluation import aligned
 from .experience import Experience
 from .gan import LoraGAN
 from .plots import plot_run
@@ -169,10 +170,7 @@ def table(models: list[Judged]) -> str:
         )
         for model in models
     ]
-    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (head, *body)
-    ]
+    lines = aligned([head, *body])
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from . import randomness
 from .adapters import Player
 from .data import Row
 from .rewards import text
-from .rollout import chunks
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -45,9 +45,7 @@ def evaluate(
     """
     prompts = [row.prompt for row in rows]
     responses = gan.generate(prompts, best_of, temperature=temperature, seed=seed, player=player, batch_size=batch_size)
-    predicted: list[float] = []
-    for part in chunks(len(rows), batch_size):
-        predicted += gan.score(prompts[part], responses[part])
+    predicted = gan.score(prompts, responses, batch_size=batch_size)
     true, parts = gan.ask(rows, responses)
 
     columns: dict[str, list[float | None]] = {
@@ -78,10 +76,13 @@ def table(judged: dict[str, dict[str, Any]]) -> str:
         cells = [result["metrics"][name] for result in judged.values()]
         lines.append([name, *map(_cell, cells)])
     lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
+    return "\n".join(aligned(lines))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells as lines of text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _cell(metric: dict[str, float | None]) -> str:

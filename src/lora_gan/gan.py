@@ -399,11 +399,14 @@ class LoraGAN:
             chosen += [sampled.texts[j * best_of + int(i)] for j, i in enumerate(best)]
         return chosen
 
-    def score(self, prompts: Prompt | list[Prompt], responses: str | list[str]) -> list[float]:
+    def score(
+        self, prompts: Prompt | list[Prompt], responses: str | list[str], *, batch_size: int | None = None
+    ) -> list[float]:
         """The discriminator's predicted reward of one response to each prompt, always a list.
 
         Prompt and response are tokenized apart, concatenated, and closed with the end-of-text token: what the
-        discriminator was trained on, for a response that was generated, and ended, as these tokens.
+        discriminator was trained on, for a response that was generated, and ended, as these tokens. `batch_size` is the
+        number of pairs read at once; None = all.
         """
         prompts = data.as_prompts(prompts)
         responses = [responses] if isinstance(responses, str) else list(responses)
@@ -412,9 +415,12 @@ class LoraGAN:
         if not prompts:
             return []
         base = self.players.base
-        encoded = rollout.encode_pairs(base, prompts, responses, self.config.chat_template_kwargs)
-        rows = rollout.assemble(base, self.players.device, *encoded, responses)
-        return self.discriminator.predict(rows).mean(0).tolist()
+        predicted: list[float] = []
+        for part in rollout.chunks(len(prompts), batch_size):
+            encoded = rollout.encode_pairs(base, prompts[part], responses[part], self.config.chat_template_kwargs)
+            rows = rollout.assemble(base, self.players.device, *encoded, responses[part])
+            predicted += self.discriminator.predict(rows).mean(0).tolist()
+        return predicted
 
     def evaluate(self, dataset: Dataset, **options: Any) -> dict[str, Any]:
         """Held-out true and predicted reward, other metrics with 95 % intervals over prompts, and samples.

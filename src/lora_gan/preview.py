@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .adapters import Players
+from .checkpoint import PLAYERS
 from .config import Config
 from .data import Row
 from .display import one_line
@@ -30,7 +31,7 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         steps: steps that would be run.
     """
     config, players, base = gan.config, gan.players, gan.players.base
-    sizes = {player: _count(players.parameters(player)) for player in ("generator", "discriminator")}
+    sizes = {player: sum(p.numel() for p in players.parameters(player)) for player in PLAYERS}
     frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
     lines = {
@@ -42,7 +43,7 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         f"{config.max_completion_length} tokens" + (f", after {gan.global_step:,}" if gan.global_step else ""),
         "true reward": f"{', '.join(gan.reward_names)}: asked for {config.query_rate:.0%} of the responses, "
         f"{calls(config, steps):,} calls",
-        "memory": _in_words(memory(players, config, [_tokens(gan, row) for row in rows])),
+        "memory": _in_words(memory(players, config, [len(ids) for ids in gan._encode(row.prompt for row in rows)])),
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
 
@@ -71,7 +72,7 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
     together = min(config.micro_batch_size or sampled, sampled)
     length = max(prompt_lengths) + config.max_completion_length
     layer = 17 * length * text.hidden_size + 2.5 * heads * length**2
-    trained = sum(p.numel() * p.element_size() for player in _TRAINED for p in players.parameters(player))
+    trained = sum(p.numel() * p.element_size() for player in PLAYERS for p in players.parameters(player))
     return {
         "base": float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)),
         "adapters, their gradients and AdamW's moments": 4.0 * trained,
@@ -79,9 +80,6 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
         "an update": number * together * text.num_hidden_layers * layer
         + 13.0 * 4 * together * config.max_completion_length * vocabulary,
     }
-
-
-_TRAINED = ("generator", "discriminator")
 
 
 def _in_words(parts: dict[str, float]) -> str:
@@ -97,14 +95,6 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def _count(parameters: list[Any]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _tokens(gan: LoraGAN, row: Row) -> int:
-    return len(gan._encode([row.prompt])[0])
 
 
 def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
