@@ -144,7 +144,7 @@ def test_the_generators_update_leaves_the_discriminator_bitwise(through):
     gan.step(PROMPTS[:2], TARGETS[:2])
     before = {player: player_state(gan, player) for player in BOTH}
     experience = gan._play(data.rows_of(PROMPTS[:2], None, {}), asks=True)
-    gan.generator.update(experience.rows, experience, "predicted", 0.0)
+    gan.generator.update(experience.rows, experience, "predicted", 0.0, gan.players.predict)
     assert differences(before["discriminator"], player_state(gan, "discriminator")) == []
     assert differences(before["generator"], player_state(gan, "generator")) != []
     assert all(parameter.grad is None for parameter in gan.players.parameters("discriminator"))
@@ -231,7 +231,7 @@ def test_generator_gradients_equal_those_of_a_stock_adapter(architecture, micro_
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     experience = gan._play(data.rows_of(PROMPTS[:3], None, {}), asks=True)
-    gan.generator._reinforce(experience, "true")
+    gan.generator._reinforce(experience, gan.generator.advantages(experience, "true"), gan.players.predict, [])
     ours = {name: weight.grad for name, weight in zip(
         adapter_state(gan.players, "generator"), gan.players.parameters("generator"), strict=True
     )}  # fmt: skip

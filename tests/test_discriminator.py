@@ -78,4 +78,5 @@ def test_within_group_correlation_sees_what_the_overall_one_does_not():
 
 def test_metrics_say_nothing_where_there_is_nothing_to_say():
     nothing = fresh_metrics(np.zeros((2, 3)), np.full(3, np.nan), np.zeros(3, dtype=int))
-    assert nothing == {"rank_correlation": None, "rank_correlation_within": None, "disc_mse": None}
+    names = ["rank_correlation", "rank_correlation_within", "disc_mse", "calibration_slope", "uncertainty_correlation"]
+    assert nothing == dict.fromkeys(names)

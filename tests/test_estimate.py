@@ -10,6 +10,11 @@ import pytest
 
 from lora_gan import estimate
 
+
+def choose(group_B, rate, **options):
+    return estimate.choose_queries(group_B, rate, **options).asked_B
+
+
 STEPS = 4000
 DESIGNS = [(0.25, [4, 4]), (0.5, [8]), (0.1, [8, 8, 8, 8]), (0.3, [1, 2, 3, 5]), (0.9, [3, 3]), (0.01, [2, 2])]
 
@@ -21,7 +26,7 @@ def groups(sizes):
 @pytest.mark.parametrize(("rate", "sizes"), DESIGNS)
 def test_every_response_is_asked_for_with_probability_rate(rate, sizes):
     group_B = groups(sizes)
-    asked = np.array([estimate.choose_queries(group_B, rate, seed=1, step=step) for step in range(STEPS)])
+    asked = np.array([choose(group_B, rate, seed=1, step=step) for step in range(STEPS)])
     assert asked.dtype == bool
     error = np.sqrt(rate * (1 - rate) / STEPS)
     assert np.abs(asked.mean(0) - rate).max() < 5 * error
@@ -30,13 +35,13 @@ def test_every_response_is_asked_for_with_probability_rate(rate, sizes):
     for group, size in enumerate(sizes):
         share = asked[:, group_B == group].sum(1)
         assert (np.abs(share - rate * size) < 1).all(), "a group's share, to within one"
-    repeated = estimate.choose_queries(group_B, rate, seed=1, step=3)
+    repeated = choose(group_B, rate, seed=1, step=3)
     assert (repeated == asked[3]).all()
 
 
 def test_pairs_of_a_group_are_asked_alike():
     """Which two of a group are asked does not depend on their places in it."""
-    asked = np.array([estimate.choose_queries(groups([4]), 0.5, seed=2, step=step) for step in range(STEPS)])
+    asked = np.array([choose(groups([4]), 0.5, seed=2, step=step) for step in range(STEPS)])
     for i, j in itertools.combinations(range(4), 2):
         assert abs((asked[:, i] & asked[:, j]).mean() - 1 / 6) < 5 * np.sqrt(1 / 6 * 5 / 6 / STEPS)
 
@@ -45,17 +50,13 @@ def test_pairs_of_a_group_are_asked_alike():
 def test_group_labels_may_be_any_and_in_any_order(labels):
     group_B = np.array(labels)
     for step in range(200):
-        asked = estimate.choose_queries(group_B, 0.5, seed=0, step=step)
+        asked = choose(group_B, 0.5, seed=0, step=step)
         assert all(asked[group_B == label].sum() == 2 for label in set(labels))
 
 
 def test_rate_one_asks_for_all_and_seeds_and_steps_differ():
-    assert estimate.choose_queries(groups([3, 2]), 1.0, seed=0, step=0).all()
-    draws = {
-        tuple(estimate.choose_queries(groups([8, 8]), 0.5, seed=seed, step=step))
-        for seed in (0, 1)
-        for step in range(20)
-    }
+    assert choose(groups([3, 2]), 1.0, seed=0, step=0).all()
+    draws = {tuple(choose(groups([8, 8]), 0.5, seed=seed, step=step)) for seed in (0, 1) for step in range(20)}
     assert len(draws) > 35
 
 
@@ -66,7 +67,7 @@ def test_the_corrected_reward_is_unbiased_however_wrong_the_prediction(rate, siz
     true, predicted = rng.normal(size=len(group_B)), 10 + 4 * rng.normal(size=len(group_B))
     values = []
     for step in range(STEPS):
-        asked = estimate.choose_queries(group_B, rate, seed=3, step=step)
+        asked = choose(group_B, rate, seed=3, step=step)
         values.append(estimate.corrected_reward(predicted, np.where(asked, true, np.nan), rate))
     values = np.array(values)
     error = values.std(0) / np.sqrt(STEPS)

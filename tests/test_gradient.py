@@ -89,12 +89,15 @@ def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> 
     predicted = np.zeros(size) if predicted is None else np.asarray(predicted, dtype=np.float64)
     true = np.full(size, np.nan) if true is None else np.asarray(true, dtype=np.float64)
     spread = np.array([[0.3], [-0.3]])  # two heads that disagree: their mean is what counts
-    return Experience(0, [data.Row("c")], [PROMPT], rows, predicted + spread, ~np.isnan(true), true, query_rate, {})
+    return Experience(
+        0, [data.Row("c")], [PROMPT], rows, predicted + spread, ~np.isnan(true), true, np.full(size, query_rate), {}
+    )
 
 
 def gradient_of(gan, experience, signal) -> torch.Tensor:
     gan.generator.optimizer.zero_grad()
-    gan.generator._reinforce(experience, signal)
+    with gan.discriminator.scoring():
+        gan.generator._reinforce(experience, gan.generator.advantages(experience, signal), gan.players.predict, [])
     found = gradients(gan.players.parameters("generator"))
     gan.generator.optimizer.zero_grad()
     return found
@@ -228,14 +231,15 @@ def test_straight_through_is_exact_for_one_token_and_a_linear_discriminator(monk
         assert_equal_gradients(gradient_of(gan, experience, "predicted"), oracle)
 
 
+@pytest.mark.parametrize("predictor", ["adapter", "probe"])
 @pytest.mark.parametrize("pad", ["own", "eos", "none"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad):
+def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad, predictor):
     """Two stock models in one graph, row by row: the generator's probabilities are the discriminator's inputs."""
     base = base_folder(architecture, pad)
     gan = small_gan(
-        base, gradient_path="straight_through", reward_signal="predicted", beta=0.0, temperature=0.8,
-        micro_batch_size=5, learning_rate=1e-2,
+        base, gradient_path="straight_through", reward_signal="predicted", disc_predictor=predictor, beta=0.0,
+        temperature=0.8, micro_batch_size=5, learning_rate=1e-2,
     )  # fmt: skip
     for _ in range(3):
         gan.step(PROMPTS[:2], TARGETS[:2])
@@ -243,10 +247,11 @@ def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad
     ours = gradient_of(gan, experience, "predicted")
 
     generator = stock_adapter(AutoModelForCausalLM.from_pretrained(base), gan, "generator")
-    discriminator = stock_adapter(AutoModelForCausalLM.from_pretrained(base), gan, "discriminator")
+    with gan.discriminator.scoring():
+        discriminator = stock_adapter(AutoModelForCausalLM.from_pretrained(base), gan, "discriminator")
+        head = gan.players.score_MH.detach().mean(0)
     lm = discriminator.get_base_model()
     body, table = getattr(lm, lm.base_model_prefix), lm.get_input_embeddings().weight
-    head = gan.players.score_MH.detach().mean(0)
     lengths, scores = experience.rollout.lengths_B, []
     for row, group in enumerate(experience.group_B):
         prompt = experience.prompts[group]

@@ -76,7 +76,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with torch.no_grad():
         kept = gan.players.heads_MH[0, 0].item()
     gan.generator._reinforce = lambda *_: (
-        (gan.players.parameters("generator")[0].sum() * float("nan")).backward() or (0, 0)
+        (gan.players.parameters("generator")[0].sum() * float("nan")).backward() or (0, 0, 0)
     )
     with pytest.raises(FloatingPointError):
         gan.step(PROMPTS[:2], train_disc=False)

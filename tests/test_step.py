@@ -97,7 +97,7 @@ def test_what_was_not_asked_is_none():
         asked.append(response)
         return reward(response)
 
-    gan = small_gan(query_rate=0.25, num_generations=8, reward=counting)
+    gan = small_gan(query_rate=0.25, query_design="uniform", num_generations=8, reward=counting)
     for _ in range(3):
         asked.clear()
         out = gan.step(PROMPTS[:2])

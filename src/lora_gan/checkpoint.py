@@ -3,6 +3,7 @@
     step-100/
       generator/      adapter_config.json  adapter_model.bin  optimizer.pt
       discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw heads, replay)
+      monitor.pt           (what the guard remembers)
       trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
 
 A folder without trainer_state.json is not a checkpoint: it is written last, and the whole folder under another name.
@@ -51,10 +52,12 @@ def save(gan: LoraGAN, folder: Path, step: int) -> Path:
     shutil.rmtree(writing, ignore_errors=True)
     for player in PLAYERS:
         (writing / player).mkdir(parents=True)
-        save_adapter(gan.players, player, writing / player, gan.config.weights_format)
+        with gan.discriminator.scoring():
+            save_adapter(gan.players, player, writing / player, gan.config.weights_format)
     torch.save(gan.generator.optimizer.state_dict(), writing / "generator" / "optimizer.pt")
     torch.save(gan.discriminator.optimizer.state_dict(), writing / "discriminator" / "optimizer.pt")
     torch.save(gan.discriminator.state_dict(), writing / "discriminator" / "state.pt")
+    torch.save(gan.monitor.state_dict(), writing / "monitor.pt")
     (writing / STATE).write_text(json.dumps(_trainer_state(gan), indent=2) + "\n", encoding="utf-8")
 
     replaced = folder / f".step-{step}.replaced-{os.getpid()}"
@@ -76,6 +79,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "global_step": gan.global_step,
         "position": gan.position,
         "reward_calls": gan.reward_calls,
+        "beta_scale": gan.generator.beta_scale,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
         "reward_scales": gan.reward_scales.state_dict(),
         "config": gan.config.to_file(),
@@ -179,10 +183,14 @@ def load(gan: LoraGAN, path: Path) -> None:
         )
     put_generator = _read_generator(gan, path / "generator")
     put_discriminator = _read_discriminator(gan, path / "discriminator")
+    monitor = _read_tensors(path / "monitor.pt") if (path / "monitor.pt").is_file() else None
     put_generator()
     put_discriminator()
+    if monitor is not None:
+        gan.monitor.load_state_dict(monitor)
     gan.global_step, gan.position = state["global_step"], state["position"]
     gan.reward_calls = state["reward_calls"]
+    gan.generator.beta_scale = state.get("beta_scale", 1.0)
     gan.generator.baseline.total = state["baseline"]["total"]
     gan.generator.baseline.weight = state["baseline"]["weight"]
     gan.reward_scales.load_state_dict(state.get("reward_scales", {}))  # older checkpoints have none

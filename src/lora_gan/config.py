@@ -14,6 +14,12 @@ from typing import Any, Literal, get_args
 
 RewardSignal = Literal["true", "predicted", "corrected"]
 GradientPath = Literal["policy_gradient", "straight_through"]
+QueryDesign = Literal["uniform", "groups", "uncertain"]
+AfterBudget = Literal["predicted", "stop"]
+DiscObjective = Literal["regression", "real_vs_generated"]
+DiscPredictor = Literal["auto", "adapter", "probe"]
+ReplayPolicy = Literal["fifo", "reservoir"]
+OnExploit = Literal["warn", "stop", "rollback"]
 WeightsFormat = Literal["bin", "safetensors"]
 Aggregation = Literal["sum", "normalize_then_sum"]  # the latter is TRL's name
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
@@ -108,14 +114,24 @@ class Config:
     """The adapter is scaled by alpha / r."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter, as in peft.LoraConfig: "all-linear", a regular expression, or a list of names."""
+    num_iterations: int = 1
+    """Updates a roll-out; from 2 on the probability ratio is clipped (PPO's surrogate)."""
+    epsilon: float = 0.2
+    """Where num_iterations is above 1: how far a token's probability ratio counts, 1 ± epsilon."""
     beta: float = 0.03
     """Weight of the KL to the reference, in reward units a nat; the KL is summed over a response."""
+    kl_target: float | None = None
+    """Nats a response that the KL is steered to, by moving beta from where it starts; None: beta is fixed."""
+    entropy_weight: float = 0.0
+    """Weight of the policy's entropy, in reward units a nat; summed over a response's places."""
     reward_weight: float = 1.0
     """Weight of the policy gradient; 0 leaves imitation alone."""
     imitation_weight: float = 0.0
     """Weight of the cross-entropy on the target text (SFT), in reward units a nat a token."""
     imitation_warmup_steps: int = 0
     """First steps, in which the generator learns by imitation alone."""
+    imitation_decay_steps: int | None = None
+    """Steps after the warm-up over which imitation_weight falls to nought, in a straight line; None: it stays."""
 
     # --- where its reward comes from, and how it reaches the generator
     adversarial: bool | None = None
@@ -124,8 +140,19 @@ class Config:
     """corrected: predicted + asked/query_rate · (true − predicted), unbiased; at query_rate 1 it is the true reward."""
     query_rate: float = 1.0
     """Share of the responses for which the true reward is asked, in (0, 1]."""
+    query_design: QueryDesign = "groups"
+    """Which responses are asked for: uniform (a share of each group), groups (whole groups, so that a prompt's
+    responses can be compared), uncertain (more where the heads disagree). The probabilities are known in each."""
+    query_floor: float = 0.25
+    """Of the uncertain design: least probability of being asked, as a share of query_rate; it bounds the correction."""
+    reward_budget: int | None = None
+    """True-reward calls of the whole run, kept to exactly; None: no limit."""
+    after_budget: AfterBudget = "predicted"
+    """When reward_budget is spent: go on by the predicted reward alone, or stop (fit() ends, step() raises)."""
     gradient_path: GradientPath = "policy_gradient"
     """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
+    straight_through_weight: float = 1.0
+    """Of straight_through: the share of the predicted reward that comes through; the rest comes by policy gradient."""
     multi_objective_aggregation: Aggregation = "sum"
     """Several rewards: sum (weighted, as they are), or normalize_then_sum (each in units of its own spread first)."""
 
@@ -148,16 +175,45 @@ class Config:
     """Weight of the group's mean in the regression, against 1 within the group."""
     disc_rank_weight: float = 0.5
     """Weight of the within-group ranking loss, against 1 for the regression."""
+    disc_objective: DiscObjective = "regression"
+    """regression: learns the true reward; real_vs_generated: learns to tell target texts from responses, and no true
+    reward is asked for."""
+    disc_predictor: DiscPredictor = "auto"
+    """What predicts: the trained adapter; the probe, a ridge regression on the frozen base's features; auto: whichever
+    of the two has met fresh true rewards better so far."""
+    disc_average: float = 0.0
+    """Decay an update of the moving average of its weights, which then scores; 0: the weights themselves score."""
+    disc_replay_policy: ReplayPolicy = "fifo"
+    """Which groups replay keeps: the last ones, or an even sample of all (reservoir)."""
+    disc_anchor_reward: float | None = None
+    """The true reward of a target text, where it is known (1 for the default reward): the target then stands in its
+    prompt's group as one more answer, free of charge. None: it does not."""
+
+    # --- the guard
+    uncertainty_penalty: float = 0.0
+    """What the generator sees is the heads' mean minus this many of their standard deviations."""
+    gate_correlation: float = 0.0
+    """Fresh rank correlation within groups from which on predictions count in full; below, in proportion; at nought or
+    less, not at all. 0: no gate."""
+    on_exploit: OnExploit = "warn"
+    """When predicted and true rewards part, or responses degenerate: warn, end fit() (stop), or take the generator
+    back to where the true reward was best (rollback)."""
+    monitor_window: int = 10
+    """Steps that the monitor averages over, and compares with the best such average so far."""
 
     def __post_init__(self) -> None:
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for name in (
             "logging_steps", "completions_steps", "prompts_per_step", "num_generations", "max_completion_length",
-            "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates",
+            "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates", "num_iterations",
+            "monitor_window",
         ):  # fmt: skip
             self._require(name, self._is_whole(name, 1), "a whole number from 1")
-        for name in ("max_steps", "save_steps", "eval_steps", "save_total_limit", "micro_batch_size"):
+        for name in (
+            "max_steps", "save_steps", "eval_steps", "save_total_limit", "micro_batch_size", "reward_budget",
+            "imitation_decay_steps",
+        ):  # fmt: skip
             ok = getattr(self, name) is None or self._is_whole(name, 1)
             self._require(name, ok, "None, or a whole number from 1")
         for name in (
@@ -168,13 +224,35 @@ class Config:
             "num_completions_to_print",
         ):
             self._require(name, self._is_whole(name, 0), "a whole number, 0 or more")
-        for name in ("num_train_epochs", "learning_rate", "disc_learning_rate", "temperature", "max_grad_norm"):
+        for name in (
+            "num_train_epochs",
+            "learning_rate",
+            "disc_learning_rate",
+            "temperature",
+            "max_grad_norm",
+            "epsilon",
+        ):
             self._require(name, self._is_number(name) and getattr(self, name) > 0, "a number above 0")
-        for name in ("beta", "reward_weight", "imitation_weight", "disc_mean_weight", "disc_rank_weight"):
+        for name in (
+            "beta", "reward_weight", "imitation_weight", "disc_mean_weight", "disc_rank_weight", "entropy_weight",
+            "uncertainty_penalty",
+        ):  # fmt: skip
             self._require(name, self._is_number(name) and getattr(self, name) >= 0, "a number, 0 or more")
-        for name in ("query_rate", "top_p"):
+        for name in ("query_rate", "top_p", "query_floor", "straight_through_weight"):
             self._require(name, self._is_number(name) and 0 < getattr(self, name) <= 1, "a share above 0, at most 1")
+        for name in ("disc_average", "gate_correlation"):
+            self._require(name, self._is_number(name) and 0 <= getattr(self, name) < 1, "a number from 0, below 1")
+        ok = self.disc_anchor_reward is None or self._is_number("disc_anchor_reward")
+        self._require("disc_anchor_reward", ok, "None, or a number")
+        ok = self.kl_target is None or (self._is_number("kl_target") and self.kl_target > 0)
+        self._require("kl_target", ok, "None, or a number above 0")
         for name, accepted in (
+            ("query_design", get_args(QueryDesign)),
+            ("after_budget", get_args(AfterBudget)),
+            ("disc_objective", get_args(DiscObjective)),
+            ("disc_predictor", get_args(DiscPredictor)),
+            ("disc_replay_policy", get_args(ReplayPolicy)),
+            ("on_exploit", get_args(OnExploit)),
             ("reward_signal", get_args(RewardSignal)),
             ("gradient_path", get_args(GradientPath)),
             ("weights_format", get_args(WeightsFormat)),
@@ -203,7 +281,17 @@ class Config:
             self._require(name, ok and bool(value), "a text, or a list of texts")
         for name in ("run_name", "target_column"):
             self._require(name, isinstance(getattr(self, name), str | None), "a text, or None")
-        self.signal(self.adversarial)
+        signal = self.signal(self.adversarial)
+        if self.kl_target is not None and not self.beta:
+            raise ValueError("kl_target moves beta, and beta=0 has nowhere to start from: set beta above 0")
+        if self.disc_objective == "real_vs_generated":
+            if signal != "predicted":
+                raise ValueError(
+                    "disc_objective='real_vs_generated' asks for no true reward, so the generator can only learn from "
+                    "the predicted one: set adversarial=True"
+                )
+            if self.disc_predictor == "probe":
+                raise ValueError("disc_predictor='probe' regresses on true rewards; real_vs_generated has none")
 
     def _is_whole(self, name: str, least: int) -> bool:
         value = getattr(self, name)

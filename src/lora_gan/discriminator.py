@@ -1,16 +1,20 @@
-"""The discriminator's training: ridge start, replay, and updates on what is left within groups.
+"""The discriminator's training: ridge start, replay, updates on what is left within groups; and who predicts.
 
 # B = responses, M = heads, H = hidden size
 
 It regresses on the true reward with each group's mean split off, plus a within-group ranking loss (GAD,
 arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. Replay is
 the discriminator's alone: it never reaches the generator's gradient.
+
+Two candidates predict: the adapter trained so, and the probe (probe.py). Both are judged by the answers of the next
+step, before these teach anyone (prequential, Dawid 1984); the better one scores.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +22,12 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from . import distributed, objectives, randomness
+from . import distributed, objectives, probe, randomness
 from .adapters import Players
 from .config import Config
 from .experience import Experience
 from .optimizer import PlayerOptimizer
-from .rollout import Rollout, assemble, chunks
+from .rollout import Rollout, assemble, chunks, encode_response
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,31 @@ class Group:
     responses: list[list[int]]  # token ids, the end-of-text token included where it was generated
     rewards: list[float]  # true rewards
     heads: list[bool]  # which heads learn from it: their spread is an uncertainty only if they saw different data
+    features: list[list[float]] | None = None  # the frozen base's, of each response, where the probe may be asked
+
+
+FORGET = 0.9  # a step, of what fresh answers said of the predictions
 
 
 class Replay:
-    """The last groups, first in first out."""
+    """The last groups, or an even sample of all there have been (reservoir sampling, Vitter 1985)."""
 
-    def __init__(self, capacity: int) -> None:
-        self.groups: deque[Group] = deque(maxlen=capacity)
+    def __init__(self, capacity: int, *, reservoir: bool = False, seed: int = 0) -> None:
+        self.capacity, self.reservoir, self.seed = capacity, reservoir, seed
+        self.groups: list[Group] = []
+        self.seen = 0  # groups that ever came
+
+    def extend(self, groups: list[Group]) -> None:
+        for group in groups:
+            if len(self.groups) < self.capacity:
+                self.groups.append(group)
+            elif self.reservoir and self.capacity:
+                place = int(randomness.generator(self.seed, self.seen, "reservoir").integers(self.seen + 1))
+                if place < self.capacity:
+                    self.groups[place] = group
+            elif self.capacity:
+                self.groups = [*self.groups[1:], group]
+            self.seen += 1
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -62,6 +84,11 @@ class Replay:
             "response_lengths": torch.tensor([len(response) for response in responses], dtype=torch.int64),
             "rewards": torch.tensor([r for group in self.groups for r in group.rewards], dtype=torch.float64),
             "heads": torch.tensor([group.heads for group in self.groups], dtype=torch.bool),
+            "features": torch.tensor(
+                [row for group in self.groups for row in group.features or ()], dtype=torch.float32
+            ),
+            "has_features": torch.tensor([group.features is not None for group in self.groups], dtype=torch.bool),
+            "seen": self.seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,11 +96,17 @@ class Replay:
         prompts = [x.tolist() for x in state["prompt_tokens"].split(state["prompt_lengths"].tolist())]
         responses = [x.tolist() for x in state["response_tokens"].split(state["response_lengths"].tolist())]
         rewards, heads = state["rewards"].split(sizes), state["heads"].tolist()
-        groups, first = [], 0
+        has_features = state["has_features"].tolist() if "has_features" in state else [False] * len(sizes)
+        rows = state["features"].tolist() if any(has_features) else []
+        self.groups, first, row = [], 0, 0
         for i, size in enumerate(sizes):
-            groups.append(Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i]))
-            first += size
-        self.groups = deque(groups, maxlen=self.groups.maxlen)
+            features = rows[row : row + size] if has_features[i] else None
+            self.groups.append(
+                Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i], features)
+            )
+            first, row = first + size, row + (size if has_features[i] else 0)
+        self.groups = self.groups[-self.capacity :] if self.capacity else []
+        self.seen = state.get("seen", len(self.groups))
 
 
 def answered_groups(experience: Experience, config: Config) -> list[Group]:
@@ -104,12 +137,63 @@ class Discriminator:
         self.optimizer = PlayerOptimizer(
             players.parameters("discriminator"), config.disc_learning_rate, config, config.disc_updates
         )
-        self.replay = Replay(config.disc_replay_groups)
+        self.replay = Replay(
+            config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
+        )
+        self.predictor = config.disc_predictor
+        if any(".lora_magnitude_vector." in name for name, _ in players.peft.named_parameters()):
+            self.predictor = "adapter"  # DoRA's adapter cannot be switched off by its weights alone
+        if config.disc_objective == "real_vs_generated":
+            self.predictor = "adapter"  # there are no true rewards to regress on
+        self.probe_MH = torch.zeros_like(players.heads_MH.data)
+        self.errors = {"adapter": 0.0, "probe": 0.0}  # squared, of differences within groups, on fresh answers
+        self.judged = 0.0  # how many differences these are sums over; both fade
+        self.correlation, self.correlated = 0.0, 0.0  # fresh rank correlation within groups: weighted sum, and weight
+        self.average: list[Tensor] | None = None
         self.knows_unit = False  # whether the reward's unit has been read off the first rewards
 
-    def predict(self, rollout: Rollout) -> np.ndarray:
+    @property
+    def by_probe(self) -> bool:
+        """Whether the probe scores; where the two have not been compared yet, it does not."""
+        if self.predictor != "auto":
+            return self.predictor == "probe"
+        return self.judged > 0 and self.errors["probe"] < self.errors["adapter"]
+
+    @property
+    def gate(self) -> float:
+        """How far the generator trusts predictions, 0 to 1, by the fresh rank correlation within groups so far."""
+        if not self.config.gate_correlation:
+            return 1.0
+        if not self.correlated:
+            return 0.0
+        return min(max(self.correlation / self.correlated / self.config.gate_correlation, 0.0), 1.0)
+
+    @contextmanager
+    def scoring(self, by_probe: bool | None = None) -> Iterator[None]:
+        """Inside the block the players hold the weights that score: averaged ones, or the probe on a silent adapter.
+
+        Stock clients open an adapter and a head, so the probe, too, is written as these: with every lora_B at nought.
+        """
+        parameters = self.players.parameters("discriminator")
+        raw = [parameter.data for parameter in parameters]
+        probing = self.by_probe if by_probe is None else by_probe
+        if probing:
+            silent = self.players.silent_names()
+            weights = [torch.zeros_like(w) if quiet else w for w, quiet in zip(raw, silent, strict=True)]
+            weights[-1] = self.probe_MH
+        else:
+            weights = raw if self.average is None else self.average
+        try:
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.data = weight
+            yield
+        finally:
+            for parameter, weight in zip(parameters, raw, strict=True):
+                parameter.data = weight
+
+    def predict(self, rollout: Rollout, *, by_probe: bool | None = None) -> np.ndarray:
         """Every head's predicted reward, float64 [M, B]."""
-        with torch.no_grad(), self.players.playing("discriminator"):
+        with torch.no_grad(), self.scoring(by_probe), self.players.playing("discriminator"):
             parts = [
                 self.players.predict(part.ids_BL, part.mask_BL)
                 for part in map(rollout.rows, chunks(len(rollout), self.config.micro_batch_size))
@@ -121,21 +205,156 @@ class Discriminator:
 
         With several processes, one whose prompts got no answer takes part with gradients of nought.
         """
-        fresh = answered_groups(experience, self.config)
+        relative = self.config.disc_objective == "real_vs_generated"
+        fresh = self._real_and_generated(experience) if relative else answered_groups(experience, self.config)
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
-        self._keep_unit(fresh)
-        if not self.players.heads_MH.any():
-            self._start(fresh)
+        metrics = self._told_apart(fresh) if relative else self._judge(experience)
+        if self.config.disc_anchor_reward is not None and not relative:
+            fresh = self._anchored(fresh, experience)
+        if not relative:
+            self._keep_unit(fresh)
+            if not self.players.heads_MH.any():
+                self._start(fresh)
+        elif not self.players.heads_MH.any():
+            self._start_at_random()
         losses, norm, learning_rate = [], 0.0, 0.0
         for update in range(self.config.disc_updates):
             batch = fresh + self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
             losses.append(self._learn(batch) if batch else 0.0)
             learning_rate = self.optimizer.learning_rate
             norm = self.optimizer.step()
-        self.replay.groups.extend(fresh)
-        return {"disc_loss": float(np.mean(losses)), "disc_learning_rate": learning_rate, "disc_grad_norm": norm}
+            self._keep_average()
+        if self.predictor != "adapter":
+            fresh = self._with_features(fresh)
+        self.replay.extend(fresh)
+        if self.predictor != "adapter":
+            self._fit_probe()
+        return {
+            "disc_loss": float(np.mean(losses)),
+            "disc_learning_rate": learning_rate,
+            "disc_grad_norm": norm,
+            **metrics,
+        }
+
+    # --- who predicts
+
+    def _judge(self, experience: Experience) -> dict[str, float]:
+        """What this step's answers say of the predictions made before them."""
+        answered_B = ~np.isnan(experience.true_B)
+        metrics = fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B)
+        differences = int(answered_B.sum()) - len(np.unique(experience.group_B[answered_B]))
+        within = metrics["rank_correlation_within"]
+        if within is not None and differences:
+            self.correlation = FORGET * self.correlation + differences * within
+            self.correlated = FORGET * self.correlated + differences
+        told = {"gate": experience.gate}
+        if self.predictor != "auto" or not differences or not (self.probe_MH.any() and self.players.heads_MH.any()):
+            return told
+        scored = self.by_probe
+        told["by_probe"] = float(scored)
+        rows = experience.rollout.rows(np.flatnonzero(answered_B))
+        true_B, group_B = experience.true_B[answered_B], experience.group_B[answered_B]
+        sums = []
+        for name in ("adapter", "probe"):
+            if (name == "probe") == scored:
+                predicted_B = experience.predicted_B[answered_B]
+            else:
+                predicted_B = self.predict(rows, by_probe=name == "probe").mean(0)
+            sums.append(squared_within(predicted_B - true_B, group_B))
+        seen = distributed.total(torch.tensor([*sums, float(differences)], dtype=torch.float64))
+        for name, value in zip(("adapter", "probe"), seen.tolist(), strict=False):
+            self.errors[name] = FORGET * self.errors[name] + value
+        self.judged = FORGET * self.judged + float(seen[2])
+        return told
+
+    def _with_features(self, groups: list[Group]) -> list[Group]:
+        """The groups with the frozen base's features of their responses, which never grow stale."""
+        rows: list[list[float]] = []
+        for part in micro_batches(groups, self.config.micro_batch_size):
+            ids, mask, *_ = self._batch(part)
+            with torch.no_grad(), self.players.playing("reference"):
+                rows += self.players.features(ids, mask).tolist()
+        found, first = [], 0
+        for group in groups:
+            size = len(group.responses)
+            found.append(replace(group, features=rows[first : first + size]))
+            first += size
+        return found
+
+    def _fit_probe(self) -> None:
+        """The probe anew from all of replay; with several processes, the mean of those with answers."""
+        groups = [group for group in self.replay.groups if group.features is not None]
+        fitted_MH = np.zeros(tuple(self.probe_MH.shape))
+        if groups:
+            features_NH = np.array([row for group in groups for row in group.features or ()])
+            rewards_N = np.array([reward for group in groups for reward in group.rewards]) / self.players.reward_unit
+            sizes = [len(group.responses) for group in groups]
+            fitted_MH = probe.fit(features_NH, rewards_N, sizes, [group.heads for group in groups])
+        count = distributed.total(torch.tensor([float(fitted_MH.any())], device=self.players.device))
+        fitted = distributed.total(torch.from_numpy(fitted_MH).to(self.probe_MH))
+        self.probe_MH = fitted / count.clamp(min=1)
+
+    def _keep_average(self) -> None:
+        """The moving average of the weights, begun at the first update."""
+        if not self.config.disc_average:
+            return
+        weights = [parameter.detach() for parameter in self.players.parameters("discriminator")]
+        if self.average is None:
+            self.average = [weight.clone() for weight in weights]
+        for mean, weight in zip(self.average, weights, strict=True):
+            mean.lerp_(weight, 1 - self.config.disc_average)
+
+    # --- targets as data
+
+    def _target_ids(self, experience: Experience, prompt: list[int]) -> list[int] | None:
+        """The target of a prompt as tokens, where it has one."""
+        text = next(r.target for p, r in zip(experience.prompts, experience.rows, strict=True) if p == prompt)
+        return None if text is None else encode_response(self.players.base, text)[: self.config.max_completion_length]
+
+    def _anchored(self, groups: list[Group], experience: Experience) -> list[Group]:
+        """Each group with its prompt's target in it, whose true reward is known and need not be asked for."""
+        anchored = []
+        for group in groups:
+            target = self._target_ids(experience, group.prompt)
+            if target is not None:
+                rewards = [*group.rewards, float(self.config.disc_anchor_reward or 0.0)]
+                group = replace(group, responses=[*group.responses, target], rewards=rewards)
+            anchored.append(group)
+        return anchored
+
+    def _real_and_generated(self, experience: Experience) -> list[Group]:
+        """Every group with its target: 1 for what is real, 0 for what was generated."""
+        lengths_B, ids_BT = experience.rollout.lengths_B, experience.rollout.response_ids_BT.tolist()
+        groups = []
+        for j, (prompt, row) in enumerate(zip(experience.prompts, experience.rows, strict=True)):
+            members = np.flatnonzero(experience.group_B == j)
+            target = self._target_ids(experience, prompt) if row.target is not None else None
+            if target is not None:
+                responses = [ids_BT[i][: lengths_B[i]] for i in members]
+                rewards = [0.0] * len(members) + [1.0]
+                groups.append(Group(prompt, [*responses, target], rewards, [True] * self.config.disc_heads))
+        return groups
+
+    def _told_apart(self, groups: list[Group]) -> dict[str, float]:
+        """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
+        right: list[float] = []
+        for group in groups:
+            ids, mask, *_ = self._batch([group])
+            with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
+                predicted_B = self.players.predict(ids, mask).mean(0)
+            right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
+        return {"disc_accuracy": float(np.mean(right))} if right else {}
+
+    def _start_at_random(self) -> None:
+        """Heads that are not all alike: with no rewards there is no closed form to begin from."""
+        draws = randomness.generator(self.config.seed, 0, "heads").normal(size=tuple(self.players.heads_MH.shape))
+        with torch.no_grad():
+            scale = 0.1 / self.players.heads_MH.shape[1] ** 0.5
+            self.players.heads_MH.copy_(torch.from_numpy(draws * scale).to(self.players.heads_MH))
+
+    # --- learning
 
     def _keep_unit(self, fresh: list[Group]) -> None:
         """Read the reward's unit off the first answers, and again when they come to spread twice as far.
@@ -157,6 +376,8 @@ class Discriminator:
             self.knows_unit, self.players.reward_unit = True, unit
             with torch.no_grad():
                 self.players.heads_MH.mul_(before / unit)
+                if self.average is not None:
+                    self.average[-1].mul_(before / unit)
 
     def _start(self, fresh: list[Group]) -> None:
         """Begin the heads, which are nought, in closed form; with several processes, the mean of those with answers."""
@@ -201,6 +422,9 @@ class Discriminator:
                 )
                 ranking_MB = objectives.ranking_by_group(predicted_MB, true_B, group_B)
                 loss_MB = regression_MB + self.config.disc_rank_weight * ranking_MB
+                if self.config.disc_objective == "real_vs_generated":
+                    # Targets hold 1, responses 0: ranking is the relativistic pairing loss (arXiv:1807.00734).
+                    loss_MB = ranking_MB
                 share = (loss_MB * seen_MB).sum() / total
                 share.backward()
             loss += float(share.detach())
@@ -229,6 +453,13 @@ class Discriminator:
         self.knows_unit, self.players.reward_unit = False, 1.0
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
+        self._forget()
+
+    def _forget(self) -> None:
+        """What came in from elsewhere is the adapter; nothing is known of how it predicts."""
+        self.probe_MH, self.average = torch.zeros_like(self.probe_MH), None
+        self.errors, self.judged = {"adapter": 0.0, "probe": 0.0}, 0.0
+        self.correlation, self.correlated = 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -236,6 +467,12 @@ class Discriminator:
             "reward_unit": self.players.reward_unit,
             "knows_unit": self.knows_unit,
             "replay": self.replay.state_dict(),
+            "raw": [parameter.detach() for parameter in self.players.parameters("discriminator")[:-1]],
+            "average": self.average,
+            "probe_MH": self.probe_MH,
+            "errors": dict(self.errors),
+            "judged": self.judged,
+            "correlation": [self.correlation, self.correlated],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -243,11 +480,27 @@ class Discriminator:
         self.replay.load_state_dict(state["replay"])
         with torch.no_grad():
             self.players.heads_MH.copy_(state["heads_MH"])
+            for parameter, raw in zip(
+                self.players.parameters("discriminator")[:-1], state.get("raw", ()), strict=False
+            ):
+                parameter.copy_(raw)
+        self._forget()  # a checkpoint of an older version has no more than this
+        if "raw" in state:
+            device = self.players.device
+            self.probe_MH = state["probe_MH"].to(device).clone()
+            self.average = state["average"] and [weight.to(device).clone() for weight in state["average"]]
+            self.errors, self.judged = dict(state["errors"]), state["judged"]
+            self.correlation, self.correlated = state["correlation"]
 
 
 def reward_unit(rewards: list[float]) -> float:
     """The spread of the first rewards; where they are all alike, their size is the best guess at their unit."""
     return next(value for value in (float(np.std(rewards)), abs(float(np.mean(rewards))), 1.0) if value > 1e-6)
+
+
+def squared_within(error_B: np.ndarray, group_B: np.ndarray) -> float:
+    """Sum of squared errors after each group's mean error is taken off."""
+    return float(sum(((e := error_B[group_B == group]) - e.mean()) @ (e - e.mean()) for group in np.unique(group_B)))
 
 
 def micro_batches(groups: list[Group], size: int | None) -> list[list[Group]]:
@@ -269,6 +522,7 @@ def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndar
     None where there are too few answers, or no spread, to say.
     """
     answered_B = ~np.isnan(true_B)
+    spread_B = predicted_MB.std(0)[answered_B]
     predicted_B, true_B, group_B = predicted_MB.mean(0)[answered_B], true_B[answered_B], group_B[answered_B]
     left: list[tuple[np.ndarray, np.ndarray]] = []
     for group in np.unique(group_B):
@@ -280,7 +534,20 @@ def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndar
         "rank_correlation": _correlation(rankdata(predicted_B), rankdata(true_B)),
         "rank_correlation_within": _correlation(*within),
         "disc_mse": float(np.mean((predicted_B - true_B) ** 2)) if len(true_B) else None,
+        "calibration_slope": _slope_within(predicted_B, true_B, group_B),
+        "uncertainty_correlation": _correlation(spread_B, np.abs(predicted_B - true_B)),
     }
+
+
+def _slope_within(predicted_B: np.ndarray, true_B: np.ndarray, group_B: np.ndarray) -> float | None:
+    """Least-squares slope of true on predicted reward within groups: 1 is calibrated, below 1 overconfident."""
+    left = [
+        (p - p.mean(), t - t.mean())
+        for g in np.unique(group_B)
+        for p, t in [(predicted_B[group_B == g], true_B[group_B == g])]
+    ]
+    square = sum(float(p @ p) for p, _ in left)
+    return sum(float(p @ t) for p, t in left) / square if square > 1e-12 else None
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -22,12 +22,18 @@ class Experience:
     predicted_MB: np.ndarray  # fresh predictions of every head, float64
     asked_B: np.ndarray  # bool: which responses the true reward was asked for, drawn before scoring
     true_B: np.ndarray  # true rewards; NaN = not asked, or not answered
-    query_rate: float  # probability with which each response was asked for
+    inclusion_B: np.ndarray  # probability with which each response was asked for; 0 = none was asked for
     parts: dict[str, np.ndarray]  # the true reward's parts by name, where it has several
+    gate: float = 1.0  # how far predictions are trusted, from earlier steps alone
 
     @property
     def predicted_B(self) -> np.ndarray:
         return self.predicted_MB.mean(0)
+
+    @property
+    def spread_B(self) -> np.ndarray:
+        """The heads' standard deviation: how far they disagree."""
+        return self.predicted_MB.std(0)
 
     @property
     def group_B(self) -> np.ndarray:

@@ -85,7 +85,8 @@ def export(
     try:
         for part in parts:
             (writing / part).mkdir(parents=True)
-            tokenizer = _write(gan.players, part, writing / part, dtype)
+            with gan.discriminator.scoring():
+                tokenizer = _write(gan.players, part, writing / part, dtype)
             name = part if push_to_hub is None else f"{push_to_hub}-{part}"
             text = card.card(run, part, name=name, tokenizer=tokenizer)
             (writing / part / "README.md").write_text(text, encoding="utf-8")

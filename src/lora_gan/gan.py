@@ -27,11 +27,16 @@ from .discriminator import Discriminator
 from .display import aside_for
 from .experience import Experience
 from .generator import Generator
+from .guard import Monitor
 from .interrupts import Interrupted, Interrupts
 
 RewardFunction = Callable[[str, str | None], float]
 BatchedRewardFunction = Callable[..., list[float | None]]
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+class BudgetSpent(ValueError):
+    """The true reward was needed, and `reward_budget` allows no further call."""
 
 
 class LoraGAN:
@@ -87,6 +92,7 @@ class LoraGAN:
         self.players = Players(base, self.config, peft_config=peft_config, disc_peft_config=disc_peft_config)
         self.generator = Generator(self.players, self.config)
         self.discriminator = Discriminator(self.players, self.config)
+        self.monitor = Monitor(self.config)
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
         self.reward_calls = 0  # true rewards asked for by step()
@@ -152,11 +158,26 @@ class LoraGAN:
 
         experience, gen, disc = None, {}, {}
         if reinforce or train_disc or not train_gen:
-            experience = self._play(rows, asks=train_disc or not train_gen or signal != "predicted")
+            asks = train_disc or not train_gen or signal != "predicted"
+            asks = asks and self.config.disc_objective == "regression"
+            if asks and self.calls_left == 0 and (self.config.after_budget == "stop" or signal == "true"):
+                raise BudgetSpent(
+                    f"all {self.config.reward_budget} true-reward calls of reward_budget are spent: raise it, or learn "
+                    "on by prediction alone (after_budget='predicted', and a reward_signal other than 'true')"
+                )
+            experience = self._play(rows, asks=asks)
         if train_gen:
-            gen = self.generator.update(rows, experience if reinforce else None, signal, imitation_weight)
+            with self.discriminator.scoring():
+                gen = self.generator.update(
+                    rows, experience if reinforce else None, signal, imitation_weight, self.players.predict
+                )
         if train_disc and experience is not None:
             disc = self.discriminator.update(experience)
+        alarms: list[str] = []
+        if train_gen and experience is not None and reinforce:
+            alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
+            for words in alarms:
+                warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
         self.global_step += 1
         return tracking.step_record(
             rows,
@@ -167,15 +188,19 @@ class LoraGAN:
             reward_calls=self.reward_calls,
             eos_ids=self.players.base.eos_ids,
             single=single,
+            alarms=alarms,
         )
 
     def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
         """Weight of imitation, and whether the reward teaches the generator in this step."""
-        warming_up = self.global_step < self.config.imitation_warmup_steps
+        since = self.global_step - self.config.imitation_warmup_steps
+        warming_up = since < 0
         weight = self.config.imitation_weight or float(warming_up)
+        if self.config.imitation_decay_steps is not None and since > 0:
+            weight *= max(0.0, 1 - since / self.config.imitation_decay_steps)
         if train_gen and weight:
             _require_targets(rows, "imitation needs target_text")
-        if train_gen and not weight and not self.config.reward_weight:
+        if train_gen and not weight and not (self.config.reward_weight or self.config.imitation_decay_steps):
             raise ValueError("reward_weight=0 and imitation_weight=0 leave the generator nothing to learn from")
         return weight, train_gen and not warming_up and self.config.reward_weight > 0
 
@@ -186,16 +211,40 @@ class LoraGAN:
         prompts = self._encode(row.prompt for row in rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         predicted_MB = self.discriminator.predict(sampled)
-        asked_B = np.zeros(len(sampled), dtype=bool)
-        if asks:
-            asked_B = estimate.choose_queries(
-                sampled.group_B, self.config.query_rate, seed=self.config.seed, step=self.global_step
-            )
-        true_B, parts = self._true_rewards(rows, sampled, asked_B)
-        self.reward_calls += int(asked_B.sum())
-        return Experience(
-            self.global_step, rows, prompts, sampled, predicted_MB, asked_B, true_B, self.config.query_rate, parts
+        queries = estimate.choose_queries(
+            sampled.group_B,
+            self.config.query_rate if asks else 0.0,
+            seed=self.config.seed,
+            step=self.global_step,
+            design=self.config.query_design,
+            spread_B=predicted_MB.std(0),
+            floor=self.config.query_floor,
+            left=self.calls_left,
         )
+        true_B, parts = self._true_rewards(rows, sampled, queries.asked_B)
+        self.reward_calls += int(queries.asked_B.sum())
+        return Experience(
+            self.global_step,
+            rows,
+            prompts,
+            sampled,
+            predicted_MB,
+            queries.asked_B,
+            true_B,
+            queries.inclusion_B,
+            parts,
+            self.discriminator.gate,
+        )
+
+    @property
+    def _ends_with_budget(self) -> bool:
+        return self.config.after_budget == "stop" or self.config.signal(self.config.adversarial) == "true"
+
+    @property
+    def calls_left(self) -> int | None:
+        """True-reward calls that `reward_budget` still allows; None without one."""
+        budget = self.config.reward_budget
+        return None if budget is None else max(0, budget - self.reward_calls)
 
     # --- the true reward --------------------------------------------------------------------------------------------
 
@@ -335,6 +384,10 @@ class LoraGAN:
                             saved = self.save_checkpoint()
                             run.saved(saved)
                         if run.control.should_training_stop:
+                            break
+                        if self.calls_left == 0 and self._ends_with_budget:
+                            break
+                        if record["alarms"] and self.config.on_exploit == "stop":
                             break
                         self._interrupts.check()
             except (Interrupted, ValueError, rewards.RewardUnavailable) as stop:

@@ -31,6 +31,27 @@ def policy_gradient(logprobs_BT: Tensor, mask_BT: Tensor, advantage_B: Tensor) -
     return -advantage_B.detach() * (logprobs_BT * mask_BT).sum(-1)
 
 
+def clipped_policy_gradient(
+    logprobs_BT: Tensor, sampled_BT: Tensor, mask_BT: Tensor, advantage_B: Tensor, *, epsilon: float
+) -> Tensor:
+    """PPO's clipped surrogate, [B]: −Σ_t min(ρ_t A, clip(ρ_t, 1 ± ε) A), ρ_t the token's probability ratio to the
+    policy that sampled it (Schulman et al. 2017, arXiv:1707.06347). At ρ = 1 its gradient is `policy_gradient`'s."""
+    _check("sampled_BT", sampled_BT, tuple(logprobs_BT.shape))
+    _check("mask_BT", mask_BT, tuple(logprobs_BT.shape))
+    _check("advantage_B", advantage_B, (logprobs_BT.shape[0],))
+    ratio_BT = (logprobs_BT - sampled_BT.detach()).exp()
+    advantage_B1 = advantage_B.detach()[:, None]
+    worse_BT = torch.minimum(ratio_BT * advantage_B1, ratio_BT.clamp(1 - epsilon, 1 + epsilon) * advantage_B1)
+    return -(worse_BT * mask_BT).sum(-1)
+
+
+def entropy(logits_BTV: Tensor, mask_BT: Tensor) -> Tensor:
+    """Entropy in nats a response, [B]: exact over the vocabulary at each sampled place, summed."""
+    _check("mask_BT", mask_BT, tuple(logits_BTV.shape[:2]))
+    logprobs = logits_BTV.log_softmax(-1)
+    return -((logprobs.exp() * logprobs).sum(-1) * mask_BT).sum(-1)
+
+
 def kl_to_reference(logits_BTV: Tensor, reference_BTV: Tensor, mask_BT: Tensor) -> Tensor:
     """KL(π ‖ reference) in nats a response, [B]: exact over the vocabulary at each sampled position, summed.
 

@@ -35,6 +35,7 @@ def step_record(
     reward_calls: int,
     eos_ids: Sequence[int],
     single: bool,
+    alarms: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The dict that step() returns: six keys in their order, all K responses, then metrics, as plain Python values.
 
@@ -78,7 +79,8 @@ def step_record(
         }
         for name, part_B in experience.parts.items():
             record |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
-    return record | {k: v for k, v in (gen | disc).items() if k not in record}
+    record |= {k: v for k, v in (gen | disc).items() if k not in record}
+    return record | {"alarms": list(alarms)}
 
 
 def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], ...]:
@@ -129,7 +131,7 @@ def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
 
 # --- what is logged ---------------------------------------------------------------------------------------------------
 
-TEXTS = {"prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards"}
+TEXTS = {"prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards", "alarms"}
 LOGGED_AS = {
     "reward_mean": "reward",
     "pred_reward_mean": "pred_reward",

@@ -1,0 +1,211 @@
+"""Where the discriminator pays: arms against RLOO tuned for the same number of true-reward calls.
+
+    python benchmarks/learning.py run --settings benchmarks/learning.json --out docs/learning/results.jsonl --workers 2
+    python benchmarks/learning.py report --settings benchmarks/learning.json --out docs/learning/results.jsonl \\
+        --docs docs/learning
+    python benchmarks/learning.py list --settings benchmarks/learning.json --out docs/learning/results.jsonl
+
+Every run is a process of its own and leaves one line in --out; one that is there is not run again unless its settings
+have changed since, so that what was interrupted goes on. `report` makes table.md and the plots of that file alone.
+The settings file's form stands in learning_settings.py, what is learned in learning_tasks.py, what a run measures in
+learning_run.py. The task e2e needs --model (the story model stories260K) and --data (E2E's rows as JSON Lines).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from learning_settings import Planned, expand, read_settings, results
+
+from lora_gan.json_lines import append_line, open_lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--settings", type=Path, default=Path(__file__).with_suffix(".json"))
+    shared.add_argument("--out", type=Path, default=Path("docs/learning/results.jsonl"), help="JSON Lines, one a run")
+    shared.add_argument("--only", default="", metavar="REGEX", help="runs whose key it is found in")
+    shared.add_argument("--seeds", type=int, nargs="+", help="instead of the settings file's")
+    runs = commands.add_parser("run", parents=[shared], help="run what is missing in --out")
+    runs.add_argument("--workers", type=int, default=1, help="processes at once; each takes one core")
+    runs.add_argument("--model", help="of e2e: folder or hub id of the story model")
+    runs.add_argument("--data", type=Path, help="of e2e: JSON Lines with prompt and target")
+    runs.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where e2e's warm-up is kept")
+    runs.add_argument("--warm-up-steps", type=int, default=1000, help="of e2e")
+    commands.add_parser("list", parents=[shared], help="every run, and whether it is done")
+    report = commands.add_parser("report", parents=[shared], help="table and plots of what is in --out")
+    report.add_argument("--docs", type=Path, default=Path("docs/learning"))
+    one = commands.add_parser("one", help="what each process of `run` does")
+    one.add_argument("plan", type=Path)
+    given = parser.parse_args(arguments)
+    if given.command == "one":
+        return one_run(given.plan)
+    if given.command == "report":
+        from learning_report import write_report
+
+        for file in write_report(open_lines(given.out), given.docs, given.only, given.seeds, given.settings, given.out):
+            print(file)
+        return 0
+    planned = [run for run in expand(read_settings(given.settings), given.seeds) if re.search(given.only, run.key)]
+    done = results(open_lines(given.out)) if given.command == "run" or given.out.exists() else {}
+    if given.command == "list":
+        for run in planned:
+            line = done.get(run.key)
+            print(f"{'missing' if line is None else 'done' if line['hash'] == run.hash else 'changed':8} {run.key}")
+        return 0
+    return run_missing(planned, done, given)
+
+
+def run_missing(planned: Sequence[Planned], done: Mapping[str, Any], given: argparse.Namespace) -> int:
+    """Run what --out lacks, `workers` at once; 1 where a run failed."""
+    missing = [run for run in planned if run.key not in done or done[run.key]["hash"] != run.hash]
+    print(f"{len(planned)} runs, {len(planned) - len(missing)} of them done", flush=True)
+    e2e = None
+    if any(run.task == "e2e" for run in missing):
+        if given.model and given.data and Path(given.data).exists():
+            e2e = in_process({"prepare_e2e": [given.model, str(given.data), str(given.runs), given.warm_up_steps]})
+        else:
+            print("e2e is skipped: it needs --model and --data", flush=True)
+            missing = [run for run in missing if run.task != "e2e"]
+    walls = [(line["task"], line["budget"], line["arm"], line["wall"]) for line in done.values()]
+    waiting, active, failed, finished = list(missing), [], [], 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally below
+    try:
+        while waiting or active:
+            while waiting and len(active) < given.workers:
+                active.append(Child(waiting.pop(0), e2e))
+            time.sleep(0.1)
+            for child in [child for child in active if child.process.poll() is not None]:
+                active.remove(child)
+                try:
+                    result = child.result()
+                except Failed as failure:
+                    failed.append(child.run.key)
+                    print(f"FAILED {child.run.key}\n{failure}", flush=True)
+                    continue
+                append_line(given.out, result)
+                with given.out.open("rb") as file:
+                    os.fsync(file.fileno())
+                finished += 1
+                walls.append((child.run.task, child.run.budget, child.run.arm, result["wall"]))
+                left = estimate(walls, [*waiting, *(other.run for other in active)]) / given.workers
+                reward = sum(result["marks"][-1]["reward"]) / len(result["marks"][-1]["reward"])
+                print(
+                    f"{finished + len(failed)}/{len(missing)} {child.run.key}: reward {reward:.3f} at "
+                    f"{result['calls']:,} calls, {result['wall']:.0f} s; about {left / 60:.0f} min left",
+                    flush=True,
+                )
+    finally:
+        for child in active:
+            child.stop()
+    for key in failed:
+        print(f"failed: {key}")
+    return int(bool(failed))
+
+
+def estimate(walls: Sequence[tuple[str, int, str, float]], left: Sequence[Planned]) -> float:
+    """Seconds the runs that are left take in one process: as those most like them took so far."""
+
+    def like(run: Planned) -> float:
+        for same in (
+            lambda task, budget, arm: (task, budget, arm) == (run.task, run.budget, run.arm),
+            lambda task, budget, arm: (task, budget) == (run.task, run.budget),
+            lambda task, budget, arm: True,
+        ):
+            alike = [wall for task, budget, arm, wall in walls if same(task, budget, arm)]
+            if alike:
+                return sum(alike) / len(alike)
+        return 0.0
+
+    return sum(map(like, left))
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """A run's process ended without a result."""
+
+
+class Child:
+    """A run in a process of its own: nothing of one run is left in the next, and a crash ends one run alone."""
+
+    def __init__(self, run: Planned | None, e2e: Any = None, work: dict[str, Any] | None = None) -> None:
+        self.run = run
+        self.folder = tempfile.TemporaryDirectory()
+        plan = Path(self.folder.name) / "plan.json"
+        plan.write_text(
+            json.dumps({"parent": os.getpid()} | (work or {"run": vars(run), "e2e": e2e})), encoding="utf-8"
+        )
+        self.errors = Path(self.folder.name) / "errors.txt"
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "one", str(plan)], stdout=errors, stderr=errors, stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )  # fmt: skip
+
+    def result(self) -> Any:
+        code = self.process.wait()
+        try:
+            if code != 0:
+                tail = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:]
+                raise Failed("\n".join([*(f"    {line}" for line in tail), f"    exit code {code}"]))
+            return json.loads((Path(self.folder.name) / "result.json").read_text(encoding="utf-8"))
+        finally:
+            self.folder.cleanup()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def in_process(work: dict[str, Any]) -> Any:
+    child = Child(None, work=work)
+    try:
+        return child.result()
+    finally:
+        child.stop()
+
+
+def one_run(plan: Path) -> int:
+    """In the process: do what the plan says, and write result.json beside it."""
+    work = json.loads(plan.read_text(encoding="utf-8"))
+    threading.Thread(target=end_with, args=(work["parent"],), daemon=True).start()
+    if "prepare_e2e" in work:
+        from learning_tasks import prepare_e2e
+
+        model, rows, runs, steps = work["prepare_e2e"]
+        result: Any = prepare_e2e(model, Path(rows), Path(runs), steps=steps)
+    else:
+        from learning_run import run
+
+        result = run(Planned(**work["run"]), work["e2e"])
+    plan.with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def end_with(parent: int) -> None:
+    """A run whose parent was killed would go on for nothing, beside the one that takes its place."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""What keeps the discriminator useful and the generator honest: probe, choice of predictor, gate, budget, monitor."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers import PROMPTS, TARGETS, base_folder, differences, player_state, small_gan
+
+from lora_gan import data, estimate, objectives, probe, rollout
+from lora_gan.discriminator import Group, Replay
+from lora_gan.gan import BudgetSpent
+from lora_gan.guard import repetition
+
+# --- the probe --------------------------------------------------------------------------------------------------------
+
+
+def test_contrasts_are_orthonormal_and_blind_to_each_groups_level():
+    rng = np.random.default_rng(0)
+    values, sizes = rng.normal(size=(9, 3)), [4, 1, 2, 2]
+    found = probe.contrasts(values, sizes)
+    assert found.shape == (5, 3)
+    shifted = values + np.repeat(rng.normal(size=(4, 1)), sizes, axis=0)
+    np.testing.assert_allclose(probe.contrasts(shifted, sizes), found, atol=1e-12)
+    first = 0
+    for size, count in zip(sizes, (3, 0, 1, 1), strict=True):  # they keep the sum of squares around the mean
+        group, first = values[first : first + size], first + size
+        square, found = (found[:count] ** 2).sum(), found[count:]
+        assert square == pytest.approx(((group - group.mean(0)) ** 2).sum())
+
+
+@pytest.mark.parametrize(("count", "width"), [(40, 6), (12, 30)])
+def test_the_penalty_is_the_one_of_least_generalized_cross_validation(count, width):
+    rng = np.random.default_rng(count)
+    features, rewards = rng.normal(size=(count, width)), rng.normal(size=count)
+    unit = (features**2).sum() / count
+    scores = []
+    for weight in probe.PENALTIES * unit:  # by the hat matrix, as the paper writes it
+        hat = features @ np.linalg.solve(features.T @ features + weight * np.eye(width), features.T)
+        scores.append(((rewards - hat @ rewards) ** 2).sum() / count / (1 - np.trace(hat) / count) ** 2)
+    assert probe.penalty(features, rewards) == pytest.approx(unit * probe.PENALTIES[int(np.argmin(scores))])
+
+
+@pytest.mark.parametrize(("count", "width"), [(40, 6), (12, 30)])
+def test_both_forms_of_ridge_are_the_augmented_least_squares(count, width):
+    rng = np.random.default_rng(1)
+    features, rewards = rng.normal(size=(count, width)), rng.normal(size=count)
+    augmented = np.vstack([features, np.sqrt(2.5) * np.eye(width)])
+    oracle, *_ = np.linalg.lstsq(augmented, np.concatenate([rewards, np.zeros(width)]), rcond=None)
+    np.testing.assert_allclose(probe.ridge(features, rewards, 2.5), oracle, atol=1e-10)
+
+
+def test_too_few_contrasts_or_rewards_all_alike_fit_nothing():
+    features = np.random.default_rng(2).normal(size=(8, 3))
+    assert not probe.fit(features[:4], np.arange(4.0), [4], [[True, True]]).any()
+    assert not probe.fit(features, np.ones(8), [4, 4], [[True], [True]]).any()
+    assert probe.fit(features, np.arange(8.0), [4, 4], [[True], [True]]).any()
+
+
+def test_the_probe_ranks_what_the_frozen_features_tell_and_saves_as_it_scores(tmp_path):
+    gan = small_gan(base_folder("llama"), disc_predictor="probe")
+    for _ in range(3):
+        gan.step(PROMPTS[:3], TARGETS[:3])
+    scores = gan.score(PROMPTS[:3], TARGETS[:3])
+    assert np.ptp(scores) > 0
+    gan.save_checkpoint(step=3, ckpt_dir=tmp_path)
+    weights = torch.load(tmp_path / "step-3" / "discriminator" / "adapter_model.bin", weights_only=True)
+    assert all(not w.any() for name, w in weights.items() if ".lora_B." in name)
+    other = small_gan(base_folder("llama"), disc_predictor="probe")
+    other.load_checkpoint(step=3, ckpt_dir=tmp_path)
+    assert other.score(PROMPTS[:3], TARGETS[:3]) == scores
+    assert differences(player_state(gan, "discriminator"), player_state(other, "discriminator")) == []
+
+
+def test_the_predictor_that_met_fresh_rewards_better_scores():
+    gan = small_gan()
+    gan.step(PROMPTS[:2], TARGETS[:2])
+    disc = gan.discriminator
+    disc.judged = 10.0
+    for adapter, by_probe in ((1.0, False), (3.0, True)):
+        disc.errors = {"adapter": adapter, "probe": 2.0}
+        assert disc.by_probe is by_probe
+        rows = gan._play(_rows(2), asks=False).rollout
+        same = disc.predict(rows, by_probe=by_probe)
+        np.testing.assert_array_equal(disc.predict(rows), same)
+        assert not np.array_equal(disc.predict(rows, by_probe=not by_probe), same)
+
+
+def _rows(count):
+    return data.rows_of(PROMPTS[:count], TARGETS[:count], {})
+
+
+def test_scoring_puts_the_raw_weights_back_even_after_an_error():
+    gan = small_gan(disc_average=0.5)
+    for _ in range(2):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+    before = player_state(gan, "discriminator")
+    with pytest.raises(KeyError), gan.discriminator.scoring(by_probe=True):
+        raise KeyError
+    assert differences(before, player_state(gan, "discriminator")) == []
+
+
+def test_the_average_is_what_is_said():
+    gan = small_gan(disc_average=0.75, disc_updates=1, disc_predictor="adapter")
+    seen = []
+    for _ in range(3):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+        seen.append([p.detach().clone() for p in gan.players.parameters("discriminator")])
+    mean = seen[0]
+    for weights in seen[1:]:
+        mean = [0.75 * m + 0.25 * w for m, w in zip(mean, weights, strict=True)]
+    for ours, oracle in zip(gan.discriminator.average, mean, strict=True):
+        torch.testing.assert_close(ours, oracle)
+    with gan.discriminator.scoring(by_probe=False):
+        assert torch.equal(gan.players.parameters("discriminator")[-1], gan.discriminator.average[-1])
+
+
+# --- gate and lower bound ---------------------------------------------------------------------------------------------
+
+
+def test_what_the_generator_sees_of_the_predictions():
+    predicted = np.array([[1.0, 3.0, 5.0, 5.0], [3.0, 3.0, 5.0, 9.0]])
+    groups = np.array([0, 0, 1, 1])
+    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=0, gate=1.0), [2, 3, 5, 7])
+    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=1.0, gate=1.0), [1, 3, 5, 5])
+    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=0, gate=0.5), [2.25, 2.75, 5.5, 6.5])
+    shut = estimate.trusted(predicted, groups, penalty=0, gate=0.0)
+    assert not estimate.advantages(shut, groups, 0.0).any(), "a shut gate leaves no differences"
+
+
+def test_the_gate_follows_fresh_correlation_within_groups():
+    gan = small_gan(gate_correlation=0.5)
+    disc = gan.discriminator
+    assert disc.gate == 0.0, "nothing is known yet"
+    disc.correlation, disc.correlated = 0.1 * 8, 8.0
+    assert disc.gate == pytest.approx(0.2)
+    disc.correlation = 0.9 * 8
+    assert disc.gate == 1.0
+    disc.correlation = -0.1 * 8
+    assert disc.gate == 0.0
+    assert small_gan().discriminator.gate == 1.0, "no gate unless it is set"
+
+
+@pytest.mark.parametrize("path", ["policy_gradient", "straight_through"])
+def test_a_shut_gate_moves_the_generator_by_prediction_not_at_all(path):
+    gan = small_gan(adversarial=True, gate_correlation=0.9, beta=0.0, gradient_path=path)
+    before = player_state(gan, "generator")["parameters"]
+    gan.step(PROMPTS[:2], TARGETS[:2])
+    assert differences(before, player_state(gan, "generator")["parameters"]) == []
+
+
+# --- whom to ask, and the budget --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("design", ["uniform", "groups", "uncertain"])
+def test_every_designs_probabilities_are_what_it_says(design):
+    groups, spread = np.repeat(np.arange(4), 4), np.random.default_rng(3).random(16) ** 3
+    draws = [
+        estimate.choose_queries(groups, 0.3, seed=1, step=step, design=design, spread_B=spread) for step in range(4000)
+    ]
+    inclusion = draws[0].inclusion_B
+    assert inclusion.sum() == pytest.approx(0.3 * 16) and (inclusion >= 0.25 * 0.3 - 1e-12).all()
+    asked = np.array([draw.asked_B for draw in draws])
+    error = np.sqrt(inclusion * (1 - inclusion) / 4000)
+    assert (np.abs(asked.mean(0) - inclusion) < 5 * error + 1e-12).all()
+    if design == "groups":
+        assert all(len(set(row[groups == g])) == 1 for row in asked for g in range(4))
+    if design == "uncertain":
+        assert inclusion[spread.argmax()] > 2 * inclusion[spread.argmin()]
+
+
+@pytest.mark.parametrize("design", ["uniform", "groups", "uncertain"])
+@pytest.mark.parametrize("left", [0, 1, 3, 5, 8])
+def test_the_calls_left_are_never_passed_and_the_correction_stays_unbiased(design, left):
+    groups, rng = np.repeat(np.arange(3), 4), np.random.default_rng(4)
+    true, predicted = rng.normal(size=12), 3 * rng.normal(size=12)
+    values = []
+    for step in range(4000):
+        draw = estimate.choose_queries(
+            groups, 0.75, seed=2, step=step, design=design, spread_B=rng.random(12) * 0 + 1.0, left=left
+        )
+        assert draw.asked_B.sum() <= left
+        values.append(estimate.corrected_reward(predicted, np.where(draw.asked_B, true, np.nan), draw.inclusion_B))
+    if left == 0:
+        assert (np.array(values) == predicted).all()
+        return
+    error = np.std(values, 0) / np.sqrt(4000)
+    assert (np.abs(np.mean(values, 0) - true) < 5 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("design", ["uniform", "groups", "uncertain"])
+def test_the_budget_is_kept_to_exactly(design):
+    gan = small_gan(reward_budget=13, query_rate=0.5, query_design=design, num_generations=4)
+    for _ in range(8):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+    assert gan.reward_calls == 13
+    before = player_state(gan, "generator")["parameters"]
+    out = gan.step(PROMPTS[:2], TARGETS[:2])
+    assert out["asked"] == 0 and out["true_reward"] == [None, None]
+    assert differences(before, player_state(gan, "generator")["parameters"]) != [], "it goes on by prediction"
+
+
+@pytest.mark.parametrize("settings", [{"after_budget": "stop"}, {"adversarial": False}], ids=str)
+def test_when_the_budget_is_spent_it_stops_where_it_must(settings, tmp_path):
+    gan = small_gan(reward_budget=10, num_generations=4, output_dir=str(tmp_path), prompts_per_step=2, **settings)
+    rows = [{"prompt": p, "target": t} for p, t in zip(PROMPTS[:2], TARGETS[:2], strict=True)]
+    assert len(gan.fit(rows, steps=9, progress=False)) == 2 and gan.reward_calls == 10
+    with pytest.raises(BudgetSpent, match="reward_budget"):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_clipped_surrogate_against_a_loop_and_at_ratio_one():
+    rng = np.random.default_rng(5)
+    now, then, advantage = rng.normal(size=(3, 4)), rng.normal(size=(3, 4)), rng.normal(size=3)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    expected = np.zeros(3)
+    for b in range(3):
+        for t in range(4):
+            ratio = np.exp(now[b, t] - then[b, t])
+            clipped = min(max(ratio, 0.8), 1.2)
+            expected[b] -= mask[b, t] * min(ratio * advantage[b], clipped * advantage[b])
+    tensors = [torch.tensor(x) for x in (now, then, mask, advantage)]
+    ours = objectives.clipped_policy_gradient(*tensors, epsilon=0.2)
+    np.testing.assert_allclose(ours.numpy(), expected)
+    at_one = torch.tensor(now, requires_grad=True)
+    objectives.clipped_policy_gradient(at_one, at_one.detach(), *tensors[2:], epsilon=0.2).sum().backward()
+    plain = torch.tensor(now, requires_grad=True)
+    objectives.policy_gradient(plain, *tensors[2:]).sum().backward()
+    torch.testing.assert_close(at_one.grad, plain.grad)
+
+
+def test_entropy_against_its_definition():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    expected = torch.distributions.Categorical(logits=logits).entropy() * mask
+    torch.testing.assert_close(objectives.entropy(logits, mask), expected.sum(-1))
+
+
+def test_several_updates_a_roll_out_begin_with_the_single_one():
+    norms = []
+    for iterations in (1, 3):
+        gan = small_gan(num_iterations=iterations)
+        norms.append([gan.step(PROMPTS[:2], TARGETS[:2])["gen_grad_norm"], gan.generator.optimizer.schedule.last_epoch])
+    assert norms[0][0] == norms[1][0] and [n[1] for n in norms] == [1, 3]
+
+
+def test_beta_moves_towards_the_target():
+    for target, grows in ((1e-9, True), (1e9, False)):
+        gan = small_gan(kl_target=target, beta=0.1)
+        for _ in range(3):
+            gan.step(PROMPTS[:2], TARGETS[:2])
+        assert (gan.generator.beta > 0.1) == grows and gan.generator.beta != 0.1
+
+
+def test_imitation_fades():
+    gan = small_gan(imitation_weight=0.5, imitation_warmup_steps=2, imitation_decay_steps=4)
+    weights = []
+    for step in range(8):
+        gan.global_step = step
+        weights.append(gan._teaching(_rows(1), True)[0])
+    assert weights == [0.5, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
+
+
+# --- no reward at all -------------------------------------------------------------------------------------------------
+
+
+def test_real_against_generated_asks_for_no_reward_and_learns_to_tell_them_apart():
+    def never(response, target):
+        raise AssertionError("no true reward is asked for")
+
+    gan = small_gan(
+        reward=never, adversarial=True, disc_objective="real_vs_generated", disc_learning_rate=2e-2, disc_updates=4
+    )
+    told = [gan.step(PROMPTS[:2], TARGETS[:2], train_gen=False) for _ in range(12)]
+    assert gan.reward_calls == 0 and told[-1]["true_reward"] == [None, None]
+    assert told[-1]["disc_accuracy"] > 0.9 and told[-1]["disc_loss"] < told[0]["disc_loss"]
+    with pytest.raises(ValueError, match="adversarial=True"):
+        small_gan(disc_objective="real_vs_generated")
+
+
+def test_an_anchor_joins_its_group_free_of_charge():
+    gan = small_gan(disc_anchor_reward=1.0, num_generations=4)
+    gan.step(PROMPTS[:2], TARGETS[:2])
+    assert gan.reward_calls == 8
+    assert all(len(group.responses) == 5 and group.rewards[-1] == 1.0 for group in gan.discriminator.replay.groups)
+
+
+def test_the_reservoir_keeps_an_even_sample():
+    counts = np.zeros(40)
+    for seed in range(400):
+        replay = Replay(8, reservoir=True, seed=seed)
+        for i in range(40):
+            replay.extend([Group([i], [[1]], [0.0], [True])])
+        assert len(replay) == 8
+        counts[[group.prompt[0] for group in replay.groups]] += 1
+    assert np.abs(counts / 400 - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 400)
+
+
+# --- the monitor ------------------------------------------------------------------------------------------------------
+
+
+def exploited(gan, steps, true, predicted):
+    """Feed the monitor steps whose means are these; its alarms."""
+    experience, alarms = gan._play(_rows(2), asks=True), []
+    for step in range(steps):
+        size = len(experience.true_B)
+        now = dataclasses.replace(
+            experience, true_B=np.full(size, true(step)), predicted_MB=np.full((2, size), predicted(step))
+        )
+        alarms += gan.monitor.watch(now, None, gan.generator)
+    return alarms
+
+
+def test_the_alarm_goes_off_once_when_predicted_and_true_reward_part():
+    gan = small_gan(monitor_window=4)
+    alarms = exploited(gan, 30, lambda s: 0.5 - 0.01 * s, lambda s: 0.5 + 0.01 * s)
+    assert len(alarms) == 1 and "exploits" in alarms[0]
+
+
+@pytest.mark.parametrize("drift", [0.01, 0.0])
+def test_no_alarm_where_both_rise_or_nothing_moves(drift):
+    gan = small_gan(monitor_window=4)
+    assert exploited(gan, 30, lambda s: 0.5 + drift * s, lambda s: 0.5 + drift * s) == []
+
+
+def test_rollback_brings_the_best_generator_back(tmp_path):
+    gan = small_gan(monitor_window=3, on_exploit="rollback")
+    exploited(gan, 4, lambda s: 0.5, lambda s: 0.5)
+    best = player_state(gan, "generator")
+    for _ in range(2):
+        gan.generator.update(_rows(2), gan._play(_rows(2), asks=True), "true", 0.0)
+    assert differences(best["parameters"], player_state(gan, "generator")["parameters"]) != []
+    alarms = exploited(gan, 6, lambda s: 0.1, lambda s: 0.9)
+    assert "back" in alarms[0]
+    found = player_state(gan, "generator")
+    assert differences(best["parameters"], found["parameters"]) == []
+    assert differences(best["optimizer"], found["optimizer"]) == []
+
+
+def test_repetition_is_the_share_of_pairs_seen_before():
+    gan = small_gan()
+    experience = gan._play(_rows(1), asks=False)
+    rows = rollout.assemble(gan.players.base, gan.players.device, [[5], [5]], [[7, 8, 7, 8, 7], [7, 8, 9]])
+    assert repetition(dataclasses.replace(experience, rollout=rows)) == pytest.approx((0.5 + 0.0) / 2)
+
+
+def test_stop_ends_fit(tmp_path, monkeypatch):
+    gan = small_gan(on_exploit="stop", output_dir=str(tmp_path), prompts_per_step=2)
+    monkeypatch.setattr(gan.monitor, "watch", lambda *_: ["the reward is being exploited"])
+    rows = [{"prompt": p, "target": t} for p, t in zip(PROMPTS[:2], TARGETS[:2], strict=True)]
+    with pytest.warns(UserWarning, match="exploited"):
+        assert len(gan.fit(rows, steps=5, progress=False)) == 1
