@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import PROMPTS, TARGETS, base_folder, differences, player_state, small_gan
+from peft import AutoPeftModelForSequenceClassification
 
 from lora_gan import data, estimate, objectives, probe, rollout
 from lora_gan.discriminator import Group, Replay
@@ -72,8 +73,27 @@ def test_the_probe_ranks_what_the_frozen_features_tell_and_saves_as_it_scores(tm
     assert differences(player_state(gan, "discriminator"), player_state(other, "discriminator")) == []
 
 
+def test_stock_peft_opens_the_probe(tmp_path):
+    gan = small_gan(base_folder("llama"), disc_predictor="probe", num_generations=8)
+    for _ in range(6):
+        gan.step(PROMPTS[:4], TARGETS[:4])
+    folder = gan.save_checkpoint(ckpt_dir=tmp_path) / "discriminator"
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    for prompt, target, score in zip(PROMPTS, TARGETS, gan.score(PROMPTS, TARGETS), strict=True):
+        (ids,), (response,) = rollout.encode_pairs(gan.players.base, [prompt], [target])
+        with torch.no_grad():
+            assert stock(input_ids=torch.tensor([ids + response])).logits.item() == pytest.approx(score, abs=1e-5)
+
+
+def test_auto_compares_the_two_on_fresh_answers_and_tells_which_scored():
+    gan = small_gan(disc_predictor="auto")
+    told = [gan.step(PROMPTS[:2], TARGETS[:2]) for _ in range(3)]
+    assert "by_probe" not in told[0] and told[-1]["by_probe"] in (0.0, 1.0)
+    assert gan.discriminator.judged > 0 and all(value > 0 for value in gan.discriminator.errors.values())
+
+
 def test_the_predictor_that_met_fresh_rewards_better_scores():
-    gan = small_gan()
+    gan = small_gan(disc_predictor="auto")
     gan.step(PROMPTS[:2], TARGETS[:2])
     disc = gan.discriminator
     disc.judged = 10.0
@@ -91,7 +111,7 @@ def _rows(count):
 
 
 def test_scoring_puts_the_raw_weights_back_even_after_an_error():
-    gan = small_gan(disc_average=0.5)
+    gan = small_gan(disc_average=0.5, disc_predictor="auto")
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     before = player_state(gan, "discriminator")

@@ -7,7 +7,7 @@ import pytest
 from helpers import base_folder, small_gan
 from transformers import AutoModelForCausalLM
 
-from lora_gan import preview
+from lora_gan import Config, preview
 
 
 @pytest.mark.parametrize(("architecture", "kv_width"), [("gpt2", 32), ("llama", 16)])  # llama: 2 of 4 heads of width 8
@@ -43,3 +43,11 @@ def test_what_takes_turns_is_not_added_up():
 def test_the_spread_is_that_of_responses_to_one_prompt(rewards, said):
     (line,) = preview._verdict_on_spread(np.array(rewards))
     assert re.search(said, line), line
+
+
+def test_calls_are_at_most_the_budget_and_none_where_no_reward_is_asked():
+    settings = {"prompts_per_step": 2, "num_generations": 4, "query_rate": 0.5}
+    assert preview.calls(Config(**settings), 10) == 40
+    assert preview.calls(Config(**settings, reward_budget=25), 10) == 25
+    unasked = Config(**settings, adversarial=True, disc_objective="real_vs_generated")
+    assert preview.calls(unasked, 10) == 0

@@ -320,7 +320,7 @@ def _training(run: Run, part: str) -> str:
             "true": "the true reward",
             "predicted": "the reward that the discriminator predicts",
             "corrected": "the true reward"
-            if config.query_rate == 1
+            if config.query_rate == 1 and config.reward_budget is None
             else "the predicted reward, corrected by the true "
             f"one where it was asked for (a share of {config.query_rate:g} of the responses)",
         }[signal]

@@ -49,8 +49,11 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
 
 
 def calls(config: Config, steps: int) -> int:
-    """True rewards that so many steps ask for."""
-    return round(steps * config.prompts_per_step * config.num_generations * config.query_rate)
+    """True rewards that so many steps ask for, at most reward_budget."""
+    if config.disc_objective == "real_vs_generated":
+        return 0
+    wanted = round(steps * config.prompts_per_step * config.num_generations * config.query_rate)
+    return wanted if config.reward_budget is None else min(wanted, config.reward_budget)
 
 
 def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[str, float]:
