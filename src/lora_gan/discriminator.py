@@ -145,6 +145,7 @@ class Discriminator:
             self.predictor = "adapter"  # DoRA's adapter cannot be switched off by its weights alone
         if config.disc_objective == "real_vs_generated":
             self.predictor = "adapter"  # there are no true rewards to regress on
+        self._silent = players.silent_names()
         self.probe_MH = torch.zeros_like(players.heads_MH.data)
         self.errors = {"adapter": 0.0, "probe": 0.0}  # squared, of differences within groups, on fresh answers
         self.judged = 0.0  # how many differences these are sums over; both fade
@@ -178,8 +179,7 @@ class Discriminator:
         raw = [parameter.data for parameter in parameters]
         probing = self.by_probe if by_probe is None else by_probe
         if probing:
-            silent = self.players.silent_names()
-            weights = [torch.zeros_like(w) if quiet else w for w, quiet in zip(raw, silent, strict=True)]
+            weights = [torch.zeros_like(w) if quiet else w for w, quiet in zip(raw, self._silent, strict=True)]
             weights[-1] = self.probe_MH
         else:
             weights = raw if self.average is None else self.average
