@@ -1,9 +1,8 @@
 """Checkpoints: the layout that stock PEFT opens, written beside and renamed, loaded without executing anything.
 
     step-100/
-      generator/      adapter_config.json  adapter_model.bin  optimizer.pt
-      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw heads, replay)
-      monitor.pt           (what the guard remembers)
+      generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.pt (what the guard remembers)
+      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw weights, probe, replay)
       trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
 
 A folder without trainer_state.json is not a checkpoint: it is written last, and the whole folder under another name.
@@ -57,7 +56,7 @@ def save(gan: LoraGAN, folder: Path, step: int) -> Path:
     torch.save(gan.generator.optimizer.state_dict(), writing / "generator" / "optimizer.pt")
     torch.save(gan.discriminator.optimizer.state_dict(), writing / "discriminator" / "optimizer.pt")
     torch.save(gan.discriminator.state_dict(), writing / "discriminator" / "state.pt")
-    torch.save(gan.monitor.state_dict(), writing / "monitor.pt")
+    torch.save(gan.monitor.state_dict(), writing / "generator" / "monitor.pt")
     (writing / STATE).write_text(json.dumps(_trainer_state(gan), indent=2) + "\n", encoding="utf-8")
 
     replaced = folder / f".step-{step}.replaced-{os.getpid()}"
@@ -183,7 +182,8 @@ def load(gan: LoraGAN, path: Path) -> None:
         )
     put_generator = _read_generator(gan, path / "generator")
     put_discriminator = _read_discriminator(gan, path / "discriminator")
-    monitor = _read_tensors(path / "monitor.pt") if (path / "monitor.pt").is_file() else None
+    watched = path / "generator" / "monitor.pt"  # older checkpoints have none
+    monitor = _read_tensors(watched) if watched.is_file() else None
     put_generator()
     put_discriminator()
     if monitor is not None:
