@@ -1,11 +1,11 @@
-"""The probe: heads in closed form on the frozen base's features, for rewards too noisy to train an adapter on.
+"""The probe: heads in closed form on the frozen base's features, meant for noisy rewards.
 
 # N = responses, C = contrasts (one fewer than the responses, a group), H = hidden size, M = heads
 
-An adapter trained on a few hundred answers whose noise is three times their spread learns the noise (docs/learning/).
-A ridge regression on features that do not move, with its penalty chosen by the answers, does not. It sees differences
-within groups alone, which are all that reaches the generator; so what it predicts ranks the responses to a prompt, and
-its level is not the reward's.
+An adapter trained on a few hundred answers whose noise is three times their spread can learn the noise; a ridge
+regression on features that do not move, with its penalty chosen by the answers, has less room to. Whether that helps
+the generator is not settled (docs/learning/). The probe sees differences within groups alone, which are all that
+reaches the generator; so what it predicts ranks the responses to a prompt, and its level is not the reward's.
 """
 
 from __future__ import annotations
