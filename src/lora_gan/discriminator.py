@@ -250,23 +250,28 @@ class Discriminator:
             self.correlation = FORGET * self.correlation + differences * within
             self.correlated = FORGET * self.correlated + differences
         told = {"gate": experience.gate}
-        if self.predictor != "auto" or not differences or not (self.probe_MH.any() and self.players.heads_MH.any()):
+        # The same on all processes, which must meet in the sum below: one without answers brings nought.
+        if self.predictor != "auto" or not (self.probe_MH.any() and self.players.heads_MH.any()):
             return told
-        scored = self.by_probe
-        told["by_probe"] = float(scored)
-        rows = experience.rollout.rows(np.flatnonzero(answered_B))
-        true_B, group_B = experience.true_B[answered_B], experience.group_B[answered_B]
-        sums = []
-        for name in ("adapter", "probe"):
-            if (name == "probe") == scored:
-                predicted_B = experience.predicted_B[answered_B]
-            else:
-                predicted_B = self.predict(rows, by_probe=name == "probe").mean(0)
-            sums.append(squared_within(predicted_B - true_B, group_B))
-        seen = distributed.total(torch.tensor([*sums, float(differences)], dtype=torch.float64))
-        for name, value in zip(("adapter", "probe"), seen.tolist(), strict=False):
-            self.errors[name] = FORGET * self.errors[name] + value
-        self.judged = FORGET * self.judged + float(seen[2])
+        scored, sums = self.by_probe, [0.0, 0.0]
+        if differences:
+            told["by_probe"] = float(scored)
+            rows = experience.rollout.rows(np.flatnonzero(answered_B))
+            true_B, group_B = experience.true_B[answered_B], experience.group_B[answered_B]
+            for i, by_probe in enumerate((False, True)):
+                if by_probe == scored:
+                    predicted_B = experience.predicted_B[answered_B]
+                else:
+                    predicted_B = self.predict(rows, by_probe=by_probe).mean(0)
+                sums[i] = squared_within(predicted_B - true_B, group_B)
+        seen = torch.tensor([*sums, float(differences)], dtype=torch.float64, device=self.players.device)
+        adapter, probing, count = distributed.total(seen).tolist()
+        if count:
+            self.errors = {
+                "adapter": FORGET * self.errors["adapter"] + adapter,
+                "probe": FORGET * self.errors["probe"] + probing,
+            }
+            self.judged = FORGET * self.judged + count
         return told
 
     def _with_features(self, groups: list[Group]) -> list[Group]:
@@ -308,17 +313,18 @@ class Discriminator:
 
     # --- targets as data
 
-    def _target_ids(self, experience: Experience, prompt: list[int]) -> list[int] | None:
-        """The target of a prompt as tokens, where it has one."""
-        text = next(r.target for p, r in zip(experience.prompts, experience.rows, strict=True) if p == prompt)
-        return None if text is None else encode_response(self.players.base, text)[: self.config.max_completion_length]
+    def _target_ids(self, text: str) -> list[int]:
+        """A target as tokens, as imitation reads it."""
+        return encode_response(self.players.base, text)[: self.config.max_completion_length]
 
     def _anchored(self, groups: list[Group], experience: Experience) -> list[Group]:
         """Each group with its prompt's target in it, whose true reward is known and need not be asked for."""
+        texts = {tuple(p): row.target for p, row in zip(experience.prompts, experience.rows, strict=True)}
         anchored = []
         for group in groups:
-            target = self._target_ids(experience, group.prompt)
-            if target is not None:
+            text = texts[tuple(group.prompt)]
+            if text is not None:
+                target = self._target_ids(text)
                 rewards = [*group.rewards, float(self.config.disc_anchor_reward or 0.0)]
                 group = replace(group, responses=[*group.responses, target], rewards=rewards)
             anchored.append(group)
@@ -330,8 +336,8 @@ class Discriminator:
         groups = []
         for j, (prompt, row) in enumerate(zip(experience.prompts, experience.rows, strict=True)):
             members = np.flatnonzero(experience.group_B == j)
-            target = self._target_ids(experience, prompt) if row.target is not None else None
-            if target is not None:
+            if row.target is not None:
+                target = self._target_ids(row.target)
                 responses = [ids_BT[i][: lengths_B[i]] for i in members]
                 rewards = [0.0] * len(members) + [1.0]
                 groups.append(Group(prompt, [*responses, target], rewards, [True] * self.config.disc_heads))
