@@ -308,6 +308,13 @@ def test_an_anchor_joins_its_group_free_of_charge():
     assert all(len(group.responses) == 5 and group.rewards[-1] == 1.0 for group in gan.discriminator.replay.groups)
 
 
+def test_a_prompt_that_stands_twice_has_each_rows_own_target_as_its_anchor():
+    gan = small_gan(disc_anchor_reward=1.0, num_generations=2)
+    gan.step([PROMPTS[0], PROMPTS[0]], TARGETS[:2])
+    anchors = [group.responses[-1] for group in gan.discriminator.replay.groups]
+    assert anchors == [gan.discriminator._target_ids(text) for text in TARGETS[:2]] and anchors[0] != anchors[1]
+
+
 def test_the_reservoir_keeps_an_even_sample():
     counts = np.zeros(40)
     for seed in range(400):

@@ -22,7 +22,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from . import distributed, objectives, probe, randomness
+from . import distributed, estimate, objectives, probe, randomness
 from .adapters import Players
 from .config import Config
 from .experience import Experience
@@ -109,11 +109,11 @@ class Replay:
         self.seen = state.get("seen", len(self.groups))
 
 
-def answered_groups(experience: Experience, config: Config) -> list[Group]:
-    """This step's responses whose true reward is known, group by group."""
+def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
+    """This step's responses whose true reward is known, by their prompt's place in the step."""
     answered_B = ~np.isnan(experience.true_B)
     lengths_B, ids_BT = experience.rollout.lengths_B, experience.rollout.response_ids_BT.tolist()
-    groups = []
+    groups = {}
     for j, prompt in enumerate(experience.prompts):
         members = np.flatnonzero((experience.group_B == j) & answered_B)
         if len(members) == 0:
@@ -125,7 +125,7 @@ def answered_groups(experience: Experience, config: Config) -> list[Group]:
         if not any(heads):
             heads[int(draws.argmin())] = True
         responses = [ids_BT[i][: lengths_B[i]] for i in members]
-        groups.append(Group(prompt, responses, experience.true_B[members].tolist(), heads))
+        groups[j] = Group(prompt, responses, experience.true_B[members].tolist(), heads)
     return groups
 
 
@@ -206,13 +206,11 @@ class Discriminator:
         With several processes, one whose prompts got no answer takes part with gradients of nought.
         """
         relative = self.config.disc_objective == "real_vs_generated"
-        fresh = self._real_and_generated(experience) if relative else answered_groups(experience, self.config)
+        fresh = self._real_and_generated(experience) if relative else self._answered(experience)
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
         metrics = self._told_apart(fresh) if relative else self._judge(experience)
-        if self.config.disc_anchor_reward is not None and not relative:
-            fresh = self._anchored(fresh, experience)
         if not relative:
             self._keep_unit(fresh)
             if not self.players.heads_MH.any():
@@ -245,34 +243,43 @@ class Discriminator:
         answered_B = ~np.isnan(experience.true_B)
         metrics = fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B)
         differences = int(answered_B.sum()) - len(np.unique(experience.group_B[answered_B]))
-        within = metrics["rank_correlation_within"]
-        if within is not None and differences:
-            self.correlation = FORGET * self.correlation + differences * within
-            self.correlated = FORGET * self.correlated + differences
-        told = {"gate": experience.gate}
-        # The same on all processes, which must meet in the sum below: one without answers brings nought.
-        if self.predictor != "auto" or not (self.probe_MH.any() and self.players.heads_MH.any()):
-            return told
-        scored, sums = self.by_probe, [0.0, 0.0]
-        if differences:
-            told["by_probe"] = float(scored)
-            rows = experience.rollout.rows(np.flatnonzero(answered_B))
-            true_B, group_B = experience.true_B[answered_B], experience.group_B[answered_B]
-            for i, by_probe in enumerate((False, True)):
-                if by_probe == scored:
-                    predicted_B = experience.predicted_B[answered_B]
-                else:
-                    predicted_B = self.predict(rows, by_probe=by_probe).mean(0)
-                sums[i] = squared_within(predicted_B - true_B, group_B)
-        seen = torch.tensor([*sums, float(differences)], dtype=torch.float64, device=self.players.device)
-        adapter, probing, count = distributed.total(seen).tolist()
-        if count:
+        ranked = metrics["rank_correlation_within"] if differences else None
+        told, sums = {"gate": experience.gate}, [0.0, 0.0]
+        compares = self.predictor == "auto" and self.probe_MH.any() and self.players.heads_MH.any()
+        if compares and differences:
+            told["by_probe"] = float(self.by_probe)
+            sums = self._squared_errors(experience, answered_B)
+        # With several processes the sums are over all of them: one without answers brings noughts, and none waits.
+        weight = 0.0 if ranked is None else float(differences)
+        seen = torch.tensor(
+            [*sums, float(differences), weight * (ranked or 0.0), weight],
+            dtype=torch.float64,
+            device=self.players.device,
+        )
+        adapter, probing, count, correlation, correlated = distributed.total(seen).tolist()
+        if correlated:
+            self.correlation = FORGET * self.correlation + correlation
+            self.correlated = FORGET * self.correlated + correlated
+        if compares and count:
             self.errors = {
                 "adapter": FORGET * self.errors["adapter"] + adapter,
                 "probe": FORGET * self.errors["probe"] + probing,
             }
             self.judged = FORGET * self.judged + count
         return told
+
+    def _squared_errors(self, experience: Experience, answered_B: np.ndarray) -> list[float]:
+        """Of the adapter and of the probe on the answered responses, of differences within groups, summed."""
+        rows = experience.rollout.rows(np.flatnonzero(answered_B))
+        true_B, group_B = experience.true_B[answered_B], experience.group_B[answered_B]
+        sums = []
+        for by_probe in (False, True):
+            if by_probe == self.by_probe:
+                predicted_B = experience.predicted_B[answered_B]
+            else:
+                predicted_B = self.predict(rows, by_probe=by_probe).mean(0)
+            sums.append(float(np.square(estimate.within(predicted_B - true_B, group_B)).sum()))
+        return sums
 
     def _with_features(self, groups: list[Group]) -> list[Group]:
         """The groups with the frozen base's features of their responses, which never grow stale."""
@@ -317,18 +324,16 @@ class Discriminator:
         """A target as tokens, as imitation reads it."""
         return encode_response(self.players.base, text)[: self.config.max_completion_length]
 
-    def _anchored(self, groups: list[Group], experience: Experience) -> list[Group]:
-        """Each group with its prompt's target in it, whose true reward is known and need not be asked for."""
-        texts = {tuple(p): row.target for p, row in zip(experience.prompts, experience.rows, strict=True)}
-        anchored = []
-        for group in groups:
-            text = texts[tuple(group.prompt)]
-            if text is not None:
-                target = self._target_ids(text)
-                rewards = [*group.rewards, float(self.config.disc_anchor_reward or 0.0)]
-                group = replace(group, responses=[*group.responses, target], rewards=rewards)
-            anchored.append(group)
-        return anchored
+    def _answered(self, experience: Experience) -> list[Group]:
+        """The step's answered groups, each with its prompt's target in it where what that is worth is known."""
+        groups = answered_groups(experience, self.config)
+        if self.config.disc_anchor_reward is not None:
+            for j, group in groups.items():
+                text = experience.rows[j].target
+                if text is not None:
+                    rewards = [*group.rewards, float(self.config.disc_anchor_reward)]
+                    groups[j] = replace(group, responses=[*group.responses, self._target_ids(text)], rewards=rewards)
+        return list(groups.values())
 
     def _real_and_generated(self, experience: Experience) -> list[Group]:
         """Every group with its target: 1 for what is real, 0 for what was generated."""
@@ -504,11 +509,6 @@ def reward_unit(rewards: list[float]) -> float:
     return next(value for value in (float(np.std(rewards)), abs(float(np.mean(rewards))), 1.0) if value > 1e-6)
 
 
-def squared_within(error_B: np.ndarray, group_B: np.ndarray) -> float:
-    """Sum of squared errors after each group's mean error is taken off."""
-    return float(sum(((e := error_B[group_B == group]) - e.mean()) @ (e - e.mean()) for group in np.unique(group_B)))
-
-
 def micro_batches(groups: list[Group], size: int | None) -> list[list[Group]]:
     """Whole groups, at most `size` responses together where that is possible: a group's mean needs all of it."""
     batches: list[list[Group]] = []
@@ -530,30 +530,30 @@ def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndar
     answered_B = ~np.isnan(true_B)
     spread_B = predicted_MB.std(0)[answered_B]
     predicted_B, true_B, group_B = predicted_MB.mean(0)[answered_B], true_B[answered_B], group_B[answered_B]
-    left: list[tuple[np.ndarray, np.ndarray]] = []
-    for group in np.unique(group_B):
-        members = group_B == group
-        if members.sum() > 1:
-            left.append(tuple(rankdata(x[members]) - (members.sum() + 1) / 2 for x in (predicted_B, true_B)))
-    within = [np.concatenate(parts) for parts in zip(*left, strict=True)] if left else [np.zeros(0), np.zeros(0)]
+    compared_B = np.array([(group_B == group).sum() > 1 for group in group_B], dtype=bool)
+    ranks = [_ranks_within(values_B[compared_B], group_B[compared_B]) for values_B in (predicted_B, true_B)]
     return {
         "rank_correlation": _correlation(rankdata(predicted_B), rankdata(true_B)),
-        "rank_correlation_within": _correlation(*within),
+        "rank_correlation_within": _correlation(*ranks),
         "disc_mse": float(np.mean((predicted_B - true_B) ** 2)) if len(true_B) else None,
         "calibration_slope": _slope_within(predicted_B, true_B, group_B),
         "uncertainty_correlation": _correlation(spread_B, np.abs(predicted_B - true_B)),
     }
 
 
+def _ranks_within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
+    """Each value's rank in its group, less the group's mean rank."""
+    ranks_B = np.zeros(len(values_B))
+    for group in np.unique(group_B):
+        ranks_B[group_B == group] = rankdata(values_B[group_B == group])
+    return estimate.within(ranks_B, group_B)
+
+
 def _slope_within(predicted_B: np.ndarray, true_B: np.ndarray, group_B: np.ndarray) -> float | None:
     """Least-squares slope of true on predicted reward within groups: 1 is calibrated, below 1 overconfident."""
-    left = [
-        (p - p.mean(), t - t.mean())
-        for g in np.unique(group_B)
-        for p, t in [(predicted_B[group_B == g], true_B[group_B == g])]
-    ]
-    square = sum(float(p @ p) for p, _ in left)
-    return sum(float(p @ t) for p, t in left) / square if square > 1e-12 else None
+    left_B = estimate.within(predicted_B, group_B)
+    square = float(left_B @ left_B)
+    return float(left_B @ estimate.within(true_B, group_B)) / square if square > 1e-12 else None
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -131,10 +131,14 @@ def trusted(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, ga
         bound_B = bound_B - penalty * predicted_MB.std(0)
     if gate >= 1:
         return bound_B
-    mean_B = np.zeros_like(bound_B)
-    for group in np.unique(group_B):
-        mean_B[group_B == group] = bound_B[group_B == group].mean()
-    return mean_B + gate * (bound_B - mean_B)
+    left_B = within(bound_B, group_B)
+    return bound_B - left_B + gate * left_B
+
+
+def within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
+    """What is left of each value when its group's mean is taken off, [B]: all that reaches the generator."""
+    _, index_B = np.unique(group_B, return_inverse=True)
+    return values_B - (np.bincount(index_B, values_B) / np.bincount(index_B))[index_B]
 
 
 @dataclass

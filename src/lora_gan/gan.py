@@ -21,7 +21,7 @@ from . import checkpoint, data, distributed, estimate, evaluation, export, rewar
 from .adapters import Player, Players
 from .base import load_base
 from .callbacks import Callback, Run, check_callbacks
-from .config import Config
+from .config import Config, RewardSignal
 from .data import Prompt, Row
 from .discriminator import Discriminator
 from .display import aside_for
@@ -160,7 +160,7 @@ class LoraGAN:
         if reinforce or train_disc or not train_gen:
             asks = train_disc or not train_gen or signal != "predicted"
             asks = asks and self.config.disc_objective == "regression"
-            if asks and self.calls_left == 0 and (self.config.after_budget == "stop" or signal == "true"):
+            if asks and self._over_with_budget(signal):
                 raise BudgetSpent(
                     f"all {self.config.reward_budget} true-reward calls of reward_budget are spent: raise it, or learn "
                     "on by prediction alone (after_budget='predicted', and a reward_signal other than 'true')"
@@ -236,9 +236,9 @@ class LoraGAN:
             self.discriminator.gate,
         )
 
-    @property
-    def _ends_with_budget(self) -> bool:
-        return self.config.after_budget == "stop" or self.config.signal(self.config.adversarial) == "true"
+    def _over_with_budget(self, signal: RewardSignal) -> bool:
+        """Whether reward_budget is spent and nothing can teach the generator without another call."""
+        return self.calls_left == 0 and (self.config.after_budget == "stop" or signal == "true")
 
     @property
     def calls_left(self) -> int | None:
@@ -385,7 +385,7 @@ class LoraGAN:
                             run.saved(saved)
                         if run.control.should_training_stop:
                             break
-                        if self.calls_left == 0 and self._ends_with_budget:
+                        if self._over_with_budget(self.config.signal(self.config.adversarial)):
                             break
                         if record["alarms"] and self.config.on_exploit == "stop":
                             break
