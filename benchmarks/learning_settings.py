@@ -2,12 +2,14 @@
 
     {"defaults": {SETTINGS}, "tasks": {"e2e": {SETTINGS}},
      "arms": {"rloo": {"kind": "rl", "settings": {SETTINGS}, "by_task": {"e2e": {...}}, "by_reward": {"noisy": {...}},
-                       "by_budget": {"125": {...}}, "by_reward_budget": {"noisy/500": {...}}}},
+                       "by_budget": {"125": {...}}, "by_reward_budget": {"noisy/500": {...}}},
+              "rloo-2x8": {"like": "rloo", "settings": {"prompts_per_step": 2}}},
      "experiments": [{"name": "core", "task": "tiny", "rewards": ["exact", "noisy"], "budgets": [125, 500],
                       "arms": ["rloo"], "seeds": [0, 1, 2], "settings": {...}}]}
 
 SETTINGS are LoraGAN's, and any of OPTIONS beside them; later ones override earlier ones, in the order above. An option
-of the arm may also stand beside "settings", and one of the experiment beside its "name".
+of the arm may also stand beside "settings", and one of the experiment beside its "name". An arm "like" another has all
+that the other has, but for what it says itself.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ def resolve(
         raise ValueError(
             f"experiment {experiment['name']!r} names the arm {arm!r}: there are {', '.join(file['arms'])}"
         )
-    told, task = file["arms"][arm], experiment["task"]
-    unknown = set(told) - {"settings", "why", *LAYERS, *OPTIONS}
+    told, task = like(file["arms"], arm), experiment["task"]
+    unknown = set(told) - {"settings", *LAYERS, *OPTIONS}
     if unknown:
         raise ValueError(f"the arm {arm!r} has {sorted(unknown)}: only settings, {', '.join(LAYERS)} and options")
     values = dict(OPTIONS)
@@ -107,6 +109,21 @@ def resolve(
         options={name: values[name] for name in OPTIONS},
         settings={name: value for name, value in values.items() if name not in OPTIONS},
     )  # fmt: skip
+
+
+def like(arms: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """What an arm says, with what it takes over from the arm it is like."""
+    told = dict(arms[arm])
+    other = told.pop("like", None)
+    if other is None:
+        return told
+    if other not in arms or "like" in arms[other]:
+        raise ValueError(f"the arm {arm!r} is like {other!r}, which is no arm of its own")
+    taken = dict(arms[other])
+    for name in ("settings", *LAYERS):
+        if name in told and name in taken:
+            told[name] = {**taken[name], **told[name]}
+    return taken | told
 
 
 def results(lines: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -231,14 +231,13 @@ def test_straight_through_is_exact_for_one_token_and_a_linear_discriminator(monk
         assert_equal_gradients(gradient_of(gan, experience, "predicted"), oracle)
 
 
-@pytest.mark.parametrize("predictor", ["adapter", "probe"])
 @pytest.mark.parametrize("pad", ["own", "eos", "none"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad, predictor):
+def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad):
     """Two stock models in one graph, row by row: the generator's probabilities are the discriminator's inputs."""
     base = base_folder(architecture, pad)
     gan = small_gan(
-        base, gradient_path="straight_through", reward_signal="predicted", disc_predictor=predictor, beta=0.0,
+        base, gradient_path="straight_through", reward_signal="predicted", beta=0.0,
         temperature=0.8, micro_batch_size=5, learning_rate=1e-2,
     )  # fmt: skip
     for _ in range(3):

@@ -1,109 +1,16 @@
-"""What keeps the discriminator useful and the generator honest: probe, choice of predictor, gate, budget, monitor."""
+"""What keeps the discriminator useful and the generator honest: average, gate, budget, monitor."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, TARGETS, base_folder, differences, player_state, small_gan
-from peft import AutoPeftModelForSequenceClassification
+from helpers import PROMPTS, TARGETS, differences, player_state, small_gan
 
-from lora_gan import data, estimate, objectives, probe, rollout
+from lora_gan import data, estimate, objectives, rollout
 from lora_gan.discriminator import Group, Replay
 from lora_gan.gan import BudgetSpent
 from lora_gan.guard import repetition
-
-# --- the probe --------------------------------------------------------------------------------------------------------
-
-
-def test_contrasts_are_orthonormal_and_blind_to_each_groups_level():
-    rng = np.random.default_rng(0)
-    values, sizes = rng.normal(size=(9, 3)), [4, 1, 2, 2]
-    found = probe.contrasts(values, sizes)
-    assert found.shape == (5, 3)
-    shifted = values + np.repeat(rng.normal(size=(4, 1)), sizes, axis=0)
-    np.testing.assert_allclose(probe.contrasts(shifted, sizes), found, atol=1e-12)
-    first = 0
-    for size, count in zip(sizes, (3, 0, 1, 1), strict=True):  # they keep the sum of squares around the mean
-        group, first = values[first : first + size], first + size
-        square, found = (found[:count] ** 2).sum(), found[count:]
-        assert square == pytest.approx(((group - group.mean(0)) ** 2).sum())
-
-
-@pytest.mark.parametrize(("count", "width"), [(40, 6), (12, 30)])
-def test_the_penalty_is_the_one_of_least_generalized_cross_validation(count, width):
-    rng = np.random.default_rng(count)
-    features, rewards = rng.normal(size=(count, width)), rng.normal(size=count)
-    unit = (features**2).sum() / count
-    scores = []
-    for weight in probe.PENALTIES * unit:  # by the hat matrix, as the paper writes it
-        hat = features @ np.linalg.solve(features.T @ features + weight * np.eye(width), features.T)
-        scores.append(((rewards - hat @ rewards) ** 2).sum() / count / (1 - np.trace(hat) / count) ** 2)
-    assert probe.penalty(features, rewards) == pytest.approx(unit * probe.PENALTIES[int(np.argmin(scores))])
-
-
-@pytest.mark.parametrize(("count", "width"), [(40, 6), (12, 30)])
-def test_both_forms_of_ridge_are_the_augmented_least_squares(count, width):
-    rng = np.random.default_rng(1)
-    features, rewards = rng.normal(size=(count, width)), rng.normal(size=count)
-    augmented = np.vstack([features, np.sqrt(2.5) * np.eye(width)])
-    oracle, *_ = np.linalg.lstsq(augmented, np.concatenate([rewards, np.zeros(width)]), rcond=None)
-    np.testing.assert_allclose(probe.ridge(features, rewards, 2.5), oracle, atol=1e-10)
-
-
-def test_too_few_contrasts_or_rewards_all_alike_fit_nothing():
-    features = np.random.default_rng(2).normal(size=(8, 3))
-    assert not probe.fit(features[:4], np.arange(4.0), [4], [[True, True]]).any()
-    assert not probe.fit(features, np.ones(8), [4, 4], [[True], [True]]).any()
-    assert probe.fit(features, np.arange(8.0), [4, 4], [[True], [True]]).any()
-
-
-def test_the_probe_ranks_what_the_frozen_features_tell_and_saves_as_it_scores(tmp_path):
-    gan = small_gan(base_folder("llama"), disc_predictor="probe")
-    for _ in range(3):
-        gan.step(PROMPTS[:3], TARGETS[:3])
-    scores = gan.score(PROMPTS[:3], TARGETS[:3])
-    assert np.ptp(scores) > 0
-    gan.save_checkpoint(step=3, ckpt_dir=tmp_path)
-    weights = torch.load(tmp_path / "step-3" / "discriminator" / "adapter_model.bin", weights_only=True)
-    assert all(not w.any() for name, w in weights.items() if ".lora_B." in name)
-    other = small_gan(base_folder("llama"), disc_predictor="probe")
-    other.load_checkpoint(step=3, ckpt_dir=tmp_path)
-    assert other.score(PROMPTS[:3], TARGETS[:3]) == scores
-    assert differences(player_state(gan, "discriminator"), player_state(other, "discriminator")) == []
-
-
-def test_stock_peft_opens_the_probe(tmp_path):
-    gan = small_gan(base_folder("llama"), disc_predictor="probe", num_generations=8)
-    for _ in range(6):
-        gan.step(PROMPTS[:4], TARGETS[:4])
-    folder = gan.save_checkpoint(ckpt_dir=tmp_path) / "discriminator"
-    stock = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
-    for prompt, target, score in zip(PROMPTS, TARGETS, gan.score(PROMPTS, TARGETS), strict=True):
-        (ids,), (response,) = rollout.encode_pairs(gan.players.base, [prompt], [target])
-        with torch.no_grad():
-            assert stock(input_ids=torch.tensor([ids + response])).logits.item() == pytest.approx(score, abs=1e-5)
-
-
-def test_auto_compares_the_two_on_fresh_answers_and_tells_which_scored():
-    gan = small_gan(disc_predictor="auto")
-    told = [gan.step(PROMPTS[:2], TARGETS[:2]) for _ in range(3)]
-    assert "by_probe" not in told[0] and told[-1]["by_probe"] in (0.0, 1.0)
-    assert gan.discriminator.judged > 0 and all(value > 0 for value in gan.discriminator.errors.values())
-
-
-def test_the_predictor_that_met_fresh_rewards_better_scores():
-    gan = small_gan(disc_predictor="auto")
-    gan.step(PROMPTS[:2], TARGETS[:2])
-    disc = gan.discriminator
-    disc.judged = 10.0
-    for adapter, by_probe in ((1.0, False), (3.0, True)):
-        disc.errors = {"adapter": adapter, "probe": 2.0}
-        assert disc.by_probe is by_probe
-        rows = gan._play(_rows(2), asks=False).rollout
-        same = disc.predict(rows, by_probe=by_probe)
-        np.testing.assert_array_equal(disc.predict(rows), same)
-        assert not np.array_equal(disc.predict(rows, by_probe=not by_probe), same)
 
 
 def _rows(count):
@@ -111,17 +18,17 @@ def _rows(count):
 
 
 def test_scoring_puts_the_raw_weights_back_even_after_an_error():
-    gan = small_gan(disc_average=0.5, disc_predictor="auto")
+    gan = small_gan(disc_average=0.5)
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     before = player_state(gan, "discriminator")
-    with pytest.raises(KeyError), gan.discriminator.scoring(by_probe=True):
+    with pytest.raises(KeyError), gan.discriminator.scoring():
         raise KeyError
     assert differences(before, player_state(gan, "discriminator")) == []
 
 
 def test_the_average_is_what_is_said():
-    gan = small_gan(disc_average=0.75, disc_updates=1, disc_predictor="adapter")
+    gan = small_gan(disc_average=0.75, disc_updates=1)
     seen = []
     for _ in range(3):
         gan.step(PROMPTS[:2], TARGETS[:2])
@@ -131,7 +38,7 @@ def test_the_average_is_what_is_said():
         mean = [0.75 * m + 0.25 * w for m, w in zip(mean, weights, strict=True)]
     for ours, oracle in zip(gan.discriminator.average, mean, strict=True):
         torch.testing.assert_close(ours, oracle)
-    with gan.discriminator.scoring(by_probe=False):
+    with gan.discriminator.scoring():
         assert torch.equal(gan.players.parameters("discriminator")[-1], gan.discriminator.average[-1])
 
 

@@ -70,6 +70,17 @@ def test_the_hash_follows_what_decides_the_result_and_not_the_names():
     assert run.hash != _resolved(seeds=[1])[0].hash
 
 
+def test_an_arm_like_another_has_all_but_what_it_says_itself():
+    from learning_settings import like
+
+    first = {"kind": "null", "extra_steps": 3, "settings": {"beta": 0.1, "seed": 1}, "by_budget": {"4": {"beta": 0.2}}}
+    arms = {"a": first, "b": {"like": "a", "extra_steps": 5, "settings": {"beta": 0.3}}, "c": {"like": "b"}}
+    assert like(arms, "a") == first
+    assert like(arms, "b") == first | {"extra_steps": 5, "settings": {"beta": 0.3, "seed": 1}}
+    with pytest.raises(ValueError, match="no arm of its own"):
+        like(arms, "c")
+
+
 def test_unknown_names_are_refused():
     from learning_settings import expand
 

@@ -96,12 +96,6 @@ class Players:
         adapter = [parameter for name, parameter in self.peft.named_parameters() if mine.search(name)]
         return adapter + ([self.heads_MH] if player == "discriminator" else [])
 
-    def silent_names(self) -> list[bool]:
-        """For each of the discriminator's parameters, whether the adapter says nothing once it is nought (lora_B)."""
-        mine = re.compile(r"\.lora_\w+\.discriminator(\.|$)")
-        names = [name for name, _ in self.peft.named_parameters() if mine.search(name)]
-        return [".lora_B." in name for name in names] + [False]
-
     def _require_places(self) -> None:
         """Both players can train every adapter they were given; stock clients can open the discriminator, or a warning
         says why they cannot."""

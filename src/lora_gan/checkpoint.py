@@ -2,7 +2,7 @@
 
     step-100/
       generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.pt (what the guard remembers)
-      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw weights, probe, replay)
+      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw weights, average, replay)
       trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
 
 A folder without trainer_state.json is not a checkpoint: it is written last, and the whole folder under another name.

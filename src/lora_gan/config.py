@@ -17,7 +17,6 @@ GradientPath = Literal["policy_gradient", "straight_through"]
 QueryDesign = Literal["uniform", "groups", "uncertain"]
 AfterBudget = Literal["predicted", "stop"]
 DiscObjective = Literal["regression", "real_vs_generated"]
-DiscPredictor = Literal["auto", "adapter", "probe"]
 ReplayPolicy = Literal["fifo", "reservoir"]
 OnExploit = Literal["warn", "stop", "rollback"]
 WeightsFormat = Literal["bin", "safetensors"]
@@ -178,9 +177,6 @@ class Config:
     disc_objective: DiscObjective = "regression"
     """regression: learns the true reward; real_vs_generated: learns to tell target texts from responses, and no true
     reward is asked for."""
-    disc_predictor: DiscPredictor = "auto"
-    """What predicts: the trained adapter; the probe, a ridge regression on the frozen base's features; auto: whichever
-    of the two has met fresh true rewards better so far."""
     disc_average: float = 0.0
     """Decay an update of the moving average of its weights, which then scores; 0: the weights themselves score."""
     disc_replay_policy: ReplayPolicy = "fifo"
@@ -250,7 +246,6 @@ class Config:
             ("query_design", get_args(QueryDesign)),
             ("after_budget", get_args(AfterBudget)),
             ("disc_objective", get_args(DiscObjective)),
-            ("disc_predictor", get_args(DiscPredictor)),
             ("disc_replay_policy", get_args(ReplayPolicy)),
             ("on_exploit", get_args(OnExploit)),
             ("reward_signal", get_args(RewardSignal)),
@@ -290,8 +285,6 @@ class Config:
                     "disc_objective='real_vs_generated' asks for no true reward, so the generator can only learn from "
                     "the predicted one: set adversarial=True"
                 )
-            if self.disc_predictor == "probe":
-                raise ValueError("disc_predictor='probe' regresses on true rewards; real_vs_generated has none")
 
     def _is_whole(self, name: str, least: int) -> bool:
         value = getattr(self, name)

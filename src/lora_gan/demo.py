@@ -40,7 +40,6 @@ RECIPE: dict[str, Any] = dict(
     beta=0.03,
     query_rate=0.5,
     query_design="uniform",
-    disc_predictor="adapter",
 )
 BY_OPPONENT: dict[Opponent, dict[str, Any]] = {
     "learning": dict(reward_signal="corrected"),

@@ -1,13 +1,10 @@
-"""The discriminator's training: ridge start, replay, updates on what is left within groups; and who predicts.
+"""The discriminator's training: ridge start, replay, updates on what is left within groups; and how far it is trusted.
 
 # B = responses, M = heads, H = hidden size
 
 It regresses on the true reward with each group's mean split off, plus a within-group ranking loss (GAD,
 arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. Replay is
 the discriminator's alone: it never reaches the generator's gradient.
-
-Two candidates predict: the adapter trained so, and the probe (probe.py). Both are judged by the answers of the next
-step, before these teach anyone (prequential, Dawid 1984); the better one scores.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from . import distributed, estimate, objectives, probe, randomness
+from . import distributed, estimate, objectives, randomness
 from .adapters import Players
 from .config import Config
 from .experience import Experience
@@ -38,7 +35,6 @@ class Group:
     responses: list[list[int]]  # token ids, the end-of-text token included where it was generated
     rewards: list[float]  # true rewards
     heads: list[bool]  # which heads learn from it: their spread is an uncertainty only if they saw different data
-    features: list[list[float]] | None = None  # the frozen base's, of each response, where the probe may be asked
 
 
 FORGET = 0.9  # a step, of what fresh answers said of the predictions
@@ -84,10 +80,6 @@ class Replay:
             "response_lengths": torch.tensor([len(response) for response in responses], dtype=torch.int64),
             "rewards": torch.tensor([r for group in self.groups for r in group.rewards], dtype=torch.float64),
             "heads": torch.tensor([group.heads for group in self.groups], dtype=torch.bool),
-            "features": torch.tensor(
-                [row for group in self.groups for row in group.features or ()], dtype=torch.float32
-            ),
-            "has_features": torch.tensor([group.features is not None for group in self.groups], dtype=torch.bool),
             "seen": self.seen,
         }
 
@@ -96,15 +88,10 @@ class Replay:
         prompts = [x.tolist() for x in state["prompt_tokens"].split(state["prompt_lengths"].tolist())]
         responses = [x.tolist() for x in state["response_tokens"].split(state["response_lengths"].tolist())]
         rewards, heads = state["rewards"].split(sizes), state["heads"].tolist()
-        has_features = state["has_features"].tolist() if "has_features" in state else [False] * len(sizes)
-        rows = state["features"].tolist() if any(has_features) else []
-        self.groups, first, row = [], 0, 0
+        self.groups, first = [], 0
         for i, size in enumerate(sizes):
-            features = rows[row : row + size] if has_features[i] else None
-            self.groups.append(
-                Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i], features)
-            )
-            first, row = first + size, row + (size if has_features[i] else 0)
+            self.groups.append(Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i]))
+            first += size
         self.groups = self.groups[-self.capacity :] if self.capacity else []
         self.seen = state.get("seen", len(self.groups))
 
@@ -140,25 +127,9 @@ class Discriminator:
         self.replay = Replay(
             config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
         )
-        self.predictor = config.disc_predictor
-        if any(".lora_magnitude_vector." in name for name, _ in players.peft.named_parameters()):
-            self.predictor = "adapter"  # DoRA's adapter cannot be switched off by its weights alone
-        if config.disc_objective == "real_vs_generated":
-            self.predictor = "adapter"  # there are no true rewards to regress on
-        self._silent = players.silent_names()
-        self.probe_MH = torch.zeros_like(players.heads_MH.data)
-        self.errors = {"adapter": 0.0, "probe": 0.0}  # squared, of differences within groups, on fresh answers
-        self.judged = 0.0  # how many differences these are sums over; both fade
         self.correlation, self.correlated = 0.0, 0.0  # fresh rank correlation within groups: weighted sum, and weight
         self.average: list[Tensor] | None = None
         self.knows_unit = False  # whether the reward's unit has been read off the first rewards
-
-    @property
-    def by_probe(self) -> bool:
-        """Whether the probe scores; where the two have not been compared yet, it does not."""
-        if self.predictor != "auto":
-            return self.predictor == "probe"
-        return self.judged > 0 and self.errors["probe"] < self.errors["adapter"]
 
     @property
     def gate(self) -> float:
@@ -170,30 +141,21 @@ class Discriminator:
         return min(max(self.correlation / self.correlated / self.config.gate_correlation, 0.0), 1.0)
 
     @contextmanager
-    def scoring(self, by_probe: bool | None = None) -> Iterator[None]:
-        """Inside the block the players hold the weights that score: averaged ones, or the probe on a silent adapter.
-
-        Stock clients open an adapter and a head, so the probe, too, is written as these: with every lora_B at nought.
-        """
+    def scoring(self) -> Iterator[None]:
+        """Inside the block the players hold the weights that score: the averaged ones, where there is an average."""
         parameters = self.players.parameters("discriminator")
         raw = [parameter.data for parameter in parameters]
-        probing = self.by_probe if by_probe is None else by_probe
-        if probing:
-            weights = [torch.zeros_like(w) if quiet else w for w, quiet in zip(raw, self._silent, strict=True)]
-            weights[-1] = self.probe_MH
-        else:
-            weights = raw if self.average is None else self.average
         try:
-            for parameter, weight in zip(parameters, weights, strict=True):
+            for parameter, weight in zip(parameters, self.average or raw, strict=True):
                 parameter.data = weight
             yield
         finally:
             for parameter, weight in zip(parameters, raw, strict=True):
                 parameter.data = weight
 
-    def predict(self, rollout: Rollout, *, by_probe: bool | None = None) -> np.ndarray:
+    def predict(self, rollout: Rollout) -> np.ndarray:
         """Every head's predicted reward, float64 [M, B]."""
-        with torch.no_grad(), self.scoring(by_probe), self.players.playing("discriminator"):
+        with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
             parts = [
                 self.players.predict(part.ids_BL, part.mask_BL)
                 for part in map(rollout.rows, chunks(len(rollout), self.config.micro_batch_size))
@@ -224,11 +186,7 @@ class Discriminator:
             learning_rate = self.optimizer.learning_rate
             norm = self.optimizer.step()
             self._keep_average()
-        if self.predictor != "adapter":
-            fresh = self._with_features(fresh)
         self.replay.extend(fresh)
-        if self.predictor != "adapter":
-            self._fit_probe()
         return {
             "disc_loss": float(np.mean(losses)),
             "disc_learning_rate": learning_rate,
@@ -236,77 +194,20 @@ class Discriminator:
             **metrics,
         }
 
-    # --- who predicts
-
     def _judge(self, experience: Experience) -> dict[str, float]:
-        """What this step's answers say of the predictions made before them."""
+        """What this step's answers say of the predictions made before them: how far to trust the next ones."""
         answered_B = ~np.isnan(experience.true_B)
         metrics = fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B)
+        within = metrics["rank_correlation_within"]
         differences = int(answered_B.sum()) - len(np.unique(experience.group_B[answered_B]))
-        ranked = metrics["rank_correlation_within"] if differences else None
-        told, sums = {"gate": experience.gate}, [0.0, 0.0]
-        compares = self.predictor == "auto" and self.probe_MH.any() and self.players.heads_MH.any()
-        if compares and differences:
-            told["by_probe"] = float(self.by_probe)
-            sums = self._squared_errors(experience, answered_B)
+        weight = 0.0 if within is None else float(differences)
         # With several processes the sums are over all of them: one without answers brings noughts, and none waits.
-        weight = 0.0 if ranked is None else float(differences)
-        seen = torch.tensor(
-            [*sums, float(differences), weight * (ranked or 0.0), weight],
-            dtype=torch.float64,
-            device=self.players.device,
-        )
-        adapter, probing, count, correlation, correlated = distributed.total(seen).tolist()
+        seen = torch.tensor([weight * (within or 0.0), weight], dtype=torch.float64, device=self.players.device)
+        correlation, correlated = distributed.total(seen).tolist()
         if correlated:
             self.correlation = FORGET * self.correlation + correlation
             self.correlated = FORGET * self.correlated + correlated
-        if compares and count:
-            self.errors = {
-                "adapter": FORGET * self.errors["adapter"] + adapter,
-                "probe": FORGET * self.errors["probe"] + probing,
-            }
-            self.judged = FORGET * self.judged + count
-        return told
-
-    def _squared_errors(self, experience: Experience, answered_B: np.ndarray) -> list[float]:
-        """Of the adapter and of the probe on the answered responses, of differences within groups, summed."""
-        rows = experience.rollout.rows(np.flatnonzero(answered_B))
-        true_B, group_B = experience.true_B[answered_B], experience.group_B[answered_B]
-        sums = []
-        for by_probe in (False, True):
-            if by_probe == self.by_probe:
-                predicted_B = experience.predicted_B[answered_B]
-            else:
-                predicted_B = self.predict(rows, by_probe=by_probe).mean(0)
-            sums.append(float(np.square(estimate.within(predicted_B - true_B, group_B)).sum()))
-        return sums
-
-    def _with_features(self, groups: list[Group]) -> list[Group]:
-        """The groups with the frozen base's features of their responses, which never grow stale."""
-        rows: list[list[float]] = []
-        for part in micro_batches(groups, self.config.micro_batch_size):
-            ids, mask, *_ = self._batch(part)
-            with torch.no_grad(), self.players.playing("reference"):
-                rows += self.players.features(ids, mask).tolist()
-        found, first = [], 0
-        for group in groups:
-            size = len(group.responses)
-            found.append(replace(group, features=rows[first : first + size]))
-            first += size
-        return found
-
-    def _fit_probe(self) -> None:
-        """The probe anew from all of replay; with several processes, the mean of those with answers."""
-        groups = [group for group in self.replay.groups if group.features is not None]
-        fitted_MH = np.zeros(tuple(self.probe_MH.shape))
-        if groups:
-            features_NH = np.array([row for group in groups for row in group.features or ()])
-            rewards_N = np.array([reward for group in groups for reward in group.rewards]) / self.players.reward_unit
-            sizes = [len(group.responses) for group in groups]
-            fitted_MH = probe.fit(features_NH, rewards_N, sizes, [group.heads for group in groups])
-        count = distributed.total(torch.tensor([float(fitted_MH.any())], device=self.players.device))
-        fitted = distributed.total(torch.from_numpy(fitted_MH).to(self.probe_MH))
-        self.probe_MH = fitted / count.clamp(min=1)
+        return {"gate": experience.gate}
 
     def _keep_average(self) -> None:
         """The moving average of the weights, begun at the first update."""
@@ -468,8 +369,7 @@ class Discriminator:
 
     def _forget(self) -> None:
         """What came in from elsewhere is the adapter; nothing is known of how it predicts."""
-        self.probe_MH, self.average = torch.zeros_like(self.probe_MH), None
-        self.errors, self.judged = {"adapter": 0.0, "probe": 0.0}, 0.0
+        self.average = None
         self.correlation, self.correlated = 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -480,9 +380,6 @@ class Discriminator:
             "replay": self.replay.state_dict(),
             "raw": [parameter.detach() for parameter in self.players.parameters("discriminator")[:-1]],
             "average": self.average,
-            "probe_MH": self.probe_MH,
-            "errors": dict(self.errors),
-            "judged": self.judged,
             "correlation": [self.correlation, self.correlated],
         }
 
@@ -498,9 +395,7 @@ class Discriminator:
         self._forget()  # a checkpoint of an older version has no more than this
         if "raw" in state:
             device = self.players.device
-            self.probe_MH = state["probe_MH"].to(device).clone()
             self.average = state["average"] and [weight.to(device).clone() for weight in state["average"]]
-            self.errors, self.judged = dict(state["errors"]), state["judged"]
             self.correlation, self.correlated = state["correlation"]
 
 
