@@ -10,7 +10,7 @@ from helpers import PROMPTS, TARGETS, differences, player_state, small_gan
 from lora_gan import data, estimate, objectives, rollout
 from lora_gan.discriminator import Group, Replay
 from lora_gan.gan import BudgetSpent
-from lora_gan.guard import repetition
+from lora_gan.guard import Monitor, repetition
 
 
 def _rows(count):
@@ -258,6 +258,17 @@ def test_the_alarm_goes_off_once_when_predicted_and_true_reward_part():
 def test_no_alarm_where_both_rise_or_nothing_moves(drift):
     gan = small_gan(monitor_window=4)
     assert exploited(gan, 30, lambda s: 0.5 + drift * s, lambda s: 0.5 + drift * s) == []
+
+
+def test_noise_alone_seldom_sets_the_alarm_off():
+    """Oracle: true rewards of pure noise beside predictions that wander up; nobody exploits anything there."""
+    gan, false = small_gan(), 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        noise, walk = rng.normal(size=200), rng.normal(0.01, 0.1, size=200).cumsum()
+        gan.monitor = Monitor(gan.config)
+        false += bool(exploited(gan, 200, noise.__getitem__, walk.__getitem__))
+    assert false <= 6  # 1 in 20 is expected; 7 or more then come once in 290 sets of 40
 
 
 def test_rollback_brings_the_best_generator_back(tmp_path):
