@@ -12,7 +12,7 @@ import numpy as np
 from learning_settings import expand, read_settings, results
 from learning_stats import Interval, calls_to_reach, gap_closed, interval, over_seeds, saving
 
-BASELINE = "rloo"  # the arm that all others are compared with
+BASELINE = "rloo"  # the arm that all others are compared with; where it is not among them, the first
 LEVELS = (1000, 2000)  # calls of the baseline whose level the others are to reach with fewer
 LEAST_GAP = 0.02  # an oracle's gain under which best_of says nothing
 SECOND = ("chrf", "rule")  # the judges that the reward knows nothing of, in percent and in [0, 1]
@@ -160,9 +160,8 @@ def section(arms: list[Cell]) -> list[str]:
     metrics = ["reward", second] + ["exact"] * first.has("exact") + ["length"]
     # Of several settings of RLOO the one that ended best is what the others must beat.
     tuned = [cell for cell in arms if is_baseline(cell)]
-    baseline = max(tuned, key=lambda cell: cell.values("reward").mean(), default=None)
-    name = baseline.arm if baseline else BASELINE
-    head = ["arm", "seeds", "reward", f"− {name}", WORDS[second].split(",")[0], f"− {name}"]
+    baseline = max(tuned, key=lambda cell: cell.values("reward").mean(), default=first)
+    head = ["arm", "seeds", "reward", f"− {baseline.arm}", WORDS[second].split(",")[0], f"− {baseline.arm}"]
     head += ["exact"] * first.has("exact") + ["words", "distinct-2", "KL", "corr. within", "alarms", "calls", "s"]
     rows = []
     for cell in arms:
@@ -171,7 +170,7 @@ def section(arms: list[Cell]) -> list[str]:
         for name in metrics:
             row.append(judged[name])
             if name in ("reward", second):
-                against = paired(cell, baseline, name) if baseline and cell is not baseline else None
+                against = paired(cell, baseline, name) if cell is not baseline else None
                 row.append(against.text(DIGITS.get(name, 3)) if against else "")
         for name, digits in (("distinct_2", 3), ("kl", 2), ("rank_correlation_within", 2)):
             its = over_seeds(cell.scalar(name))
@@ -180,7 +179,7 @@ def section(arms: list[Cell]) -> list[str]:
         row.append(f"{cell.mean_over_seeds('calls', 'last'):,.0f}")
         row.append(f"{cell.mean_over_seeds('seconds', 'last'):.0f}")
         rows.append(row)
-    start = Cell(*first.name[:3], "before", first.budget, (baseline or first).runs)
+    start = Cell(*first.name[:3], "before", first.budget, baseline.runs)
     if start.runs[0]["marks"][0]["step"] == 0:
         label = start.runs[0]["marks"][0]["at"]
         row = ["(before)", ""]
@@ -234,15 +233,15 @@ def savings(every: list[Cell]) -> str:
         "ratio",
     ]
     note = (
-        f"The level is the mean held-out reward of {BASELINE} at that many calls, the best of its budgets. Calls to "
-        "reach it: where the line\nthrough an arm's marks first does. Ratio: the level's calls divided by these; 0 "
-        "where a draw does not reach it."
+        f"The level is the mean held-out reward of {BASELINE} at that many calls, the best of its settings there.\n"
+        "Calls to reach it: where the line through an arm's marks first does. Ratio: the level's calls divided by\n"
+        "these; 0 where a draw does not reach it."
     )
     return f"## Calls to reach what {BASELINE} reaches\n\n{note}\n\n{markdown(head, rows)}"
 
 
 def baseline_at(arms: list[Cell], calls: int) -> tuple[str, np.ndarray] | None:
-    """The baseline's rewards at that many calls, [S, P]: the best of the budgets it was tuned for, so that no other
+    """The baseline's rewards at that many calls, [S, P]: the best of the settings it was tuned over, so that no other
     arm is compared with one that was tuned for something else."""
     found = []
     for cell in arms:
@@ -250,7 +249,7 @@ def baseline_at(arms: list[Cell], calls: int) -> tuple[str, np.ndarray] | None:
             continue
         for label in cell.labels:
             if abs(cell.mean_over_seeds("calls", label) - calls) <= 0.02 * calls:
-                found.append((f"budget {cell.budget:,}", cell.values("reward", label)))
+                found.append((cell.arm, cell.values("reward", label)))
     return max(found, key=lambda pair: pair[1].mean(), default=None)
 
 

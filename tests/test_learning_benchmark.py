@@ -203,11 +203,19 @@ def test_runs_go_on_where_they_were_and_a_failure_stops_no_other(tmp_path):
         ("done", "small", "predicted"),
     ]
 
+    renamed = [experiment | {"name": "again"} for experiment in SETTINGS["experiments"]]
+    settings.write_text(json.dumps(SETTINGS | {"experiments": renamed}))
+    assert "2 runs, 2 of them done" in _command(settings, out).stdout  # only names differ
+    lines = [json.loads(line) for line in out.read_text().splitlines() if line.endswith("}")]
+    assert [(line["experiment"], line["arm"]) for line in lines[2:]] == [("again", "rloo"), ("again", "predicted")]
+    assert all(line["key"].startswith("again/") for line in lines[2:])
+    assert lines[2]["marks"] == lines[0 if lines[0]["arm"] == "rloo" else 1]["marks"]
+
     changed = SETTINGS | {"defaults": SETTINGS["defaults"] | {"heldout": 2}}
     settings.write_text(json.dumps(changed))
     assert _command(settings, out, "--only", "/rloo/").returncode == 0
     lines = [json.loads(line) for line in out.read_text().splitlines() if line.endswith("}")]
-    assert [len(line["marks"][0]["reward"]) for line in lines if line["arm"] == "rloo"] == [3, 2]
+    assert [len(line["marks"][0]["reward"]) for line in lines if line["arm"] == "rloo"] == [3, 3, 2]
 
     report = _command(settings, out, "--docs", tmp_path / "docs", "--only", "/predicted/", command="report")
     assert report.returncode == 0, report.stderr
@@ -310,5 +318,5 @@ def test_the_table_pairs_seeds_and_the_last_line_of_a_key_counts(tmp_path):
     page, *plots = write_report(lines, tmp_path, "", None, tmp_path / "none.json", tmp_path / "results.jsonl")
     text = page.read_text()
     assert "| better | 2 | 0.850 [0.800, 0.900] | 0.200 |" in text
-    assert "1,000 (0.600, budget 1,000) | better, 1,000 | 308 | 3.25" in text  # 0.2 to 0.85 over 500 calls
+    assert "1,000 (0.600, rloo) | better, 1,000 | 308 | 3.25" in text  # 0.2 to 0.85 over 500 calls
     assert len(plots) == 2 and all(plot.stat().st_size > 5000 for plot in plots)
