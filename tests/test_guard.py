@@ -233,6 +233,19 @@ def test_the_reservoir_keeps_an_even_sample():
     assert np.abs(counts / 400 - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 400)
 
 
+def test_the_gate_is_a_fading_mean_of_the_fresh_correlation_within_groups():
+    """By hand: correlations 1, 1 and −1, a step weighing 0.9 of the next, against a threshold of 0.8."""
+    gan = small_gan(gate_correlation=0.8)
+    experience = gan._play(_rows(2), asks=True)
+    true_B = np.tile(np.arange(4.0), 2)
+    assert gan.discriminator.gate == 0  # nothing is known yet
+    for sign in (1, 1, -1):
+        gan.discriminator._judge(
+            dataclasses.replace(experience, true_B=true_B, predicted_MB=sign * np.stack([true_B, true_B]))
+        )
+    assert gan.discriminator.gate == pytest.approx((0.81 + 0.9 - 1) / (0.81 + 0.9 + 1) / 0.8)
+
+
 # --- the monitor ------------------------------------------------------------------------------------------------------
 
 
