@@ -58,7 +58,8 @@ def test_what_the_generator_sees_of_the_predictions():
 def test_the_gate_follows_fresh_correlation_within_groups():
     gan = small_gan(gate_correlation=0.5)
     disc = gan.discriminator
-    assert disc.gate == 0.0, "nothing is known yet"
+    disc.knows_unit = True
+    assert disc.gate == 0.0, "it has learned here, and was not judged yet"
     disc.correlation, disc.correlated = 0.1 * 8, 8.0
     assert disc.gate == pytest.approx(0.2)
     disc.correlation = 0.9 * 8
@@ -238,7 +239,9 @@ def test_the_gate_is_a_fading_mean_of_the_fresh_correlation_within_groups():
     gan = small_gan(gate_correlation=0.8)
     experience = gan._play(_rows(2), asks=True)
     true_B = np.tile(np.arange(4.0), 2)
-    assert gan.discriminator.gate == 0  # nothing is known yet
+    assert gan.discriminator.gate == 1  # predictions are all alike; and a discriminator from elsewhere is trusted
+    gan.discriminator.knows_unit = True
+    assert gan.discriminator.gate == 0  # one that has learned here is not, before it was judged
     for sign in (1, 1, -1):
         gan.discriminator._judge(
             dataclasses.replace(experience, true_B=true_B, predicted_MB=sign * np.stack([true_B, true_B]))

@@ -134,10 +134,11 @@ class Discriminator:
     @property
     def gate(self) -> float:
         """How far the generator trusts predictions, 0 to 1, by the fresh rank correlation within groups so far."""
-        if not self.config.gate_correlation:
-            return 1.0
+        if not self.config.gate_correlation or self.config.disc_objective == "real_vs_generated":
+            return 1.0  # no true reward is asked for there, that predictions could be judged by
         if not self.correlated:
-            return 0.0
+            # One that has learned here is trusted once it was judged; one that came from elsewhere may never be.
+            return 0.0 if self.knows_unit else 1.0
         return min(max(self.correlation / self.correlated / self.config.gate_correlation, 0.0), 1.0)
 
     @contextmanager
