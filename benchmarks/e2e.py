@@ -87,7 +87,7 @@ def run_seed(seed: int, arguments: argparse.Namespace, parts: dict[str, list[dic
         arguments.model, output_dir=str(folder / "adversarial"), prompts_per_step=4, imitation_weight=arguments.anchor,
         learning_rate=arguments.learning_rate, reward_signal=arguments.signal, query_rate=arguments.query_rate,
         disc_updates=arguments.disc_updates, disc_learning_rate=arguments.disc_learning_rate,
-        save_steps=arguments.steps, gate_correlation=0.0, **shared,
+        save_steps=arguments.steps, **shared,
     )  # fmt: skip
     gan.load_generator(folder / "warm-up" / f"step-{arguments.imitation_steps}")
     gan.generator.optimizer.restart(None)  # the warm-up's schedule has run out

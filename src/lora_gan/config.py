@@ -188,9 +188,9 @@ class Config:
     # --- the guard
     uncertainty_penalty: float = 0.0
     """What the generator sees is the heads' mean minus this many of their standard deviations."""
-    gate_correlation: float = 0.2
+    gate_correlation: float = 0.0
     """Fresh rank correlation within groups from which on predictions count in full; below, in proportion; at nought or
-    less, not at all. 0: no gate. Without it a noisy reward's discriminator was exploited (docs/learning/)."""
+    less, not at all. 0: no gate. It saved some runs from exploitation and stalled others (docs/learning/)."""
     on_exploit: OnExploit = "warn"
     """When predicted and true rewards part, or responses degenerate: warn, end fit() (stop), or take the generator
     back to where the true reward was best (rollback)."""

@@ -40,7 +40,6 @@ RECIPE: dict[str, Any] = dict(
     beta=0.03,
     query_rate=0.5,
     query_design="uniform",
-    gate_correlation=0.0,
 )
 BY_OPPONENT: dict[Opponent, dict[str, Any]] = {
     "learning": dict(reward_signal="corrected"),
