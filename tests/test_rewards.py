@@ -105,7 +105,9 @@ assert state() == before
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # What bitsandbytes says of itself when transformers imports it, on a CPU with AVX512-BF16, is not of the reward.
+    told = [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit_forward")]
+    assert (done.returncode, done.stdout, told) == (0, "", [])
 
 
 @needs_minilm
