@@ -204,7 +204,6 @@ def judge(gan: LoraGAN, task: Task, *, temperature: float | None = None, kl: boo
     columns = {"reward": task.score(texts, targets)}
     columns |= {name: its(texts, targets) for name, its in task.judges.items()}
     columns |= {"length": [len(text.split()) for text in texts]}
-    columns |= {"predicted": [value for part in parts for value in gan.discriminator.predict(part).mean(0)]}
     judged: dict[str, Any] = {name: rounded(values) for name, values in columns.items()}
     judged["distinct_2"] = round(distinct_n(texts, 2), 4)
     if kl:

@@ -289,7 +289,7 @@ def _line(arm, seed, marks, budget=100, reward="noisy"):
         {
             "at": str(calls), "calls": calls, "step": calls, "seconds": calls / 10, "alarms": 0, "kl": 0.1,
             "reward": values, "chrf": [50.0] * len(values), "length": [3] * len(values),
-            "predicted": values, "distinct_2": 0.9, "rank_correlation_within": None,
+            "distinct_2": 0.9, "rank_correlation_within": None,
         }
         for calls, values in marks.items()
     ]  # fmt: skip
