@@ -30,7 +30,7 @@ def run(planned: Planned, e2e: dict[str, str] | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     task = load(planned.task, seed=planned.seed, options=planned.options, e2e=e2e)
     with tempfile.TemporaryDirectory() as folder:
-        result = (_run_trl if planned.options["kind"] == "trl" else _run_lora_gan)(planned, task, folder)
+        result = (_run_trl if planned.options["kind"].startswith("trl") else _run_lora_gan)(planned, task, folder)
     return {**planned.to_dict(), **result, "wall": round(time.perf_counter() - began, 1)}
 
 
@@ -255,6 +255,7 @@ def samples(gan: LoraGAN, task: Task, count: int = 4) -> list[dict[str, Any]]:
 def _run_trl(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
     """TRL's GRPOTrainer on the true reward, with RLOO's batch, group, learning rate and KL weight, TRL's own otherwise.
 
+    Of kind trl-unscaled, its advantages are not divided by a group's standard deviation, as RLOO's are not.
     Its adapter is read into a LoraGAN by its files, as PEFT saved them, and judged there as all others are.
     """
     from datasets import Dataset
@@ -307,8 +308,10 @@ def _run_trl(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
             output_dir=f"{folder}/grpo", max_steps=steps, per_device_train_batch_size=batch, seed=planned.seed,
             num_generations=config.num_generations, max_completion_length=config.max_completion_length,
             learning_rate=config.learning_rate, lr_scheduler_type="constant", beta=config.beta,
-            temperature=config.temperature, shuffle_dataset=False, model_init_kwargs={"dtype": "float32"}, bf16=False,
-            use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            temperature=config.temperature, shuffle_dataset=False,
+            scale_rewards="none" if planned.options["kind"] == "trl-unscaled" else "group",
+            model_init_kwargs={"dtype": "float32"}, bf16=False, use_cpu=True, logging_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"),

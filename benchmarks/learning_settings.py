@@ -23,7 +23,9 @@ from typing import Any
 
 #: What a run is told beside LoraGAN's settings, with the values that hold where nothing is said.
 OPTIONS: dict[str, Any] = {
-    "kind": "rl",  # rl; sft: imitation of the targets alone; null: shuffled labels; trl: GRPOTrainer on the true reward
+    # rl; sft: imitation of the targets alone; null: shuffled labels; trl: GRPOTrainer on the true reward, trl-unscaled:
+    # the same without division by a group's standard deviation
+    "kind": "rl",
     "train_disc": True,
     "max_steps": None,  # the run ends here at the latest; what a run that asks for no reward is measured by
     "extra_steps": 0,  # steps that follow when the budget is spent, on the predicted reward
@@ -37,7 +39,7 @@ OPTIONS: dict[str, Any] = {
     "sigma": None,  # of the noisy reward; None: the task's own
 }
 LAYERS = ("by_task", "by_reward", "by_budget", "by_reward_budget")
-KINDS = ("rl", "sft", "null", "trl")
+KINDS = ("rl", "sft", "null", "trl", "trl-unscaled")
 
 
 @dataclass(frozen=True)
