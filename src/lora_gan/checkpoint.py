@@ -1,37 +1,39 @@
-"""Checkpoints: the layout that stock PEFT opens, written beside and renamed, loaded without executing anything.
+"""Checkpoints: the layout that stock PEFT opens, there whole or not at all, loaded without executing anything.
 
     step-100/
       generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.pt (what the guard remembers)
       discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw weights, average, replay)
       trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
+      manifest.json        (size and SHA-256 of every other file; a folder without it is no checkpoint)
 
-A folder without trainer_state.json is not a checkpoint: it is written last, and the whole folder under another name.
+How a folder comes to be there whole is `durable`'s; what its files may hold is `untrusted`'s.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
-import pickle
+import platform
 import re
-import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 from peft import LoraConfig, TaskType, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import durable, untrusted
 from .adapters import ACCEPTED, Players
 from .base import load_base
 from .config import Config
-from .optimizer import PlayerOptimizer
+from .durable import MANIFEST, Damaged, Folder
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -39,36 +41,62 @@ if TYPE_CHECKING:
 SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
 STATE = "trainer_state.json"
 PLAYERS = ("generator", "discriminator")
+FILES = (
+    STATE, "generator/adapter_config.json", "generator/optimizer.pt", "generator/monitor.pt",
+    "discriminator/adapter_config.json", "discriminator/optimizer.pt", "discriminator/state.pt",
+)  # fmt: skip
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT prefers the first; never both are written
+
+Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to hold}
 
 
 # --- saving
 
 
-def save(gan: LoraGAN, folder: Path, step: int) -> Path:
-    """Write folder/step-N so that a reader sees all of it or nothing; then drop the oldest over save_total_limit."""
-    final, writing = folder / f"step-{step}", folder / f".step-{step}.writing-{os.getpid()}"
-    shutil.rmtree(writing, ignore_errors=True)
-    for player in PLAYERS:
-        (writing / player).mkdir(parents=True)
-        with gan.discriminator.scoring():
-            save_adapter(gan.players, player, writing / player, gan.config.weights_format)
-    torch.save(gan.generator.optimizer.state_dict(), writing / "generator" / "optimizer.pt")
-    torch.save(gan.discriminator.optimizer.state_dict(), writing / "discriminator" / "optimizer.pt")
-    torch.save(gan.discriminator.state_dict(), writing / "discriminator" / "state.pt")
-    torch.save(gan.monitor.state_dict(), writing / "generator" / "monitor.pt")
-    (writing / STATE).write_text(json.dumps(_trainer_state(gan), indent=2) + "\n", encoding="utf-8")
+def save(gan: LoraGAN, folder: Path, step: int, *, keep: Collection[int] = ()) -> Path:
+    """Write folder/step-N so that a reader sees all of it or nothing; then drop the oldest over save_total_limit.
 
-    replaced = folder / f".step-{step}.replaced-{os.getpid()}"
-    if final.exists():
-        final.rename(replaced)
-    writing.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if gan.config.save_total_limit:
-        for old in complete(folder)[: -gan.config.save_total_limit]:
-            if old != final:
-                shutil.rmtree(old)
+    Raises:
+        OSError: it could not be written; what was there before is there still.
+    """
+    return write(snapshot(gan), folder, step, limit=gan.config.save_total_limit, keep=keep)
+
+
+def snapshot(gan: LoraGAN) -> Content:
+    """Copies of all that a checkpoint holds: training may go on while they are written."""
+    content: Content = {}
+    for player, carries in zip(PLAYERS, (gan.generator, gan.discriminator), strict=True):
+        with gan.discriminator.scoring():
+            config, weights = adapter_content(gan.players, player)
+        content[f"{player}/adapter_config.json"] = config
+        content[f"{player}/{_weights_name(gan.config.weights_format)}"] = weights
+        content[f"{player}/optimizer.pt"] = carries.optimizer.state_dict()
+    content["discriminator/state.pt"] = gan.discriminator.state_dict()
+    content["generator/monitor.pt"] = gan.monitor.state_dict()
+    content[STATE] = _trainer_state(gan)
+    return copied(content)
+
+
+def write(content: Content, folder: Path, step: int, *, limit: int | None = None, keep: Collection[int] = ()) -> Path:
+    """Write a snapshot as folder/step-N, then remove the oldest beyond `limit`, but none of the steps in `keep`."""
+    final = folder / f"step-{step}"
+    durable.write_folder(final, {name: _serialized(name, value) for name, value in content.items()})
+    if limit:
+        spared = {final.name, *(f"step-{kept}" for kept in keep)}
+        for old in complete(folder)[:-limit]:
+            if old.name not in spared:
+                durable.remove_folder(old)
     return final
+
+
+def _serialized(name: str, value: Any) -> bytes:
+    if name.endswith(".json"):
+        return (json.dumps(value, indent=2) + "\n").encode()
+    if name.endswith(".safetensors"):
+        return safetensors.torch.save(value, metadata={"format": "pt"})
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
 
 
 def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
@@ -82,7 +110,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "baseline": {"total": baseline.total, "weight": baseline.weight},
         "reward_scales": gan.reward_scales.state_dict(),
         "config": gan.config.to_file(),
-        "by_peft_config": gan.players.by_peft_config,  # whose adapters the settings do not describe
+        "by_peft_config": list(gan.players.by_peft_config),  # whose adapters the settings do not describe
         "base": {
             "name": base.name,
             "path": base.path,
@@ -90,28 +118,54 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
             "fingerprint": base.fingerprint,
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "machine": _machine(gan),
     }
 
 
-def save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
-    """Adapter weights and config as stock PEFT reads them."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(players, player).items()}
+def _machine(gan: LoraGAN) -> dict[str, Any]:
+    """What sums are rounded by: under another one a run that goes on is not equal to the bit."""
+    device = gan.players.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads()}
+
+
+def adapter_content(players: Players, player: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter's config and weights as stock PEFT reads them; the weights share memory with the parameters."""
+    state = {name: tensor.detach() for name, tensor in adapter_state(players, player).items()}
     config: Any = copy.deepcopy(players.peft.peft_config[player])
     config.base_model_name_or_path = players.base.path
     config.inference_mode = True
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(getattr(config, name), set):
-            setattr(config, name, sorted(getattr(config, name)))  # a set's order would change with PYTHONHASHSEED
     if player == "discriminator":
         config.task_type = TaskType.SEQ_CLS
         config.modules_to_save = ["classifier", "score"]
-        state[SCORE] = players.score_MH.detach().mean(0, keepdim=True).cpu()  # heads folded into the one that scores
-    config.save_pretrained(folder)
-    if weights_format == "safetensors":
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        readable(folder)
-    else:
-        torch.save(state, folder / "adapter_model.bin")
+        state[SCORE] = players.score_MH.detach().mean(0, keepdim=True)  # heads folded into the one that scores
+    # A set's order would change with PYTHONHASHSEED.
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    return dict(sorted(values.items())), state
+
+
+def save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
+    """Adapter weights and config as stock PEFT reads them, into a folder."""
+    config, weights = adapter_content(players, player)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (("adapter_config.json", config), (_weights_name(weights_format), copied(weights))):
+        (folder / name).write_bytes(_serialized(name, value))
+
+
+def _weights_name(weights_format: str) -> str:
+    return f"adapter_model.{weights_format}"
+
+
+def copied(value: Any) -> Any:
+    """A copy on the CPU of tensors, in dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        there = value.detach()
+        return (there.clone() if there.device.type == "cpu" else there.cpu()).contiguous()
+    if isinstance(value, Mapping):
+        return {key: copied(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(entry) for entry in value)
+    return value
 
 
 def readable(folder: Path) -> None:
@@ -132,40 +186,63 @@ def adapter_state(players: Players, player: str) -> dict[str, Tensor]:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints under a run's folder, oldest step first."""
-    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and is_complete(path)]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+    return [path for _, path in sorted(_steps(folder).items()) if fault(path) is None]
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """Whatever stands under a step's name, by its number."""
+    return {
+        int(name.removeprefix("step-")): path
+        for name, path in durable.standing(folder).items()
+        if re.fullmatch(r"step-[0-9]{1,18}", name)
+    }
+
+
+def fault(path: Path, *, deep: bool = False) -> str | None:
+    """Why a folder is no complete checkpoint, None where it is one; `deep` compares every file's SHA-256, too."""
+    try:
+        folder = Folder(path, manifest=True)
+        weights = [sum(folder.has(f"{player}/{name}") for name in WEIGHTS) for player in PLAYERS]
+        missing = [name for name in FILES if not folder.has(name)]
+        if missing or weights != [1, 1]:
+            return f"its manifest does not name {missing[0] if missing else 'the weights of each player once'}"
+        folder.verify(deep=deep)
+    except Damaged as error:
+        return str(error)
+    return None
 
 
 def is_complete(path: Path) -> bool:
-    return (
-        (path / STATE).is_file()
-        and (path / "discriminator" / "state.pt").is_file()
-        and all(
-            (path / player / "adapter_config.json").is_file()
-            and (path / player / "optimizer.pt").is_file()
-            and any((path / player / name).is_file() for name in WEIGHTS)
-            for player in PLAYERS
-        )
-    )
+    return fault(path) is None
 
 
 def find(folder: Path, step: int | None) -> Path:
-    """One step's folder, or the newest complete one."""
-    there = complete(folder)
-    if step is None and there:
-        return there[-1]
-    if step is not None and is_complete(folder / f"step-{step}"):
-        return folder / f"step-{step}"
-    steps = ", ".join(path.name.removeprefix("step-") for path in there) or "none"
+    """One step's folder, or the newest complete one; what is newer and damaged is skipped with a warning."""
+    steps = _steps(folder)
+    if step is not None and step in steps and is_complete(steps[step]):
+        return steps[step]
+    skipped = []
+    for number in sorted(steps, reverse=True) if step is None else ():
+        why = fault(steps[number], deep=True)
+        if why is None:
+            for words in skipped:
+                warnings.warn(f"{words}; going on from step {number}", stacklevel=4)
+            return steps[number]
+        skipped.append(f"the checkpoint of step {number} is skipped: {why}")
+    there = ", ".join(path.name.removeprefix("step-") for path in complete(folder)) or "none"
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
     hint = ""
     if (folder / "export.json").is_file():
         hint = "; it is an export, which stock PEFT and transformers open: name the run it was made of"
     elif folder.parent.name.startswith("step-") and is_complete(folder.parent):
         hint = f"; it is a part of one: name {folder.parent}"
-    elif runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{STATE}")}):
+    elif runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{MANIFEST}")}):
         hint = f"; there are in {', '.join(runs[:3])}"
-    raise ValueError(f"there is no complete {wanted} in {folder}: complete steps there: {steps}{hint}")
+    elif step is not None and step in steps:
+        hint = f" ({fault(steps[step])})"
+    elif skipped:
+        hint = f" ({'; '.join(skipped[:3])})"
+    raise ValueError(f"there is no complete {wanted} in {folder}: complete steps there: {there}{hint}")
 
 
 # --- loading
@@ -173,40 +250,51 @@ def find(folder: Path, step: int | None) -> Path:
 
 def load(gan: LoraGAN, path: Path) -> None:
     """Continue exactly: everything is read and checked before anything in memory changes."""
-    state, base = _read_state(path), gan.players.base
+    folder, base = Folder(path, manifest=True), gan.players.base
+    state = _read_state(folder)
     if state["base"]["fingerprint"] != base.fingerprint:
-        theirs = f"{state['base']['name'] or 'in memory'!r} ({state['base'].get('architecture', 'unknown')})"
+        theirs = f"{state['base'].get('name') or 'in memory'!r} ({state['base'].get('architecture', 'unknown')})"
         raise ValueError(
-            f"{path} was made on the base {theirs}, whose weights are not those of {base.name or 'in memory'!r} "
+            f"{path} was made on the base {theirs[:200]}, whose weights are not those of {base.name or 'in memory'!r} "
             f"({type(base.model).__name__}): give that base, in the same revision and quantized alike"
         )
-    put_generator = _read_generator(gan, path / "generator")
-    put_discriminator = _read_discriminator(gan, path / "discriminator")
-    watched = path / "generator" / "monitor.pt"  # older checkpoints have none
-    monitor = _read_tensors(watched) if watched.is_file() else None
+    put_generator = _read_generator(gan, folder.part("generator"))
+    put_discriminator = _read_discriminator(gan, folder.part("discriminator"))
+    monitor = _read_monitor(gan, folder.part("generator"))
     put_generator()
     put_discriminator()
-    if monitor is not None:
-        gan.monitor.load_state_dict(monitor)
+    gan.monitor.load_state_dict(monitor)
     gan.global_step, gan.position = state["global_step"], state["position"]
     gan.reward_calls = state["reward_calls"]
-    gan.generator.beta_scale = state.get("beta_scale", 1.0)
+    gan.generator.beta_scale = state["beta_scale"]
     gan.generator.baseline.total = state["baseline"]["total"]
     gan.generator.baseline.weight = state["baseline"]["weight"]
-    gan.reward_scales.load_state_dict(state.get("reward_scales", {}))  # older checkpoints have none
+    gan.reward_scales.load_state_dict(state["reward_scales"])
+    _warn_of_another_machine(gan, state)
+
+
+def _warn_of_another_machine(gan: LoraGAN, state: Mapping[str, Any]) -> None:
+    now = _machine(gan) | {name: version(name) for name in ("torch", "transformers", "peft")}
+    then = state["machine"] | state["versions"]
+    changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
+    if changed:
+        warnings.warn(
+            f"the run goes on, but not equal to the bit to one that was never interrupted: {'; '.join(changed)}",
+            stacklevel=4,
+        )
 
 
 def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any]) -> LoraGAN:
     step_folder = path if is_complete(path) else find(path, None)
-    state = _read_state(step_folder)
+    state = _read_state(Folder(step_folder, manifest=True))
     settings = _harmless(state["config"])
     # Where the run's folder was moved, it goes on there, unless told otherwise.
     settings["output_dir"] = str(step_folder.parent)
     known = set(Config.__dataclass_fields__)
     settings |= {name: arguments.pop(name) for name in list(arguments) if name in known}
     for player, name in zip(PLAYERS, ("peft_config", "disc_peft_config"), strict=True):
-        if player in state.get("by_peft_config", ()):
-            arguments.setdefault(name, _read_lora_config(step_folder / player))
+        if player in state["by_peft_config"]:
+            arguments.setdefault(name, _read_lora_config(Folder(step_folder, manifest=True).part(player)))
     if isinstance(model, PreTrainedModel):
         settings["model_init_kwargs"] = None  # it is loaded
     if model is None:
@@ -218,20 +306,50 @@ def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any
     return gan
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        state["base"]["fingerprint"], state["config"], state["global_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / STATE} could not be read as a checkpoint's state: {error!r}") from error
+def _read_state(folder: Folder) -> dict[str, Any]:
+    """A checkpoint's trainer_state.json, with every value of the kind that it must be."""
+    state, where = folder.read_json(STATE), str(folder.path / STATE)
+    untrusted.require_keys(
+        state,
+        (
+            "format", "global_step", "position", "reward_calls", "beta_scale", "baseline", "reward_scales", "config",
+            "by_peft_config", "base", "versions", "machine",
+        ),
+        where,
+    )  # fmt: skip
+    if state["format"] != 1:
+        raise Damaged(f"{where} is of format {str(state['format'])[:20]}; this version reads format 1")
+    for name in ("global_step", "position", "reward_calls"):
+        untrusted.require_whole(state[name], f"{where}: {name}")
+    state["beta_scale"] = untrusted.require_float(state["beta_scale"], f"{where}: beta_scale", least=0.0)
+    untrusted.require_keys(state["baseline"], ("total", "weight"), f"{where}: baseline")
+    for name, value in state["baseline"].items():
+        state["baseline"][name] = untrusted.require_float(value, f"{where}: baseline: {name}")
+    for name in ("reward_scales", "config", "base", "versions", "machine"):
+        if not isinstance(state[name], dict):
+            raise Damaged(f"{where}: {name} is no mapping")
+    for name, part in state["reward_scales"].items():
+        inside = f"{where}: reward_scales: {name[:80]}"
+        untrusted.require_keys(part, ("answers", "mean", "squares", "freedom"), inside)
+        for key in ("answers", "freedom"):
+            untrusted.require_whole(part[key], f"{inside}: {key}")
+        untrusted.require_float(part["mean"], f"{inside}: mean")
+        untrusted.require_float(part["squares"], f"{inside}: squares", least=0.0)
+    if not isinstance(state["base"].get("fingerprint"), str):
+        raise Damaged(f"{where}: base: fingerprint is no text")
+    for name in ("name", "path"):
+        if not isinstance(state["base"].get(name), str | None):
+            raise Damaged(f"{where}: base: {name} is no text")
+    untrusted.require_list(state["by_peft_config"], f"{where}: by_peft_config", lambda *_: None)
     return state
 
 
 def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's settings, without what would let a stranger's checkpoint run code when its base is loaded."""
+    theirs = settings.get("model_init_kwargs")
     kept = {
         key: value
-        for key, value in (settings.get("model_init_kwargs") or {}).items()
+        for key, value in (theirs if isinstance(theirs, dict) else {}).items()
         if key in ("revision", "subfolder", "variant")
         or (key == "attn_implementation" and value in ("eager", "sdpa", "flash_attention_2"))
     }
@@ -256,30 +374,27 @@ def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class
         ) from error
 
 
-def _read_lora_config(folder: Path) -> LoraConfig:
+def _read_lora_config(folder: Folder) -> LoraConfig:
     """The adapter a checkpoint holds, from what of its JSON is accepted; the base it names is never followed."""
     theirs = _read_adapter_config(folder)
     try:
         return LoraConfig(**{name: theirs[name] for name in ACCEPTED if name in theirs})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'adapter_config.json'} does not describe a LoRA adapter: {error}") from error
+        raise ValueError(f"{folder.path / 'adapter_config.json'} does not describe a LoRA adapter: {error}") from error
 
 
-def _read_adapter_config(folder: Path) -> dict[str, Any]:
+def _read_adapter_config(folder: Folder) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no readable adapter_config.json: it is not an adapter ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'adapter_config.json'} is not an adapter's settings: {str(config)[:60]!r}")
-    return config
+        return folder.read_json("adapter_config.json")
+    except Damaged as error:
+        raise Damaged(f"{folder.path} has no readable adapter_config.json: it is not an adapter ({error})") from error
 
 
-def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
+def _read_generator(gan: LoraGAN, folder: Folder) -> Callable[[], None]:
     """Read and check a generator's folder; the function returned puts it in place."""
     _require_same_scaling(folder, gan.players.peft.peft_config["generator"])
-    weights = _read_weights(folder, adapter_state(gan.players, "generator"))
-    optimizer = _read_optimizer(folder, gan.generator.optimizer)
+    weights = untrusted.read_weights(folder, adapter_state(gan.players, "generator"))
+    optimizer = untrusted.read_optimizer(folder, gan.generator.optimizer)
 
     def put() -> None:
         _copy(weights, adapter_state(gan.players, "generator"))
@@ -288,18 +403,36 @@ def _read_generator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
     return put
 
 
-def _read_discriminator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
+def _read_monitor(gan: LoraGAN, folder: Folder) -> dict[str, Any]:
+    parameters, file = gan.players.parameters("generator"), "monitor.pt"
+    limit = untrusted.room_for(parameters, times=4)
+    state, where = untrusted.read_tensors(folder, file, limit=limit), str(folder.path / file)
+    untrusted.require_keys(state, gan.monitor.state_dict(), where)
+
+    def floats(length: int) -> Callable[[Any, str], None]:
+        return lambda value, inside: untrusted.require_list(value, inside, untrusted.float_or_none, length)
+
+    untrusted.require_list(state["window"], f"{where}: window", floats(5))
+    for name, length in (("first", 2), ("best", 3)):
+        if state[name] is not None:
+            floats(length)(state[name], f"{where}: {name}")
+    if any(not isinstance(words, str) for words in state["told"]):
+        raise Damaged(f"{where}: told holds something else than texts")
+    if state["kept"] is not None:
+        untrusted.require_keys(state["kept"], ("weights", "optimizer"), f"{where}: kept")
+        untrusted.require_tensors_like(state["kept"]["weights"], parameters, f"{where}: kept: weights")
+        untrusted.require_optimizer(state["kept"]["optimizer"], gan.generator.optimizer, f"{where}: kept: optimizer")
+    return state
+
+
+def _read_discriminator(gan: LoraGAN, folder: Folder) -> Callable[[], None]:
     """The same for a discriminator's; one without state.pt gives all heads the one that scores, and no replay."""
     heads_MH = gan.players.heads_MH
     _require_same_scaling(folder, gan.players.peft.peft_config["discriminator"])
-    weights = _read_weights(folder, {**adapter_state(gan.players, "discriminator"), SCORE: heads_MH[:1]})
+    weights = untrusted.read_weights(folder, {**adapter_state(gan.players, "discriminator"), SCORE: heads_MH[:1]})
     score_1H = weights.pop(SCORE)
-    state = _read_tensors(folder / "state.pt") if (folder / "state.pt").is_file() else None
-    if state is not None and state["heads_MH"].shape != heads_MH.shape:
-        raise ValueError(
-            f"{folder} has {len(state['heads_MH'])} heads, this discriminator {len(heads_MH)}: set disc_heads to match"
-        )
-    optimizer = _read_optimizer(folder, gan.discriminator.optimizer) if state else None
+    state = _read_discriminator_state(gan, folder) if folder.has("state.pt") else None
+    optimizer = untrusted.read_optimizer(folder, gan.discriminator.optimizer) if state else None
 
     def put() -> None:
         _copy(weights, adapter_state(gan.players, "discriminator"))
@@ -312,36 +445,32 @@ def _read_discriminator(gan: LoraGAN, folder: Path) -> Callable[[], None]:
     return put
 
 
-def _read_optimizer(folder: Path, optimizer: PlayerOptimizer) -> Any:
-    """The optimizer's saved state, None where there is none; refused where it belongs to other parameters."""
-    if not (folder / "optimizer.pt").is_file():
-        return None
-    state = _read_tensors(folder / "optimizer.pt")
-    if isinstance(state, dict) and "param_groups" in state:
-        return None  # another trainer's: its moments belong to its own parameters
-    try:
-        count = len(state["optimizer"]["param_groups"][0]["params"])
-        fits = count == len(optimizer.parameters) and all(
-            moments["exp_avg"].shape == moments["exp_avg_sq"].shape == optimizer.parameters[i].shape
-            for i, moments in state["optimizer"]["state"].items()
-        )
-        schedule = state["schedule"]["base_lrs"]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'optimizer.pt'} is not an optimizer's state: {error!r}") from error
-    if not fits or not schedule:
-        raise ValueError(f"{folder / 'optimizer.pt'} does not fit: it was saved for other parameters than these")
+def _read_discriminator_state(gan: LoraGAN, folder: Folder) -> dict[str, Any]:
+    parameters, heads_MH = gan.players.parameters("discriminator"), gan.players.heads_MH
+    base, config = gan.players.base, gan.config
+    replay = config.disc_replay_groups * (config.num_generations + 2) * base.context * 8  # bytes, at the most
+    state = untrusted.read_tensors(folder, "state.pt", limit=untrusted.room_for(parameters, times=3) + replay)
+    where = str(folder.path / "state.pt")
+    untrusted.require_keys(state, gan.discriminator.state_dict(), where)
+    if isinstance(state["heads_MH"], Tensor) and state["heads_MH"].shape[1:] == heads_MH.shape[1:]:
+        theirs, ours = len(state["heads_MH"]), len(heads_MH)
+        if theirs != ours:
+            raise ValueError(f"{folder.path} has {theirs} heads, this discriminator {ours}: set disc_heads to match")
+    untrusted.require_numbers(state["heads_MH"], f"{where}: heads_MH", like=heads_MH)
+    if untrusted.require_float(state["reward_unit"], f"{where}: reward_unit") <= 0:
+        raise Damaged(f"{where}: reward_unit must be above 0")
+    if not isinstance(state["knows_unit"], bool):
+        raise Damaged(f"{where}: knows_unit must be True or False")
+    vocabulary = gan.players.lm.get_input_embeddings().weight.shape[0]
+    untrusted.require_replay(state["replay"], vocabulary, len(heads_MH), f"{where}: replay")
+    untrusted.require_tensors_like(state["raw"], parameters[:-1], f"{where}: raw")
+    if state["average"] is not None:
+        untrusted.require_tensors_like(state["average"], parameters, f"{where}: average")
+    untrusted.require_list(state["correlation"], f"{where}: correlation", untrusted.require_float, 2)
     return state
 
 
-def _read_tensors(file: Path) -> Any:
-    """weights_only: a file that would execute code on loading is refused by torch."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} could not be read as tensors and plain numbers: {error}") from error
-
-
-def _require_same_scaling(folder: Path, ours: LoraConfig) -> None:
+def _require_same_scaling(folder: Folder, ours: LoraConfig) -> None:
     """The settings that tensors do not show: an adapter under another alpha is another adapter."""
     theirs, stock = _read_adapter_config(folder), LoraConfig()
     for name in (
@@ -350,34 +479,9 @@ def _require_same_scaling(folder: Path, ours: LoraConfig) -> None:
     ):  # fmt: skip
         saved, here = theirs.get(name, getattr(stock, name)), getattr(ours, name)
         if saved != here:
-            raise ValueError(f"{folder} does not fit: it was saved with {name}={saved!r}, this adapter has {here!r}")
-
-
-def _read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's weights, refused where a name or a shape is not that of the adapter in memory."""
-    if (folder / "adapter_model.safetensors").is_file():
-        try:
-            weights = load_file(folder / "adapter_model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / 'adapter_model.safetensors'} could not be read: {error}") from error
-    elif (folder / "adapter_model.bin").is_file():
-        weights = _read_tensors(folder / "adapter_model.bin")
-    else:
-        raise ValueError(f"{folder} has no adapter_model.bin and no adapter_model.safetensors: it is not an adapter")
-    differing = sorted(
-        name
-        for name in expected.keys() | weights.keys()
-        if name not in expected or name not in weights or expected[name].shape != weights[name].shape
-    )
-    if differing:
-        name = differing[0]
-        theirs = tuple(weights[name].shape) if name in weights else "absent"
-        ours = tuple(expected[name].shape) if name in expected else "absent"
-        raise ValueError(
-            f"{folder} does not fit: {name} is {theirs} there and {ours} here ({len(differing)} tensors differ); the "
-            "base and the LoRA settings (rank, target_modules) must be those it was saved with"
-        )
-    return weights
+            raise ValueError(
+                f"{folder.path} does not fit: it was saved with {name}={str(saved)[:60]!r}, this adapter has {here!r}"
+            )
 
 
 def _copy(source: dict[str, Tensor], destination: dict[str, Tensor]) -> None:
@@ -387,8 +491,17 @@ def _copy(source: dict[str, Tensor], destination: dict[str, Tensor]) -> None:
 
 
 def load_generator(gan: LoraGAN, path: Path) -> None:
-    _read_generator(gan, path / "generator" if (path / "generator").is_dir() else path)()
+    _read_generator(gan, _player_folder(path, "generator"))()
 
 
 def load_discriminator(gan: LoraGAN, path: Path) -> None:
-    _read_discriminator(gan, path / "discriminator" if (path / "discriminator").is_dir() else path)()
+    _read_discriminator(gan, _player_folder(path, "discriminator"))()
+
+
+def _player_folder(path: Path, player: str) -> Folder:
+    """A player's folder, named itself or by its checkpoint, whose manifest then holds; another tool's has none."""
+    if (path / MANIFEST).exists():
+        return Folder(path, manifest=True).part(player)
+    if path.name == player and (path.parent / MANIFEST).exists():
+        return Folder(path.parent, manifest=True).part(player)
+    return Folder(path / player if (path / player).is_dir() else path, manifest=False)

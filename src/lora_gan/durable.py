@@ -1,0 +1,254 @@
+"""Folders that are there whole or not at all, whatever breaks off: written beside, synced, renamed, with a manifest.
+
+    step-100/manifest.json    {"format": 1, "files": {"generator/optimizer.pt": {"size": 1234, "sha256": "…"}, …}}
+
+Of a folder that is replaced, the old one is set aside under a name of its own until the new one stands, and readers
+take it from there (`standing`): at no moment is there neither. Rename and fsync promise what POSIX says of them; on a
+file system that lies about fsync, a loss of power may cost the newest folder, and its manifest then says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+LARGEST_JSON = 16 * 2**20  # bytes: of settings and manifests, whoever wrote them
+
+
+class Damaged(ValueError):
+    """A folder or a file is not what its manifest says; the message names it."""
+
+
+# --- writing
+
+
+def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, by their names within the folder, as the folder `final`, which may exist and is then replaced.
+
+    Raises:
+        OSError: it could not be written; what was there before is there still.
+    """
+    writing, replaced = _beside(final, "writing"), _beside(final, "replaced")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        for name, data in files.items():
+            (writing / name).parent.mkdir(parents=True, exist_ok=True)
+            write_synced(writing / name, data)
+        write_synced(writing / MANIFEST, _manifest(files))
+        for folder in sorted({(writing / name).parent for name in files} | {writing}, reverse=True):
+            sync_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            os.rename(final, replaced)
+        try:
+            os.rename(writing, final)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, final)
+            raise
+        sync_folder(final.parent)
+    except OSError:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever found under its name."""
+    removing = _beside(folder, "removing")
+    os.rename(folder, removing)
+    shutil.rmtree(removing, ignore_errors=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """A new file, on the disk when this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]  # the system may take less than it was given
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in a folder are on the disk when this returns; on Windows, which has no such call, when it likes."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    return (json.dumps({"format": 1, "files": entries}, indent=2) + "\n").encode()
+
+
+def _beside(folder: Path, doing: str) -> Path:
+    return folder.with_name(f".{folder.name}.{doing}-{os.getpid()}")
+
+
+# --- what broken-off writing leaves
+
+
+def standing(parent: Path) -> dict[str, Path]:
+    """The folders in `parent` by name; one that was set aside and whose successor never came stands where it is."""
+    try:
+        entries = sorted(parent.iterdir())
+    except OSError:
+        return {}
+    found = {path.name: path for path in entries if not path.name.startswith(".") and path.is_dir()}
+    for path in entries:
+        match = re.fullmatch(r"\.(.+)\.replaced-\d+", path.name)
+        if match and path.is_dir():
+            found.setdefault(match[1], path)
+    return found
+
+
+def tidy(parent: Path) -> None:
+    """Put back what was set aside, remove what is left half-written. Only for who alone writes into `parent`."""
+    there = standing(parent)
+    for name, path in there.items():
+        if path.name != name:
+            os.rename(path, parent / name)
+    for path in parent.glob(".*"):
+        if re.fullmatch(r"\.(.+)\.(writing|replaced|removing)-\d+", path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# --- reading
+
+
+class Folder:
+    """The files of a folder, each read once, so that what was checked is what is used.
+
+    With a manifest, every name in it is checked before anything is read: none leaves the folder, none is a link, and a
+    file has the size and the SHA-256 that the manifest says. A folder that another tool wrote has no manifest.
+    """
+
+    def __init__(self, path: Path, *, manifest: bool) -> None:
+        self.path = path
+        self.files: dict[str, Any] | None = _read_manifest(path) if manifest else None
+
+    def names(self) -> Iterator[str]:
+        return iter(self.files or {})
+
+    def has(self, name: str) -> bool:
+        return name in self.files if self.files is not None else (self.path / name).is_file()
+
+    def part(self, name: str) -> Folder:
+        """A folder within it, whose files are called without its name."""
+        part = Folder(self.path / name, manifest=False)
+        if self.files is not None:
+            prefix = f"{name}/"
+            part.files = {
+                key.removeprefix(prefix): entry for key, entry in self.files.items() if key.startswith(prefix)
+            }
+        return part
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """A file's bytes, of which there may be `limit`.
+
+        Raises:
+            Damaged: it is not there, no plain file, too large, or not what the manifest says.
+        """
+        path = self.path / name
+        entry = None if self.files is None else self.files.get(name)
+        if self.files is not None and entry is None:
+            raise Damaged(f"{path} is not in the manifest, so it is no part of the checkpoint")
+        data = _read_plain(path, limit=limit, follow=entry is None)
+        if entry is not None and (len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]):
+            raise Damaged(
+                f"{path} is not what its manifest says: its size or SHA-256 differs, it was damaged or changed"
+            )
+        return data
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A file that holds a JSON object."""
+        return _json_object(self.read(name, limit=LARGEST_JSON), self.path / name)
+
+    def verify(self, *, deep: bool) -> None:
+        """Raises Damaged where a file of the manifest is missing or has another size; `deep`: or another SHA-256."""
+        for name, entry in (self.files or {}).items():
+            if deep:
+                self.read(name, limit=entry["size"])
+            else:
+                _lstat(self.path / name, size=entry["size"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    manifest = _json_object(_read_plain(file, limit=LARGEST_JSON, follow=False), file)
+    files = manifest.get("files")
+    if manifest.get("format") != 1 or not isinstance(files, dict):
+        raise Damaged(f"{file} is no manifest of format 1, which is what this version reads")
+    for name, entry in files.items():
+        if not re.fullmatch(r"([A-Za-z0-9_-]+/)*[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+            raise Damaged(f"{file} names {name[:80]!r}, which is no file within the folder")
+        wanted = isinstance(entry, dict) and set(entry) == {"size", "sha256"}
+        if not wanted or type(entry["size"]) is not int or entry["size"] < 0 or not isinstance(entry["sha256"], str):
+            raise Damaged(f"{file} does not say the size and SHA-256 of {name!r}")
+        for folder in (path / name).parents:
+            if folder == path:
+                break
+            if folder.is_symlink():
+                raise Damaged(f"{folder} is a link, which a checkpoint has none of")
+    return files
+
+
+def _json_object(data: bytes, file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{file} could not be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Damaged(f"{file} is no JSON object: {str(value)[:60]!r}")
+    return value
+
+
+def _lstat(path: Path, *, size: int) -> None:
+    try:
+        status = path.lstat()
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path} is missing ({error.__class__.__name__})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{path} is a link, or no plain file")
+    if status.st_size != size:
+        raise Damaged(f"{path} has {status.st_size:,} bytes, its manifest says {size:,}")
+
+
+def _read_plain(path: Path, *, limit: int, follow: bool) -> bytes:
+    """A plain file's bytes; a pipe or a device is refused without waiting for it, a link unless `follow`."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        if not follow and path.is_symlink():
+            raise Damaged(f"{path} is a link, which a checkpoint has none of")
+        descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    except OSError as error:
+        raise Damaged(f"{path} could not be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise Damaged(f"{path} is no plain file")
+        if status.st_size > limit:
+            raise Damaged(f"{path} has {status.st_size:,} bytes, where at most {limit:,} can belong")
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise Damaged(f"{path} could not be read: {error.strerror}") from error
+    if len(data) > limit:
+        raise Damaged(f"{path} grew while it was read")
+    return data
