@@ -26,7 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lora_gan import LoraGAN
+from lora_gan import LoraGAN, durable
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -170,6 +170,17 @@ def rollout_of(gan: LoraGAN, prompts, count, purpose="sample", *, step=None, len
     finally:
         gan.global_step = now
     return gan._sample(encoded, uniforms, **options)
+
+
+def sign(folder: Path) -> Path:
+    """Give a checkpoint that was tampered with the manifest of what it holds now, as a forger would."""
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != durable.MANIFEST
+    }
+    (folder / durable.MANIFEST).write_bytes(durable._manifest(files))
+    return folder
 
 
 def copies(tensors) -> list[torch.Tensor]:

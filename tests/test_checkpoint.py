@@ -22,6 +22,7 @@ from helpers import (
     python,
     read_json,
     reward,
+    sign,
     small_gan,
 )
 from peft import AutoPeftModelForCausalLM
@@ -243,6 +244,7 @@ def test_a_base_that_is_not_on_this_machine_is_not_fetched(tmp_path):
     state = read_json(folder / "trainer_state.json")
     text = (folder / "trainer_state.json").read_text()
     (folder / "trainer_state.json").write_text(text.replace(state["base"]["path"], "a-stranger/model"))
+    sign(folder)
     with pytest.raises(ValueError, match="model="):
         LoraGAN.from_checkpoint(folder, reward=reward)
     assert LoraGAN.from_checkpoint(folder, base_folder(), reward=reward).global_step == 0

@@ -204,7 +204,7 @@ class Run:
         metrics = {f"eval_{name}": value for name, value in (means | {"distinct_2": result["distinct_2"]}).items()}
         metrics = tracking.measured(metrics)
         self._evaluated_at = self.state.global_step
-        if self._best_name not in metrics and (self._stops_early or self.args.load_best_model_at_end):
+        if self._best_name not in metrics and (self._stops_early or self.args.save_best):
             raise ValueError(
                 f"metric_for_best_model={self.args.metric_for_best_model!r} was not measured: the evaluation has "
                 f"{', '.join(name.removeprefix('eval_') for name in metrics)}"
@@ -212,12 +212,12 @@ class Run:
         self.display.update(self.state.global_step, metrics)
         self._log({"step": self.state.global_step} | ({"epoch": self._epoch} if self._epoch_length else {}) | metrics)
         self._fire("on_evaluate", metrics=dict(metrics))
-        if self._keep_best(metrics, self.state.global_step) and self.args.load_best_model_at_end:
+        if self._keep_best(metrics, self.state.global_step) and self.args.save_best:
             self.control.should_save = True
         self._end_if_told()
 
     def saved(self, path: Path) -> None:
-        if self.state.best_global_step == self.state.global_step:
+        if path.name == f"step-{self.state.best_global_step}":
             self.state.best_model_checkpoint = str(path)
         self._fire("on_save")
 
@@ -266,6 +266,12 @@ class Run:
             return False
         self.state.best_metric, self.state.best_global_step = value, step
         return True
+
+    @property
+    def best_steps(self) -> list[int]:
+        """Steps whose checkpoints save_best keeps."""
+        best = self.state.best_global_step
+        return [best] if self.args.save_best and best is not None else []
 
     @property
     def _best_name(self) -> str:

@@ -41,6 +41,9 @@ class Config:
     """Steps between checkpoints in fit(); None saves at the end only."""
     save_total_limit: int | None = None
     """Checkpoints kept, the newest ones; None keeps all."""
+    save_best: bool = False
+    """Whether an evaluation that is the best so far, by metric_for_best_model, is saved, and its checkpoint kept beside
+    the newest ones."""
     weights_format: WeightsFormat = "bin"
     """Writes adapter_model.bin or adapter_model.safetensors; stock PEFT reads both."""
 
@@ -50,7 +53,7 @@ class Config:
     eval_steps: int | None = None
     """Steps between evaluations on fit()'s eval_dataset; None evaluates at the end only."""
     metric_for_best_model: str = "true_reward"
-    """What early stopping watches: a metric of the evaluation, as `lora-gan eval` prints them."""
+    """What early stopping and save_best watch: a metric of the evaluation, as `lora-gan eval` prints them."""
     greater_is_better: bool = True
     """Whether more of it is better."""
     log_completions: bool = True
@@ -260,7 +263,7 @@ class Config:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
-        for name in ("log_completions", "trust_remote_code", "greater_is_better"):
+        for name in ("log_completions", "trust_remote_code", "greater_is_better", "save_best"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("output_dir", "prompt_column", "project", "device", "metric_for_best_model"):
             self._require(

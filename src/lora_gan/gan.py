@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoint, data, distributed, estimate, evaluation, export, rewards, rollout, tracking
+from . import checkpoint, data, distributed, durable, estimate, evaluation, export, rewards, rollout, tracking
 from .adapters import Player, Players
 from .base import load_base
 from .callbacks import Callback, Run, check_callbacks
@@ -29,6 +29,7 @@ from .experience import Experience
 from .generator import Generator
 from .guard import Monitor
 from .interrupts import Interrupted, Interrupts
+from .saving import Saver
 
 RewardFunction = Callable[[str, str | None], float]
 BatchedRewardFunction = Callable[..., list[float | None]]
@@ -361,8 +362,14 @@ class LoraGAN:
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
-        records, saved = [], None
-        with Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run:
+        if self.config.save_best and held_out is None:
+            raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
+        records, folder, beside = [], Path(self.config.output_dir), not self.callbacks
+        with (
+            Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run,
+            Saver(self, folder, run.saved, beside=beside) as saver,
+        ):
+            durable.tidy(folder)
             try:
                 with self._interrupts.catching():
                     for _ in range(steps):
@@ -380,9 +387,8 @@ class LoraGAN:
                             with self._interrupts.harmless():  # it changes nothing, and may ask a person
                                 judged = evaluation.evaluate(self, held_out)
                             run.evaluated(judged)
-                        if run.control.should_save:
-                            saved = self.save_checkpoint()
-                            run.saved(saved)
+                        if saver.look() or run.control.should_save:
+                            saver.save(keep=run.best_steps)
                         if run.control.should_training_stop:
                             break
                         if self._over_with_budget(self.config.signal(self.config.adversarial)):
@@ -392,14 +398,15 @@ class LoraGAN:
                         self._interrupts.check()
             except (Interrupted, ValueError, rewards.RewardUnavailable) as stop:
                 # A person, or a row or a reward that is not as it should be: the last step is whole.
-                if records and (saved is None or saved.name != f"step-{self.global_step}"):
-                    run.saved(saved := self.save_checkpoint())
+                saved = saver.finish(run.best_steps) if records else None
                 if not isinstance(stop, Interrupted):
                     raise
                 why = f"{stop}: " if str(stop) else ""
                 if not records:
                     raise KeyboardInterrupt(f"{why}no step was done, so there is nothing new to save") from None
                 raise KeyboardInterrupt(f"{why}step {self.global_step} is saved in {saved}") from None
+            if records:
+                saver.finish(run.best_steps)
         return records
 
     def steps_left(self, rows: list[Row] | data.Stream) -> int:
