@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import base_folder
+from helpers import base_folder, sign
 
 from lora_gan import Config, LoraGAN, cli, data
 
@@ -300,6 +300,7 @@ def test_a_run_of_another_device_opens_on_this_one(there, capsys):
     assert train("--max_steps", "1") == 0
     state = there / "run" / "step-1" / "trainer_state.json"
     state.write_text(state.read_text().replace('"device": "auto"', '"device": "cuda:77"'))
+    sign(state.parent)
     assert "cuda:77" in said_of(capsys, "score", "--checkpoint", "run", "--prompt", "a", "--response", "b")
     assert cli.main(["score", "--checkpoint", "run", "--prompt", "a", "--response", "b", "--device", "cpu"]) == 0
 
@@ -520,7 +521,7 @@ def test_a_run_that_could_not_save_does_not_say_go_on(there, capsys, monkeypatch
     def stopped(*_, **__):
         raise KeyboardInterrupt("pressed again")
 
-    monkeypatch.setattr(LoraGAN, "save_checkpoint", stopped)
+    monkeypatch.setattr("lora_gan.checkpoint.snapshot", stopped)
     assert train("--max_steps", "1") == 130
     said = capsys.readouterr().err
     assert "pressed again" in said and "--resume" not in said

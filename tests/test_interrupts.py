@@ -6,6 +6,8 @@ import threading
 import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 
+from lora_gan import checkpoint
+
 ROWS = [{"prompt": p, "target": t} for p, t in zip(PROMPTS, TARGETS, strict=True)]
 PLAYERS = ("generator", "discriminator")
 
@@ -88,8 +90,8 @@ def test_before_a_step_is_done_there_is_nothing_to_save(tmp_path):
 def test_what_was_just_saved_is_not_saved_twice(tmp_path, monkeypatch):
     gan = small_gan(output_dir=str(tmp_path), save_steps=1)
     saves = []
-    save = gan.save_checkpoint
-    monkeypatch.setattr(gan, "save_checkpoint", lambda: saves.append(gan.global_step) or save())
+    snapshot = checkpoint.snapshot
+    monkeypatch.setattr(checkpoint, "snapshot", lambda gan: saves.append(gan.global_step) or snapshot(gan))
     with pytest.raises(KeyboardInterrupt, match="step 1 is saved"):
         gan.fit(ROWS, steps=3, progress=False, on_step=lambda record: signal.raise_signal(signal.SIGINT))
     assert saves == [1]

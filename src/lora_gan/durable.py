@@ -46,8 +46,8 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
         write_synced(writing / MANIFEST, _manifest(files))
         for folder in sorted({(writing / name).parent for name in files} | {writing}, reverse=True):
             sync_folder(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
+        if final.exists():  # else what was set aside before may be all there is
+            _drop_set_aside(final)
             os.rename(final, replaced)
         try:
             os.rename(writing, final)
@@ -59,14 +59,21 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
     except OSError:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    _drop_set_aside(final)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no part of it is ever found under its name."""
+    _drop_set_aside(folder)
     removing = _beside(folder, "removing")
     os.rename(folder, removing)
     shutil.rmtree(removing, ignore_errors=True)
+
+
+def _drop_set_aside(folder: Path) -> None:
+    """Remove older folders of this name, whichever process left them: the name stands without them."""
+    for path in folder.parent.glob(f".{folder.name}.replaced-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:

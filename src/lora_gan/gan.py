@@ -387,7 +387,8 @@ class LoraGAN:
                             with self._interrupts.harmless():  # it changes nothing, and may ask a person
                                 judged = evaluation.evaluate(self, held_out)
                             run.evaluated(judged)
-                        if saver.look() or run.control.should_save:
+                        due = run.control.should_save  # before looking: on_save of an earlier one takes it back
+                        if saver.look() or due:
                             saver.save(keep=run.best_steps)
                         if run.control.should_training_stop:
                             break
