@@ -205,7 +205,8 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
         weights = [sum(folder.has(f"{player}/{name}") for name in WEIGHTS) for player in PLAYERS]
         missing = [name for name in FILES if not folder.has(name)]
         if missing or weights != [1, 1]:
-            return f"its manifest does not name {missing[0] if missing else 'the weights of each player once'}"
+            what = missing[0] if missing else "the weights of each player once"
+            return f"{path / MANIFEST} does not name {what}"
         folder.verify(deep=deep)
     except Damaged as error:
         return str(error)
@@ -480,7 +481,7 @@ def _require_same_scaling(folder: Folder, ours: LoraConfig) -> None:
         saved, here = theirs.get(name, getattr(stock, name)), getattr(ours, name)
         if saved != here:
             raise ValueError(
-                f"{folder.path} does not fit: it was saved with {name}={str(saved)[:60]!r}, this adapter has {here!r}"
+                f"{folder.path} does not fit: it was saved with {name}={repr(saved)[:60]}, this adapter has {here!r}"
             )
 
 
