@@ -179,7 +179,8 @@ SIGNED = {
         tensors("discriminator/optimizer.pt", at("optimizer", "param_groups", 0, "lr", to="high")), "lr is 'high'",
     ),
     "moments of nobody": (
-        tensors("generator/optimizer.pt", lambda s: s["optimizer"]["state"].update({10**6: {}})), "moments of a parameter",
+        tensors("generator/optimizer.pt", lambda s: s["optimizer"]["state"].update({10**6: {}})),
+        "moments of a parameter",
     ),
     "no schedule": (tensors("generator/optimizer.pt", without("schedule")), "lacks 'schedule'"),
     "heads of another size": (tensors("discriminator/state.pt", at("heads_MH", to=torch.zeros(4, 3))), "heads_MH is"),

@@ -1,0 +1,88 @@
+"""Does a long run grow? Resident memory, open files and step time over many steps of fit() on the base that ships.
+
+    python benchmarks/soak.py --steps 2000 --out docs/results/soak.jsonl
+    python benchmarks/soak.py --report --out docs/results/soak.jsonl
+
+Checkpoints every 100 steps, logs every step, samples every 25, as a run has them. A line each 20 steps. The report
+compares the medians of the first and the last quarter of what comes after --warm steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+EVERY = 20  # steps between lines
+
+
+def rss() -> int:
+    """Resident memory of this process, bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def soak(steps: int, out: Path) -> None:
+    import torch
+
+    from lora_gan import LoraGAN, rewards, tiny
+
+    torch.set_num_threads(1)
+    rows = tiny.pairs("train", 4096, seed=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, out.open("w", encoding="utf-8") as file:
+        gan = LoraGAN(
+            "tiny", reward=rewards.chrf, output_dir=folder, query_rate=0.5, max_completion_length=16,
+            learning_rate=1e-3, disc_learning_rate=1e-3, save_steps=100, save_total_limit=2,
+        )  # fmt: skip
+        began = [time.process_time()]
+
+        def note(record: dict) -> None:
+            if record["step"] % EVERY == 0:
+                now = time.process_time()
+                line = {
+                    "step": record["step"],
+                    "rss": rss(),
+                    "files": len(os.listdir("/proc/self/fd")),
+                    "threads": len(os.listdir("/proc/self/task")),
+                    "cpu_s_per_step": (now - began[0]) / EVERY,
+                    "completion_length": record["completion_length"],
+                }
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                began[0] = time.process_time()
+
+        for _ in range(steps // 100):  # fit() keeps every record it returns: asked for in parts, as a user may
+            gan.fit(rows, steps=100, progress=False, on_step=note)
+
+
+def report(out: Path, warm: int) -> None:
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    after = [line for line in lines if line["step"] > warm]
+    quarter = len(after) // 4
+    for name in ("rss", "files", "threads", "cpu_s_per_step", "completion_length"):
+        first, last = (statistics.median(line[name] for line in part) for part in (after[:quarter], after[-quarter:]))
+        values = [line[name] for line in after]
+        print(
+            f"{name}: median {first:.6g} in the first quarter after step {warm}, {last:.6g} in the last "
+            f"({(last / first - 1):+.2%}); from {min(values):.6g} to {max(values):.6g}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--warm", type=int, default=100, help="steps after which nothing may grow")
+    parser.add_argument("--out", type=Path, default=Path("soak.jsonl"))
+    parser.add_argument("--report", action="store_true", help="of a file that is there")
+    given = parser.parse_args()
+    if not given.report:
+        soak(given.steps, given.out)
+    report(given.out, given.warm)
+
+
+if __name__ == "__main__":
+    main()
