@@ -12,6 +12,7 @@ How a folder comes to be there whole is `durable`'s; what its files may hold is 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import os
@@ -117,9 +118,14 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
             "architecture": type(base.model).__name__,
             "fingerprint": base.fingerprint,
         },
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": dict(_versions()),
         "machine": _machine(gan),
     }
+
+
+@functools.cache  # reading them takes longer than copying small adapters
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft")}
 
 
 def _machine(gan: LoraGAN) -> dict[str, Any]:
@@ -275,7 +281,7 @@ def load(gan: LoraGAN, path: Path) -> None:
 
 
 def _warn_of_another_machine(gan: LoraGAN, state: Mapping[str, Any]) -> None:
-    now = _machine(gan) | {name: version(name) for name in ("torch", "transformers", "peft")}
+    now = _machine(gan) | _versions()
     then = state["machine"] | state["versions"]
     changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
     if changed:
