@@ -5,6 +5,7 @@ import threading
 
 import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
+from transformers import TrainerCallback
 
 from lora_gan import checkpoint
 
@@ -138,3 +139,48 @@ def test_an_evaluation_may_be_broken_off(tmp_path, undisturbed):
         gan.fit(ROWS, steps=4, eval_dataset=ROWS, progress=False)
     assert asked.calls == asked.at
     assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
+
+
+@pytest.mark.parametrize("moment", ["in a reward", "after a step"])
+def test_sigterm_saves_what_is_whole_and_ends_the_process_with_143(moment, tmp_path, undisturbed):
+    before = signal.getsignal(signal.SIGTERM)
+    calls = []
+
+    def terminated(response, target):
+        calls.append(1)
+        if moment == "in a reward" and len(calls) == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return reward(response, target)
+
+    gan = small_gan(output_dir=str(tmp_path), reward=terminated)
+    told = (lambda record: signal.raise_signal(signal.SIGTERM)) if moment == "after a step" else None
+    with pytest.raises(SystemExit, match="step 1 is saved in") as ended:
+        gan.fit(ROWS, steps=4, progress=False, on_step=told)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
+
+
+def test_a_second_sigterm_ends_at_once_and_leaves_the_last_checkpoint(tmp_path):
+    # With a callback a checkpoint stands before the next step begins.
+    gan = small_gan(output_dir=str(tmp_path), save_steps=1, callbacks=[TrainerCallback()])
+
+    def twice(record):
+        if record["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        gan.fit(ROWS, steps=4, progress=False, on_step=twice)
+    assert ended.value.code == 143 and gan.global_step == 2
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-1"]
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        gan = small_gan(output_dir=str(tmp_path))
+        gan.fit(ROWS, steps=2, progress=False, on_step=lambda record: signal.raise_signal(signal.SIGTERM))
+        assert gan.global_step == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)

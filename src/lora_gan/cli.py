@@ -20,6 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from . import __version__, commands
 from .config import Config
+from .interrupts import Terminated
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": commands.demo,
@@ -125,13 +126,13 @@ def main(arguments: list[str] | None = None) -> int:
             error = OSError(f"{error.filename}: {error.strerror}")
         print(f"lora-gan: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Terminated) as stop:
         said = str(stop)
         print(
             f"lora-gan: {said if said.startswith('stopped') else ': '.join(filter(None, ['stopped', said]))}",
             file=sys.stderr,
         )
-        return 130
+        return stop.code if isinstance(stop, Terminated) else 130
     return 0
 
 

@@ -125,7 +125,7 @@ def train(
 
     try:
         gan.fit(rows, eval_dataset=held_out, on_step=keep)
-    except (KeyboardInterrupt, ValueError, RuntimeError) as stop:
+    except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
         if settings and complete(folder):
             go_on = f"go on with: lora-gan train --config {settings[0]} --resume"
             stop.args = ("; ".join(filter(None, [str(stop), go_on])),)

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoint, data, distributed, durable, estimate, evaluation, export, rewards, rollout, tracking
+from . import checkpoint, data, distributed, durable, estimate, evaluation, export, lock, rewards, rollout, tracking
 from .adapters import Player, Players
 from .base import load_base
 from .callbacks import Callback, Run, check_callbacks
@@ -351,6 +351,8 @@ class LoraGAN:
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
+            SystemExit: after SIGTERM, likewise; its code is 143.
+            ValueError: another run writes to output_dir.
         """
         rows = self._rows(dataset)
         held_out = None if eval_dataset is None else list(self._rows(eval_dataset, split="test"))
@@ -366,6 +368,7 @@ class LoraGAN:
             raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
         records, folder, beside = [], Path(self.config.output_dir), not self.callbacks
         with (
+            lock.writing_alone(folder, self),
             Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run,
             Saver(self, folder, run.saved, beside=beside) as saver,
         ):
@@ -404,8 +407,8 @@ class LoraGAN:
                     raise
                 why = f"{stop}: " if str(stop) else ""
                 if not records:
-                    raise KeyboardInterrupt(f"{why}no step was done, so there is nothing new to save") from None
-                raise KeyboardInterrupt(f"{why}step {self.global_step} is saved in {saved}") from None
+                    raise stop.ending(f"{why}no step was done, so there is nothing new to save") from None
+                raise stop.ending(f"{why}step {self.global_step} is saved in {saved}") from None
             if records:
                 saver.finish(run.best_steps)
         return records
@@ -538,7 +541,8 @@ class LoraGAN:
     def save_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> Path:
         """Write everything to ckpt_dir/step-N (default: output_dir, and the number of steps taken)."""
         folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
-        return checkpoint.save(self, folder, self.global_step if step is None else step)
+        with lock.writing_alone(folder, self):
+            return checkpoint.save(self, folder, self.global_step if step is None else step)
 
     def load_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> None:
         """Continue exactly where ckpt_dir/step-N was saved; without a step, from the newest complete one."""

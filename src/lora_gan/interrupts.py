@@ -1,6 +1,7 @@
-"""Ctrl-C during a run: the step under way is finished, so that what is saved is whole; a second one stops at once.
+"""Ctrl-C and SIGTERM during a run: the step under way is finished, so that what is saved is whole; a second one stops
+at once.
 
-Asking for rewards may take long and changes nothing yet: there the first Ctrl-C stops at once, too, and after one that
+Asking for rewards may take long and changes nothing yet: there the first one stops at once, too, and after one that
 came while the step's responses were sampled nothing is asked any more.
 """
 
@@ -12,58 +13,85 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, at a point where everything is as the last whole step left it."""
+    """A signal came, and everything is as the last whole step left it."""
+
+    def __init__(self, *args: object, number: int = signal.SIGINT) -> None:
+        super().__init__(*args)
+        self.number = number
+
+    def ending(self, message: str) -> BaseException:
+        """What fit() ends with: KeyboardInterrupt after Ctrl-C, Terminated after SIGTERM."""
+        return Terminated(message) if self.number == signal.SIGTERM else KeyboardInterrupt(message)
+
+
+class Terminated(SystemExit):
+    """SIGTERM, as from a scheduler that takes the machine back; the process ends with the status a shell expects."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.code = 128 + signal.SIGTERM
 
 
 class Interrupts:
-    """Within `catching()` the first Ctrl-C is kept for `check()`; the second raises KeyboardInterrupt at once."""
+    """Within `catching()` the first signal is kept for `check()`; the second raises at once."""
 
     def __init__(self) -> None:
         self._requested = False
+        self._number: int = signal.SIGINT  # of the signal that came
         self._harmless = False  # whether raising now would leave nothing half-done
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """In threads other than the main one, where Python delivers no signals, nothing is caught."""
-        self._requested = False
+        """In threads other than the main one, where Python delivers no signals, nothing is caught; nor is a signal that
+        the process was told to ignore."""
+        self._requested, self._number = False, signal.SIGINT
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, self._handle)
+        before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, self._handle)
         try:
             yield
         finally:
             self._requested = False
-            if before is not None:  # None: set by C code, which signal() cannot put back
-                signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                if handler is not None:  # None: set by C code, which signal() cannot put back
+                    signal.signal(number, handler)
 
     def check(self) -> None:
-        """Between steps: raise Interrupted where Ctrl-C was pressed."""
+        """Between steps: raise Interrupted where a signal came."""
         if self._requested:
-            raise Interrupted
+            raise Interrupted(number=self._number)
 
     @contextmanager
     def harmless(self) -> Iterator[None]:
-        """What runs inside may be broken off at any point: Ctrl-C, or one that came before, raises Interrupted."""
+        """What runs inside may be broken off at any point: a signal, or one that came before, raises Interrupted."""
         self._harmless = True
         try:
             if self._requested:
                 raise KeyboardInterrupt
             yield
         except KeyboardInterrupt as stop:  # a person who is asked for rewards may quit, too
-            raise Interrupted(*stop.args) from stop
+            raise Interrupted(*stop.args, number=self._number) from stop
         finally:
             self._harmless = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._harmless or self._requested:
+        if self._harmless:
+            self._number = number
             raise KeyboardInterrupt
-        self._requested = True
+        if self._requested:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self._requested, self._number = True, number
         print(
-            "\nCtrl-C: stopping where a step is whole, then saving; once more stops at once",
+            f"\n{'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}: stopping where a step is whole, then saving; "
+            "once more stops at once",
             file=sys.stderr,
             flush=True,
         )

@@ -1,0 +1,58 @@
+"""One run a folder. The lock is the kernel's: it goes with the process that holds it, however that ends.
+
+A `.lock` file stays in the folder, since removing it would let two runs hold a lock each; it says who wrote there last.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+FILE = ".lock"
+_held: dict[Path, object] = {}  # folders that this process writes to, and who does
+
+
+@contextmanager
+def writing_alone(folder: Path, owner: object) -> Iterator[None]:
+    """Inside the block nobody but `owner`, in this process or another, writes to the folder, which is made.
+
+    Raises:
+        ValueError: another run writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    if _held.get(place) is owner:
+        yield
+        return
+    lock = FileLock(place / FILE, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another run{_who(place / FILE)} writes to {folder}: give another output_dir, or wait until it has ended"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{folder} cannot be locked ({error}): take care that no other run writes there", stacklevel=4)
+        yield
+        return
+    _held[place] = owner
+    try:
+        with suppress(OSError):  # on Windows a locked file cannot be written to by another handle
+            (place / FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        del _held[place]
+        lock.release()
+
+
+def _who(file: Path) -> str:
+    with suppress(OSError, ValueError):
+        if text := file.read_text(encoding="utf-8").strip()[:80]:
+            return f" ({text})"
+    return ""
