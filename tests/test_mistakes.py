@@ -78,8 +78,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     gan.generator._reinforce = lambda *_: (
         (gan.players.parameters("generator")[0].sum() * float("nan")).backward() or (0, 0, 0)
     )
-    with pytest.raises(FloatingPointError):
-        gan.step(PROMPTS[:2], train_disc=False)
+    assert gan.step(PROMPTS[:2], train_disc=False)["gen_skipped"] == 1
+    before["optimizer"]["skipped"] = 1
     assert differences(before, player_state(gan, "generator")) == []
     assert gan.players.heads_MH[0, 0].item() == kept
 

@@ -87,6 +87,11 @@ class Players:
         self._switch("reference")
 
     @property
+    def active(self) -> Player:
+        """Whose forwards run now."""
+        return self._playing
+
+    @property
     def device(self) -> torch.device:
         return self.heads_MH.device
 

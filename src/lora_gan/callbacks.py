@@ -129,6 +129,7 @@ class Run:
         self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
         self.window, self.num_tokens = tracking.Window(), 0
         self._evaluated_at: int | None = None
+        self.saved_steps: set[int] = set()  # of the checkpoints that this run has written
         self._stack = ExitStack()
         self._began = time.perf_counter()
 
@@ -216,7 +217,26 @@ class Run:
             self.control.should_save = True
         self._end_if_told()
 
+    def went_back(self) -> None:
+        """The run is at an earlier step again: the steps since then come anew, and what was written of them goes.
+
+        Trackers keep it: theirs cannot be taken back.
+        """
+        step, gan = self.gan.global_step, self.gan
+        self.metrics.go_back(step)
+        if gan.config.log_completions:
+            self.completions.go_back(step)
+        self.handler.optimizer, self.handler.lr_scheduler = (
+            gan.generator.optimizer.adamw,
+            gan.generator.optimizer.schedule,
+        )
+        self.window, self.num_tokens, self._evaluated_at = tracking.Window(), 0, None
+        self.state.global_step, self.state.epoch = step, self._epoch
+        self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        self._go_on()
+
     def saved(self, path: Path) -> None:
+        self.saved_steps.add(int(path.name.removeprefix("step-")))
         if path.name == f"step-{self.state.best_global_step}":
             self.state.best_model_checkpoint = str(path)
         self._fire("on_save")

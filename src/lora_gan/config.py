@@ -19,6 +19,7 @@ AfterBudget = Literal["predicted", "stop"]
 DiscObjective = Literal["regression", "real_vs_generated"]
 ReplayPolicy = Literal["fifo", "reservoir"]
 OnExploit = Literal["warn", "stop", "rollback"]
+OnNonfinite = Literal["stop", "rollback"]
 WeightsFormat = Literal["bin", "safetensors"]
 Aggregation = Literal["sum", "normalize_then_sum"]  # the latter is TRL's name
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
@@ -199,6 +200,12 @@ class Config:
     back to where the true reward was best (rollback)."""
     monitor_window: int = 10
     """Steps that the monitor averages over, and compares with the best such average so far."""
+    max_skipped_updates: int = 10
+    """Updates in a row, of either player, that are skipped for a loss or gradient that is not finite, before
+    on_nonfinite acts."""
+    on_nonfinite: OnNonfinite = "stop"
+    """Then: stop; or go back to the newest checkpoint that was taken while all was well, and on with both learning
+    rates halved (rollback; fit() only, step() raises)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.output_dir, os.PathLike):
@@ -206,7 +213,7 @@ class Config:
         for name in (
             "logging_steps", "completions_steps", "prompts_per_step", "num_generations", "max_completion_length",
             "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates", "num_iterations",
-            "monitor_window",
+            "monitor_window", "max_skipped_updates",
         ):  # fmt: skip
             self._require(name, self._is_whole(name, 1), "a whole number from 1")
         for name in (
@@ -251,6 +258,7 @@ class Config:
             ("disc_objective", get_args(DiscObjective)),
             ("disc_replay_policy", get_args(ReplayPolicy)),
             ("on_exploit", get_args(OnExploit)),
+            ("on_nonfinite", get_args(OnNonfinite)),
             ("reward_signal", get_args(RewardSignal)),
             ("gradient_path", get_args(GradientPath)),
             ("weights_format", get_args(WeightsFormat)),

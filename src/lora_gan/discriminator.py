@@ -9,6 +9,7 @@ the discriminator's alone: it never reaches the generator's gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from . import distributed, estimate, objectives, randomness
+from . import distributed, estimate, memory, objectives, randomness
 from .adapters import Players
 from .config import Config
 from .experience import Experience
@@ -156,16 +157,22 @@ class Discriminator:
 
     def predict(self, rollout: Rollout) -> np.ndarray:
         """Every head's predicted reward, float64 [M, B]."""
-        with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
-            parts = [
-                self.players.predict(part.ids_BL, part.mask_BL)
-                for part in map(rollout.rows, chunks(len(rollout), self.config.micro_batch_size))
-            ]
-        return torch.cat(parts, dim=1).double().cpu().numpy()
+        total = len(rollout)
 
-    def update(self, experience: Experience) -> dict[str, float]:
+        def predicted() -> Tensor:
+            with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
+                parts = map(rollout.rows, chunks(total, self.optimizer.micro_batch_size))
+                return torch.cat([self.players.predict(part.ids_BL, part.mask_BL) for part in parts], dim=1)
+
+        predicted_MB = memory.fitting(
+            predicted, self.optimizer, total, splits=lambda: min(self.optimizer.micro_batch_size or total, total) > 1
+        )
+        return predicted_MB.double().cpu().numpy()
+
+    def update(self, experience: Experience) -> dict[str, float | None]:
         """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates.
 
+        The mean is over the updates whose loss was finite; those skipped for want of that are counted.
         With several processes, one whose prompts got no answer takes part with gradients of nought.
         """
         relative = self.config.disc_objective == "real_vs_generated"
@@ -180,18 +187,24 @@ class Discriminator:
                 self._start(fresh)
         elif not self.players.heads_MH.any():
             self._start_at_random()
-        losses, norm, learning_rate = [], 0.0, 0.0
+        losses, norm, learning_rate, skipped = [], None, 0.0, 0
         for update in range(self.config.disc_updates):
             batch = fresh + self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
-            losses.append(self._learn(batch) if batch else 0.0)
+            loss = self._learn_within_memory(batch) if batch else 0.0
             learning_rate = self.optimizer.learning_rate
-            norm = self.optimizer.step()
-            self._keep_average()
+            taken = self.optimizer.step(loss)
+            losses += [loss] if math.isfinite(loss) else []
+            if taken is None:
+                skipped += 1
+            else:
+                norm = taken
+                self._keep_average()
         self.replay.extend(fresh)
         return {
-            "disc_loss": float(np.mean(losses)),
+            "disc_loss": float(np.mean(losses)) if losses else None,
             "disc_learning_rate": learning_rate,
             "disc_grad_norm": norm,
+            "disc_skipped": skipped,
             **metrics,
         }
 
@@ -296,8 +309,10 @@ class Discriminator:
         """Begin the heads, which are nought, in closed form; with several processes, the mean of those with answers."""
         ridge_MH = self._ridge(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
         count = distributed.total(torch.tensor([float(bool(fresh))], device=self.players.device))
-        with torch.no_grad():
-            self.players.heads_MH.copy_(distributed.total(ridge_MH) / count)
+        heads_MH = distributed.total(ridge_MH) / count
+        if torch.isfinite(heads_MH).all():  # else they stay nought, and the next step begins them
+            with torch.no_grad():
+                self.players.heads_MH.copy_(heads_MH)
 
     def _ridge(self, groups: list[Group]) -> Tensor:
         """Heads by ridge regression on the pooled features, [M, H], in the reward's unit.
@@ -308,6 +323,8 @@ class Discriminator:
         ids, mask, true_B, _, seen_MB = self._batch(groups)
         with torch.no_grad(), self.players.playing("discriminator"):
             features_BH = self.players.features(ids, mask).double()
+        if not torch.isfinite(features_BH).all():  # there is nothing to solve, and no process may raise alone
+            return torch.full_like(self.players.heads_MH, math.nan)
         target_B = true_B.double() / self.players.reward_unit
         gram_BB = features_BH @ features_BH.T
         ridge = (
@@ -321,11 +338,20 @@ class Discriminator:
             heads.append(dual @ features_BH[kept_B])
         return torch.stack(heads).float()
 
+    def _learn_within_memory(self, groups: list[Group]) -> float:
+        """`_learn`, in smaller micro-batches where memory runs out; whole groups remain together."""
+
+        def splits() -> bool:
+            return any(len(part) > 1 for part in micro_batches(groups, self.optimizer.micro_batch_size))
+
+        rows = sum(len(group.responses) for group in groups)
+        return memory.fitting(lambda: self._learn(groups), self.optimizer, rows, splits=splits)
+
     def _learn(self, groups: list[Group]) -> float:
         """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses."""
         total = sum(sum(group.heads) * len(group.responses) for group in groups)
         loss = 0.0
-        for part in micro_batches(groups, self.config.micro_batch_size):
+        for part in micro_batches(groups, self.optimizer.micro_batch_size):
             ids, mask, true_B, group_B, seen_MB = self._batch(part)
             with self.players.playing("discriminator"):
                 predicted_MB = self.players.predict(ids, mask) / self.players.reward_unit
@@ -421,11 +447,11 @@ def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndar
 
     rank_correlation is Spearman's over all answered responses; rank_correlation_within over what is left of the ranks
     when each group's mean rank is taken off (ranks are taken within the group): only this reaches the generator.
-    None where there are too few answers, or no spread, to say.
+    Responses whose prediction is not finite do not count. None where there are too few answers, or no spread, to say.
     """
-    answered_B = ~np.isnan(true_B)
-    spread_B = predicted_MB.std(0)[answered_B]
-    predicted_B, true_B, group_B = predicted_MB.mean(0)[answered_B], true_B[answered_B], group_B[answered_B]
+    answered_B = ~np.isnan(true_B) & np.isfinite(predicted_MB).all(0)
+    predicted_MB, true_B, group_B = predicted_MB[:, answered_B], true_B[answered_B], group_B[answered_B]
+    spread_B, predicted_B = predicted_MB.std(0), predicted_MB.mean(0)
     compared_B = np.array([(group_B == group).sum() > 1 for group in group_B], dtype=bool)
     ranks = [_ranks_within(values_B[compared_B], group_B[compared_B]) for values_B in (predicted_B, true_B)]
     return {

@@ -43,7 +43,7 @@ def choose_queries(
         rate: share of all responses that is asked for.
         design: uniform: each response with probability `rate`, each group its share to within one. groups: whole
             groups. uncertain: in proportion to `spread_B`, not below floor · rate, not above 1.
-        spread_B: how far the heads disagree, where the design is uncertain; all nought is as uniform.
+        spread_B: how far the heads disagree, where the design is uncertain; all nought, or not finite, is as uniform.
         floor: least probability under the uncertain design, as a share of `rate`: 1/p is bounded by 1 / (floor · rate).
         left: true-reward calls that may still be made; None: no limit.
     """
@@ -57,7 +57,7 @@ def choose_queries(
         return Queries(np.zeros(size, dtype=bool), np.zeros(size))
     if design == "groups":
         return _whole_groups(group_B, rate, left, rng)
-    if design == "uncertain" and spread_B is not None and spread_B.any():
+    if design == "uncertain" and spread_B is not None and spread_B.any() and np.isfinite(spread_B).all():
         inclusion_B = _proportional(spread_B, rate, floor)
     else:
         inclusion_B = np.full(size, rate)

@@ -17,7 +17,20 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoint, data, distributed, durable, estimate, evaluation, export, lock, rewards, rollout, tracking
+from . import (
+    checkpoint,
+    data,
+    distributed,
+    durable,
+    estimate,
+    evaluation,
+    export,
+    lock,
+    nonfinite,
+    rewards,
+    rollout,
+    tracking,
+)
 from .adapters import Player, Players
 from .base import load_base
 from .callbacks import Callback, Run, check_callbacks
@@ -140,6 +153,8 @@ class LoraGAN:
         Raises:
             ValueError: a prompt that is empty or too long, a target that is missing where it is needed, settings that
                 contradict each other; `rewards.RewardError` for a reward function that does not answer as it should.
+            FloatingPointError: nothing could be sampled, or `config.max_skipped_updates` updates in a row were skipped,
+                because numbers are not finite.
         """
         rows = data.rows_of(prompt, target_text, columns)
         return self._step(rows, train_gen, train_disc, adversarial, single=data.is_prompt(prompt))
@@ -180,6 +195,7 @@ class LoraGAN:
             for words in alarms:
                 warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
         self.global_step += 1
+        nonfinite.require_progress(self, gen, disc)
         return tracking.step_record(
             rows,
             experience,
@@ -353,6 +369,8 @@ class LoraGAN:
             KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
             SystemExit: after SIGTERM, likewise; its code is 143.
             ValueError: another run writes to output_dir.
+            FloatingPointError: as in `step()`, where `config.on_nonfinite` is "stop" or there is nothing to go back to.
+                Nothing is saved then: the newest checkpoint is from before.
         """
         rows = self._rows(dataset)
         held_out = None if eval_dataset is None else list(self._rows(eval_dataset, split="test"))
@@ -366,21 +384,33 @@ class LoraGAN:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
         if self.config.save_best and held_out is None:
             raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
-        records, folder, beside = [], Path(self.config.output_dir), not self.callbacks
+        records, last = [], self.global_step + steps
+        folder, beside = Path(self.config.output_dir), not self.callbacks
         with (
             lock.writing_alone(folder, self),
             Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run,
             Saver(self, folder, run.saved, beside=beside) as saver,
         ):
             durable.tidy(folder)
+            way_back = nonfinite.WayBack(self, self.global_step, run.saved_steps)
             try:
                 with self._interrupts.catching():
-                    for _ in range(steps):
+                    while self.global_step < last:
                         run.begin_step()
                         batch = data.take(
                             rows, self.config.prompts_per_step, seed=self.config.seed, position=self.position
                         )
-                        record = self._step(batch, train_gen, train_disc)
+                        coming = self.global_step + 1
+                        try:
+                            record = self._step(batch, train_gen, train_disc)
+                        except FloatingPointError as failure:
+                            if self.config.on_nonfinite == "stop":
+                                raise
+                            saver.settle()
+                            way_back.go_back(failure, coming)
+                            run.went_back()
+                            records = [kept for kept in records if kept["step"] <= self.global_step]
+                            continue
                         self.position += len(batch)  # after the step: one that raised takes its rows again
                         records.append(record)
                         run.end_step(record, batch)

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from . import estimate, objectives
+from . import estimate, memory, objectives
 from .adapters import Players
 from .config import Config, RewardSignal
 from .data import Row
@@ -46,30 +48,37 @@ class Generator:
     ) -> dict[str, float | None]:
         """The step's updates, the first of them on-policy. Without experience imitation alone teaches.
 
-        `critic` is what straight-through differentiates. Returns the first update's loss and its parts.
+        `critic` is what straight-through differentiates. Returns the first update's loss and its parts, None where they
+        are not finite, and how many updates were skipped for it.
         """
         metrics: dict[str, float | None] = {}
         reward_B = advantage_B = None
         if experience is not None:
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
-        sampled: list[Tensor] = []  # log-probabilities that the responses were sampled with, a micro-batch each
+        sampled: list[Tensor] = []  # log-probabilities of its tokens that each response was sampled with
+        most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
-            loss, parts = 0.0, {}
-            if experience is not None and advantage_B is not None:
-                policy_loss, kl, entropy = self._reinforce(experience, advantage_B, critic, sampled)
-                loss += self.config.reward_weight * policy_loss + self.beta * kl - self.config.entropy_weight * entropy
-                parts["kl"] = kl if self.beta else None  # not measured where it has no weight
-                if self.config.entropy_weight:
-                    parts["entropy"] = entropy
-                if self.config.kl_target is not None:
-                    parts["beta"] = self.beta
-            if imitation_weight:
-                parts["imitation_loss"] = self._imitate(rows, imitation_weight)
-                loss += imitation_weight * parts["imitation_loss"]
-            rate, norm = self.optimizer.learning_rate, self.optimizer.step()
+
+            def backward(known: int = len(sampled)) -> tuple[float, dict[str, float | None]]:
+                del sampled[known:]  # what a try that ran out of memory had added
+                return self._backward(rows, experience, advantage_B, imitation_weight, critic, sampled)
+
+            loss, parts = memory.fitting(
+                backward, self.optimizer, most, splits=lambda: min(self.optimizer.micro_batch_size or most, most) > 1
+            )
+            if reward_B is not None and signal != "true" and not np.isfinite(reward_B).all():
+                loss = math.nan  # predictions that are not finite would pass for rewards that are not known
+            rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)
+            skipped += norm is None
             if iteration == 0:
                 metrics = {"gen_loss": loss, **parts, "gen_learning_rate": rate, "gen_grad_norm": norm}
+                metrics = {
+                    name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()
+                }
+        metrics["gen_skipped"] = skipped
+        if skipped == self.config.num_iterations:
+            return metrics  # nothing was updated, so nothing that goes with an update moves
         if reward_B is not None and not np.isnan(reward_B).all():
             self.baseline.update(float(np.nanmean(reward_B)))  # last: an update that raised leaves no trace
         if self.config.kl_target is not None and metrics.get("kl") is not None:
@@ -77,6 +86,30 @@ class Generator:
             error = min(max(float(metrics["kl"]) / self.config.kl_target - 1, -1.0), 1.0)
             self.beta_scale *= 1 + 0.1 * error
         return metrics
+
+    def _backward(
+        self,
+        rows: list[Row],
+        experience: Experience | None,
+        advantage_B: np.ndarray | None,
+        imitation_weight: float,
+        critic: Critic | None,
+        sampled: list[Tensor],
+    ) -> tuple[float, dict[str, float | None]]:
+        """Backward of one update's whole loss; returns it and its parts."""
+        loss, parts = 0.0, {}
+        if experience is not None and advantage_B is not None:
+            policy_loss, kl, entropy = self._reinforce(experience, advantage_B, critic, sampled)
+            loss += self.config.reward_weight * policy_loss + self.beta * kl - self.config.entropy_weight * entropy
+            parts["kl"] = kl if self.beta else None  # not measured where it has no weight
+            if self.config.entropy_weight:
+                parts["entropy"] = entropy
+            if self.config.kl_target is not None:
+                parts["beta"] = self.beta
+        if imitation_weight:
+            parts["imitation_loss"] = self._imitate(rows, imitation_weight)
+            loss += imitation_weight * parts["imitation_loss"]
+        return loss, parts
 
     def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
         """What the advantage is made of, float64 [B]; NaN where nothing is known."""
@@ -115,18 +148,22 @@ class Generator:
         table_VH = self._embedding_table() if straight else None
         first = not sampled
         sums = np.zeros(3)
-        for i, chunk in enumerate(chunks(total, self.config.micro_batch_size)):
+        for chunk in chunks(total, self.optimizer.micro_batch_size):
             rows = experience.rollout.rows(chunk)
             gradient_BTH = None
             if straight:
                 if critic is None:
                     raise ValueError("straight_through needs a critic to differentiate")
                 gradient_BTH = through * self._critic_gradient(critic, rows)
+            sampled_BT = None
+            if not first:  # the chunk's rows may have stood in wider ones when they were noted
+                places = rows.response_ids_BT.shape[1]
+                sampled_BT = pad_sequence([logprobs_T[:places] for logprobs_T in sampled[chunk]], batch_first=True)
             losses, logprobs_BT = self._losses(
-                rows, weight_B[chunk], gradient_BTH, table_VH, None if first else sampled[i], backward_scale=1 / total
+                rows, weight_B[chunk], gradient_BTH, table_VH, sampled_BT, backward_scale=1 / total
             )
             if first:
-                sampled.append(logprobs_BT)
+                sampled += logprobs_BT
             sums += [float(loss_B.sum()) / total for loss_B in losses]
         return float(sums[0]), float(sums[1]), float(sums[2])
 
@@ -208,7 +245,7 @@ class Generator:
         )
         batch = assemble(base, self.players.device, prompts, targets, texts)
         loss = 0.0
-        for chunk in chunks(len(rows), self.config.micro_batch_size):
+        for chunk in chunks(len(rows), self.optimizer.micro_batch_size):
             part = batch.rows(chunk)
             with self.players.playing("generator"):
                 logits_BTV = self.players.logits(part.ids_BL, part.mask_BL, keep=part.response_ids_BT.shape[1] + 1)

@@ -55,6 +55,7 @@ class Monitor:
         true = predicted = None
         if asked_B.any():
             true, predicted = float(experience.true_B[asked_B].mean()), float(experience.predicted_B[asked_B].mean())
+            predicted = predicted if np.isfinite(predicted) else None
         length = float(experience.rollout.lengths_B.mean())
         self.window.append([true, predicted, repetition(experience), length, kl])
         if len(self.window) < self.config.monitor_window:
@@ -65,7 +66,7 @@ class Monitor:
         if self.first is None:
             self.first = mean[2:4]
         alarms = self._alarms(mean, self._error(steps[:, 0]))
-        if not alarms and not np.isnan(mean[0]) and (self.best is None or mean[0] > self.best[0]):
+        if not alarms and not np.isnan(mean[:2]).any() and (self.best is None or mean[0] > self.best[0]):
             self.best = [mean[0], self._error(steps[:, 0]), mean[1]]
             if self.config.on_exploit == "rollback":
                 self._keep(generator)
@@ -109,7 +110,9 @@ class Monitor:
         with torch.no_grad():
             for parameter, kept in zip(generator.players.parameters("generator"), self.kept["weights"], strict=True):
                 parameter.copy_(kept)
+        scale = generator.optimizer.scale
         generator.optimizer.restart(_copied(self.kept["optimizer"]))
+        generator.optimizer.rescale(scale)  # a run that went back for numbers that were not finite stays slower
 
     def state_dict(self) -> dict[str, Any]:
         names = ("window", "first", "best", "kept", "told")

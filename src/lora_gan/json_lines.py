@@ -39,6 +39,17 @@ class JsonLines:
         beside.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
+    def go_back(self, after: int) -> None:
+        """Drop the lines after a step that the run went back to."""
+        lines = self.kept
+        if self.file is not None:
+            self.file.close()
+            lines = list(read_lines(self.path))
+        self.kept = [line for line in lines if line["step"] <= after]
+        if self.file is not None:
+            self.file = None
+            self.begin()
+
     def __enter__(self) -> JsonLines:
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ class PlayerOptimizer:
     ) -> None:
         self.parameters = parameters
         self.config, self.first_learning_rate, self.updates_per_step = config, learning_rate, updates_per_step
+        self.largest_micro_batch: int | None = None  # responses that fitted into memory; None: it never ran out
         self.restart(None)
 
-    def restart(self, state: dict[str, dict[str, Any]] | None) -> None:
+    def restart(self, state: dict[str, Any] | None) -> None:
         """Begin anew, or from a saved state."""
         self.adamw = torch.optim.AdamW(self.parameters, lr=self.first_learning_rate, weight_decay=0.0)
         self.schedule = get_scheduler(
@@ -29,12 +31,21 @@ class PlayerOptimizer:
             num_warmup_steps=self.config.warmup_steps * self.updates_per_step,
             num_training_steps=self.config.max_steps and self.config.max_steps * self.updates_per_step,
         )
+        self.skipped = 0  # updates in a row, up to now
+        self.scale = 1.0  # of the learning rate; halved where a run went back
         if state is not None:
             self.adamw.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            self._rescale_learning_rate(self.first_learning_rate / self.schedule.base_lrs[0])
+            self.skipped, self.scale = state.get("skipped", 0), state.get("scale", 1.0)  # older ones have neither
+            self.largest_micro_batch = state.get("micro_batch_size")
+            self._multiply_learning_rate(self.first_learning_rate * self.scale / self.schedule.base_lrs[0])
 
-    def _rescale_learning_rate(self, ratio: float) -> None:
+    def rescale(self, scale: float) -> None:
+        """Set the share of the configured learning rate that updates are made with from now on."""
+        self._multiply_learning_rate(scale / self.scale)
+        self.scale = scale
+
+    def _multiply_learning_rate(self, ratio: float) -> None:
         """A checkpoint brings its own learning rate along; one that was set anew since then wins."""
         if ratio != 1:
             for group in self.adamw.param_groups:
@@ -44,22 +55,38 @@ class PlayerOptimizer:
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
 
-    def step(self) -> float:
-        """One update from the gradients that stand; returns their norm before clipping."""
+    def step(self, loss: float) -> float | None:
+        """One update from the gradients that stand; returns their norm before clipping.
+
+        None: the loss or a gradient was not finite, in one process or another, and the update was skipped by all.
+        """
         distributed.average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if not torch.isfinite(norm):
-            self.zero_grad()
-            raise FloatingPointError("a gradient is not finite: nothing was updated; try a smaller learning rate")
-        self.adamw.step()
-        self.schedule.step()
+        broken = distributed.total(torch.tensor(float(not math.isfinite(loss)), device=norm.device))
+        done = bool(torch.isfinite(norm) & (broken == 0))
+        if done:
+            self.adamw.step()
+            self.schedule.step()
         self.zero_grad()
-        return float(norm)
+        self.skipped = 0 if done else self.skipped + 1
+        return float(norm) if done else None
 
     @property
     def learning_rate(self) -> float:
         return float(self.adamw.param_groups[0]["lr"])
 
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Responses in one forward and backward: the config's, or what turned out to fit into memory."""
+        sizes = [size for size in (self.config.micro_batch_size, self.largest_micro_batch) if size is not None]
+        return min(sizes, default=None)
+
     def state_dict(self) -> dict[str, Any]:
         schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))}
-        return {"optimizer": self.adamw.state_dict(), "schedule": schedule}
+        return {
+            "optimizer": self.adamw.state_dict(),
+            "schedule": schedule,
+            "skipped": self.skipped,
+            "scale": self.scale,
+            "micro_batch_size": self.largest_micro_batch,
+        }

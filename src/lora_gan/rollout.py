@@ -201,6 +201,9 @@ def sample(
     """Sample P·K responses of at most T tokens from the active player; K and T are read off `uniforms_BT`.
 
     Temperature 0 is greedy decoding. A prompt is computed once for its group; ended rows leave the batch.
+
+    Raises:
+        FloatingPointError: logits that are not finite, from which any token could be read.
     """
     base, device = players.base, players.device
     rows, length = uniforms_BT.shape
@@ -222,7 +225,9 @@ def sample(
     sampled_BT = torch.full((rows, length), -1, dtype=torch.long, device=device)
     alive = torch.arange(rows, device=device)  # which row of the result each row of the batch is
     running = torch.ones(rows, dtype=torch.bool, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for t in range(length):
+        finite = finite & logits.amax(-1).isfinite().all()  # −∞ forbids a token; NaN and +∞ are no distribution
         token = choose(logits, uniforms_BT[alive, t], temperature, top_p)
         sampled_BT[alive[running], t] = token[running]
         running = running & ~torch.isin(token, eos)
@@ -239,6 +244,11 @@ def sample(
             input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, **position
         ).logits[:, -1]
 
+    if not finite:  # asked once: every question makes a GPU wait
+        raise FloatingPointError(
+            f"the {players.active}'s logits are not finite, so nothing can be sampled: its weights are broken (load an "
+            "earlier checkpoint) or its base overflows (try dtype='float32')"
+        )
     responses = [[i for i in row if i >= 0] for row in sampled_BT.tolist()]
     repeated = [ids for ids in prompts for _ in range(per_prompt)]
     rollout = assemble(base, device, repeated, responses)

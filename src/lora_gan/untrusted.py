@@ -172,6 +172,11 @@ def require_optimizer(state: Any, optimizer: PlayerOptimizer, where: str) -> Non
             require_numbers(moments[name], f"{where}: {name} {i}", like=optimizer.parameters[i])
         if moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
             raise Damaged(f"{where}: state {i} is negative where only squares and counts stand")
+    require_whole(state["skipped"], f"{where}: skipped")
+    if require_float(state["scale"], f"{where}: scale") <= 0:
+        raise Damaged(f"{where}: scale must be above 0")
+    if state["micro_batch_size"] is not None:
+        require_whole(state["micro_batch_size"], f"{where}: micro_batch_size", least=1)
     require_keys(schedule, ours["schedule"], f"{where}: schedule")
     for name, value in ours["schedule"].items():
         theirs = schedule[name]

@@ -1,0 +1,48 @@
+"""Out of memory in the middle of an update: the micro-batch is halved, and the update done again.
+
+The update is the same to rounding, since micro-batches only split a sum. The smaller size is remembered by the player's
+optimizer, and saved with it: a run that goes on sums in the same order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from .optimizer import PlayerOptimizer
+
+Result = TypeVar("Result")
+
+
+def fitting(
+    compute: Callable[[], Result], optimizer: PlayerOptimizer, rows: int, *, splits: Callable[[], bool]
+) -> Result:
+    """What `compute` returns, after as many tries in ever smaller micro-batches as the device's memory needs.
+
+    Args:
+        compute: forward and backward of one update over its `rows` responses, in `optimizer.micro_batch_size` at most.
+        optimizer: the player's; its gradients are cleared before another try.
+        rows: responses of the update.
+        splits: whether the micro-batches of the size as it stands can be split further.
+
+    Raises:
+        torch.OutOfMemoryError: the smallest micro-batch does not fit either.
+    """
+    while True:
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            if not splits():
+                raise
+        # Out here the error is gone, and with its traceback the graph that filled the memory.
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        optimizer.largest_micro_batch = max(1, min(optimizer.micro_batch_size or rows, rows) // 2)
+        warnings.warn(
+            f"out of memory: going on with micro_batch_size={optimizer.largest_micro_batch}; set it to begin with that",
+            stacklevel=3,
+        )
