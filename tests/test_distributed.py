@@ -4,12 +4,13 @@ Oracle: one process stepping on both prompts. The processes talk by gloo on this
 """
 
 import datetime
+import math
 
 import pytest
 import torch
 from helpers import PROMPTS, TARGETS, base_folder, copies, differences, reward, small_gan
 
-pytestmark = pytest.mark.slow  # three starts of two processes, some 30 s
+pytestmark = pytest.mark.slow  # four starts of two processes, some 40 s
 
 STEPS, WORLD = 3, 2
 
@@ -19,14 +20,35 @@ def some_answers(response, target):
     return None if target == TARGETS[0] else reward(response)
 
 
-def follow(rank, folder, base, settings, silent):
-    """One of the processes: its prompt is PROMPTS[rank]."""
+def spoil(gan):
+    """The loss of the generator's second update, and a gradient of the discriminator's, are not finite."""
+    backward, learn, updates = gan.generator._backward, gan.discriminator._learn, {"generator": 0, "discriminator": 0}
+
+    def without_loss(*arguments):
+        loss, parts = backward(*arguments)
+        updates["generator"] += 1
+        return math.nan if updates["generator"] == 2 else loss, parts
+
+    def without_gradient(groups):
+        loss = learn(groups)
+        updates["discriminator"] += 1
+        if updates["discriminator"] == 2:
+            gan.discriminator.optimizer.parameters[0].grad.fill_(math.inf)
+        return loss
+
+    gan.generator._backward, gan.discriminator._learn = without_loss, without_gradient
+
+
+def follow(rank, folder, base, settings, silent, spoiled):
+    """One of the processes: its prompt is PROMPTS[rank]; `spoiled` names the one whose numbers break."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD,
         timeout=datetime.timedelta(seconds=10),
     )  # fmt: skip
     gan = small_gan(base, **settings, reward=some_answers if silent else reward)
+    if rank == spoiled:
+        spoil(gan)
     records = [gan.step(PROMPTS[rank], TARGETS[rank]) for _ in range(STEPS)]
     result = {
         "generator": copies(gan.players.parameters("generator")),
@@ -34,14 +56,15 @@ def follow(rank, folder, base, settings, silent):
         "score": gan.score(PROMPTS, TARGETS),
         "responses": [record["responses"] for record in records],
         "norms": [record["gen_grad_norm"] for record in records],
+        "skipped": [(record["gen_skipped"], record["disc_skipped"]) for record in records],
     }
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def run(folder, silent=False, **settings):
-    arguments = (str(folder), str(base_folder()), settings, silent)
+def run(folder, silent=False, spoiled=None, **settings):
+    arguments = (str(folder), str(base_folder()), settings, silent, spoiled)
     torch.multiprocessing.spawn(follow, arguments, nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
@@ -80,5 +103,13 @@ def test_the_processes_stay_one_model(both):
 def test_a_process_without_answers_does_not_hold_up_the_other(tmp_path, settings):
     """All processes must take part in every reduction, or the others wait for ever, or average what does not match."""
     results = run(tmp_path, silent=True, **SETTINGS, **settings)
+    for player in ("generator", "discriminator"):
+        assert differences(results[0][player], results[1][player]) == []
+
+
+def test_what_is_not_finite_in_one_process_is_skipped_by_all(tmp_path):
+    """A loss that broke in one process alone would else be learned from by the other."""
+    results = run(tmp_path, spoiled=1, **SETTINGS)
+    assert results[0]["skipped"] == results[1]["skipped"] == [(0, 1), (1, 0), (0, 0)]
     for player in ("generator", "discriminator"):
         assert differences(results[0][player], results[1][player]) == []

@@ -307,6 +307,20 @@ def test_rollback_goes_on_from_the_last_good_checkpoint_at_half_the_learning_rat
     assert again.generator.optimizer.learning_rate == again.discriminator.optimizer.learning_rate == 2.5e-3
 
 
+def test_a_run_that_went_on_goes_back_to_before_it(monkeypatch, tmp_path):
+    """The checkpoint that it began from was taken amid the trouble."""
+    settings = {"max_skipped_updates": 4, "save_steps": 2, "on_nonfinite": "rollback"}
+    gan = small_gan(**settings, output_dir=str(tmp_path))
+    poison(monkeypatch, gan, "generator", {2, 3})
+    gan.fit(ROWS, steps=4, progress=False)
+    again = LoraGAN.from_checkpoint(tmp_path, reward=reward)
+    assert again.global_step == 4
+    poison(monkeypatch, again, "generator", {0, 1})
+    with pytest.warns(UserWarning, match="back at step 2,"):
+        again.fit(ROWS, steps=4, progress=True)
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
 def test_a_checkpoint_from_within_the_trouble_is_not_gone_back_to(monkeypatch, tmp_path):
     gan = small_gan(max_skipped_updates=4, save_steps=2, on_nonfinite="rollback", output_dir=str(tmp_path))
     poison(monkeypatch, gan, "generator", {2, 3, 4, 5})

@@ -450,8 +450,8 @@ def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndar
     Responses whose prediction is not finite do not count. None where there are too few answers, or no spread, to say.
     """
     answered_B = ~np.isnan(true_B) & np.isfinite(predicted_MB).all(0)
-    predicted_MB, true_B, group_B = predicted_MB[:, answered_B], true_B[answered_B], group_B[answered_B]
-    spread_B, predicted_B = predicted_MB.std(0), predicted_MB.mean(0)
+    spread_B = predicted_MB.std(0)[answered_B]
+    predicted_B, true_B, group_B = predicted_MB.mean(0)[answered_B], true_B[answered_B], group_B[answered_B]
     compared_B = np.array([(group_B == group).sum() > 1 for group in group_B], dtype=bool)
     ranks = [_ranks_within(values_B[compared_B], group_B[compared_B]) for values_B in (predicted_B, true_B)]
     return {

@@ -169,7 +169,7 @@ class Display:
 
     def _time_left(self) -> str:
         done, left = self.step - self.first, self.last - self.step
-        if not done or not left:
+        if done <= 0 or not left:  # below nought where the run went back to before it began
             return "done" if not left else "time left unknown"
         return f"about {duration((time.monotonic() - self._began) / done * left)} left"
 
