@@ -29,7 +29,8 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
-from . import tracking
+from . import checkpoint, durable, tracking
+from .answers import Answers
 from .config import Config
 from .data import Row
 from .display import Display
@@ -137,7 +138,11 @@ class Run:
         config, folder = self.gan.config, Path(self.gan.config.output_dir)
         tracking.trackers_of(config.report_to)  # before anything is written
         folder.mkdir(parents=True, exist_ok=True)
+        durable.tidy(folder)
         with ExitStack() as stack:
+            self.answers = stack.enter_context(self._answers(folder))
+            self.gan.answers = self.answers
+            stack.callback(setattr, self.gan, "answers", None)
             self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
@@ -158,6 +163,15 @@ class Run:
             if kind is None:
                 self._end_epoch()
                 self._fire("on_train_end")
+
+    def _answers(self, folder: Path) -> Answers:
+        newest = max(map(checkpoint.step_of, checkpoint.complete(folder)), default=0)
+        run = {
+            "seed": self.gan.config.seed,
+            "base": self.gan.players.base.fingerprint,
+            "rewards": self.gan.reward_names,
+        }
+        return Answers(folder, run, step=self.first, newest=newest)
 
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
@@ -236,7 +250,8 @@ class Run:
         self._go_on()
 
     def saved(self, path: Path) -> None:
-        self.saved_steps.add(int(path.name.removeprefix("step-")))
+        self.saved_steps.add(checkpoint.step_of(path))
+        self.answers.saved(checkpoint.step_of(path))
         if path.name == f"step-{self.state.best_global_step}":
             self.state.best_model_checkpoint = str(path)
         self._fire("on_save")

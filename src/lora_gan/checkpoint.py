@@ -195,6 +195,13 @@ def complete(folder: Path) -> list[Path]:
     return [path for _, path in sorted(_steps(folder).items()) if fault(path) is None]
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, also where the folder is set aside."""
+    match = re.search(r"step-([0-9]+)", path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
 def _steps(folder: Path) -> dict[int, Path]:
     """Whatever stands under a step's name, by its number."""
     return {
@@ -236,7 +243,7 @@ def find(folder: Path, step: int | None) -> Path:
                 warnings.warn(f"{words}; going on from step {number}", stacklevel=4)
             return steps[number]
         skipped.append(f"the checkpoint of step {number} is skipped: {why}")
-    there = ", ".join(path.name.removeprefix("step-") for path in complete(folder)) or "none"
+    there = ", ".join(str(step_of(path)) for path in complete(folder)) or "none"
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
     hint = ""
     if (folder / "export.json").is_file():

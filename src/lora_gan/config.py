@@ -18,6 +18,7 @@ QueryDesign = Literal["uniform", "groups", "uncertain"]
 AfterBudget = Literal["predicted", "stop"]
 DiscObjective = Literal["regression", "real_vs_generated"]
 ReplayPolicy = Literal["fifo", "reservoir"]
+OnRewardError = Literal["raise", "skip"]
 OnExploit = Literal["warn", "stop", "rollback"]
 OnNonfinite = Literal["stop", "rollback"]
 WeightsFormat = Literal["bin", "safetensors"]
@@ -156,6 +157,17 @@ class Config:
     """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
     straight_through_weight: float = 1.0
     """Of straight_through: the share of the predicted reward that comes through; the rest comes by policy gradient."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward may take; None: as long as it likes."""
+    reward_retries: int = 0
+    """Further tries after a call of a reward that raised, or took too long."""
+    reward_backoff: float = 1.0
+    """Seconds before the first further try; twice as many before each next one, 60 at most."""
+    reward_workers: int = 1
+    """Calls of a reward f(response, target) at once, in threads; an async one is awaited. The numbers are the same."""
+    on_reward_error: OnRewardError = "raise"
+    """When the last try has failed: end the run, saved (raise), or leave the response's whole group out of what is
+    learned from true rewards in this step (skip). Failures that depend on the response bias what is learned."""
     multi_objective_aggregation: Aggregation = "sum"
     """Several rewards: sum (weighted, as they are), or normalize_then_sum (each in units of its own spread first)."""
 
@@ -213,7 +225,7 @@ class Config:
         for name in (
             "logging_steps", "completions_steps", "prompts_per_step", "num_generations", "max_completion_length",
             "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates", "num_iterations",
-            "monitor_window", "max_skipped_updates",
+            "monitor_window", "reward_workers", "max_skipped_updates",
         ):  # fmt: skip
             self._require(name, self._is_whole(name, 1), "a whole number from 1")
         for name in (
@@ -228,6 +240,7 @@ class Config:
             "warmup_steps",
             "disc_replay_groups",
             "num_completions_to_print",
+            "reward_retries",
         ):
             self._require(name, self._is_whole(name, 0), "a whole number, 0 or more")
         for name in (
@@ -241,7 +254,7 @@ class Config:
             self._require(name, self._is_number(name) and getattr(self, name) > 0, "a number above 0")
         for name in (
             "beta", "reward_weight", "imitation_weight", "disc_mean_weight", "disc_rank_weight", "entropy_weight",
-            "uncertainty_penalty",
+            "uncertainty_penalty", "reward_backoff",
         ):  # fmt: skip
             self._require(name, self._is_number(name) and getattr(self, name) >= 0, "a number, 0 or more")
         for name in ("query_rate", "top_p", "query_floor", "straight_through_weight"):
@@ -250,6 +263,8 @@ class Config:
             self._require(name, self._is_number(name) and 0 <= getattr(self, name) < 1, "a number from 0, below 1")
         ok = self.disc_anchor_reward is None or self._is_number("disc_anchor_reward")
         self._require("disc_anchor_reward", ok, "None, or a number")
+        ok = self.reward_timeout is None or (self._is_number("reward_timeout") and self.reward_timeout > 0)
+        self._require("reward_timeout", ok, "None, or a number above 0")
         ok = self.kl_target is None or (self._is_number("kl_target") and self.kl_target > 0)
         self._require("kl_target", ok, "None, or a number above 0")
         for name, accepted in (
@@ -258,6 +273,7 @@ class Config:
             ("disc_objective", get_args(DiscObjective)),
             ("disc_replay_policy", get_args(ReplayPolicy)),
             ("on_exploit", get_args(OnExploit)),
+            ("on_reward_error", get_args(OnRewardError)),
             ("on_nonfinite", get_args(OnNonfinite)),
             ("reward_signal", get_args(RewardSignal)),
             ("gradient_path", get_args(GradientPath)),

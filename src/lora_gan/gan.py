@@ -21,7 +21,6 @@ from . import (
     checkpoint,
     data,
     distributed,
-    durable,
     estimate,
     evaluation,
     export,
@@ -32,6 +31,7 @@ from . import (
     tracking,
 )
 from .adapters import Player, Players
+from .answers import Answers
 from .base import load_base
 from .callbacks import Callback, Run, check_callbacks
 from .config import Config, RewardSignal
@@ -42,6 +42,7 @@ from .experience import Experience
 from .generator import Generator
 from .guard import Monitor
 from .interrupts import Interrupted, Interrupts
+from .rewards.calling import Caller
 from .saving import Saver
 
 RewardFunction = Callable[[str, str | None], float]
@@ -110,6 +111,8 @@ class LoraGAN:
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
         self.reward_calls = 0  # true rewards asked for by step()
+        self.reward_failures = 0  # responses on which a reward failed to the last try, since this object was made
+        self.answers: Answers | None = None  # in fit(): the log of what the true reward said
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
         if reward is not None and rewards.takes_completions(reward):
@@ -172,7 +175,7 @@ class LoraGAN:
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         imitation_weight, reinforce = self._teaching(rows, train_gen)
 
-        experience, gen, disc = None, {}, {}
+        experience, gen, disc, failures = None, {}, {}, self.reward_failures
         if reinforce or train_disc or not train_gen:
             asks = train_disc or not train_gen or signal != "predicted"
             asks = asks and self.config.disc_objective == "regression"
@@ -203,6 +206,7 @@ class LoraGAN:
             disc,
             step=self.global_step,
             reward_calls=self.reward_calls,
+            reward_failures=self.reward_failures - failures,
             eos_ids=self.players.base.eos_ids,
             single=single,
             alarms=alarms,
@@ -282,8 +286,11 @@ class LoraGAN:
         """True rewards of the asked responses, NaN elsewhere, float64 [B]; and their parts by name."""
         asked = np.flatnonzero(asked_B)
         groups = sampled.group_B[asked].tolist()
+        caller = self._caller()
         with self._interrupts.harmless():
-            parts = self._ask([rows[j] for j in groups], [sampled.texts[i] for i in asked])
+            parts = self._ask([rows[j] for j in groups], [sampled.texts[i] for i in asked], caller)
+        if caller.failed:
+            parts = self._without_failed(parts, groups, caller.failed)
         self.reward_scales.update(parts, groups)
 
         def spread(answers: list[float | None]) -> np.ndarray:
@@ -300,9 +307,38 @@ class LoraGAN:
             )
         return spread(total), {name: spread(part) for name, part in parts.items()}
 
+    def _caller(self) -> Caller:
+        """How the true reward is asked in a step; in fit() its answers are logged."""
+        if self.answers is not None:
+            self.answers.begin_step(self.global_step)
+        config = self.config
+        return Caller(
+            config.reward_timeout,
+            config.reward_retries,
+            config.reward_backoff,
+            config.reward_workers,
+            skip=config.on_reward_error == "skip",
+            log=self.answers,
+        )
+
+    def _without_failed(self, parts: rewards.Parts, groups: list[int], failed: set[int]) -> rewards.Parts:
+        """The answers, without those of any group that has a response on which a reward failed to the last."""
+        if not self.reward_failures:
+            warnings.warn(
+                "a reward failed to the last try, and the groups where it did are left out of the update: if that "
+                "depends on the response, what is learned is biased (reward_failures counts them)",
+                stacklevel=2,
+            )
+        self.reward_failures += len(failed)
+        left_out = {groups[i] for i in failed}
+        return {
+            name: [None if group in left_out else answer for group, answer in zip(groups, part, strict=True)]
+            for name, part in parts.items()
+        }
+
     def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], rewards.Parts]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
-        parts = self._ask(rows, responses)
+        parts = self._ask(rows, responses, Caller())
         return self._total(parts), parts
 
     @property
@@ -319,7 +355,7 @@ class LoraGAN:
         overridden = assigned or type(self).compute_reward is not LoraGAN.compute_reward
         return [self.compute_reward if overridden else self._cosine]
 
-    def _ask(self, rows: list[Row], responses: list[str]) -> rewards.Parts:
+    def _ask(self, rows: list[Row], responses: list[str], caller: Caller) -> rewards.Parts:
         """What each part of the true reward says of one response to each row."""
         if not responses:
             return {name: [] for name in self.reward_names}
@@ -328,7 +364,7 @@ class LoraGAN:
             columns["target"] = [row.target for row in rows]
         funcs = self._rewards
         with aside_for(funcs):
-            return rewards.score_parts(funcs, [row.prompt for row in rows], responses, columns)
+            return rewards.score_parts(funcs, [row.prompt for row in rows], responses, columns, caller=caller)
 
     def _total(self, parts: rewards.Parts) -> list[float | None]:
         weights = self.reward_weights if self._rewards is self.reward_funcs else None
@@ -391,7 +427,6 @@ class LoraGAN:
             Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run,
             Saver(self, folder, run.saved, beside=beside) as saver,
         ):
-            durable.tidy(folder)
             way_back = nonfinite.WayBack(self, self.global_step, run.saved_steps)
             try:
                 with self._interrupts.catching():

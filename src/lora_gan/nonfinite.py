@@ -86,6 +86,6 @@ class WayBack:
     def _candidates(self, failed: int) -> Iterator[int]:
         """Steps of this run's complete checkpoints from before a step, the newest first."""
         for path in reversed(checkpoint.complete(Path(self.gan.config.output_dir))):
-            step = int(path.name.removeprefix("step-"))
+            step = checkpoint.step_of(path)
             if step < failed and (step in self.saved or 0 < step <= self.first):
                 yield step

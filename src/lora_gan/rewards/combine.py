@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .calling import Call, Caller, CallFailed
 from .messages import completion_text
 
 PairReward = Callable[[str, str | None], Any]
@@ -52,11 +53,17 @@ _EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def score_pairs(
-    fn: PairReward, responses: Sequence[str], targets: Sequence[str | None], *, name: str | None = None
+    fn: PairReward,
+    responses: Sequence[str],
+    targets: Sequence[str | None],
+    *,
+    name: str | None = None,
+    caller: Caller | None = None,
 ) -> list[float | None]:
     """Score response i against target i by f(response, target); `name` is what errors call it, its own if None.
 
     A function that has a method `batch(responses, targets) -> list` is asked once for all rows, as CosineReward is.
+    `caller` says how: how often, how long, how many at once; None = once, one after the other.
 
     Returns:
         for each row a finite float, or None where the reward did not answer.
@@ -67,19 +74,29 @@ def score_pairs(
     """
     if len(responses) != len(targets):
         raise ValueError(f"{len(responses)} responses but {len(targets)} targets; give one target (or None) for each")
-    name = name or reward_name(fn)
+    name, caller = name or reward_name(fn), caller or Caller()
 
     def row(i: int) -> str:
         return f"row {i} (response {_excerpt(responses[i])}, target {_excerpt(targets[i])})"
 
     if hasattr(fn, "batch"):
         where = f"{len(responses)} rows, the first of them {row(0)}" if responses else "no rows"
-        values = _call(name, where, lambda: fn.batch(list(responses), list(targets)))
-        return _scores(name, values, len(responses), row)
-    return [
-        _score(name, _call(name, row(i), lambda i=i: fn(responses[i], targets[i])), row(i))
-        for i in range(len(responses))
-    ]
+        ask = lambda: fn.batch(list(responses), list(targets))  # noqa: E731
+        return _asked_once(caller, name, where, [list(responses), list(targets)], ask, row)
+    return _called(
+        caller,
+        name,
+        where=row,
+        calls=[
+            (
+                [responses[i], targets[i]],
+                [i],
+                lambda i=i: fn(responses[i], targets[i]),
+                lambda value, i=i: _score(name, value, row(i)),
+            )
+            for i in range(len(responses))
+        ],
+    )
 
 
 def score_trl(
@@ -104,7 +121,12 @@ def score_trl(
 
 
 def score_parts(
-    funcs: Sequence[Reward], prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    funcs: Sequence[Reward],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    caller: Caller | None = None,
 ) -> Parts:
     """What each reward says of each row, unweighted.
 
@@ -116,6 +138,7 @@ def score_parts(
         completions: the responses, text or chat messages. Where the prompt is chat messages, a function of TRL's form
             gets a text as [{"role": "assistant", "content": text}], as from TRL; the pair form always gets text.
         columns: the dataset's other columns, each with one entry for each row.
+        caller: how often, how long and how many at once they are asked; None = once, one after the other.
 
     Returns:
         {name of the function: its scores}, in the order of `funcs`.
@@ -140,17 +163,18 @@ def score_parts(
 
     where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
     parts: Parts = {}
+    caller = caller or Caller()
     for name, func in zip(reward_names(funcs), funcs, strict=True):
         if not takes_completions(func):
             texts = [completion_text(completion) for completion in completions]
-            parts[name] = score_pairs(func, texts, columns.get("target") or [None] * rows, name=name)
+            parts[name] = score_pairs(func, texts, columns.get("target") or [None] * rows, name=name, caller=caller)
             continue
         # Lists of its own for each function: one that sorts in place must not misalign the next.
         arguments: dict[str, Any] = {column: list(entries) for column, entries in columns.items()}
         arguments["prompts"] = list(prompts)
         arguments["completions"] = [_as_answer(*pair) for pair in zip(prompts, completions, strict=True)]
-        values = _call(name, where, lambda f=func, given=arguments: f(**given))
-        parts[name] = _scores(name, values, rows, row)
+        ask = lambda f=func, given=arguments: f(**given)  # noqa: E731
+        parts[name] = _asked_once(caller, name, where, arguments, ask, row)
     return parts
 
 
@@ -198,13 +222,32 @@ def reward_names(funcs: Sequence[Callable[..., Any]]) -> list[str]:
     return names
 
 
-def _call(name: str, where: str, ask: Callable[[], Any]) -> Any:
+HOPELESS = (RewardUnavailable, ImportError)  # no further try helps
+
+
+def _called(caller: Caller, name: str, *, where: Callable[[int], str], calls: Sequence[Call[Any]]) -> list[Any]:
+    """The answers to calls; one that failed to the last is a RewardError that says where."""
     try:
-        return ask()
-    except (RewardUnavailable, ImportError):
-        raise
-    except Exception as error:
-        raise RewardError(f"the reward {name!r} raised {type(error).__name__} on {where}: {error}") from error
+        return caller.all(name, calls, hopeless=HOPELESS)
+    except CallFailed as failure:
+        error = failure.__cause__
+        raise RewardError(
+            f"the reward {name!r} raised {type(error).__name__} on {where(failure.row)}: {error}"
+        ) from error
+
+
+def _asked_once(
+    caller: Caller, name: str, where: str, question: Any, ask: Callable[[], Any], row: Callable[[int], str]
+) -> list[float | None]:
+    """Scores of all rows by one call."""
+    rows = _rows_of(question)
+    calls = [(question, range(rows), ask, lambda values: _scores(name, values, rows, row))]
+    (scores,) = _called(caller, name, where=lambda _: where, calls=calls)
+    return [None] * rows if scores is None else scores
+
+
+def _rows_of(question: Any) -> int:
+    return len(question["prompts"] if isinstance(question, dict) else question[0])
 
 
 def _scores(name: str, values: Any, rows: int, row: Callable[[int], str]) -> list[float | None]:

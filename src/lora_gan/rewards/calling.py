@@ -1,0 +1,184 @@
+"""How a reward is asked: again when it failed, no longer than a while, several at once; with the same numbers as if it
+had been asked one row after the other.
+
+A call is one question to a reward of the form f(response, target), or one to a whole batch. An `async def` reward is
+awaited on a loop of its own that lives as long as the process, so that what it opened once stays open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol, TypeVar
+
+Answer = TypeVar("Answer")
+LONGEST = 60.0  # seconds between two tries, at the most
+
+
+class CallFailed(Exception):
+    """The last try has failed; `row` is the first that the call was about, the cause is what was raised."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(row)
+        self.row = row
+
+
+Call = tuple[Any, Sequence[int], Callable[[], Any], Callable[[Any], Answer]]
+
+
+class Log(Protocol):
+    """Where answers are kept, as `answers.Answers` does."""
+
+    def key(self, reward: str, question: Any) -> Any: ...
+    def known(self, key: Any) -> tuple[bool, Any]: ...
+    def keep(self, key: Any, answer: Any) -> None: ...
+    def settle(self) -> None: ...
+
+
+@dataclass
+class Caller:
+    """How rewards are asked, and which rows they failed on."""
+
+    timeout: float | None = None  # seconds a call may take
+    retries: int = 0  # further tries after one that raised, or took too long
+    backoff: float = 1.0  # seconds before the first of them; twice as many before each next one
+    workers: int = 1  # calls at once
+    skip: bool = False  # when the last try has failed: go on without an answer
+    log: Log | None = None
+    failed: set[int] = field(default_factory=set)  # rows without an answer for that reason
+
+    def all(
+        self, name: str, calls: Sequence[Call[Answer]], *, hopeless: tuple[type[Exception], ...] = ()
+    ) -> list[Answer | None]:
+        """The answers to a reward's calls, in their order.
+
+        Args:
+            name: the reward's, by which its answers are logged.
+            calls: for each the question, as it is logged; the rows it is about; what asks; and what makes an answer of
+                what that returned. The last is not tried again: a value that is no score is a mistake, not bad weather.
+            hopeless: errors that no further try helps; they are passed on as they are.
+
+        Raises:
+            CallFailed: the first call, in their order, that failed to the last, unless those are skipped.
+        """
+        keys = [None if self.log is None else self.log.key(name, question) for question, *_ in calls]
+
+        def answer(i: int) -> Answer | None:
+            _, rows, ask, read = calls[i]
+            if self.log is not None:
+                known, before = self.log.known(keys[i])
+                if known:
+                    return before
+            try:
+                value = self._tried(ask, hopeless)
+            except hopeless:
+                raise
+            except Exception as error:
+                if not self.skip:
+                    raise CallFailed(rows[0]) from error
+                self.failed.update(rows)
+                return None
+            result = read(value)
+            if self.log is not None:
+                self.log.keep(keys[i], result)
+            return result
+
+        try:
+            if self.workers == 1 or len(calls) < 2:
+                return [answer(i) for i in range(len(calls))]
+            return _at_once(answer, len(calls), self.workers)
+        finally:
+            if self.log is not None:
+                self.log.settle()
+
+    def _tried(self, ask: Callable[[], Any], hopeless: tuple[type[Exception], ...]) -> Any:
+        """What a call returns, tried as often as is allowed."""
+        for tried in range(self.retries + 1):
+            try:
+                return self._within_time(ask)
+            except hopeless:
+                raise
+            except Exception:
+                if tried == self.retries:
+                    raise
+                time.sleep(min(self.backoff * 2**tried, LONGEST))
+        raise AssertionError("there is a first try")
+
+    def _within_time(self, ask: Callable[[], Any]) -> Any:
+        if self.timeout is None:
+            return _awaited(ask(), None)
+        outcome: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(_awaited(ask(), self.timeout))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        # A thread of its own: one that hangs is left behind, and must not keep the process from ending.
+        threading.Thread(target=run, name="lora-gan reward", daemon=True).start()
+        try:
+            return outcome.result(self.timeout)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {self.timeout:g} s (reward_timeout)") from None
+
+
+def _at_once(answer: Callable[[int], Answer], count: int, workers: int) -> list[Answer]:
+    """answer(0), answer(1), …, several at once; the error of the first that has one.
+
+    By threads that the end of the process does not wait for, as it would for those of an executor: a call may hang.
+    """
+    outcomes: list[Future[Answer]] = [Future() for _ in range(count)]
+    left: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for i in range(count):
+        left.put(i)
+    given_up = threading.Event()
+
+    def work() -> None:
+        while not given_up.is_set():
+            try:
+                i = left.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                outcomes[i].set_result(answer(i))
+            except BaseException as error:
+                given_up.set()  # rows before this one are under way, and those after it are not told of
+                outcomes[i].set_exception(error)
+
+    for _ in range(min(workers, count)):
+        threading.Thread(target=work, name="lora-gan reward", daemon=True).start()
+    try:
+        return [outcome.result() for outcome in outcomes]
+    finally:
+        given_up.set()  # an error, or a person: nothing further is asked
+
+
+def _awaited(value: Any, timeout: float | None) -> Any:
+    """What an async reward comes to; another's value as it is."""
+    if not inspect.isawaitable(value):
+        return value
+
+    async def wait() -> Any:
+        return await asyncio.wait_for(value, timeout)
+
+    future = asyncio.run_coroutine_threadsafe(wait(), _loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="lora-gan async rewards", daemon=True).start()
+    return loop
