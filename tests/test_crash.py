@@ -28,10 +28,16 @@ FAILED = 3  # exit status of a life that could not begin
 
 def live(folder: Path, *, steps: int, dies_at: int | None = None) -> LoraGAN:
     """Begin the run, or go on with it; `dies_at`: SIGKILL at this file operation of the checkpoints that are saved."""
+
+    def paid(response: str, target: str | None) -> float:
+        with folder.with_suffix(".paid").open("a") as file:  # one write: whole, whoever is killed
+            file.write(json.dumps([gan.global_step, response, target]) + "\n")
+        return reward(response, target)
+
     if checkpoint.complete(folder):
-        gan = LoraGAN.from_checkpoint(folder, reward=reward)
+        gan = LoraGAN.from_checkpoint(folder, reward=paid)
     else:
-        gan = small_gan(output_dir=str(folder), **SETTINGS)
+        gan = small_gan(output_dir=str(folder), reward=paid, **SETTINGS)
     if dies_at is not None:
         die_within_saving(dies_at)
     gan.fit(ROWS, steps=steps - gan.global_step, progress=False)
@@ -121,6 +127,10 @@ def require_as_undisturbed(tmp_path: Path, kills: int) -> dict[str, int]:
     for player in ("generator", "discriminator"):
         assert differences(player_state(undisturbed, player), player_state(killed, player)) == []
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "undisturbed")
+    paid, once = ((tmp_path / f"{name}.paid").read_text().splitlines() for name in ("killed", "undisturbed"))
+    seen["paid twice"] = len(paid) - len(once)
+    assert sorted(set(paid)) == sorted(set(once))
+    assert 0 <= seen["paid twice"] <= kills, "only a call that is under way when the process dies may come again"
     assert not [path for path in (tmp_path / "killed").iterdir() if "writing" in path.name], "half-written ones remain"
     return seen
 

@@ -445,7 +445,7 @@ class LoraGAN:
                             way_back.go_back(failure, coming)
                             run.went_back()
                             records = [kept for kept in records if kept["step"] <= self.global_step]
-                            saved = None  # what stands under a later step's name is of steps that come again
+                            saver.last = None  # what stands under a later step's name is of steps that come again
                             continue
                         self.position += len(batch)  # after the step: one that raised takes its rows again
                         records.append(record)
