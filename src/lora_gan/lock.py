@@ -1,6 +1,7 @@
 """One run a folder. The lock is the kernel's: it goes with the process that holds it, however that ends.
 
-A `.lock` file stays in the folder, since removing it would let two runs hold a lock each; it says who wrote there last.
+The `.lock` file says who writes there. It is removed while it is still held: filelock sees that a file it has locked
+has no name any more, and begins anew, so that no two runs hold a lock each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 FILE = ".lock"
+PATIENCE = 0.2  # seconds: for a lock whose file is just being removed
 _held: dict[Path, object] = {}  # folders that this process writes to, and who does
 
 
@@ -30,7 +32,7 @@ def writing_alone(folder: Path, owner: object) -> Iterator[None]:
     if _held.get(place) is owner:
         yield
         return
-    lock = FileLock(place / FILE, timeout=0, thread_local=False)
+    lock = FileLock(place / FILE, timeout=PATIENCE, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
@@ -48,6 +50,8 @@ def writing_alone(folder: Path, owner: object) -> Iterator[None]:
         yield
     finally:
         del _held[place]
+        with suppress(OSError):  # Windows does not let go of what is open
+            (place / FILE).unlink()
         lock.release()
 
 
