@@ -329,7 +329,7 @@ def _json_lines(path: Path) -> Numbered:
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting beyond all measure
         raise ValueError(f"{where}: not JSON ({error}); an object a line is expected") from error
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object with 'prompt', got {line.strip():.60}")
@@ -345,6 +345,8 @@ def _json(path: Path) -> Numbered:
         rows = json.loads("".join(_lines(path)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
     for number, values in enumerate(rows, 1):
         yield f"{path}, row {number}", values
 

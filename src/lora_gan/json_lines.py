@@ -22,7 +22,7 @@ class JsonLines:
     def __init__(self, path: Path, *, after: int) -> None:
         self.path = path
         self.file: TextIO | None = None
-        self.kept = [line for line in read_lines(path) if line["step"] <= after] if after and path.exists() else []
+        self.kept = _up_to(after, read_lines(path)) if after and path.exists() else []
 
     def write(self, *values: Mapping[str, Any]) -> None:
         self.begin()
@@ -45,7 +45,7 @@ class JsonLines:
         if self.file is not None:
             self.file.close()
             lines = list(read_lines(self.path))
-        self.kept = [line for line in lines if line["step"] <= after]
+        self.kept = _up_to(after, lines)
         if self.file is not None:
             self.file = None
             self.begin()
@@ -58,17 +58,23 @@ class JsonLines:
             self.file.close()
 
 
+def _up_to(after: int, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= after]
+
+
 def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
     """The objects in such a file, without what a killed process left half-written."""
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # the last one, if the process was killed while it wrote
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # the last one, if the process was killed while it wrote
             continue
+        if isinstance(entry, dict):
+            yield entry
 
 
 def open_lines(path: Path) -> list[dict[str, Any]]:
