@@ -39,6 +39,9 @@ from .json_lines import JsonLines
 if TYPE_CHECKING:
     from .gan import LoraGAN
 
+#: Lines that `state.log_history` holds, the newest ones; a long run's memory does not grow. metrics.jsonl has them all.
+LOG_HISTORY = 1000
+
 Callback = TrainerCallback | type[TrainerCallback]
 
 
@@ -175,7 +178,7 @@ class Run:
 
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
-        self.state.log_history = list(self.metrics.kept)
+        self.state.log_history = self.metrics.kept[-LOG_HISTORY:]
         for line in self.metrics.kept:
             self.num_tokens = line.get("num_tokens", self.num_tokens)
             if self._keep_best(line, line["step"]):
@@ -272,6 +275,7 @@ class Run:
         self.metrics.write(line)
         self.trackers.log(values, self.state.global_step)
         self.state.log_history.append(line)
+        del self.state.log_history[:-LOG_HISTORY]
         self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
 
     def _log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:

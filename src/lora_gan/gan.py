@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ from .saving import Saver
 RewardFunction = Callable[[str, str | None], float]
 BatchedRewardFunction = Callable[..., list[float | None]]
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+#: Records that fit() returns at the most: they hold every response, and a long run's memory must not grow with it.
+RECORDS = 1000
 
 
 class BudgetSpent(ValueError):
@@ -398,8 +403,9 @@ class LoraGAN:
             on_step: called with every step's record.
 
         Returns:
-            The steps' records. In output_dir stand metrics.jsonl, completions.jsonl, and checkpoints step-N: every
-            `config.save_steps`, and at the end. After loading a checkpoint, fit() goes on with the next rows.
+            The steps' records, the last 1,000 where there are more. In output_dir stand metrics.jsonl,
+            completions.jsonl, and checkpoints step-N: every `config.save_steps`, and at the end. After loading a
+            checkpoint, fit() goes on with the next rows.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
@@ -420,7 +426,8 @@ class LoraGAN:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
         if self.config.save_best and held_out is None:
             raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
-        records, last = [], self.global_step + steps
+        records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
+        last = self.global_step + steps
         folder, beside = Path(self.config.output_dir), not self.callbacks
         with (
             lock.writing_alone(folder, self),
@@ -444,7 +451,8 @@ class LoraGAN:
                             saver.settle()
                             way_back.go_back(failure, coming)
                             run.went_back()
-                            records = [kept for kept in records if kept["step"] <= self.global_step]
+                            while records and records[-1]["step"] > self.global_step:
+                                records.pop()
                             saver.last = None  # what stands under a later step's name is of steps that come again
                             continue
                         self.position += len(batch)  # after the step: one that raised takes its rows again
@@ -477,7 +485,7 @@ class LoraGAN:
                 raise stop.ending(f"{why}step {self.global_step} is saved in {saved}") from None
             if records:
                 saver.finish(run.best_steps)
-        return records
+        return list(records)
 
     def steps_left(self, rows: list[Row] | data.Stream) -> int:
         """Steps that fit() runs over these rows when it is not told how many."""

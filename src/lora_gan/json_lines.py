@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,7 @@ class JsonLines:
 
     def write(self, *values: Mapping[str, Any]) -> None:
         self.begin()
+        self.kept = []  # they stand in the file
         self.file.write("".join(map(_line, values)))
         self.file.flush()
 
@@ -70,11 +72,16 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
     """The objects in such a file, without what a killed process left half-written."""
     for line in path.read_bytes().split(b"\n"):
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, object_pairs_hook=_interned)
         except (ValueError, RecursionError):  # the last one, if the process was killed while it wrote
             continue
         if isinstance(entry, dict):
             yield entry
+
+
+def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A line's names are every line's: kept once, they are not what a long run's memory goes into."""
+    return {sys.intern(name): value for name, value in pairs}
 
 
 def open_lines(path: Path) -> list[dict[str, Any]]:

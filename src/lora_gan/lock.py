@@ -27,6 +27,7 @@ def writing_alone(folder: Path, owner: object) -> Iterator[None]:
     Raises:
         ValueError: another run writes there.
     """
+    there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
     if _held.get(place) is owner:
@@ -52,6 +53,8 @@ def writing_alone(folder: Path, owner: object) -> Iterator[None]:
         del _held[place]
         with suppress(OSError):  # Windows does not let go of what is open
             (place / FILE).unlink()
+            if not there:
+                place.rmdir()  # where nothing was written; else it is not empty, and stays
         lock.release()
 
 

@@ -33,10 +33,10 @@ def step_record(
     *,
     step: int,
     reward_calls: int,
-    reward_failures: int,
     eos_ids: Sequence[int],
     single: bool,
     alarms: Sequence[str] = (),
+    reward_failures: int = 0,
 ) -> dict[str, Any]:
     """The dict that step() returns: six keys in their order, all K responses, then metrics, as plain Python values.
 
