@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_state, python, read_json, small_gan
+from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_state, python, read_json, sign, small_gan
 from peft import LoraConfig, get_peft_model
 from test_bases import base_weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -132,6 +132,7 @@ def test_a_checkpoint_cannot_make_its_base_run_code(tmp_path, monkeypatch):
     state = state.replace(str(base_folder("llama")), str(tmp_path / "base"))
     state = state.replace('"trust_remote_code": false', '"trust_remote_code": true')
     (folder / "trainer_state.json").write_text(state)
+    sign(folder)
     assert read_json(folder / "trainer_state.json")["config"]["trust_remote_code"] is True
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -258,6 +259,7 @@ def test_one_player_of_another_architecture_is_refused(tmp_path):
 def test_a_state_that_is_cut_off_is_named(text, tmp_path):
     folder = small_gan().save_checkpoint(step=1, ckpt_dir=tmp_path)
     (folder / "trainer_state.json").write_text(text)
+    sign(folder)
     for load in (lambda: small_gan().load_checkpoint(1, tmp_path), lambda: LoraGAN.from_checkpoint(folder, reward=len)):
         with pytest.raises(ValueError, match="trainer_state.json"):
             load()

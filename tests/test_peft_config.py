@@ -18,6 +18,7 @@ from helpers import (
     differences,
     player_state,
     reward,
+    sign,
     small_gan,
 )
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, IA3Config, LoraConfig, get_peft_model
@@ -257,6 +258,7 @@ def test_what_an_adapter_config_names_is_never_followed(tmp_path):
             }
         )
     )
+    sign(folder)
     gan = LoraGAN.from_checkpoint(folder, reward=reward)
     assert gan.players.peft.peft_config["generator"].lora_dropout == 0
     assert gan.players.peft.peft_config["generator"].use_dora
@@ -275,5 +277,6 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path):
         ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens=\[5\]"),
     ):
         file.write_text(json.dumps(stored | change))
+        sign(folder)
         with pytest.raises(ValueError, match=words):
             small_gan().load_generator(folder)

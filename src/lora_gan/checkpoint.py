@@ -299,7 +299,10 @@ def _warn_of_another_machine(gan: LoraGAN, state: Mapping[str, Any]) -> None:
 
 
 def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any]) -> LoraGAN:
-    step_folder = path if is_complete(path) else find(path, None)
+    why = fault(path)
+    if why is not None and (path / MANIFEST).exists():  # one step's folder, and not a run's
+        raise Damaged(f"{path} is no complete checkpoint: {why}")
+    step_folder = path if why is None else find(path, None)
     state = _read_state(Folder(step_folder, manifest=True))
     settings = _harmless(state["config"])
     # Where the run's folder was moved, it goes on there, unless told otherwise.
