@@ -1,7 +1,9 @@
 """Ctrl-C in fit(): what is saved is whole, and goes on as the undisturbed run; a second one stops at once."""
 
+import os
 import signal
 import threading
+import time
 
 import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
@@ -184,3 +186,24 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
         assert gan.global_step == 2
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_worker_forked_from_the_run_dies_of_sigterm_as_ever(tmp_path):
+    """Else a reward's pool of processes could not be ended."""
+    ends = []
+
+    def forking(response, target):
+        if not ends:
+            ready, told = os.pipe()
+            child = os.fork()
+            if not child:
+                os.write(told, b"x")
+                time.sleep(60)
+                os._exit(0)
+            os.read(ready, 1)  # Python forgets the signals that come while it forks
+            os.kill(child, signal.SIGTERM)
+            ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return reward(response, target)
+
+    small_gan(output_dir=str(tmp_path), reward=forking).fit(ROWS, steps=1, progress=False)
+    assert ends == [-signal.SIGTERM]

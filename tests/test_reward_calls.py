@@ -3,9 +3,11 @@
 import asyncio
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
+import torch
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 
 from lora_gan.rewards import RewardError, RewardUnavailable, score_pairs, score_parts
@@ -158,33 +160,51 @@ def test_a_pool_trains_as_one_call_after_the_other_does():
         assert differences(*(player_state(gan, player) for gan in gans)) == []
 
 
-@pytest.mark.parametrize("signal", ["corrected", "true"])
-def test_a_group_with_a_failure_is_left_out_whole(signal):
-    """As if the reward had not answered for any of the group's responses."""
+def fails_on_some(response, target):
+    if target == "fails" and len(response) % 2 == 0:
+        raise ConnectionError("gone")
+    return reward(response, target)
 
-    def failing(prompts, completions, **columns):
-        return [reward(text) for text in completions]
 
-    def pair(response, target):
-        if target == "fails" and broken and len(response) % 2 == 0:
-            raise ConnectionError("gone")
-        return None if target == "fails" and not broken else reward(response)
+def answers_none_of(response, target):
+    return None if target == "fails" else reward(response, target)
 
-    targets, ends = ["fails", "stays"], []
-    for broken in (True, False):
-        gan = small_gan(reward=pair, reward_signal=signal, on_reward_error="skip", seed=3)
-        if broken:
-            with pytest.warns(UserWarning, match="left out.*biased"):
-                record = gan.step(PROMPTS[:2], targets)
-            assert 0 < record["reward_failures"] <= 4 and gan.reward_failures == record["reward_failures"]
-            assert record["true_rewards"][0] == [None] * 4, "the whole group"
-            assert None not in record["true_rewards"][1]
-        else:
-            record = gan.step(PROMPTS[:2], targets)
-            assert record["reward_failures"] == 0
+
+def test_a_group_with_a_failure_is_left_out_whole():
+    """With the true reward: as if it had not answered for any of the group's responses."""
+    ends = []
+    for rated in (fails_on_some, answers_none_of):
+        gan = small_gan(reward=rated, reward_signal="true", on_reward_error="skip", seed=3)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            record = gan.step(PROMPTS[:2], ["fails", "stays"])
+        assert record["true_rewards"][0] == [None] * 4 and None not in record["true_rewards"][1]
         assert record["reward_calls"] == 8
+        failed = rated is fails_on_some
+        assert (0 < record["reward_failures"] <= 4) == failed and gan.reward_failures == record["reward_failures"]
+        assert any("left out" in str(warning.message) for warning in told) == failed
         ends.append([player_state(gan, player) for player in PLAYERS])
     assert differences(*ends) == []
+
+
+@pytest.mark.parametrize("path", ["policy_gradient", "straight_through"])
+def test_in_the_corrected_reward_it_is_left_out_too(path):
+    """The bare prediction does not stand in for what was asked and not answered: as a step without that prompt."""
+    ends = []
+    for rated, targets in ((fails_on_some, ["fails", "stays"]), (reward, ["stays"])):
+        gan = small_gan(reward=rated, on_reward_error="skip", seed=3, gradient_path=path, beta=0.0, learning_rate=1e-2)
+        with torch.no_grad():  # predictions that differ
+            gan.players.heads_MH.copy_(
+                torch.linspace(-1, 1, gan.players.heads_MH.numel()).view_as(gan.players.heads_MH)
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gan.step(PROMPTS[2 - len(targets) : 2], targets, train_disc=False)
+        ends.append(gan.players.parameters("generator"))
+    # AdamW's first update does not depend on the gradient's size, but for rounding next to nought.
+    for one, other in zip(*ends, strict=True):
+        moved = (one - other).abs() < 1e-4
+        assert moved.float().mean() > 0.95
 
 
 def test_settings_that_make_no_sense_are_refused():

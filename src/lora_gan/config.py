@@ -9,8 +9,11 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
+
+from .wording import shown
 
 RewardSignal = Literal["true", "predicted", "corrected"]
 GradientPath = Literal["policy_gradient", "straight_through"]
@@ -319,16 +322,16 @@ class Config:
 
     def _is_number(self, name: str) -> bool:
         value = getattr(self, name)
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
 
     def _require(self, name: str, ok: bool, accepted: str) -> None:
         if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not accepted: it must be {accepted}")
+            raise ValueError(f"{name}={shown(getattr(self, name), 200)} is not accepted: it must be {accepted}")
 
     def signal(self, adversarial: bool | None) -> RewardSignal:
         """What the advantage is made of; raises where the settings contradict each other."""
         if adversarial not in (True, False, None):
-            raise ValueError(f"adversarial={adversarial!r} is not accepted: it must be True, False or None")
+            raise ValueError(f"adversarial={shown(adversarial)} is not accepted: it must be True, False or None")
         if adversarial is True and self.reward_signal == "true":
             raise ValueError(
                 "adversarial=True learns from the predicted reward, reward_signal='true' from the true one: drop one"
@@ -352,14 +355,16 @@ class Config:
         return signal
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """A config from plain values; an unknown key raises, with the nearest name."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings are a mapping of names to values, not {shown(values)}")
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1)
+                nearest = difflib.get_close_matches(shown(name).strip("'"), known, n=1)
                 hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-                raise ValueError(f"there is no setting {name!r}{hint}. The settings: {', '.join(known)}")
+                raise ValueError(f"there is no setting {shown(name)}{hint}. The settings: {', '.join(known)}")
         return cls(**values)
 
     def to_file(self) -> dict[str, Any]:
@@ -370,3 +375,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False

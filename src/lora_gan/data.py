@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import randomness
+from .wording import shown
 
 Conversation = list[dict[str, Any]]  # messages, each with a role and a content
 Prompt = str | Conversation
@@ -111,7 +112,7 @@ def _source(dataset: Any, streaming: bool) -> Callable[[int], Numbered]:
     if isinstance(dataset, Iterator) and streaming:
         raise ValueError("streaming begins again after an epoch, and an iterator cannot: give a function that makes it")
     if not (callable(dataset) or hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
-        raise ValueError(f"a data set is a file, a name, or rows to iterate over, not {dataset!r:.60}")
+        raise ValueError(f"a data set is a file, a name, or rows to iterate over, not {shown(dataset)}")
 
     def rows(epoch: int) -> Numbered:
         if _is_iterable_dataset(dataset):
@@ -131,7 +132,7 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
     if isinstance(values, Row):
         return values
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} is not a mapping with 'prompt' (and 'target'), but {values!r:.60}")
+        raise ValueError(f"{where} is not a mapping with 'prompt' (and 'target'), but {shown(values)}")
     rest = dict(values)
     if prompt_column == "prompt" and "prompt" not in rest and "messages" in rest:
         prompt_column = "messages"
@@ -157,19 +158,37 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
             if not prompt:
                 raise ValueError(f"{where}: before the assistant's answer {prompt_column} has nothing to answer")
     elif not isinstance(prompt, str):
-        raise ValueError(f"{where}: {prompt_column} must be a text, or a list of messages, not {prompt!r:.60}")
+        raise ValueError(f"{where}: {prompt_column} must be a text, or a list of messages, not {shown(prompt)}")
     if is_conversation(target):
         target = _answer(target, where)
     if not (target is None or isinstance(target, str)):
         raise ValueError(
-            f"{where}: the target must be a text, a message of the assistant's, or None, not {target!r:.60}"
+            f"{where}: the target must be a text, a message of the assistant's, or None, not {shown(target)}"
         )
+    _require_unicode([*_texts(prompt), *_texts(target)], where)
     if not columns:
         return Row(prompt, target)
     if target_column is not None and target_column not in TARGET_NAMES:
         rest[target_column] = target
     _require_free_names(rest, where)
     return Row(prompt, target, rest)
+
+
+def _texts(value: Prompt | None) -> list[str]:
+    if value is None or isinstance(value, str):
+        return [value or ""]
+    return [text for message in value for text in message.values() if isinstance(text, str)]
+
+
+def _require_unicode(texts: list[str], where: str) -> None:
+    """JSON can write half a surrogate pair, which is no character: tokenizers and files refuse it, after hours."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: {ascii(text[error.start])} in {excerpt(text)} is half a surrogate pair, and no character"
+            ) from error
 
 
 def _popped(rest: dict[str, Any], name: str, where: str, setting: str, *, beside: str | None = None) -> Any:
@@ -213,18 +232,18 @@ def excerpt(prompt: Prompt, length: int = 60) -> str:
 def as_prompts(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list of prompts."""
     if not is_prompt(prompts) and not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts must be texts or chat messages, not {prompts!r:.60}")
+        raise ValueError(f"prompts must be texts or chat messages, not {shown(prompts)}")
     several = [prompts] if is_prompt(prompts) else list(prompts)
     for prompt in several:
         if not is_prompt(prompt):
-            raise ValueError(f"a prompt must be a text or chat messages, not {prompt!r:.60}")
+            raise ValueError(f"a prompt must be a text or chat messages, not {shown(prompt)}")
     return [_given(prompt) for prompt in several]
 
 
 def _messages(messages: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
-            raise ValueError(f"{where}: a message has a 'role' and a 'content', not {dict(message)!r:.60}")
+            raise ValueError(f"{where}: a message has a 'role' and a 'content', not {shown(dict(message))}")
     # Tables give every message every key that any has; to a template a key that is None is not the same as none.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
@@ -233,7 +252,7 @@ def _answer(messages: list[dict[str, Any]], where: str) -> str:
     messages = _messages(messages, where)
     if len(messages) > 1 or messages[0]["role"] != "assistant" or not isinstance(messages[0].get("content"), str):
         raise ValueError(
-            f"{where}: as a target, one message of the assistant's with a text is accepted, not {messages}"
+            f"{where}: as a target, one message of the assistant's with a text is accepted, not {shown(messages)}"
         )
     return messages[0]["content"]
 
@@ -249,14 +268,22 @@ class _Files:
     def read(self) -> Numbered:
         for path in self.paths:
             suffix = path.suffix.lower()
-            for where, values in READERS[suffix](path):
-                yield where, {self.prompt_column: values} if suffix == ".txt" else values
+            try:
+                for where, values in READERS[suffix](path):
+                    yield where, {self.prompt_column: values} if suffix == ".txt" else values
+            except OSError as error:
+                raise ValueError(f"{path} could not be read: {error.strerror or error}") from error
 
 
 def _opened(name: str, split: str, streaming: bool, prompt_column: str) -> Any:
     """The file or files, or what `datasets` makes of a name or of a folder it wrote."""
-    path, suffixes = Path(name).expanduser(), ", ".join(READERS)
-    if path.is_file():
+    suffixes = ", ".join(READERS)
+    try:
+        path = Path(name).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed to us, ~nobody
+        raise ValueError(f"{name!r:.80} cannot be opened: {error!s:.80}") from error
+    if is_file:
         if path.suffix.lower() not in READERS:
             raise ValueError(f"{name}: data files end in {suffixes}, not {path.suffix or 'nothing'!r}")
         return _Files([path], prompt_column)
@@ -287,7 +314,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Data files in a folder or its data/ that are called as a split is, as in the hub's repositories: train.csv,
     train-00000-of-00002.parquet."""
     places = [place for place in (folder, folder / "data") if place.is_dir()]
-    files = sorted(file for place in places for file in place.iterdir() if file.suffix.lower() in READERS)
+    files = sorted(file for place in places for file in place.iterdir() if _is_data(file))
     chosen = [file for file in files if re.split(r"[-_.]", file.name)[0] == split]
     if not chosen:
         there = ", ".join(file.name for file in files[:10]) or "none"
@@ -296,6 +323,10 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             f"SUFFIX is one of {', '.join(READERS)}; data files there: {there}"
         )
     return chosen
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in READERS and path.is_file()
 
 
 def _one_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
@@ -327,13 +358,26 @@ def _json_lines(path: Path) -> Numbered:
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also of numbers and nesting beyond all measure
-        raise ValueError(f"{where}: not JSON ({error}); an object a line is expected") from error
+    values = _parsed(where, line, is_line=True)
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object with 'prompt', got {line.strip():.60}")
     return values
+
+
+def _parsed(where: str, text: str, *, is_line: bool = False) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        where, remedy = (where, "; an object a line is expected") if is_line else (f"{where}, line {error.lineno}", "")
+        raise ValueError(f"{where}: not JSON ({error}){remedy}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deep to be read") from error
+    except ValueError as error:  # NaN, or a whole number of thousands of digits
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no value of JSON's: write null where there is none")
 
 
 def _json(path: Path) -> Numbered:
@@ -341,12 +385,7 @@ def _json(path: Path) -> Numbered:
     if not next((line for line in _lines(path) if not line.isspace()), "").lstrip().startswith("["):
         yield from _json_lines(path)
         return
-    try:
-        rows = json.loads("".join(_lines(path)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    rows = _parsed(str(path), "".join(_lines(path)))
     for number, values in enumerate(rows, 1):
         yield f"{path}, row {number}", values
 
@@ -400,7 +439,7 @@ def _parquet(path: Path) -> Numbered:
             for batch in table.iter_batches(batch_size=1000):  # rows in memory at once, beside one row group
                 for values in batch.to_pylist():
                     yield f"{path}, row {next(numbers)}", values
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, odd dates
         raise ValueError(f"{path} could not be read as Parquet: {error}") from error
 
 
@@ -490,10 +529,10 @@ def rows_of(
     for name, values in {"target_text": targets, **columns}.items():
         if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
             raise ValueError(
-                f"{len(prompts)} prompts need a list of {len(prompts)} values under {name}, got {values!r}"
+                f"{len(prompts)} prompts need a list of {len(prompts)} values under {name}, got {shown(values)}"
             )
     if not all(target is None or isinstance(target, str) for target in targets):
-        raise ValueError(f"target_text must be texts or None, got {targets!r:.80}")
+        raise ValueError(f"target_text must be texts or None, got {shown(targets, 80)}")
     return [
         Row(_given(one), targets[i], {name: values[i] for name, values in columns.items()})
         for i, one in enumerate(prompts)

@@ -132,8 +132,12 @@ def tidy(parent: Path) -> None:
         if path.name != name:
             os.rename(path, parent / name)
     for path in parent.glob(".*"):
-        if re.fullmatch(r"\.(.+)\.(writing|replaced|removing)-\d+", path.name) and path.is_dir():
+        if not re.fullmatch(r"\.(.+)\.(writing|replaced|removing)-\d+", path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+        else:  # of a log that was being written anew
+            path.unlink(missing_ok=True)
 
 
 # --- reading

@@ -25,6 +25,7 @@ class Experience:
     inclusion_B: np.ndarray  # probability with which each response was asked for; 0 = none was asked for
     parts: dict[str, np.ndarray]  # the true reward's parts by name, where it has several
     gate: float = 1.0  # how far predictions are trusted, from earlier steps alone
+    left_out_B: np.ndarray | None = None  # bool: groups in which a call of the true reward failed; None = no group
 
     @property
     def predicted_B(self) -> np.ndarray:

@@ -247,7 +247,7 @@ class LoraGAN:
             floor=self.config.query_floor,
             left=self.calls_left,
         )
-        true_B, parts = self._true_rewards(rows, sampled, queries.asked_B)
+        true_B, parts, left_out = self._true_rewards(rows, sampled, queries.asked_B)
         self.reward_calls += int(queries.asked_B.sum())
         return Experience(
             self.global_step,
@@ -260,6 +260,7 @@ class LoraGAN:
             queries.inclusion_B,
             parts,
             self.discriminator.gate,
+            np.isin(sampled.group_B, list(left_out)) if left_out else None,
         )
 
     def _over_with_budget(self, signal: RewardSignal) -> bool:
@@ -287,15 +288,21 @@ class LoraGAN:
 
     def _true_rewards(
         self, rows: list[Row], sampled: rollout.Rollout, asked_B: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """True rewards of the asked responses, NaN elsewhere, float64 [B]; and their parts by name."""
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], set[int]]:
+        """True rewards of the asked responses, NaN elsewhere, float64 [B]; their parts by name; and the groups in which
+        a reward failed to the last try, of which all are NaN."""
         asked = np.flatnonzero(asked_B)
         groups = sampled.group_B[asked].tolist()
         caller = self._caller()
         with self._interrupts.harmless():
             parts = self._ask([rows[j] for j in groups], [sampled.texts[i] for i in asked], caller)
-        if caller.failed:
-            parts = self._without_failed(parts, groups, caller.failed)
+        left_out = {groups[i] for i in caller.failed}
+        if left_out:
+            self._count_failures(len(caller.failed))
+            parts = {
+                name: [None if group in left_out else answer for group, answer in zip(groups, part, strict=True)]
+                for name, part in parts.items()
+            }
         self.reward_scales.update(parts, groups)
 
         def spread(answers: list[float | None]) -> np.ndarray:
@@ -310,7 +317,7 @@ class LoraGAN:
                 "nothing then: does the function return its value?",
                 stacklevel=2,
             )
-        return spread(total), {name: spread(part) for name, part in parts.items()}
+        return spread(total), {name: spread(part) for name, part in parts.items()}, left_out
 
     def _caller(self) -> Caller:
         """How the true reward is asked in a step; in fit() its answers are logged."""
@@ -326,20 +333,14 @@ class LoraGAN:
             log=self.answers,
         )
 
-    def _without_failed(self, parts: rewards.Parts, groups: list[int], failed: set[int]) -> rewards.Parts:
-        """The answers, without those of any group that has a response on which a reward failed to the last."""
+    def _count_failures(self, count: int) -> None:
         if not self.reward_failures:
             warnings.warn(
                 "a reward failed to the last try, and the groups where it did are left out of the update: if that "
                 "depends on the response, what is learned is biased (reward_failures counts them)",
                 stacklevel=2,
             )
-        self.reward_failures += len(failed)
-        left_out = {groups[i] for i in failed}
-        return {
-            name: [None if group in left_out else answer for group, answer in zip(groups, part, strict=True)]
-            for name, part in parts.items()
-        }
+        self.reward_failures += count
 
     def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], rewards.Parts]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""

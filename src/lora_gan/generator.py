@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -54,8 +55,11 @@ class Generator:
         metrics: dict[str, float | None] = {}
         reward_B = advantage_B = None
         if experience is not None:
+            if signal == "predicted":
+                experience = replace(experience, left_out_B=None)  # no true reward is missed here
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
+            kept_B = slice(None) if experience.left_out_B is None else ~experience.left_out_B
         sampled: list[Tensor] = []  # log-probabilities of its tokens that each response was sampled with
         most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
@@ -67,7 +71,7 @@ class Generator:
             loss, parts = memory.fitting(
                 backward, self.optimizer, most, splits=lambda: min(self.optimizer.micro_batch_size or most, most) > 1
             )
-            if reward_B is not None and signal != "true" and not np.isfinite(reward_B).all():
+            if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
                 loss = math.nan  # predictions that are not finite would pass for rewards that are not known
             rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)
             skipped += norm is None
@@ -125,6 +129,9 @@ class Generator:
             reward_B = predicted_B
         else:
             reward_B = estimate.corrected_reward(predicted_B, experience.true_B, experience.inclusion_B)
+        if experience.left_out_B is not None and signal != "predicted":
+            # The bare prediction is no estimate of what was asked for, and not answered.
+            reward_B = np.where(experience.left_out_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
             # What the discriminator's own gradient does not carry.
             reward_B = reward_B - self.config.straight_through_weight * predicted_B
@@ -155,6 +162,8 @@ class Generator:
                 if critic is None:
                     raise ValueError("straight_through needs a critic to differentiate")
                 gradient_BTH = through * self._critic_gradient(critic, rows)
+                if experience.left_out_B is not None:
+                    gradient_BTH[torch.as_tensor(experience.left_out_B[chunk], device=gradient_BTH.device)] = 0
             sampled_BT = None
             if not first:  # the chunk's rows may have stood in wider ones when they were noted
                 places = rows.response_ids_BT.shape[1]

@@ -7,6 +7,7 @@ came while the step's responses were sampled nothing is asked any more.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -42,13 +43,14 @@ class Interrupts:
     def __init__(self) -> None:
         self._requested = False
         self._number: int = signal.SIGINT  # of the signal that came
+        self._process = os.getpid()  # whose signals these are
         self._harmless = False  # whether raising now would leave nothing half-done
 
     @contextmanager
     def catching(self) -> Iterator[None]:
         """In threads other than the main one, where Python delivers no signals, nothing is caught; nor is a signal that
         the process was told to ignore."""
-        self._requested, self._number = False, signal.SIGINT
+        self._requested, self._number, self._process = False, signal.SIGINT, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -83,6 +85,10 @@ class Interrupts:
             self._harmless = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # forked from the run, as a reward's workers are: as if nothing were caught
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if self._harmless:
             self._number = number
             raise KeyboardInterrupt

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..wording import shown
 from .calling import Call, Caller, CallFailed
 from .messages import completion_text
 
@@ -251,7 +252,10 @@ def _rows_of(question: Any) -> int:
 
 
 def _scores(name: str, values: Any, rows: int, row: Callable[[int], str]) -> list[float | None]:
-    values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
+    try:
+        values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
+    except Exception as error:  # of another kind than they seem
+        raise RewardError(f"the reward {name!r} returned {shown(values)}, which is no list: {error}") from error
     if not isinstance(values, list | tuple):
         raise RewardError(
             f"the reward {name!r} returned {_excerpt(values)} ({type(values).__name__}) for {rows} rows; "
@@ -273,7 +277,7 @@ def _score(name: str, value: Any, where: str) -> float | None:
         number = value.item() if hasattr(value, "item") else value  # .item() raises unless there is exactly one element
         # float() would parse a string; whatever is a real number has __float__.
         result = float(number) if hasattr(number, "__float__") else math.nan
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # a stranger's __float__ may raise anything
         result = math.nan
     if not math.isfinite(result):
         raise RewardError(
@@ -284,5 +288,5 @@ def _score(name: str, value: Any, where: str) -> float | None:
 
 
 def _excerpt(value: Any, length: int = 80) -> str:
-    text = repr(value)
+    text = shown(value, length + 1)
     return text if len(text) <= length else text[:length] + "..."
