@@ -48,15 +48,16 @@ class Interrupts:
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """In threads other than the main one, where Python delivers no signals, nothing is caught; nor is a signal that
-        the process was told to ignore."""
+        """In threads other than the main one, where Python delivers no signals, nothing is caught; nor is SIGTERM where
+        the process was told to ignore it."""
         self._requested, self._number, self._process = False, signal.SIGINT, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # SIGINT is ignored in whatever a shell starts in the background, where it is asked for all the same.
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, self._handle)
         try:
             yield
