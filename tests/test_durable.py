@@ -132,11 +132,12 @@ def test_a_full_disk_is_told_and_the_run_goes_on_and_saves_when_it_can(tmp_path,
     assert differences(player_state(undisturbed, "discriminator"), player_state(gan, "discriminator")) == []
 
 
-def test_where_the_end_of_a_run_cannot_be_saved_it_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("callbacks", [False, True])
+def test_where_the_end_of_a_run_cannot_be_saved_it_says_so(callbacks, tmp_path, monkeypatch):
     def filled(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    gan = small_gan(output_dir=str(tmp_path))
+    gan = small_gan(output_dir=str(tmp_path), callbacks=[_Idle()] if callbacks else None)
     monkeypatch.setattr(durable, "write_folder", filled)
     with pytest.warns(UserWarning, match="UNSAVED"), pytest.raises(OSError, match="No space"):
         gan.fit(ROWS, steps=2, progress=False)

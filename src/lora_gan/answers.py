@@ -114,11 +114,8 @@ class Answers:
         """The whole file, written beside and renamed, open for more."""
         if self._file is not None:
             self._file.close()
-        beside = self.path.with_name(f".{FILE}.writing-{os.getpid()}")
         data = "".join(json.dumps(line) + "\n" for line in [{"run": self.run}, *self._lines])
-        durable.write_synced(beside, data.encode())
-        os.replace(beside, self.path)
-        durable.sync_folder(self.path.parent)
+        durable.replace_file(self.path, data.encode())
         self._file = self.path.open("a", encoding="utf-8", newline="\n")
         self._synced = time.monotonic()
 

@@ -88,6 +88,14 @@ def write_synced(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """The file holds this, or, whatever breaks off, what it held before."""
+    beside = _beside(path, "writing")
+    write_synced(beside, data)
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Names in a folder are on the disk when this returns; on Windows, which has no such call, when it likes."""
     if os.name == "nt":

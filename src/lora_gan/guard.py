@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from .checkpoint import copied
 from .config import Config
 from .experience import Experience
 from .generator import Generator
@@ -103,7 +103,7 @@ class Monitor:
 
     def _keep(self, generator: Generator) -> None:
         weights = [w.detach().clone() for w in generator.players.parameters("generator")]
-        self.kept = {"weights": weights, "optimizer": _copied(generator.optimizer.state_dict())}
+        self.kept = {"weights": weights, "optimizer": copied(generator.optimizer.state_dict())}
 
     def _restore(self, generator: Generator) -> None:
         assert self.kept is not None
@@ -111,21 +111,13 @@ class Monitor:
             for parameter, kept in zip(generator.players.parameters("generator"), self.kept["weights"], strict=True):
                 parameter.copy_(kept)
         scale = generator.optimizer.scale
-        generator.optimizer.restart(_copied(self.kept["optimizer"]))
+        generator.optimizer.restart(copied(self.kept["optimizer"]))
         generator.optimizer.rescale(scale)  # a run that went back for numbers that were not finite stays slower
 
     def state_dict(self) -> dict[str, Any]:
         names = ("window", "first", "best", "kept", "told")
-        return {name: _copied(getattr(self, name)) for name in names}
+        return {name: copied(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(entry) for key, entry in value.items()}
-    return [_copied(entry) for entry in value] if isinstance(value, list) else value

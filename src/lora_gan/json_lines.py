@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from . import durable
 
 
 class JsonLines:
@@ -36,9 +37,7 @@ class JsonLines:
         if self.file is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.writing-{os.getpid()}")
-        beside.write_text("".join(map(_line, self.kept)), encoding="utf-8", errors="backslashreplace", newline="\n")
-        beside.replace(self.path)
+        durable.replace_file(self.path, "".join(map(_line, self.kept)).encode("utf-8", "backslashreplace"))
         self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def go_back(self, after: int) -> None:
@@ -70,7 +69,11 @@ def _line(values: Mapping[str, Any]) -> str:
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
     """The objects in such a file, without what a killed process left half-written."""
-    for line in path.read_bytes().split(b"\n"):
+    return _objects(path.read_bytes().split(b"\n"))
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
         try:
             entry = json.loads(line, object_pairs_hook=_interned)
         except (ValueError, RecursionError):  # the last one, if the process was killed while it wrote
@@ -98,14 +101,7 @@ def open_lines(path: Path) -> list[dict[str, Any]]:
     with path.open("ab+") as file:
         file.seek(0)
         lines = [line for line in file.read().split(b"\n") if line.strip()]
-    entries = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            entries.append(entry)
+    entries = list(_objects(lines))
     if len(lines) > 1 and not entries:
         raise ValueError(f"{path} is no JSON Lines file: none of its {len(lines)} lines is a JSON object")
     return entries

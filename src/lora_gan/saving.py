@@ -37,6 +37,11 @@ class Saver:
 
     def save(self, keep: Collection[int] = ()) -> None:
         """Take a checkpoint of now. A failure to write it is told, and the next tries are `due`."""
+        self._begin(keep)
+        if not self.beside:
+            self.settle()
+
+    def _begin(self, keep: Collection[int]) -> None:
         self.settle()
         content, step = checkpoint.snapshot(self.gan), self.gan.global_step
 
@@ -49,8 +54,6 @@ class Saver:
 
         self._thread = threading.Thread(target=write, name="lora-gan checkpoint", daemon=True)
         self._thread.start()
-        if not self.beside:
-            self.settle()
 
     def look(self) -> bool:
         """Between steps: tell of what was written meanwhile; whether a checkpoint that failed is due again."""
@@ -66,7 +69,7 @@ class Saver:
         """
         self.settle()
         if self.last is None or self.last.name != f"step-{self.gan.global_step}":
-            self.save(keep)
+            self._begin(keep)
             self.settle(raising=True)
         assert self.last is not None
         return self.last
