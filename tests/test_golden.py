@@ -48,7 +48,9 @@ def losses(architecture: str, pad: str, mode: str) -> dict[str, list[float | Non
     records = []
     for step in range(STEPS):
         places = [step % 4, (step + 1 + step // 4) % 4]
-        records.append(gan.step([PROMPTS[i] for i in places], [TARGETS[i] for i in places]))
+        prompts, targets = [PROMPTS[i] for i in places], [TARGETS[i] for i in places]
+        # Where nothing is predicted yet, an adversarial generator's first gradient is rounding alone: it waits.
+        records.append(gan.step(prompts, targets, train_gen=step > 0))
     found: dict[str, list[float | None]] = {}
     for name in NUMBERS:
         values = [record.get(name) for record in records]

@@ -1,6 +1,7 @@
 """One frozen base, its two adapters, the reference, and the score heads. The only place that switches adapters.
 
-# B = rows, L = tokens of a row (prompt left-padded, response right-padded), V = vocabulary, H = hidden size, M = heads
+# B = rows, L = tokens of a row (prompt left-padded, response right-padded), V = vocabulary, H = hidden size, M = heads,
+# R = some of a batch's tokens
 
 Two rules, each broken silently by stock PEFT:
 
@@ -17,25 +18,30 @@ import inspect
 import re
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from . import randomness
+from . import packing, randomness
 from .base import Base, load_base, positions
 from .config import Config
+from .packing import Batch, batch_of
 
-__all__ = ["Base", "Player", "Players", "load_base", "lora_config", "pooled_index"]
+__all__ = ["Base", "Player", "Players", "load_base", "lora_config"]
 
 Player = Literal["generator", "discriminator", "reference"]
+LOGITS = 2**22  # numbers: 16 MB in float32, which stays in a processor's cache
 
 
 class Players:
@@ -211,25 +217,118 @@ class Players:
         """The frozen input embeddings both players share, as the body receives them."""
         return self.lm.get_input_embeddings()(ids)
 
-    def features(self, ids_BL: Tensor, mask_BL: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
-        """The active player's last hidden state at the pooled token, [B, H], float32."""
-        inputs: dict[str, Any] = {"input_ids": ids_BL}
+    def batch(self, prompts: Sequence[list[int]], responses: Sequence[list[int]], prompt_of: np.ndarray) -> Batch:
+        """Responses and the prompts they answer, laid out as this base reads them: without padding where it can."""
+        return self._laid_out(prompts, responses, prompt_of, packs=self.packs)
+
+    def _laid_out(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], prompt_of: np.ndarray, *, packs: bool
+    ) -> Batch:
+        return batch_of(
+            prompts, responses, prompt_of, packs=packs, takes_positions="position_ids" in self._takes,
+            pad_id=self.base.pad_id, pad_on_disk=self.base.pad_on_disk, device=self.device,
+        )  # fmt: skip
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether this base reads a packed row as it reads padded ones; found out by trying, once."""
+        if "position_ids" not in self._takes or self.lm.config.get_text_config() is not self.lm.config:
+            return False
+        ids = [1 + i % (self.lm.get_input_embeddings().weight.shape[0] - 1) for i in range(11)]
+        trial = [ids[:2], ids[2:5]], [ids[5:8], ids[8:9], ids[9:]], np.array([0, 0, 1])
+        with torch.no_grad(), self.playing("reference"):
+            try:
+                packed, padded = (
+                    self.hidden(batch, batch.response_R)
+                    for batch in (self._laid_out(*trial, packs=True), self._laid_out(*trial, packs=False))
+                )
+            except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+                return False  # whatever a base does that is told nothing of rows: it is read as it always was
+            # Far above rounding in bfloat16, far below what a token does that sees one too many.
+            return bool((packed - padded).norm() <= 0.02 * padded.norm())
+
+    def hidden(self, batch: Batch, places_R: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
+        """The active player's last hidden states at some places of a batch, [R, H].
+
+        Args:
+            places_R: among the tokens of `batch.ids`, flattened.
+            embeds_BLH: instead of the embeddings of `batch.ids`.
+        """
+        inputs: dict[str, Any] = {"input_ids": batch.ids}
         if embeds_BLH is not None:
             inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales in place what it is given
-        hidden_BLH = self.body(
-            **inputs, attention_mask=mask_BL, use_cache=False, **self.positions(mask_BL)
-        ).last_hidden_state
-        pooled = pooled_index(ids_BL, mask_BL, self.base.pad_on_disk)
-        return self._watch(hidden_BLH[torch.arange(len(ids_BL), device=ids_BL.device), pooled].float())
+        with self._attending() if batch.packed else nullcontext():
+            hidden_BLH = self.body(**inputs, **batch.inputs, use_cache=False).last_hidden_state
+        return self._watch(hidden_BLH.flatten(0, 1).index_select(0, places_R))
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """Inside the block attention reads packed rows."""
+        config = self.lm.config
+        before = config._attn_implementation
+        config._attn_implementation = packing.ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def head(self, hidden_RH: Tensor, *, reference: bool = False) -> Tensor:
+        """Logits of the active player, or of the reference, from its last hidden states, [R, V], float32.
+
+        What a causal LM does behind its body (the head, a cap, a scale) is its own forward's business, which is
+        therefore run, with the hidden states in the body's place.
+        """
+        name, body = self.lm.base_model_prefix, self.body
+        layer = self.lm.get_output_embeddings()
+        active = getattr(layer, "_active_adapter", None)
+        try:
+            one = torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
+            setattr(self.lm, name, _Given(hidden_RH[None]))
+            if reference and active is not None:
+                layer._active_adapter = []
+            logits_1RV = self.lm(input_ids=one, attention_mask=one, use_cache=False).logits
+        finally:
+            setattr(self.lm, name, body)
+            if reference and active is not None:
+                layer._active_adapter = active
+        return logits_1RV[0].float()
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens whose logits are held at one time: all of a response's would be most of the memory of an update."""
+        return max(16, LOGITS // self.lm.get_output_embeddings().weight.shape[0])
+
+    def features(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
+        """The active player's last hidden state at the pooled token, [B, H], float32."""
+        return self.hidden(batch, batch.pooled_B, embeds_BLH).float()
 
     @property
     def score_MH(self) -> Tensor:
         """The heads in the reward's own units; their mean is the score head that is saved for stock clients."""
         return self.heads_MH * self.reward_unit
 
-    def predict(self, ids_BL: Tensor, mask_BL: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
+    def predict(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
         """Every head's predicted reward, in the reward's own units, [M, B]."""
-        return self.score_MH @ self.features(ids_BL, mask_BL, embeds_BLH).T
+        return self.score_MH @ self.features(batch, embeds_BLH).T
+
+
+class _Given(nn.Module):
+    """Stands in a body's place, and says what it is told."""
+
+    def __init__(self, hidden_BLH: Tensor) -> None:
+        super().__init__()
+        self.output = _Output(last_hidden_state=hidden_BLH)
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return self.output
+
+
+class _Output(BaseModelOutputWithPast):
+    """Some bodies say more (cross-attention, a router's logits), none of which the logits are made of."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def _has_adapter(module: nn.Module, player: str) -> bool:
@@ -242,17 +341,6 @@ class _Graph:
     """Stands for an autograd graph that has not been used yet."""
 
     __slots__ = ("__weakref__",)
-
-
-def pooled_index(ids_BL: Tensor, mask_BL: Tensor, pad_on_disk: int | None) -> Tensor:
-    """The place that stock sequence classification reads, [B]: the last attended token that is not the pad id.
-
-    Stock transformers looks at ids alone. With pad = end-of-text, the habit for GPT-2, that is the token before the
-    end; without a pad id it is the last token of the row.
-    """
-    readable_BL = mask_BL.bool() if pad_on_disk is None else mask_BL.bool() & (ids_BL != pad_on_disk)
-    places = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-    return (places * readable_BL).argmax(-1)
 
 
 # --- the adapters' settings -------------------------------------------------------------------------------------------

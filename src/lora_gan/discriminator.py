@@ -25,7 +25,8 @@ from .adapters import Players
 from .config import Config
 from .experience import Experience
 from .optimizer import PlayerOptimizer
-from .rollout import Rollout, assemble, chunks, encode_response
+from .packing import Batch
+from .rollout import Rollout, chunks, encode_response
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Discriminator:
         def predicted() -> Tensor:
             with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
                 parts = map(rollout.rows, chunks(total, self.optimizer.micro_batch_size))
-                return torch.cat([self.players.predict(part.ids_BL, part.mask_BL) for part in parts], dim=1)
+                return torch.cat([self.players.predict(self.players.batch(*part.parts())) for part in parts], dim=1)
 
         predicted_MB = memory.fitting(
             predicted, self.optimizer, total, splits=lambda: min(self.optimizer.micro_batch_size or total, total) > 1
@@ -267,9 +268,9 @@ class Discriminator:
         """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
         right: list[float] = []
         for group in groups:
-            ids, mask, *_ = self._batch([group])
+            batch, *_ = self._batch([group])
             with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
-                predicted_B = self.players.predict(ids, mask).mean(0)
+                predicted_B = self.players.predict(batch).mean(0)
             right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
         return {"disc_accuracy": float(np.mean(right))} if right else {}
 
@@ -320,9 +321,9 @@ class Discriminator:
         Without intercept (stock sequence classification ignores a bias), in its dual form, since responses are fewer
         than features: w = Fᵀ (F Fᵀ + λ I)⁻¹ r, each head on the groups it learns from.
         """
-        ids, mask, true_B, _, seen_MB = self._batch(groups)
+        batch, true_B, _, seen_MB = self._batch(groups)
         with torch.no_grad(), self.players.playing("discriminator"):
-            features_BH = self.players.features(ids, mask).double()
+            features_BH = self.players.features(batch).double()
         if not torch.isfinite(features_BH).all():  # there is nothing to solve, and no process may raise alone
             return torch.full_like(self.players.heads_MH, math.nan)
         target_B = true_B.double() / self.players.reward_unit
@@ -352,9 +353,9 @@ class Discriminator:
         total = sum(sum(group.heads) * len(group.responses) for group in groups)
         loss = 0.0
         for part in micro_batches(groups, self.optimizer.micro_batch_size):
-            ids, mask, true_B, group_B, seen_MB = self._batch(part)
+            batch, true_B, group_B, seen_MB = self._batch(part)
             with self.players.playing("discriminator"):
-                predicted_MB = self.players.predict(ids, mask) / self.players.reward_unit
+                predicted_MB = self.players.predict(batch) / self.players.reward_unit
                 true_B = true_B / self.players.reward_unit
                 regression_MB = objectives.regression_by_group(
                     predicted_MB, true_B, group_B, mean_weight=self.config.disc_mean_weight
@@ -369,22 +370,20 @@ class Discriminator:
             loss += float(share.detach())
         return loss
 
-    def _batch(self, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Token ids and mask [B, L], true rewards [B], group labels [B], which head learns from which row [M, B]."""
+    def _batch(self, groups: list[Group]) -> tuple[Batch, Tensor, Tensor, Tensor]:
+        """The groups' responses, true rewards [B], group labels [B], which head learns from which row [M, B]."""
         sizes = [len(group.responses) for group in groups]
         device = self.players.device
-        rows = assemble(
-            self.players.base,
-            device,
-            [group.prompt for group in groups for _ in group.responses],
+        batch = self.players.batch(
+            [group.prompt for group in groups],
             [response for group in groups for response in group.responses],
-            texts=[""] * sum(sizes),  # tokens are read here, not texts
+            np.repeat(np.arange(len(groups)), sizes),
         )
         repeats = torch.tensor(sizes, device=device)
         group_B = torch.arange(len(groups), device=device).repeat_interleave(repeats)
         true_B = torch.tensor([r for group in groups for r in group.rewards], device=device, dtype=torch.float32)
         seen_MB = torch.tensor([group.heads for group in groups], device=device, dtype=torch.float32).T[:, group_B]
-        return rows.ids_BL, rows.mask_BL, true_B, group_B, seen_MB
+        return batch, true_B, group_B, seen_MB
 
     def restart(self, score_1H: Tensor) -> None:
         """Take over the score of a discriminator that came without heads and replay: every head begins with it."""

@@ -1,6 +1,6 @@
 """The generator's update: policy gradient or straight-through, KL to the reference, imitation.
 
-# B = responses, L = prompt and response places, T = response places, V = vocabulary, H = hidden size
+# B = responses, R = tokens of all responses, L = places of a row, V = vocabulary, H = hidden size, M = heads
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from . import estimate, memory, objectives
 from .adapters import Players
@@ -20,9 +19,12 @@ from .config import Config, RewardSignal
 from .data import Row
 from .experience import Experience
 from .optimizer import PlayerOptimizer
-from .rollout import Rollout, assemble, chunks, encode_prompts, encode_response
+from .packing import Batch
+from .rollout import chunks, encode_prompts, encode_response
 
-Critic = Callable[[Tensor, Tensor, Tensor], Tensor]  # ids, mask, embeddings -> every head's predicted reward [M, B]
+Critic = Callable[
+    [Batch, Tensor], Tensor
+]  # a batch, the embeddings of its tokens -> every head's predicted reward [M, B]
 
 
 class Generator:
@@ -60,7 +62,7 @@ class Generator:
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
             kept_B = slice(None) if experience.left_out_B is None else ~experience.left_out_B
-        sampled: list[Tensor] = []  # log-probabilities of its tokens that each response was sampled with
+        sampled: list[Tensor] = []  # log-probabilities of all response tokens, in order, as they were sampled
         most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
 
@@ -153,91 +155,117 @@ class Generator:
         through = self.config.straight_through_weight * experience.gate
         straight = self.config.gradient_path == "straight_through" and through > 0
         table_VH = self._embedding_table() if straight else None
-        first = not sampled
-        sums = np.zeros(3)
+        before = torch.cat(sampled) if sampled else None
+        sums, tokens = np.zeros(3), 0
         for chunk in chunks(total, self.optimizer.micro_batch_size):
-            rows = experience.rollout.rows(chunk)
-            gradient_BTH = None
+            batch = self.players.batch(*experience.rollout.rows(chunk).parts())
+            gradient_RH = None
             if straight:
                 if critic is None:
                     raise ValueError("straight_through needs a critic to differentiate")
-                gradient_BTH = through * self._critic_gradient(critic, rows)
+                gradient_RH = through * self._critic_gradient(critic, batch)
                 if experience.left_out_B is not None:
-                    gradient_BTH[torch.as_tensor(experience.left_out_B[chunk], device=gradient_BTH.device)] = 0
-            sampled_BT = None
-            if not first:  # the chunk's rows may have stood in wider ones when they were noted
-                places = rows.response_ids_BT.shape[1]
-                sampled_BT = pad_sequence([logprobs_T[:places] for logprobs_T in sampled[chunk]], batch_first=True)
-            losses, logprobs_BT = self._losses(
-                rows, weight_B[chunk], gradient_BTH, table_VH, sampled_BT, backward_scale=1 / total
+                    out_B = torch.as_tensor(experience.left_out_B[chunk], device=gradient_RH.device)
+                    gradient_RH[out_B[batch.row_R]] = 0
+            last = tokens + len(batch.row_R)
+            losses, logprobs_R = self._losses(
+                batch,
+                weight_B[chunk],
+                gradient_RH,
+                table_VH,
+                None if before is None else before[tokens:last],
+                backward_scale=1 / total,
             )
-            if first:
-                sampled += logprobs_BT
-            sums += [float(loss_B.sum()) / total for loss_B in losses]
+            tokens = last
+            if before is None:
+                sampled.append(logprobs_R)
+            sums += [loss / total for loss in losses]
         return float(sums[0]), float(sums[1]), float(sums[2])
 
     def _losses(
         self,
-        rows: Rollout,
+        batch: Batch,
         advantage_B: Tensor,
-        gradient_BTH: Tensor | None,
+        gradient_RH: Tensor | None,
         table_VH: Tensor | None,
-        sampled_BT: Tensor | None,
+        sampled_R: Tensor | None,
         *,
         backward_scale: float,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """One forward and backward over these rows; their policy losses, KLs and entropies, and the log-probabilities
-        of their tokens, all detached.
+    ) -> tuple[tuple[float, float, float], Tensor]:
+        """One forward and backward over these responses; the sums of their policy losses, KLs and entropies, and the
+        log-probabilities of their tokens, [R].
 
         With a table of embeddings the discriminator's gradient comes straight through.
         """
-        with torch.no_grad(), self.players.playing("reference"):
-            reference_BTV = self._policy_logits(rows) if self.beta else None
+        reference_RH = None
+        if self.beta:
+            with torch.no_grad(), self.players.playing("reference"):
+                reference_RH = self.players.hidden(batch, batch.predicting_R)
+        logprobs, sums = [], np.zeros(3)
 
-        mask_BT = rows.response_mask_BT
-        with self.players.playing("generator"):
-            logits_BTV = self._policy_logits(rows)
-            logprobs_BT = objectives.token_logprobs(logits_BTV, rows.response_ids_BT)
-            if sampled_BT is None:
-                policy_B = objectives.policy_gradient(logprobs_BT, mask_BT, advantage_B)
+        def loss(logits_R1V: Tensor, part: slice) -> Tensor:
+            """Every loss of a response is a sum over its tokens: here each token is a row of its own."""
+            logits_R1V = logits_R1V / self.config.temperature  # the policy that learns is the one that sampled
+            ids_R1 = batch.response_ids_R[part, None]
+            advantage_R, mask_R1 = advantage_B[batch.row_R[part]], torch.ones_like(ids_R1)
+            logprobs_R1 = objectives.token_logprobs(logits_R1V, ids_R1)
+            logprobs.append(logprobs_R1.detach().squeeze(-1))
+            if sampled_R is None:
+                policy_R = objectives.policy_gradient(logprobs_R1, mask_R1, advantage_R)
             else:
-                policy_B = objectives.clipped_policy_gradient(
-                    logprobs_BT, sampled_BT, mask_BT, advantage_B, epsilon=self.config.epsilon
+                policy_R = objectives.clipped_policy_gradient(
+                    logprobs_R1, sampled_R[part, None], mask_R1, advantage_R, epsilon=self.config.epsilon
                 )
-            if table_VH is not None and gradient_BTH is not None:
-                policy_B = policy_B + objectives.straight_through(logits_BTV, gradient_BTH, table_VH, mask_BT)
-            kl_B = entropy_B = torch.zeros_like(policy_B)
-            if reference_BTV is not None:
-                kl_B = objectives.kl_to_reference(logits_BTV, reference_BTV, mask_BT)
+            if table_VH is not None and gradient_RH is not None:
+                policy_R = policy_R + objectives.straight_through(
+                    logits_R1V, gradient_RH[part, None], table_VH, mask_R1
+                )
+            kl_R = entropy_R = torch.zeros_like(policy_R)
+            if reference_RH is not None:
+                with torch.no_grad():
+                    reference_R1V = self.players.head(reference_RH[part], reference=True)[:, None]
+                kl_R = objectives.kl_to_reference(logits_R1V, reference_R1V / self.config.temperature, mask_R1)
+            loss_R = self.config.reward_weight * policy_R + self.beta * kl_R
             if self.config.entropy_weight:
-                entropy_B = objectives.entropy(logits_BTV, mask_BT)
-            loss_B = self.config.reward_weight * policy_B + self.beta * kl_B
-            if self.config.entropy_weight:
-                loss_B = loss_B - self.config.entropy_weight * entropy_B
-            (loss_B.sum() * backward_scale).backward()
-        return (policy_B.detach(), kl_B.detach(), entropy_B.detach()), logprobs_BT.detach()
+                entropy_R = objectives.entropy(logits_R1V, mask_R1)
+                loss_R = loss_R - self.config.entropy_weight * entropy_R
+            nonlocal sums
+            sums = sums + [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
+            return loss_R.sum() * backward_scale
 
-    def _policy_logits(self, rows: Rollout) -> Tensor:
-        """The active player's logits at the places that predict response tokens, [B, T, V], at the policy's
-        temperature: the policy that learns is the one that sampled."""
-        places = rows.response_ids_BT.shape[1]
-        logits = self.players.logits(rows.ids_BL, rows.mask_BL, keep=places + 1)[:, :-1]
-        return logits / self.config.temperature
+        self._learn(batch, loss)
+        return (float(sums[0]), float(sums[1]), float(sums[2])), torch.cat(logprobs)
 
-    def _critic_gradient(self, critic: Critic, rows: Rollout) -> Tensor:
-        """∂ predicted reward / ∂ embedding of each response token, [B, T, H]; of its lower bound, if so set.
+    def _learn(self, batch: Batch, loss: Callable[[Tensor, slice], Tensor]) -> None:
+        """Forward of the generator, and backward of a loss that is a sum over response tokens.
+
+        The body once, the head for some tokens at a time, each time with its backward: logits, and all that is made of
+        them, are never there for more than those.
+
+        Args:
+            loss: of the logits [R, 1, V] of some response tokens, and which of the batch's these are.
+        """
+        with self.players.playing("generator"):
+            hidden_RH = self.players.hidden(batch, batch.predicting_R)
+            leaf_RH = hidden_RH.detach().requires_grad_(True)
+            for part in chunks(len(leaf_RH), self.players.tokens_at_once):
+                loss(self.players.head(leaf_RH[part])[:, None], part).backward()
+            hidden_RH.backward(leaf_RH.grad)
+
+    def _critic_gradient(self, critic: Critic, batch: Batch) -> Tensor:
+        """∂ predicted reward / ∂ embedding of each response token, [R, H]; of its lower bound, if so set.
 
         By autograd.grad with respect to detached embeddings: the discriminator's own gradients stay untouched, and no
         adapter switch falls between a forward and its backward.
         """
-        embeds_BLH = self.players.embed(rows.ids_BL).detach().requires_grad_(True)
+        embeds_BLH = self.players.embed(batch.ids).detach().requires_grad_(True)
         with self.players.playing("discriminator"):
-            predicted_MB = critic(rows.ids_BL, rows.mask_BL, embeds_BLH)
+            predicted_MB = critic(batch, embeds_BLH)
             bound_B = predicted_MB.mean(0)
             if self.config.uncertainty_penalty and len(predicted_MB) > 1:
                 bound_B = bound_B - self.config.uncertainty_penalty * predicted_MB.std(0, correction=0)
             (gradient_BLH,) = torch.autograd.grad(bound_B.sum(), embeds_BLH)
-        return gradient_BLH[:, rows.prompt_places :].float()
+        return gradient_BLH.flatten(0, 1)[batch.response_R].float()
 
     def _embedding_table(self) -> Tensor:
         """The embedding of every token the base can write, [V, H]."""
@@ -247,19 +275,25 @@ class Generator:
     def _imitate(self, rows: list[Row], weight: float) -> float:
         """Backward of the cross-entropy on the target texts, their end included; returns its mean over rows."""
         base = self.players.base
-        texts = [row.target or "" for row in rows]  # step() has refused a row without a target
-        targets = [encode_response(base, text)[: self.config.max_completion_length] for text in texts]
+        targets = [  # step() has refused a row without a target
+            encode_response(base, row.target or "")[: self.config.max_completion_length] for row in rows
+        ]
         prompts = encode_prompts(
             base, [row.prompt for row in rows], self.config.max_completion_length, self.config.chat_template_kwargs
         )
-        batch = assemble(base, self.players.device, prompts, targets, texts)
-        loss = 0.0
+        total = 0.0
         for chunk in chunks(len(rows), self.optimizer.micro_batch_size):
-            part = batch.rows(chunk)
-            with self.players.playing("generator"):
-                logits_BTV = self.players.logits(part.ids_BL, part.mask_BL, keep=part.response_ids_BT.shape[1] + 1)
-                logprobs_BT = objectives.token_logprobs(logits_BTV[:, :-1], part.response_ids_BT)
-                share = objectives.imitation(logprobs_BT, part.response_mask_BT).sum() / len(rows)
-                (weight * share).backward()
-            loss += float(share.detach())
-        return loss
+            batch = self.players.batch(prompts[chunk], targets[chunk], np.arange(len(targets[chunk])))
+            length_B = torch.bincount(batch.row_R, minlength=len(batch))
+
+            def loss(logits_R1V: Tensor, part: slice, batch: Batch = batch, length_B: Tensor = length_B) -> Tensor:
+                ids_R1 = batch.response_ids_R[part, None]
+                logprobs_R1 = objectives.token_logprobs(logits_R1V, ids_R1)
+                token_R = objectives.imitation(logprobs_R1, torch.ones_like(ids_R1))
+                share = (token_R / length_B[batch.row_R[part]]).sum() / len(rows)
+                nonlocal total
+                total += float(share.detach())
+                return weight * share
+
+            self._learn(batch, loss)
+        return total

@@ -52,6 +52,15 @@ class Rollout:
         """Tokens of each response, the end-of-text token included."""
         return self.response_mask_BT.sum(-1).cpu().numpy()
 
+    def parts(self) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
+        """The prompts, each once; the responses; and which of these prompts each one answers, [B]."""
+        ids, mask = self.ids_BL.cpu().numpy(), self.mask_BL.cpu().numpy().astype(bool)
+        _, first, prompt_of = np.unique(self.group_B, return_index=True, return_inverse=True)
+        left = self.prompt_places
+        prompts = [ids[row, :left][mask[row, :left]].tolist() for row in first]
+        responses = [row[left:][real[left:]].tolist() for row, real in zip(ids, mask, strict=True)]
+        return prompts, responses, prompt_of
+
     def rows(self, index: np.ndarray | slice) -> Rollout:
         """Some of the rows, with places that none of them uses cut off."""
         where = torch.as_tensor(np.arange(len(self))[index], device=self.ids_BL.device)

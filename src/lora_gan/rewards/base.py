@@ -47,6 +47,7 @@ class Perplexity:
         Raises:
             ValueError: it was never bound to a base, or prompt and response do not fit into the base's context.
         """
+        import numpy as np
         import torch
 
         from .. import objectives, rollout
@@ -61,13 +62,15 @@ class Perplexity:
         for part in rollout.chunks(len(prompts), self.batch_size):
             texts = [completion_text(completion) for completion in completions[part]]
             encoded = rollout.encode_pairs(players.base, list(prompts[part]), texts, template)
-            rows = rollout.assemble(players.base, players.device, *encoded, texts)
+            rows = players.batch(*encoded, np.arange(len(texts)))
+            logprobs = []
             with torch.no_grad(), players.playing("reference"):
-                keep = rows.response_ids_BT.shape[1] + 1
-                logits_BTV = players.logits(rows.ids_BL, rows.mask_BL, keep=keep)[:, :-1]
-                logprobs_BT = objectives.token_logprobs(logits_BTV, rows.response_ids_BT)
-            sums = (logprobs_BT * rows.response_mask_BT).sum(-1).tolist()
+                hidden_RH = players.hidden(rows, rows.predicting_R)
+                for some in rollout.chunks(len(hidden_RH), players.tokens_at_once):
+                    logits_R1V = players.head(hidden_RH[some])[:, None]
+                    logprobs.append(objectives.token_logprobs(logits_R1V, rows.response_ids_R[some, None])[:, 0])
+            total_B = torch.zeros(len(rows), device=players.device).index_add_(0, rows.row_R, torch.cat(logprobs))
             scores += [
-                total / int(tokens) if tokens else None for total, tokens in zip(sums, rows.lengths_B, strict=True)
+                total / len(ids) if ids else None for total, ids in zip(total_B.tolist(), encoded[1], strict=True)
             ]
         return scores

@@ -1,0 +1,295 @@
+"""Real tokens only: a group's prompt stands once, and no padding is computed.
+
+# N = tokens of a batch, P = prompts, B = responses, S = prompt places, T = response places,
+# A = attention heads, D = width of a head, H = hidden size
+
+A batch of responses is laid out as one row: the prompts, one after another, then the responses. All that a language
+model does to a token on its own (embedding, norms, linear layers, their adapters) is done once for each real token.
+Only attention looks at others, so only attention is told where they are: through transformers' attention interface, it
+takes the row apart into prompts and responses, lets each response see its prompt and itself, and puts the row together
+again. Numbers are the padded batch's to rounding.
+
+Bases whose attention cannot be told (recurrent layers, windows, biases of their own, sinks) are read as padded rows;
+`Players` finds out which by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION = "lora_gan_packed"  # its name in transformers' attention interface
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the attention finds each prompt and each response in a row of N tokens."""
+
+    prompt_PS: Tensor  # places in the row; 0 where a prompt is shorter than S
+    response_BT: Tensor  # likewise
+    token_N: Tensor  # the inverse: places in the flattened [P·S + B·T] of the two above
+    prompt_B: Tensor | None  # which prompt a response answers; None = each prompt has equally many, in order
+    seen_B1TK: Tensor  # what each response place sees of its prompt's S places and its own T
+
+    @property
+    def group(self) -> int:
+        return len(self.response_BT) // len(self.prompt_PS)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Responses to prompts, as a base reads them: packed into one row, or as padded rows."""
+
+    inputs: dict[str, Any]  # for the base's forward; `ids` aside
+    ids: Tensor  # [1, N] packed, [B, L] padded
+    # Places among the tokens of `ids`, flattened. R = tokens of all responses, row by row.
+    response_R: Tensor  # the response tokens
+    predicting_R: Tensor  # the tokens before them, whose logits predict them
+    pooled_B: Tensor  # what the score is read off
+    row_R: Tensor  # which response a token is of
+    packed: bool
+
+    @property
+    def response_ids_R(self) -> Tensor:
+        return self.ids.reshape(-1)[self.response_R]
+
+    def __len__(self) -> int:
+        return len(self.pooled_B)
+
+
+def batch_of(
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    prompt_of: np.ndarray,
+    *,
+    packs: bool,
+    takes_positions: bool,
+    pad_id: int,
+    pad_on_disk: int | None,
+    device: torch.device,
+) -> Batch:
+    """Lay out responses and the prompts they answer.
+
+    Args:
+        prompts: token ids of each prompt, one or more.
+        responses: token ids of each response, the end-of-text token included.
+        prompt_of: [B] which prompt each response answers.
+        packs: whether the base can read one packed row.
+        takes_positions: whether the base takes position ids; padded rows of one that does not have none.
+        pad_id: fills padded rows.
+        pad_on_disk: the pad id in the base's config, which stock sequence classification skips; see `pooled`.
+    """
+    lay = _packed if packs else _padded
+    inputs, ids, first_B, before_B = lay(prompts, responses, prompt_of, pad_id, device)
+    if not takes_positions:
+        inputs.pop("position_ids", None)
+    response = [np.arange(len(answer)) + first for answer, first in zip(responses, first_B, strict=True)]
+    predicting = [
+        np.concatenate([[before], row[:-1]])[: len(row)] for before, row in zip(before_B, response, strict=True)
+    ]
+    pooled_B = []
+    for answer, first, before, prompt in zip(responses, first_B, before_B, prompt_of, strict=True):
+        place = pooled([*prompts[prompt], *answer], pad_on_disk)
+        own = place - len(prompts[prompt])
+        pooled_B.append(first + own if own >= 0 else before + 1 + own)
+
+    def tensor(places: list[np.ndarray] | np.ndarray) -> Tensor:
+        flat = np.concatenate(places) if isinstance(places, list) else places
+        return torch.from_numpy(flat.astype(np.int64)).to(device)
+
+    return Batch(
+        inputs,
+        ids,
+        response_R=tensor(response),
+        predicting_R=tensor(predicting),
+        pooled_B=tensor(np.array(pooled_B)),
+        row_R=tensor(np.repeat(np.arange(len(responses)), [len(row) for row in response])),
+        packed=packs,
+    )
+
+
+def pooled(ids: list[int], pad_on_disk: int | None) -> int:
+    """The place that stock sequence classification reads in a row: its last token that is not the pad id.
+
+    Stock transformers looks at ids alone. With pad = end-of-text, the habit for GPT-2, that is the token before the
+    end; without a pad id it is the last token of the row. A row of pad ids alone is read at its first.
+    """
+    place = len(ids) - 1
+    while place > 0 and ids[place] == pad_on_disk:
+        place -= 1
+    return place
+
+
+Laid = tuple[dict[str, Any], Tensor, np.ndarray, np.ndarray]  # inputs, ids, each response's first place, the one before
+
+
+def _padded(
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    prompt_of: np.ndarray,
+    pad_id: int,
+    device: torch.device,
+) -> Laid:
+    """Rows, each with its own copy of the prompt, padded on the left, and the response, padded on the right."""
+    left = max(len(prompts[j]) for j in prompt_of)
+    length = left + max(1, max(map(len, responses)))
+    ids = np.full((len(responses), length), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, (response, j) in enumerate(zip(responses, prompt_of, strict=True)):
+        ids[row, left - len(prompts[j]) : left] = prompts[j]
+        ids[row, left : left + len(response)] = response
+        mask[row, left - len(prompts[j]) : left + len(response)] = 1
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)
+    inputs = {
+        "attention_mask": torch.from_numpy(mask).to(device),
+        "position_ids": torch.from_numpy(positions).to(device),
+    }
+    first_B = np.arange(len(responses)) * length + left
+    return inputs, torch.from_numpy(ids).to(device), first_B, first_B - 1
+
+
+def _packed(
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    prompt_of: np.ndarray,
+    pad_id: int,
+    device: torch.device,
+) -> Laid:
+    """One row: prompts, then responses."""
+    prompt_lengths, lengths = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
+    starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_lengths, lengths]))])
+    prompt_starts, first_B = starts[: len(prompts)], starts[len(prompts) : -1]
+    ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (*prompts, *responses)])
+    positions = [np.arange(length) for length in prompt_lengths]
+    positions += [np.arange(length) + prompt_lengths[j] for length, j in zip(lengths, prompt_of, strict=True)]
+
+    wide, long = prompt_lengths.max(), max(1, lengths.max())
+    of_prompt_PS = np.arange(wide) < prompt_lengths[:, None]
+    of_response_BT = np.arange(long) < lengths[:, None]
+    prompt_PS = np.where(of_prompt_PS, prompt_starts[:, None] + np.arange(wide), 0)
+    response_BT = np.where(of_response_BT, first_B[:, None] + np.arange(long), 0)
+    token_N = np.concatenate([np.flatnonzero(of_prompt_PS), np.flatnonzero(of_response_BT) + of_prompt_PS.size])
+    own_TT = np.tril(np.ones((long, long), dtype=bool))
+    seen_BTK = np.concatenate(
+        [
+            np.broadcast_to(of_prompt_PS[prompt_of][:, None], (len(responses), long, wide)),
+            np.broadcast_to(own_TT, (len(responses), long, long)),
+        ],
+        axis=-1,
+    )
+    even = len(responses) % len(prompts) == 0
+    even = even and bool((prompt_of == np.arange(len(responses)) // (len(responses) // len(prompts))).all())
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    places = Places(
+        tensor(prompt_PS),
+        tensor(response_BT),
+        tensor(token_N),
+        None if even else tensor(np.asarray(prompt_of, dtype=np.int64)),
+        tensor(seen_BTK[:, None]),
+    )
+    inputs = {
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64, device=device),  # some bases warn without one
+        "position_ids": tensor(np.concatenate(positions)[None]),
+        "packing": places,
+    }
+    return inputs, tensor(ids[None]), first_B, prompt_starts[prompt_of] + prompt_lengths[prompt_of] - 1
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class _Apart(torch.autograd.Function):
+    """Tokens [N, …] taken apart into the places [P·S + B·T, …]. Each token has one place, so the way back is a look-up
+    too, and no sum whose order could change; what stands where a row is shorter is seen by nobody."""
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, place: Tensor, token_N: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N)
+        return x_N.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (token_N,) = ctx.saved_tensors
+        return gradients[0].index_select(0, token_N), None, None
+
+
+class _Together(torch.autograd.Function):
+    """The inverse of `_Apart`: no gradient reaches the places that hold no token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_N: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N)
+        ctx.places = len(x)
+        return x.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (token_N,) = ctx.saved_tensors
+        gradient_N = gradients[0]
+        return gradient_N.new_zeros(ctx.places, *gradient_N.shape[1:]).index_copy_(0, token_N, gradient_N), None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Places | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a packed row, by transformers' attention interface: query, key and value [1, A, N, D].
+
+    Raises:
+        NotImplementedError: attention that knows more than queries and keys.
+    """
+    special = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if packing is None or special or attention_mask is not None or dropout or len(query) != 1:
+        raise NotImplementedError(f"{type(module).__name__} cannot read a packed row: {special or 'no places'}")
+    prompts, S = packing.prompt_PS.shape
+    responses, T = packing.response_BT.shape
+    place = torch.cat([packing.prompt_PS.reshape(-1), packing.response_BT.reshape(-1)])
+
+    def apart(x_1AND: Tensor) -> tuple[Tensor, Tensor]:
+        x_NAD = x_1AND[0].transpose(0, 1)
+        if x_NAD.shape[1] != query.shape[1]:  # fewer heads of keys and values than of queries
+            x_NAD = x_NAD.repeat_interleave(query.shape[1] // x_NAD.shape[1], 1)
+        of_prompts, of_responses = _Apart.apply(x_NAD, place, packing.token_N).split([prompts * S, responses * T])
+        return of_prompts.unflatten(0, (prompts, S)), of_responses.unflatten(0, (responses, T))
+
+    def with_prompt(of_prompts: Tensor, of_responses: Tensor) -> Tensor:
+        if packing.prompt_B is None:
+            shape = (prompts, packing.group, *of_prompts.shape[1:])
+            before = of_prompts.unsqueeze(1).expand(shape).flatten(0, 1)
+        else:
+            before = of_prompts.index_select(0, packing.prompt_B)
+        return torch.cat([before, of_responses], 1)
+
+    (query_PSAD, query_BTAD), (key_PSAD, key_BTAD), (value_PSAD, value_BTAD) = map(apart, (query, key, value))
+    sdpa = nn.functional.scaled_dot_product_attention
+    out_PSAD = sdpa(
+        query_PSAD.transpose(1, 2), key_PSAD.transpose(1, 2), value_PSAD.transpose(1, 2), scale=scaling, is_causal=S > 1
+    ).transpose(1, 2)
+    out_BTAD = sdpa(
+        query_BTAD.transpose(1, 2),
+        with_prompt(key_PSAD, key_BTAD).transpose(1, 2),
+        with_prompt(value_PSAD, value_BTAD).transpose(1, 2),
+        attn_mask=packing.seen_B1TK,
+        scale=scaling,
+    ).transpose(1, 2)
+    out = torch.cat([out_PSAD.flatten(0, 1), out_BTAD.flatten(0, 1)])
+    return _Together.apply(out, packing.token_N)[None], None  # [1, N, A, D]
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
