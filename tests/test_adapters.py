@@ -26,7 +26,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lora_gan import data
-from lora_gan.adapters import pooled_index
 from lora_gan.checkpoint import adapter_state
 
 BOTH = ("generator", "discriminator")
@@ -37,7 +36,7 @@ def batch(gan, player="generator"):
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     if player == "generator":
         return gan.players.logits(ids, torch.ones_like(ids), keep=2)
-    return gan.players.predict(ids, torch.ones_like(ids))
+    return gan.players.predict(gan.players.batch([[5, 6], [9, 10]], [[7, 8], [11, 12]], np.arange(2)))
 
 
 # --- one base ---------------------------------------------------------------------------------------------------------
@@ -316,21 +315,6 @@ def test_discriminator_gradients_equal_those_of_a_stock_adapter():
 
 
 # --- pooling, pads, bases in memory -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pad", [None, 0, 1])
-def test_pooled_index_against_a_loop(pad):
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 4, size=(200, 9))
-    mask = np.zeros_like(ids)
-    for row in range(len(ids)):
-        first, last = sorted(rng.choice(10, size=2, replace=False))
-        mask[row, first:last] = 1
-        ids[row, first] = 3  # the first token of a prompt is not a pad
-    expected = [
-        max(i for i in range(9) if m[i] and (pad is None or x[i] != pad)) for x, m in zip(ids, mask, strict=True)
-    ]
-    assert pooled_index(torch.tensor(ids), torch.tensor(mask), pad).tolist() == expected
 
 
 def test_a_tokenizers_pad_token_outside_the_embedding_table_is_not_used():

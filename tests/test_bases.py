@@ -233,8 +233,9 @@ def test_straight_through_reads_the_embeddings_that_the_ids_have(trained):
     gan, _, name = trained
     rows = draw(gan, MANY, 2)
     with torch.no_grad(), gan.players.playing("discriminator"):
-        by_ids = gan.players.predict(rows.ids_BL, rows.mask_BL)
-        by_embeds = gan.players.predict(rows.ids_BL, rows.mask_BL, gan.players.embed(rows.ids_BL))
+        batch = gan.players.batch(*rows.parts())
+        by_ids = gan.players.predict(batch)
+        by_embeds = gan.players.predict(batch, gan.players.embed(batch.ids))
     assert by_ids.std() > 1e-2 and (by_ids - by_embeds).abs().max() < 1e-5
     through = gan_of(name, gradient_path="straight_through", reward_signal="predicted", beta=0.0)
     for _ in range(2):  # the first teaches the discriminator, whose heads were nought; then lora_B, which was

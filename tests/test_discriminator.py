@@ -38,9 +38,9 @@ def test_heads_begin_with_the_ridge_solution():
     groups = [group([0.1, 0.5, 0.9], prompt=5), group([0.2, 0.4], prompt=9)]
     gan.discriminator._keep_unit(groups)
     gan.discriminator._start(groups)
-    ids, mask, true_B, _, _ = gan.discriminator._batch(groups)
+    batch, true_B, _, _ = gan.discriminator._batch(groups)
     with torch.no_grad(), gan.players.playing("discriminator"):
-        features = gan.players.features(ids, mask).double().numpy()
+        features = gan.players.features(batch).double().numpy()
     target = true_B.double().numpy() / gan.players.reward_unit
     penalty = 0.1 * np.mean(np.sum(features**2, axis=1))
     primal = np.linalg.solve(features.T @ features + penalty * np.eye(features.shape[1]), features.T @ target)

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_gan import LoraGAN, data, rollout
-from lora_gan.adapters import pooled_index
 from lora_gan.checkpoint import adapter_state
 from lora_gan.experience import Experience
+from lora_gan.packing import pooled
 
 EOS = 0
 PROMPT = [1, 3, 2]
@@ -218,9 +218,9 @@ def test_straight_through_is_exact_for_one_token_and_a_linear_discriminator(monk
     gan = toy(length=1, gradient_path="straight_through", reward_signal="predicted")
     weight_H = torch.randn(16, generator=torch.Generator().manual_seed(1))
 
-    def linear(ids_BL, mask_BL, embeds_BLH=None):
-        embeds_BLH = gan.players.embed(ids_BL) if embeds_BLH is None else embeds_BLH
-        return ((embeds_BLH * mask_BL[..., None]).sum(1) @ weight_H)[None]
+    def linear(batch, embeds_BLH=None):
+        embeds_BLH = gan.players.embed(batch.ids) if embeds_BLH is None else embeds_BLH
+        return (embeds_BLH.flatten(0, 1).sum(0) @ weight_H).expand(1, len(batch))
 
     monkeypatch.setattr(gan.players, "predict", linear)
     table = gan.players.embed(torch.arange(5)).detach().double()
@@ -260,7 +260,7 @@ def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad
         one_hot = torch.nn.functional.one_hot(torch.tensor(response), probs.shape[-1]).float()
         tokens = (one_hot + probs - probs.detach()) @ table
         hidden = body(inputs_embeds=torch.cat([table[prompt], tokens])[None]).last_hidden_state[0]
-        scores.append(hidden[pooled_index(ids, torch.ones_like(ids), gan.players.base.pad_on_disk)[0]] @ head)
+        scores.append(hidden[pooled(prompt + response, gan.players.base.pad_on_disk)] @ head)
     assert torch.stack(scores).detach().numpy() == pytest.approx(experience.predicted_B, abs=1e-5)
     (-torch.stack(scores).mean()).backward()
     oracle = gradients(trainable(generator))

@@ -13,22 +13,20 @@ from lora_gan import LoraGAN
 SETTINGS = {"num_generations": 4, "disc_replay_groups": 0}
 
 
-def fill(monkeypatch, gan, rows, *, forwards=("logits", "features"), skip=0):
+def fill(monkeypatch, gan, rows, *, players=("generator", "discriminator"), skip=0):
     """Forwards of more than so many rows find no room, after the first `skip` of them that did."""
     left = [skip]
 
-    def limited(whole):
-        def forward(ids_BL, *arguments, **options):
-            if len(ids_BL) > rows and torch.is_grad_enabled():
-                if not left[0]:
-                    raise torch.OutOfMemoryError("simulated")
-                left[0] -= 1
-            return whole(ids_BL, *arguments, **options)
+    whole = gan.players.hidden
 
-        return forward
+    def limited(batch, *arguments, **options):
+        if len(batch) > rows and torch.is_grad_enabled() and gan.players.active in players:
+            if not left[0]:
+                raise torch.OutOfMemoryError("simulated")
+            left[0] -= 1
+        return whole(batch, *arguments, **options)
 
-    for name in forwards:
-        monkeypatch.setattr(gan.players, name, limited(getattr(gan.players, name)))
+    monkeypatch.setattr(gan.players, "hidden", limited)
 
 
 def run(gan, steps=3):
@@ -72,7 +70,7 @@ def test_what_was_done_before_memory_ran_out_is_done_again_and_not_twice(monkeyp
     for skip in (1, 3):
         gan, whole = small_gan(**settings, micro_batch_size=4), small_gan(**settings, micro_batch_size=4)
         with monkeypatch.context() as patched, pytest.warns(UserWarning, match="micro_batch_size=2"):
-            fill(patched, gan, 2, forwards=["logits"], skip=skip)
+            fill(patched, gan, 2, players=["generator"], skip=skip)
             record = gan.step(PROMPTS[:2], TARGETS[:2])
         expected = whole.step(PROMPTS[:2], TARGETS[:2])
         assert record["gen_grad_norm"] == pytest.approx(expected["gen_grad_norm"], rel=1e-4)
@@ -80,14 +78,13 @@ def test_what_was_done_before_memory_ran_out_is_done_again_and_not_twice(monkeyp
             assert torch.allclose(one, two, atol=2e-4)
 
 
-@pytest.mark.parametrize(("forward", "left"), [("logits", 1), ("features", 4)])
-def test_what_cannot_be_split_raises(monkeypatch, forward, left):
+@pytest.mark.parametrize(("only", "left"), [("generator", 1), ("discriminator", 4)])
+def test_what_cannot_be_split_raises(monkeypatch, only, left):
     """One response; for the discriminator one group, whose mean needs all of it."""
     gan = small_gan(**SETTINGS)
     gan.step(PROMPTS[:2])
     before = {player: player_state(gan, player)["parameters"] for player in ("generator", "discriminator")}
-    fill(monkeypatch, gan, left - 1, forwards=[forward])
-    only = "generator" if forward == "logits" else "discriminator"
+    fill(monkeypatch, gan, left - 1, players=[only])
     with pytest.warns(UserWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError):
         gan.step(PROMPTS[:2], train_gen=only == "generator", train_disc=only == "discriminator")
     after = {player: player_state(gan, player)["parameters"] for player in before}
@@ -98,11 +95,11 @@ def test_predictions_are_made_in_smaller_parts_too(monkeypatch):
     gan, oracle = small_gan(), small_gan(micro_batch_size=2)
     whole, count = gan.players.predict, []
 
-    def limited(ids_BL, *arguments):
-        count.append(len(ids_BL))
-        if len(ids_BL) > 2:
+    def limited(batch, *arguments):
+        count.append(len(batch))
+        if len(batch) > 2:
             raise torch.OutOfMemoryError("simulated")
-        return whole(ids_BL, *arguments)
+        return whole(batch, *arguments)
 
     monkeypatch.setattr(gan.players, "predict", limited)
     with pytest.warns(UserWarning, match="micro_batch_size=2"):
