@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from . import packing, randomness
 from .base import Base, load_base, positions
 from .config import Config
+from .linear import quicken
 from .packing import Batch, batch_of
 
 __all__ = ["Base", "Player", "Players", "load_base", "lora_config"]
@@ -71,6 +72,7 @@ class Players:
             self.peft = _attach(base, lora)
         self.peft.eval()  # train mode would switch on the base's own dropout
         self.lm: Any = self.peft.get_base_model()
+        quicken(self.lm)
         self.body: nn.Module | None = getattr(self.lm, self.lm.base_model_prefix, None)
         if self.body is None:
             raise ValueError(
@@ -194,6 +196,15 @@ class Players:
             output.grad_fn.metadata["lora_gan"] = graph  # lives as long as the graph does
             self._open[key] = weakref.ref(graph)
             output.register_hook(lambda _: self._open.pop(key, None) and None)
+        return output
+
+    def set_aside(self, output: Tensor) -> Tensor:
+        """An output whose backward comes after other forwards, by other players too.
+
+        Only autograd's own rule holds then: the weights must not have changed. Nothing is recomputed in its backward,
+        and `requires_grad` is never touched, so that it does not matter who plays.
+        """
+        self._open.clear()
         return output
 
     # --- forwards

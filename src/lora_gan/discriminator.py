@@ -118,6 +118,15 @@ def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
     return groups
 
 
+def _answered_features(experience: Experience) -> Tensor | None:
+    """Of the features that were kept, those of the responses in `answered_groups`, in its order."""
+    if experience.features_BH is None:
+        return None
+    answered = np.flatnonzero(~np.isnan(experience.true_B))
+    rows = answered[np.argsort(experience.group_B[answered], kind="stable")]
+    return experience.features_BH[torch.from_numpy(rows).to(experience.features_BH.device)] if len(rows) else None
+
+
 class Discriminator:
     """What the discriminator carries from step to step beside its weights: optimizer, replay, the reward's scale."""
 
@@ -146,10 +155,13 @@ class Discriminator:
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Inside the block the players hold the weights that score: the averaged ones, where there is an average."""
+        if self.average is None:
+            yield
+            return
         parameters = self.players.parameters("discriminator")
         raw = [parameter.data for parameter in parameters]
         try:
-            for parameter, weight in zip(parameters, self.average or raw, strict=True):
+            for parameter, weight in zip(parameters, self.average, strict=True):
                 parameter.data = weight
             yield
         finally:
@@ -170,6 +182,25 @@ class Discriminator:
         )
         return predicted_MB.double().cpu().numpy()
 
+    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, Tensor | None]:
+        """`predict`, and the features with the graph that the next update begins from, [B, H].
+
+        None where it would learn from something else: other weights than those that score, other rows, or in smaller
+        parts than all at once.
+        """
+        size = self.optimizer.micro_batch_size
+        alike = not self.config.disc_average and self.config.disc_objective == "regression"
+        if not alike or self.config.disc_anchor_reward is not None or (size is not None and size < len(rollout)):
+            return self.predict(rollout), None
+        try:
+            with self.players.playing("discriminator"):
+                features_BH = self.players.set_aside(self.players.features(self.players.batch(*rollout.parts())))
+        except torch.OutOfMemoryError:  # a graph takes more than a prediction does
+            return self.predict(rollout), None
+        with torch.no_grad():
+            predicted_MB = self.players.score_MH @ features_BH.T
+        return predicted_MB.double().cpu().numpy(), features_BH
+
     def update(self, experience: Experience) -> dict[str, float | None]:
         """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates.
 
@@ -188,10 +219,12 @@ class Discriminator:
                 self._start(fresh)
         elif not self.players.heads_MH.any():
             self._start_at_random()
+        kept = _answered_features(experience)
         losses, norm, learning_rate, skipped = [], None, 0.0, 0
         for update in range(self.config.disc_updates):
-            batch = fresh + self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
-            loss = self._learn_within_memory(batch) if batch else 0.0
+            old = self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
+            loss = self._learn_within_memory(fresh, old, kept) if fresh or old else 0.0
+            kept = None  # it was of the weights before this update
             learning_rate = self.optimizer.learning_rate
             taken = self.optimizer.step(loss)
             losses += [loss] if math.isfinite(loss) else []
@@ -268,7 +301,7 @@ class Discriminator:
         """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
         right: list[float] = []
         for group in groups:
-            batch, *_ = self._batch([group])
+            batch = self._batch([group])
             with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
                 predicted_B = self.players.predict(batch).mean(0)
             right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
@@ -321,7 +354,7 @@ class Discriminator:
         Without intercept (stock sequence classification ignores a bias), in its dual form, since responses are fewer
         than features: w = Fᵀ (F Fᵀ + λ I)⁻¹ r, each head on the groups it learns from.
         """
-        batch, true_B, _, seen_MB = self._batch(groups)
+        batch, (true_B, _, seen_MB) = self._batch(groups), self._labels(groups)
         with torch.no_grad(), self.players.playing("discriminator"):
             features_BH = self.players.features(batch).double()
         if not torch.isfinite(features_BH).all():  # there is nothing to solve, and no process may raise alone
@@ -339,23 +372,38 @@ class Discriminator:
             heads.append(dual @ features_BH[kept_B])
         return torch.stack(heads).float()
 
-    def _learn_within_memory(self, groups: list[Group]) -> float:
+    def _learn_within_memory(self, fresh: list[Group], old: list[Group], kept: Tensor | None) -> float:
         """`_learn`, in smaller micro-batches where memory runs out; whole groups remain together."""
+        groups, features = fresh + old, [kept]
 
         def splits() -> bool:
             return any(len(part) > 1 for part in micro_batches(groups, self.optimizer.micro_batch_size))
 
-        rows = sum(len(group.responses) for group in groups)
-        return memory.fitting(lambda: self._learn(groups), self.optimizer, rows, splits=splits)
+        def learn() -> float:
+            kept = features.pop() if features else None  # its graph serves once
+            if kept is None:
+                parts = [(part, None) for part in micro_batches(groups, self.optimizer.micro_batch_size)]
+            else:
+                parts = [(part, None) for part in micro_batches(old, self.optimizer.micro_batch_size)]
+                parts = [(fresh, kept), *parts]
+            return self._learn(parts)
 
-    def _learn(self, groups: list[Group]) -> float:
-        """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses."""
-        total = sum(sum(group.heads) * len(group.responses) for group in groups)
+        rows = sum(len(group.responses) for group in groups)
+        return memory.fitting(learn, self.optimizer, rows, splits=splits)
+
+    def _learn(self, parts: list[tuple[list[Group], Tensor | None]]) -> float:
+        """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses.
+
+        `parts` are micro-batches, each with its features where they are known.
+        """
+        total = sum(sum(group.heads) * len(group.responses) for groups, _ in parts for group in groups)
         loss = 0.0
-        for part in micro_batches(groups, self.optimizer.micro_batch_size):
-            batch, true_B, group_B, seen_MB = self._batch(part)
+        for groups, features_BH in parts:
+            true_B, group_B, seen_MB = self._labels(groups)
             with self.players.playing("discriminator"):
-                predicted_MB = self.players.predict(batch) / self.players.reward_unit
+                if features_BH is None:
+                    features_BH = self.players.features(self._batch(groups))
+                predicted_MB = self.players.score_MH @ features_BH.T / self.players.reward_unit
                 true_B = true_B / self.players.reward_unit
                 regression_MB = objectives.regression_by_group(
                     predicted_MB, true_B, group_B, mean_weight=self.config.disc_mean_weight
@@ -370,20 +418,22 @@ class Discriminator:
             loss += float(share.detach())
         return loss
 
-    def _batch(self, groups: list[Group]) -> tuple[Batch, Tensor, Tensor, Tensor]:
-        """The groups' responses, true rewards [B], group labels [B], which head learns from which row [M, B]."""
-        sizes = [len(group.responses) for group in groups]
-        device = self.players.device
-        batch = self.players.batch(
+    def _batch(self, groups: list[Group]) -> Batch:
+        """The groups' responses, laid out for a forward."""
+        return self.players.batch(
             [group.prompt for group in groups],
             [response for group in groups for response in group.responses],
-            np.repeat(np.arange(len(groups)), sizes),
+            np.repeat(np.arange(len(groups)), [len(group.responses) for group in groups]),
         )
-        repeats = torch.tensor(sizes, device=device)
-        group_B = torch.arange(len(groups), device=device).repeat_interleave(repeats)
+
+    def _labels(self, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
+        """The responses' true rewards [B], group labels [B], and which head learns from which of them [M, B]."""
+        device = self.players.device
+        sizes = torch.tensor([len(group.responses) for group in groups], device=device)
+        group_B = torch.arange(len(groups), device=device).repeat_interleave(sizes)
         true_B = torch.tensor([r for group in groups for r in group.rewards], device=device, dtype=torch.float32)
         seen_MB = torch.tensor([group.heads for group in groups], device=device, dtype=torch.float32).T[:, group_B]
-        return batch, true_B, group_B, seen_MB
+        return true_B, group_B, seen_MB
 
     def restart(self, score_1H: Tensor) -> None:
         """Take over the score of a discriminator that came without heads and replay: every head begins with it."""

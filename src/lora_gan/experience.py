@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from .data import Row
 from .rollout import Rollout
@@ -19,13 +20,14 @@ class Experience:
     rows: list[Row]  # the P prompts
     prompts: list[list[int]]  # their token ids
     rollout: Rollout  # K responses each
-    predicted_MB: np.ndarray  # fresh predictions of every head, float64
+    predicted_MB: np.ndarray  # fresh predictions of every head, float64; NaN = nobody asked for them
     asked_B: np.ndarray  # bool: which responses the true reward was asked for, drawn before scoring
     true_B: np.ndarray  # true rewards; NaN = not asked, or not answered
     inclusion_B: np.ndarray  # probability with which each response was asked for; 0 = none was asked for
     parts: dict[str, np.ndarray]  # the true reward's parts by name, where it has several
     gate: float = 1.0  # how far predictions are trusted, from earlier steps alone
     left_out_B: np.ndarray | None = None  # bool: groups in which a call of the true reward failed; None = no group
+    features_BH: Tensor | None = None  # what the predictions were read off, with its graph; None = it was not kept
 
     @property
     def predicted_B(self) -> np.ndarray:

@@ -189,13 +189,20 @@ class LoraGAN:
                     f"all {self.config.reward_budget} true-reward calls of reward_budget are spent: raise it, or learn "
                     "on by prediction alone (after_budget='predicted', and a reward_signal other than 'true')"
                 )
-            experience = self._play(rows, asks=asks)
+            # Plain RL, where nobody asks what the discriminator thinks, costs what plain RL costs.
+            predicts = train_disc or not train_gen or signal != "true"
+            # Straight-through differentiates the discriminator as it was; else the order makes no difference, and
+            # the discriminator goes first: the graph of its predictions, which it learns from, is then soon gone.
+            through = self.config.gradient_path == "straight_through"
+            experience = self._play(rows, asks=asks, predicts=predicts, learns=train_disc and not through)
+            if train_disc and not through:
+                disc = self.discriminator.update(experience)
         if train_gen:
             with self.discriminator.scoring():
                 gen = self.generator.update(
                     rows, experience if reinforce else None, signal, imitation_weight, self.players.predict
                 )
-        if train_disc and experience is not None:
+        if train_disc and experience is not None and through:
             disc = self.discriminator.update(experience)
         alarms: list[str] = []
         if train_gen and experience is not None and reinforce:
@@ -230,13 +237,22 @@ class LoraGAN:
             raise ValueError("reward_weight=0 and imitation_weight=0 leave the generator nothing to learn from")
         return weight, train_gen and not warming_up and self.config.reward_weight > 0
 
-    def _play(self, rows: list[Row], *, asks: bool) -> Experience:
-        """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate."""
+    def _play(self, rows: list[Row], *, asks: bool, predicts: bool = True, learns: bool = False) -> Experience:
+        """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate.
+
+        `learns`: the discriminator's update comes next, and begins from the predictions' own forward.
+        """
         if asks:
             self._require_comparable(rows)
         prompts = self._encode(row.prompt for row in rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
-        predicted_MB = self.discriminator.predict(sampled)
+        features_BH = None
+        if learns:
+            predicted_MB, features_BH = self.discriminator.predict_to_learn(sampled)
+        elif predicts:
+            predicted_MB = self.discriminator.predict(sampled)
+        else:
+            predicted_MB = np.full((self.config.disc_heads, len(sampled)), np.nan)
         queries = estimate.choose_queries(
             sampled.group_B,
             self.config.query_rate if asks else 0.0,
@@ -261,6 +277,7 @@ class LoraGAN:
             parts,
             self.discriminator.gate,
             np.isin(sampled.group_B, list(left_out)) if left_out else None,
+            features_BH,
         )
 
     def _over_with_budget(self, signal: RewardSignal) -> bool:

@@ -70,7 +70,7 @@ def step_record(
         record |= {
             "reward_mean": _mean(experience.true_B),
             "reward_std": _std(experience.true_B),
-            "pred_reward_mean": float(experience.predicted_B.mean()),
+            "pred_reward_mean": _mean(experience.predicted_B),
             "asked": int(experience.asked_B.sum()),
             "reward_failures": reward_failures,
             "unanswered": int(experience.asked_B.sum()) - len(answered_B),
@@ -93,7 +93,7 @@ def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], .
     columns = (
         experience.rollout.texts,
         [None if math.isnan(value) else value for value in experience.true_B.tolist()],
-        experience.predicted_B.tolist(),
+        [None if math.isnan(value) else value for value in experience.predicted_B.tolist()],
     )
     return tuple([column[j * per_prompt : (j + 1) * per_prompt] for j in range(prompts)] for column in columns)
 
@@ -193,7 +193,10 @@ def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str,
             *(record[name][j] or () for name in ("responses", "true_rewards", "pred_rewards")), strict=True
         ):
             sample = {"step": record["step"], "prompt": row.prompt, "completion": response}
-            sample |= {"true_reward": true, "pred_reward": predicted if math.isfinite(predicted) else None}
+            sample |= {
+                "true_reward": true,
+                "pred_reward": predicted if predicted is not None and math.isfinite(predicted) else None,
+            }
             samples.append(sample if row.target is None else sample | {"target": row.target})
     return samples
 
