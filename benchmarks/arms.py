@@ -7,10 +7,11 @@
     two_models      the literal reading: two separate bases with an adapter each, one response at a time, plain
                     transformers and PEFT
     trl             TRL's GRPOTrainer with PEFT, and a separate reward model with an adapter of its own beside it
+    trl_checkpointed  the same with gradient checkpointing, which is TRL's default: less memory for more time
 
 One `step()` of each arm is one training step over exactly `prompts × group` responses of exactly `tokens` tokens. All
 use AdamW, LoRA of the same rank on the same layers, the same learning rates, temperature and weight of the KL, no
-dropout and no gradient checkpointing, and the same deterministic reward, which costs nothing to speak of.
+dropout and (but for trl_checkpointed) no gradient checkpointing, and the same deterministic reward, which costs nothing to speak of.
 
 Every response has the same length because no text can end: the base each arm loads (`prepare`) names as its end an id
 beyond its vocabulary, so that no arm pays for holding the end back, and none stops early.
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -221,7 +222,7 @@ class Arm(Protocol):
 
     def step(self) -> Wrote: ...
 
-    def models(self) -> list[nn.Module]: ...
+    def models(self) -> list[PeftModel]: ...
 
     def optimizers(self) -> list[torch.optim.Optimizer]: ...
 
@@ -246,10 +247,16 @@ class LoraGanArm:
                     target_modules=linear_names(workload.folder),
                 )
         self.gan = LoraGAN(
-            str(workload.folder), reward=lambda response, target=None: self.reward(response), device=str(workload.device),
-            prompts_per_step=shape.prompts, num_generations=shape.group, max_completion_length=shape.tokens,
-            micro_batch_size=workload.micro_batch, disc_peft_config=disc_peft_config, **settings,
-        )  # fmt: skip
+            str(workload.folder),
+            reward=lambda response, target=None: self.reward(response),
+            disc_peft_config=disc_peft_config,
+            device=str(workload.device),
+            prompts_per_step=shape.prompts,
+            num_generations=shape.group,
+            max_completion_length=shape.tokens,
+            micro_batch_size=workload.micro_batch,
+            **settings,
+        )
 
     def step(self) -> Wrote:
         prompts = self.workload.prompts_at(self.gan.global_step)
@@ -261,7 +268,7 @@ class LoraGanArm:
             record["completions/max_length"],
         )
 
-    def models(self) -> list[nn.Module]:
+    def models(self) -> list[PeftModel]:
         return [self.gan.players.peft]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -335,7 +342,7 @@ class TwoModels:
         logits = self.generator(input_ids=row_1L, use_cache=False, logits_to_keep=tokens + 1).logits
         return logits[:, :-1].float() / DEFAULTS.temperature
 
-    def models(self) -> list[nn.Module]:
+    def models(self) -> list[PeftModel]:
         return [self.generator, self.discriminator]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -357,14 +364,12 @@ class Trl:
     The reward model makes one update on all responses of a step, inside the reward function.
     """
 
-    name = "trl"
-
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, name: str, workload: Workload, *, checkpointing: bool = False) -> None:
         from datasets import Dataset
         from transformers import PrinterCallback, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
 
-        self.workload, self.reward, self.lengths = workload, reward, [0]
+        self.name, self.workload, self.reward, self.lengths = name, workload, reward, [0]
         self.tokenizer = AutoTokenizer.from_pretrained(workload.folder)
         scorer = AutoModelForSequenceClassification.from_pretrained(workload.folder, num_labels=1, dtype=workload.dtype)
         self.scorer = get_peft_model(scorer, _lora(task_type="SEQ_CLS")).to(workload.device).eval()
@@ -389,7 +394,7 @@ class Trl:
                 gradient_accumulation_steps=shape.responses // micro_batch, num_generations=shape.group,
                 max_completion_length=shape.tokens, temperature=DEFAULTS.temperature, beta=DEFAULTS.beta,
                 learning_rate=DEFAULTS.learning_rate, lr_scheduler_type="constant", shuffle_dataset=False,
-                disable_dropout=True, gradient_checkpointing=False, bf16=False, seed=0,
+                disable_dropout=True, gradient_checkpointing=checkpointing, bf16=False, seed=0,
                 use_cpu=workload.device.type == "cpu", model_init_kwargs={"dtype": workload.dtype},
                 logging_steps=1_000_000, save_strategy="no", report_to="none", disable_tqdm=True,
             ),
@@ -447,7 +452,7 @@ class Trl:
             ((predicted_B - true_B[part]).square().sum() / len(rows)).backward()
         _update(self.scorer_adamw)
 
-    def models(self) -> list[nn.Module]:
+    def models(self) -> list[PeftModel]:
         return [self.trainer.model, self.scorer]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -467,7 +472,8 @@ ARMS: dict[str, Callable[[Workload], Arm]] = {
     "lora_gan_fresh": lambda workload: LoraGanArm("lora_gan_fresh", workload, **FRESH),
     "lora_gan_upper": lambda workload: LoraGanArm("lora_gan_upper", workload, upper=True, **FRESH),
     "two_models": TwoModels,
-    "trl": Trl,
+    "trl": lambda workload: Trl("trl", workload),
+    "trl_checkpointed": lambda workload: Trl("trl_checkpointed", workload, checkpointing=True),
     "plain_rl": lambda workload: LoraGanArm("plain_rl", workload, train_disc=False, adversarial=False),
 }
 OURS = ("lora_gan", "lora_gan_fresh", "lora_gan_upper")  # what the ratios are taken of
