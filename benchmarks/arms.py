@@ -11,7 +11,7 @@
 
 One `step()` of each arm is one training step over exactly `prompts × group` responses of exactly `tokens` tokens. All
 use AdamW, LoRA of the same rank on the same layers, the same learning rates, temperature and weight of the KL, no
-dropout and (but for trl_checkpointed) no gradient checkpointing, and the same deterministic reward, which costs nothing to speak of.
+dropout, no gradient checkpointing (but in trl_checkpointed), and the same deterministic reward, which is next to free.
 
 Every response has the same length because no text can end: the base each arm loads (`prepare`) names as its end an id
 beyond its vocabulary, so that no arm pays for holding the end back, and none stops early.
@@ -104,10 +104,15 @@ def _random_small() -> PreTrainedConfig:
     return GPT2Config(n_embd=128, n_layer=4, n_head=4, vocab_size=2048, n_positions=1024)
 
 
+def _random_mini() -> PreTrainedConfig:
+    return GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=512, n_positions=64)
+
+
 RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {  # bases made here, of random weights
     "gpt2": _random_gpt2,
     "llama-0.5b": _random_llama,
     "small": _random_small,
+    "mini": _random_mini,
 }
 
 
@@ -178,16 +183,20 @@ def _prompts(shape: Shape, tokenizer: Any, count: int, seed: int) -> Iterator[st
         yield from (pair["prompt"] for pair in tiny.pairs("train", count, seed=seed))
         return
     draws = random.Random(seed)
-    words = [f"w{i}" for i in range(1, 1000)]
+    words = [f"w{i}" for i in range(1, 500)]
     if shape.base not in RANDOM:
         words = sorted({word for pair in tiny.pairs("train", 256, seed=seed) for word in pair["prompt"].split()})
     for _ in range(count):
         chosen: list[str] = []
-        while True:  # the longest text of random words within the length asked for: exact where a word is a token
+        for _ in range(200):  # words that still fit, until the length is met: at once where a word is a token
             longer = [*chosen, draws.choice(words)]
-            if len(tokenizer(" ".join(longer))["input_ids"]) > shape.prompt_tokens:
+            length = len(tokenizer(" ".join(longer))["input_ids"])
+            if length <= shape.prompt_tokens:
+                chosen = longer
+            if length == shape.prompt_tokens:
                 break
-            chosen = longer
+        if not chosen:
+            raise ValueError(f"no word fits into the {shape.prompt_tokens} tokens of a prompt of {shape.name}")
         yield " ".join(chosen)
 
 

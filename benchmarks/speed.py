@@ -91,7 +91,7 @@ def run(shape: Shape, names: Iterable[str], repeats: int, warmup: int, out: Path
         except FileNotFoundError as missing:
             print(f"{shape.name} is left out: {missing}", file=sys.stderr)
             return
-        where = describe(workload.device) | {"shape": _plain(shape), "dtype": str(workload.dtype).rpartition(".")[2]}
+        where = describe(workload.device) | {"shape": plain(shape), "dtype": str(workload.dtype).rpartition(".")[2]}
         done = {_key(line) for line in open_lines(out)}
         due = [
             (repeat, name, kind)
@@ -135,7 +135,7 @@ def rates_of(arm: LoraGanArm, workload: Workload) -> Rates:
     return measure(lm, *rows, workload.device)
 
 
-def _plain(shape: Shape) -> dict[str, Any]:
+def plain(shape: Shape) -> dict[str, Any]:
     """A folder's place on this machine is nobody else's business."""
     return dataclasses.asdict(shape) | {"base": Path(shape.base).name}
 
