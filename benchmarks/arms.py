@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_gan import LoraGAN, objectives, tiny
+from lora_gan import LoraGAN, tiny
 from lora_gan.config import Config
 
 DEFAULTS = Config()
@@ -288,7 +288,7 @@ class LoraGanArm:
 
 
 class TwoModels:
-    """Two bases with an adapter each, one response a time: generate, ask, one update of each. No library beyond PEFT.
+    """Two bases with an adapter each, one response a time: generate, ask, one update of each. Nothing of this library.
 
     REINFORCE against the mean of the rewards so far, the KL to the reference exact over the vocabulary, as in this
     library; one row at a time, so that there is no padding, and logits of response places only.
@@ -338,18 +338,18 @@ class TwoModels:
 
     def update_generator(self, row_1L: Tensor, tokens: int, advantage: float) -> None:
         with torch.no_grad(), self.generator.disable_adapter():
-            reference_1TV = self.response_logits(row_1L, tokens)
-        logits_1TV = self.response_logits(row_1L, tokens)
-        mask_1T = torch.ones(1, tokens, device=row_1L.device)
-        logprobs_1T = objectives.token_logprobs(logits_1TV, row_1L[:, -tokens:])
-        loss = -advantage * logprobs_1T.sum()
-        loss = loss + DEFAULTS.beta * objectives.kl_to_reference(logits_1TV, reference_1TV, mask_1T).sum()
+            reference_TV = self.response_logprobs(row_1L, tokens)
+        logprobs_TV = self.response_logprobs(row_1L, tokens)
+        written_T1 = row_1L[0, -tokens:, None]
+        kl = (logprobs_TV.exp() * (logprobs_TV - reference_TV)).sum()
+        loss = DEFAULTS.beta * kl - advantage * logprobs_TV.gather(-1, written_T1).sum()
         loss.backward()
         _update(self.generator_adamw)
 
-    def response_logits(self, row_1L: Tensor, tokens: int) -> Tensor:
-        logits = self.generator(input_ids=row_1L, use_cache=False, logits_to_keep=tokens + 1).logits
-        return logits[:, :-1].float() / DEFAULTS.temperature
+    def response_logprobs(self, row_1L: Tensor, tokens: int) -> Tensor:
+        """Log-probabilities over the vocabulary at each place that predicts a response token, [T, V]."""
+        logits = self.generator(input_ids=row_1L, use_cache=False, logits_to_keep=tokens + 1).logits[0, :-1]
+        return (logits.float() / DEFAULTS.temperature).log_softmax(-1)
 
     def models(self) -> list[PeftModel]:
         return [self.generator, self.discriminator]

@@ -2,7 +2,8 @@
 
 `measured` times one step by phase: it wraps methods of one LoraGAN for the length of that step. Phases do not overlap
 (the time of an inner one is taken off the outer one) and sum to the step. Which phase a forward belongs to is read off
-who plays (`players.playing`) and in which method.
+who plays (`players.playing`) and in which method; prefill is the first call of the model's forward in sampling, and is
+counted as decode where sampling does not call that.
 
 `work` counts the floating-point operations that a phase needs by the shapes alone, whatever the code does:
 
