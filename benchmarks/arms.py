@@ -122,6 +122,7 @@ class Workload:
 
     shape: Shape
     folder: Path  # the base, its tokenizer, and no end of text that it could write
+    second: Path  # the same in files of its own, for arms that have two bases: Linux would hold one file's pages once
     prompts: tuple[str, ...]
     micro_batch: int | None = None  # responses in one forward and backward of an update; None: all
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -163,10 +164,12 @@ def prepare(shape: Shape, folder: Path, *, seed: int = 0, micro_batch: int | Non
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(0), "left"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id, model.generation_config.pad_token_id = None, 0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    second = folder / "second"
+    for where in (folder, second):
+        model.save_pretrained(where)
+        tokenizer.save_pretrained(where)
     count = max(POOL // shape.prompts, 1) * shape.prompts
-    return Workload(shape, folder, tuple(_prompts(shape, tokenizer, count, seed)), micro_batch)
+    return Workload(shape, folder, second, tuple(_prompts(shape, tokenizer, count, seed)), micro_batch)
 
 
 def _word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -301,7 +304,7 @@ class TwoModels:
         where = {"dtype": workload.dtype}
         self.tokenizer = AutoTokenizer.from_pretrained(workload.folder)
         generator = AutoModelForCausalLM.from_pretrained(workload.folder, **where)
-        discriminator = AutoModelForSequenceClassification.from_pretrained(workload.folder, num_labels=1, **where)
+        discriminator = AutoModelForSequenceClassification.from_pretrained(workload.second, num_labels=1, **where)
         # eval mode: no dropout, as in the other arms; gradients are taken all the same
         self.generator = get_peft_model(generator, _lora(task_type="CAUSAL_LM")).to(workload.device).eval()
         self.discriminator = get_peft_model(discriminator, _lora(task_type="SEQ_CLS")).to(workload.device).eval()
@@ -380,7 +383,7 @@ class Trl:
 
         self.name, self.workload, self.reward, self.lengths = name, workload, reward, [0]
         self.tokenizer = AutoTokenizer.from_pretrained(workload.folder)
-        scorer = AutoModelForSequenceClassification.from_pretrained(workload.folder, num_labels=1, dtype=workload.dtype)
+        scorer = AutoModelForSequenceClassification.from_pretrained(workload.second, num_labels=1, dtype=workload.dtype)
         self.scorer = get_peft_model(scorer, _lora(task_type="SEQ_CLS")).to(workload.device).eval()
         self.scorer_adamw = _adamw(self.scorer, DEFAULTS.disc_learning_rate)
 

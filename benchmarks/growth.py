@@ -211,7 +211,10 @@ def draw(lines: list[Line], file: Path) -> None:
         above = [max(its) - median for median, its in zip(medians, at.values(), strict=True)]
         axes.plot(list(at), expected(name, at), "k--", linewidth=1, label="expected from the first value")
         axes.errorbar(list(at), medians, [below, above], marker="o", markersize=4, capsize=2, label="measured, median")
-        axes.set(xlabel=AXES[name].unit, ylabel="seconds a step", ylim=(0, None))
+        most = max(max(max(its) for its in at.values()), *expected(name, at))
+        axes.set(xlabel=AXES[name].unit, ylabel="seconds a step", ylim=(0, 1.15 * most))
+        if len(set(expected(name, at))) == 1:  # flat: over many sizes
+            axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     for axes in panels.ravel()[len(found) :]:
         axes.axis("off")

@@ -10,14 +10,20 @@ kernel's count of resident memory (VmHWM of Linux), on CUDA torch.cuda.max_memor
 
 Measured: the peak, over all and of the steps alone (loading a base may take more than using it); the bytes of the
 tensors of the bases, of what is trained (adapters and heads), and of the optimizers' moments. What is left of the
-steps' peak is activations, logits, gradients, the cache of sampling, and what the allocator holds back. Computed, not
-measured: the size of one float32 copy of the logits of the largest forward.
+steps' peak beside those is activations, logits, gradients, the cache of sampling, and what the allocator holds back (of
+a base, what was never read is not in memory and is not taken off: most of a reward model's embeddings, say). Computed,
+not measured: the size of one float32 copy of the logits of the largest forward.
 
 Micro-batches are equal: this library's `micro_batch_size`, TRL's `per_device_train_batch_size` with as many steps of
 accumulation as make the same batch, and for two_models one response, as its definition says. Two things differ by
 nature: this library's discriminator keeps the responses of a prompt together, so that its micro-batch is a whole group
 where a group is larger; and trl, as the others, runs without gradient checkpointing, trl_checkpointed with it, as is
 TRL's default.
+
+On the CPU the weights of a base are mapped from its file, not copied. The two bases of two_models and trl come from two
+files, as a model and a reward model do. Were they one file, Linux would hold its pages once and yet count them twice in
+each figure here; the last column says what such a pair would take (computed: the peak less the second base). On a GPU
+nothing is shared.
 
 Every process has the same settings of glibc's allocator (MALLOC_ARENA_MAX=1, and freed blocks from 128 KiB go back to
 the system at once), which make the figure steadier: without them it holds memory that was freed.
@@ -107,8 +113,9 @@ def run(shape: Shape, names: Iterable[str], micro_batch: int, steps: int, repeat
                 if _key(line) in done:
                     continue
                 told = {
-                    "arm": name, "shape": dataclasses.asdict(shape), "folder": folder, "prompts": workload.prompts,
-                    "micro_batch": micro_batch, "steps": steps, "threads": torch.get_num_threads(),
+                    "arm": name, "shape": dataclasses.asdict(shape), "folder": str(workload.folder),
+                    "second": str(workload.second), "prompts": workload.prompts, "micro_batch": micro_batch,
+                    "steps": steps, "threads": torch.get_num_threads(),
                 }  # fmt: skip
                 command = [sys.executable, __file__, "--child", json.dumps(told)]
                 done_process = subprocess.run(command, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True)
@@ -129,7 +136,8 @@ def measure(told: dict[str, Any]) -> Line:
     with tempfile.TemporaryDirectory() as folder, built([told["arm"]], prepare(MINI, Path(folder))) as arms:
         arms[told["arm"]].step()
         arms.clear()
-    workload = Workload(Shape(**told["shape"]), Path(told["folder"]), tuple(told["prompts"]), told["micro_batch"])
+    folders = Path(told["folder"]), Path(told["second"])
+    workload = Workload(Shape(**told["shape"]), *folders, tuple(told["prompts"]), told["micro_batch"])
     baseline, files = held(workload.device), mapped_files()
     start_peak(workload.device)
     with built([told["arm"]], workload) as arms:
@@ -155,7 +163,7 @@ def tensors(arm: Arm) -> dict[str, int]:
 
     trained = [parameter for adamw in arm.optimizers() for group in adamw.param_groups for parameter in group["params"]]
     known = {id(parameter) for parameter in trained}
-    frozen = [parameter for model in arm.models() for parameter in model.parameters() if id(parameter) not in known]
+    frozen = [[parameter for parameter in model.parameters() if id(parameter) not in known] for model in arm.models()]
     kept = [
         value
         for adamw in arm.optimizers()
@@ -163,7 +171,10 @@ def tensors(arm: Arm) -> dict[str, int]:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     ]
-    return {"base": size(frozen), "adapters": size(trained), "optimizers": size(kept)}
+    bases = [size(its) for its in frozen]
+    return {
+        "base": sum(bases), "second_base": sum(bases[1:]), "adapters": size(trained), "optimizers": size(kept),
+    }  # fmt: skip
 
 
 def logits_bytes(arm: Arm) -> int:
@@ -241,6 +252,7 @@ def section(lines: list[Line]) -> str:
     heads = [
         "arm", "peak, MiB: median (least–most)", "while training", "base", "adapters", "optimizers",
         "left: activations, logits, gradients, cache", "one copy of the logits (computed)",
+        "peak, were both bases one file (computed)",
     ]  # fmt: skip
     rows = [_row(name, list(rounds.values())) for name, rounds in in_order(arms)]
     text = [
@@ -266,9 +278,12 @@ def _row(name: str, rounds: list[Line]) -> list[str]:
         return statistics.median(line[key] for line in rounds) / MIB
 
     counted = [median(key) for key in ("base", "adapters", "optimizers")]
-    left = median("training_peak") - sum(counted)
+    never_read = max(0.0, median("base") - median("of_files")) if median("of_files") > median("base") / 2 else 0.0
+    left = median("training_peak") - sum(counted) + never_read
     sizes = [f"{value:.1f}" for value in (median("training_peak"), *counted, left, median("logits"))]
-    return [name, spread([line["peak"] / MIB for line in rounds], 1), *sizes]
+    on_cpu = statistics.median(line["of_files"] for line in rounds) > 0
+    one_file = statistics.median(line["peak"] - line["second_base"] for line in rounds) / MIB
+    return [name, spread([line["peak"] / MIB for line in rounds], 1), *sizes, f"{one_file:.1f}" if on_cpu else ""]
 
 
 def _ratio(peer: dict[int, Line], ours: dict[int, Line]) -> str:

@@ -166,6 +166,7 @@ def test_memory_counts_the_tensors_that_there_are(workload):
             arm.step()
             counted[name] = memory.tensors(arm)
         ours, theirs = counted["lora_gan"], counted["two_models"]
+        assert ours["second_base"] == 0 and 0.4 < theirs["second_base"] / theirs["base"] < 0.6
         assert 1.9 < theirs["base"] / ours["base"] < 2.1
         assert ours["optimizers"] == pytest.approx(2 * ours["adapters"], rel=0.05)
 
