@@ -168,6 +168,7 @@ def prepare(shape: Shape, folder: Path, *, seed: int = 0, micro_batch: int | Non
     for where in (folder, second):
         model.save_pretrained(where)
         tokenizer.save_pretrained(where)
+    os.sync()  # or the disk is written to while the first steps are timed
     count = max(POOL // shape.prompts, 1) * shape.prompts
     return Workload(shape, folder, second, tuple(_prompts(shape, tokenizer, count, seed)), micro_batch)
 

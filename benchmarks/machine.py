@@ -130,6 +130,15 @@ class Rates:
         return asdict(self)
 
     @classmethod
+    def best(cls, those: list[Rates]) -> Rates:
+        """The highest of several measurements: one that something else disturbed says nothing of what is possible."""
+        body, head = (
+            {rows: max(getattr(its, name)[rows] for its in those) for rows in getattr(those[0], name)}
+            for name in ("body", "head")
+        )
+        return cls(body, head, max(its.read for its in those), max(its.copy for its in those))
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rates:
         numbered = {name: {int(rows): rate for rows, rate in values[name].items()} for name in ("body", "head")}
         return cls(**numbered, read=values["read"], copy=values["copy"])

@@ -22,8 +22,8 @@ TRL's default.
 
 On the CPU the weights of a base are mapped from its file, not copied. The two bases of two_models and trl come from two
 files, as a model and a reward model do. Were they one file, Linux would hold its pages once and yet count them twice in
-each figure here; the last column says what such a pair would take (computed: the peak less the second base). On a GPU
-nothing is shared.
+each figure here; the last column says what such a pair would take (computed: the peak less what is in memory of the
+second base). On a GPU nothing is shared.
 
 Every process has the same settings of glibc's allocator (MALLOC_ARENA_MAX=1, and freed blocks from 128 KiB go back to
 the system at once), which make the figure steadier: without them it holds memory that was freed.
@@ -282,7 +282,9 @@ def _row(name: str, rounds: list[Line]) -> list[str]:
     left = median("training_peak") - sum(counted) + never_read
     sizes = [f"{value:.1f}" for value in (median("training_peak"), *counted, left, median("logits"))]
     on_cpu = statistics.median(line["of_files"] for line in rounds) > 0
-    one_file = statistics.median(line["peak"] - line["second_base"] for line in rounds) / MIB
+    one_file = median("peak")
+    if any(line["second_base"] for line in rounds):  # of the second one, the pages that are in memory
+        one_file -= max(0.0, median("of_files") - (median("base") - median("second_base")))
     return [name, spread([line["peak"] / MIB for line in rounds], 1), *sizes, f"{one_file:.1f}" if on_cpu else ""]
 
 

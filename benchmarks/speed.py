@@ -10,9 +10,9 @@ them. Each step is one line of the results file: a run that was interrupted goes
 code, on another machine or with another number of threads begins anew beside it.
 
 Ratios are taken within a round (the peer's step over ours, both a moment apart): their median, and their least and
-most. The same run measures how fast the machine multiplies this base's matrices and reads memory (machine.py), and
-once a round our arms make one more step that is timed by phase (phases.py): its table says how long the matrix
-products alone would take, and for decoding, how long reading the weights would.
+most. Once a round the run also measures how fast the machine multiplies this base's matrices and reads memory
+(machine.py; the best round counts), and our arms make one more step that is timed by phase (phases.py): its table says
+what share of the time the matrix products alone would take, and for decoding, reading the weights alone.
 
 The bases "gpt2" and "llama-0.5b" are made here with random weights (the time of a step does not depend on them);
 nothing is fetched.
@@ -105,12 +105,14 @@ def run(shape: Shape, names: Iterable[str], repeats: int, warmup: int, out: Path
             return
         with built(dict.fromkeys(name for _, name, _ in due), workload) as arms:
             ours = [arm for arm in arms.values() if isinstance(arm, LoraGanArm)]
-            if ours and _key(where | {"kind": "rates"}) not in done:
-                append_line(out, where | {"kind": "rates", **rates_of(ours[0], workload).to_dict()})
             for _ in range(warmup):
                 for arm in arms.values():
                     arm.step()
             for repeat, name, kind in due:
+                rates: Line = where | {"kind": "rates", "repeat": repeat}
+                if ours and _key(rates) not in done:
+                    append_line(out, rates | rates_of(ours[0], workload).to_dict())
+                    done.add(_key(rates))
                 line: Line = where | {"kind": kind, "arm": name, "repeat": repeat}
                 arm = arms[name]
                 gc.collect()
@@ -179,8 +181,8 @@ def section(lines: list[Line]) -> str:
             "How many times as fast ours is: the peer's seconds over ours, median (least–most) over rounds.",
             table(["arm", *(f"against {peer}" for peer in peers)], ratios),
         ]
-    rates = next((Rates.from_dict(line) for line in lines if line["kind"] == "rates"), None)
-    if rates is not None:
+    if measurements := [Rates.from_dict(line) for line in lines if line["kind"] == "rates"]:
+        rates = Rates.best(measurements)
         text.append(_rates_text(rates))
         phased: dict[str, list[Line]] = {}
         for line in lines:
@@ -222,7 +224,7 @@ def _rates_text(rates: Rates) -> str:
         return ", ".join(f"{rate / 1e9:.1f} at {rows} rows" for rows, rate in by_rows.items())
 
     return (
-        f"Matrix products of this base on this machine, GFLOP/s: layers {listed(rates.body)}; vocabulary head "
+        f"Matrix products of this base on this machine, GFLOP/s, the best of the rounds: layers {listed(rates.body)}; vocabulary head "
         f"{listed(rates.head)}. Memory: reading {rates.read / 1e9:.1f} GB/s, copying {rates.copy / 1e9:.1f} GB/s (read "
         "and written)."
     )
