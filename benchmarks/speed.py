@@ -224,9 +224,9 @@ def _rates_text(rates: Rates) -> str:
         return ", ".join(f"{rate / 1e9:.1f} at {rows} rows" for rows, rate in by_rows.items())
 
     return (
-        f"Matrix products of this base on this machine, GFLOP/s, the best of the rounds: layers {listed(rates.body)}; vocabulary head "
-        f"{listed(rates.head)}. Memory: reading {rates.read / 1e9:.1f} GB/s, copying {rates.copy / 1e9:.1f} GB/s (read "
-        "and written)."
+        f"Best of the rounds, matrix products of this base on this machine in GFLOP/s: layers {listed(rates.body)}; "
+        f"vocabulary head {listed(rates.head)}. Memory: reading {rates.read / 1e9:.1f} GB/s, copying "
+        f"{rates.copy / 1e9:.1f} GB/s (read and written)."
     )
 
 
