@@ -135,7 +135,6 @@ def measure(told: dict[str, Any]) -> Line:
     torch.set_num_threads(told["threads"])
     with tempfile.TemporaryDirectory() as folder, built([told["arm"]], prepare(MINI, Path(folder))) as arms:
         arms[told["arm"]].step()
-        arms.clear()
     folders = Path(told["folder"]), Path(told["second"])
     workload = Workload(Shape(**told["shape"]), *folders, tuple(told["prompts"]), told["micro_batch"])
     baseline, files = held(workload.device), mapped_files()
