@@ -1,0 +1,226 @@
+"""What does a step of this library cost as its sizes grow, and as a run goes on?
+
+    python benchmarks/growth.py --out docs/results/growth.jsonl --plot docs/results/growth.png
+    python benchmarks/growth.py --axes rank replay --repeats 7
+    python benchmarks/growth.py --out docs/results/growth.jsonl --report        # the table of what is there, no run
+
+One size at a time is changed, all others stay as below; the settings are otherwise the library's own. The values of an
+axis take turns, a step each, `--repeats` times round, so that the machine's moods fall on all of them. Medians are
+printed beside what is expected: in proportion to the first value (responses, group, tokens), to prompt and response
+together (prompt_tokens), or flat (replay, rank, steps).
+
+    responses       a step: prompts × 8                  tokens         of a response
+    group           responses a prompt, of 2 prompts     prompt_tokens  of a prompt
+    replay          groups that replay holds (full: filled with the first step's before anything is timed)
+    rank            of both adapters                     steps          taken before, in one run
+
+The base is a GPT-2 of four layers of width 128 with random weights, made here, or "tiny", which ships. Each step that
+was timed is one line of the results file, and a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import LoraGanArm, Shape, prepare, quiet
+from machine import describe, synchronize
+from speed import spread, table
+
+from lora_gan.json_lines import append_line, open_lines
+
+Line = dict[str, Any]
+PLAIN = Shape("growth", "small", prompts=2, group=8, tokens=16, prompt_tokens=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One size that is changed."""
+
+    values: tuple[int, ...]
+    unit: str
+    shape: Callable[[int], dict[str, int]] = lambda value: {}
+    settings: Callable[[int], dict[str, int]] = lambda value: {}
+    grows: Callable[[int], float] = lambda value: 1.0  # what the cost is expected in proportion to
+
+
+AXES = {
+    "responses": Axis((8, 16, 32, 64), "responses a step", lambda v: {"prompts": v // 8}, grows=float),
+    "group": Axis((2, 4, 8, 16), "responses a prompt", lambda v: {"group": v}, grows=float),
+    "tokens": Axis((8, 16, 32, 64), "tokens a response", lambda v: {"tokens": v}, grows=float),
+    "prompt_tokens": Axis(
+        (8, 32, 64, 128), "tokens a prompt", lambda v: {"prompt_tokens": v}, grows=lambda v: v + PLAIN.tokens
+    ),
+    "replay": Axis((2, 16, 64, 256, 1024), "groups in replay", settings=lambda v: {"disc_replay_groups": v}),
+    "rank": Axis((4, 8, 16, 32, 64), "rank", settings=lambda v: {"lora_r": v, "disc_lora_r": v}),
+    "steps": Axis((5, 25, 50, 100, 200), "steps taken"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES), help="default: all")
+    parser.add_argument("--base", default="small", choices=["small", "tiny"], help="default: small")
+    parser.add_argument("--repeats", type=int, default=5, help="steps timed of each value (default 5)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/growth.jsonl"), help="JSON Lines, one a step")
+    parser.add_argument("--plot", type=Path, help="draw what --out holds as one picture, a panel an axis")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1: these bases are small)")
+    parser.add_argument(
+        "--report", action="store_true", help="print the table of what --out holds, and measure nothing"
+    )
+    given = parser.parse_args(arguments)
+    if given.report and not given.out.is_file():
+        raise SystemExit(f"there is no {given.out} to report on: run the benchmark first, or name another --out")
+    if not given.report:
+        quiet()
+        torch.set_num_threads(given.threads)
+        for name in given.axes:
+            (over_steps if name == "steps" else over_values)(name, given.base, given.repeats, given.out)
+    lines = open_lines(given.out)
+    print(report(lines))
+    if given.plot:
+        draw(lines, given.plot)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def over_values(name: str, base: str, repeats: int, out: Path) -> None:
+    """Steps at each of the axis's values, in turns."""
+    axis = AXES[name]
+    where = _where(name, base)
+    done = {_key(line) for line in open_lines(out)}
+    due = [(r, v) for r in range(repeats) for v in axis.values if _key(where | {"value": v, "repeat": r}) not in done]
+    if not due:
+        return
+    with tempfile.TemporaryDirectory(prefix="lora-gan-benchmark-") as folder:
+        arms = {}
+        for value in dict.fromkeys(value for _, value in due):
+            shape = dataclasses.replace(PLAIN, base=base, **axis.shape(value))
+            arm = arms[value] = LoraGanArm("lora_gan", prepare(shape, Path(folder, str(value))), **axis.settings(value))
+            arm.step()
+            replay = arm.gan.discriminator.replay
+            if name == "replay":
+                replay.extend(list(replay.groups) * (value // len(replay.groups)))
+            arm.step()
+        for repeat, value in due:
+            append_line(out, where | {"value": value, "repeat": repeat, "seconds": seconds(arms[value])})
+    print(f"{name} is done", flush=True)
+
+
+def over_steps(name: str, base: str, repeats: int, out: Path) -> None:
+    """The last steps up to each mark of one run; begun anew where the file does not have them all."""
+    where = _where(name, base)
+    marks = AXES[name].values
+    done = {_key(line) for line in open_lines(out)}
+    if all(_key(where | {"value": mark, "repeat": r}) in done for mark in marks for r in range(repeats)):
+        return
+    with tempfile.TemporaryDirectory(prefix="lora-gan-benchmark-") as folder:
+        arm = LoraGanArm("lora_gan", prepare(dataclasses.replace(PLAIN, base=base), Path(folder)))
+        times: list[float] = []
+        for mark in marks:
+            while len(times) < mark:
+                times.append(seconds(arm))
+            for repeat, its in enumerate(times[-repeats:]):
+                line = where | {"value": mark, "repeat": repeat, "seconds": its}
+                if _key(line) not in done:
+                    append_line(out, line)
+    print(f"{name} is done", flush=True)
+
+
+def seconds(arm: LoraGanArm) -> float:
+    synchronize(arm.workload.device)
+    began = time.perf_counter()
+    arm.step()
+    synchronize(arm.workload.device)
+    return time.perf_counter() - began
+
+
+def _where(axis: str, base: str) -> Line:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return describe(device) | {"axis": axis, "base": base}
+
+
+def _key(line: Line) -> tuple[Any, ...]:
+    return (*_group(line), line["axis"], line["value"], line["repeat"])
+
+
+def _group(line: Line) -> tuple[Any, ...]:
+    return line["code"], line["device"], line["threads"], line["torch"], line["base"]
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def points(lines: list[Line]) -> Iterator[tuple[str, dict[int, list[float]]]]:
+    """Of the last group in the file: each axis, and the seconds at each of its values."""
+    latest = [line for line in lines if _group(line) == _group(lines[-1])] if lines else []
+    for name in AXES:
+        at: dict[int, list[float]] = {}
+        for line in latest:
+            if line["axis"] == name:
+                at.setdefault(line["value"], []).append(line["seconds"])
+        if at:
+            yield name, dict(sorted(at.items()))
+
+
+def expected(name: str, at: dict[int, list[float]]) -> list[float]:
+    """Seconds in proportion to the first value's."""
+    first = next(iter(at))
+    grows = AXES[name].grows
+    return [statistics.median(at[first]) * grows(value) / grows(first) for value in at]
+
+
+def report(lines: list[Line]) -> str:
+    if not lines:
+        return "nothing was measured"
+    first = lines[-1]
+    rows = [
+        [AXES[name].unit, str(value), spread(at[value], 3), f"{its:.3f}", f"{statistics.median(at[value]) / its:.2f}"]
+        for name, at in points(lines)
+        for value, its in zip(at, expected(name, at), strict=True)
+    ]
+    heads = ["size", "value", "seconds a step: median (least–most)", "expected", "measured over expected"]
+    where = (
+        f"{first['device']}, {first['threads']} threads; base {first['base']}; code {first['code']}, torch "
+        f"{first['torch']}. Otherwise {PLAIN.prompts} prompts × {PLAIN.group} responses × {PLAIN.tokens} tokens, "
+        f"prompts of {PLAIN.prompt_tokens}."
+    )
+    return f"{where}\n\n{table(heads, rows)}"
+
+
+def draw(lines: list[Line], file: Path) -> None:
+    """A panel an axis: medians with their range, and the expected line."""
+    from learning_report import figure_of, legend
+
+    found = list(points(lines))
+    columns = 4
+    figure, panels = figure_of(
+        -(-len(found) // columns), columns, "What a step costs as sizes grow", width=3.2, height=2.7
+    )
+    for axes, (name, at) in zip(panels.ravel(), found, strict=False):
+        medians = [statistics.median(its) for its in at.values()]
+        below = [median - min(its) for median, its in zip(medians, at.values(), strict=True)]
+        above = [max(its) - median for median, its in zip(medians, at.values(), strict=True)]
+        axes.plot(list(at), expected(name, at), "k--", linewidth=1, label="expected from the first value")
+        axes.errorbar(list(at), medians, [below, above], marker="o", markersize=4, capsize=2, label="measured, median")
+        most = max(max(max(its) for its in at.values()), *expected(name, at))
+        axes.set(xlabel=AXES[name].unit, ylabel="seconds a step", ylim=(0, 1.15 * most))
+        if len(set(expected(name, at))) == 1:  # flat: over many sizes
+            axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    for axes in panels.ravel()[len(found) :]:
+        axes.axis("off")
+    legend(figure, panels)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Where a step of this library spends its time, and how much work each phase holds. Hooks from outside; none inside.
+
+`measured` times one step by phase: it wraps methods of one LoraGAN for the length of that step. Phases do not overlap
+(the time of an inner one is taken off the outer one) and sum to the step. Which phase a forward belongs to is read off
+who plays (`players.playing`) and in which method; prefill is the first call of the model's forward in sampling, and is
+counted as decode where sampling does not call that.
+
+`work` counts the floating-point operations that a phase needs by the shapes alone, whatever the code does:
+
+    forward   2·(body + adapter) a token, 2·head a place whose logits are needed,
+              2·width·L·(L+1) a layer and row of L tokens for attention (QKᵀ and its product with V, causal half alone)
+    backward  2·body a token (dX: the weights are frozen), 4·adapter (dX and dW), 2·head a place, attention twice
+    prefill   each prompt once, forward; one place's logits a prompt
+    decode    B rows, T − 1 times one token, forward; logits of each. Bytes: each time the weights and the adapter once,
+              and the keys and values so far of every row
+    prediction, reference     B rows of prompt + response, forward; logits of the T response places for the reference
+    generator update          the same rows, forward and backward; logits of the response places
+    discriminator update      fresh and replayed rows, `disc_updates` times, forward, and backward down to the first
+                              layer that has the discriminator's adapter; no logits
+
+body, adapter, head = weights of the linear layers, of one player's LoRA on them, of the vocabulary head; width = heads
+× their size. Where `work` divided by the machine's own rates comes out above the time taken, less was computed than the
+formula counts (a prompt that a group shares, say).
+
+# P = prompts, B = responses, L = prompt and response tokens, T = response tokens
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from arms import LoraGanArm, Wrote
+from machine import Rates, linear_layers, synchronize
+
+PHASES = (
+    "prefill", "decode", "prediction", "reward", "reference", "generator update", "discriminator update", "rest",
+)  # fmt: skip
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds by phase; the innermost open phase gets them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, defaultdict[str, float](float)
+        self.open = ["rest"]
+        self.last = self._now()
+
+    def _now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def _charge(self) -> None:
+        now = self._now()
+        self.seconds[self.open[-1]] += now - self.last
+        self.last = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._charge()
+        self.open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self.open.pop()
+
+    def stop(self) -> dict[str, float]:
+        self._charge()
+        return {name: self.seconds[name] for name in PHASES}
+
+
+def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
+    """One step of the arm, and its seconds by phase."""
+    gan, prefilled = arm.gan, False
+
+    def forward_phase() -> str | None:
+        nonlocal prefilled
+        first, prefilled = clock.open[-1] == "decode" and not prefilled, prefilled or clock.open[-1] == "decode"
+        return "prefill" if first else None
+
+    with ExitStack() as hooks:
+        for owner, name, phase in (
+            (arm, "reward", "reward"),
+            (gan, "_sample", "decode"),
+            (gan.players.lm, "forward", forward_phase),  # of sampling the first one is the prompts'
+            (gan.discriminator, "predict", "prediction"),
+            (gan.players, "playing", lambda player: "reference" if player == "reference" else None),
+            (gan.generator, "update", "generator update"),
+            (gan.discriminator, "update", "discriminator update"),
+        ):
+            hooks.enter_context(_hooked(owner, name, phase, lambda: clock))
+        clock = Clock(arm.workload.device)
+        wrote = arm.step()
+        return wrote, clock.stop()
+
+
+@contextmanager
+def _hooked(
+    owner: Any, name: str, phase: str | Callable[..., str | None], clock: Callable[[], Clock]
+) -> Iterator[None]:
+    """The method runs in its phase while the block lasts. A context manager's phase is its block."""
+    original, was_own = getattr(owner, name), name in vars(owner)
+
+    @contextmanager
+    def entering(*arguments: Any, **named: Any) -> Iterator[Any]:
+        its = phase(*arguments, **named) if callable(phase) else phase
+        with clock().phase(its) if its else ExitStack(), original(*arguments, **named) as value:
+            yield value
+
+    @functools.wraps(original)
+    def calling(*arguments: Any, **named: Any) -> Any:
+        its = phase() if callable(phase) else phase
+        with clock().phase(its) if its else ExitStack():
+            return original(*arguments, **named)
+
+    setattr(owner, name, entering if name == "playing" else calling)
+    try:
+        yield
+    finally:
+        if was_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one phase of a step needs."""
+
+    body: float  # FLOPs of the layers, attention included
+    head: float  # FLOPs of the vocabulary head
+    body_rows: int  # of one matrix product
+    head_rows: int
+    bytes: float = 0.0  # read from memory, where that is what it waits for
+
+    @property
+    def flops(self) -> float:
+        return self.body + self.head
+
+    def product_seconds(self, rates: Rates) -> float:
+        """What the matrix products alone would take, at the rates measured on this machine."""
+        head = self.head / rates.head[self.head_rows] if self.head else 0.0
+        return self.body / rates.body[self.body_rows] + head
+
+
+def work(arm: LoraGanArm) -> dict[str, Work]:
+    """By phase; what does not run is left out."""
+    gan, shape = arm.gan, arm.workload.shape
+    body, head = linear_layers(gan.players.lm)
+    size = sum(layer.weight.numel() for layer in body)
+    adapter = {
+        player: sum(weights for layer in body for its, weights in layer.adapters if its == player)
+        for player in ("generator", "discriminator")
+    }
+    config = gan.players.lm.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = heads * head_dim
+    kv_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    layers, element = config.num_hidden_layers, head.weight.element_size()
+
+    lengths = [len(ids) for ids in gan._encode(arm.workload.prompts)]
+    prompt = round(sum(lengths) / len(lengths))
+    rows, places = shape.responses, shape.tokens
+    tokens = prompt + places
+
+    def attention(length: int) -> float:
+        return 2 * width * length * (length + 1) * layers
+
+    def forward(count: int, length: int, player: str | None) -> float:
+        return 2 * (size + adapter.get(player, 0)) * count * length + count * attention(length)
+
+    def backward(count: int, length: int, player: str) -> float:
+        first = next(i for i, layer in enumerate(body) if player in dict(layer.adapters))
+        below = sum(layer.weight.numel() for layer in body[:first]) / size
+        through = 2 * size * (1 - below) + 4 * adapter[player]
+        return through * count * length + 2 * (1 - below) * count * attention(length)
+
+    one_place = 2 * head.weight.numel()
+    weights = (size + head.weight.numel()) * element + 4 * adapter["generator"]  # adapters are in float32
+    decode_bytes = sum(weights + 2 * kv_width * layers * element * rows * (prompt + done) for done in range(1, places))
+    decode = (places - 1) * rows * 2 * (size + adapter["generator"])
+    decode += rows * (attention(tokens - 1) - attention(prompt))
+    needed = {
+        "prefill": Work(
+            forward(shape.prompts, prompt, "generator"), shape.prompts * one_place, shape.prompts * prompt,
+            shape.prompts,
+        ),
+        "decode": Work(decode, (places - 1) * rows * one_place, rows, rows, decode_bytes),
+        "prediction": Work(forward(rows, tokens, "discriminator"), 0.0, rows * tokens, 0),
+        "generator update": Work(
+            forward(rows, tokens, "generator") + backward(rows, tokens, "generator"), 2 * rows * places * one_place,
+            rows * tokens, rows * places,
+        ),
+    }  # fmt: skip
+    if gan.config.beta:
+        needed["reference"] = Work(forward(rows, tokens, None), rows * places * one_place, rows * tokens, rows * places)
+    if arm.train_disc:
+        learned = rows * (2 if gan.config.disc_replay_groups else 1) * gan.config.disc_updates
+        flops = forward(learned, tokens, "discriminator") + backward(learned, tokens, "discriminator")
+        needed["discriminator update"] = Work(flops, 0.0, rows * tokens, 0)
+    return {phase: needed[phase] for phase in PHASES if phase in needed}

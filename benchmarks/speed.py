@@ -1,0 +1,261 @@
+"""How long is one training step, side by side with peers, and what share of it is what the machine must spend?
+
+    python benchmarks/speed.py --shapes tiny --repeats 5
+    python benchmarks/speed.py --shapes gpt2 --arms lora_gan two_models trl plain_rl --out docs/results/speed.jsonl
+    python benchmarks/speed.py --out docs/results/speed.jsonl --report        # the tables of what is there, no run
+
+All arms (see arms.py) live in one process on the same base, prompts and response length. After a warm-up step each,
+they take turns, one step at a time, `--repeats` times round, so that whatever else the machine does falls on all of
+them. Each step is one line of the results file: a run that was interrupted goes on where it stopped, and one of other
+code, on another machine or with another number of threads begins anew beside it.
+
+Ratios are taken within a round (the peer's step over ours, both a moment apart): their median, and their least and
+most. Once a round the run also measures how fast the machine multiplies this base's matrices and reads memory
+(machine.py; the best round counts), and our arms make one more step that is timed by phase (phases.py): its table says
+what share of the time the matrix products alone would take, and for decoding, reading the weights alone.
+
+The bases "gpt2" and "llama-0.5b" are made here with random weights (the time of a step does not depend on them);
+nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import ARMS, OURS, SHAPES, STORIES, LoraGanArm, Shape, Workload, built, prepare, quiet
+from machine import Rates, describe, measure, synchronize
+from phases import PHASES, Work, measured, work
+
+from lora_gan.json_lines import append_line, open_lines
+
+PEERS = tuple(name for name in ARMS if name not in OURS)
+PHASED = (*OURS, "plain_rl")  # the arms that are this library
+DEFAULT = tuple(name for name in ARMS if name != "trl_checkpointed")
+Line = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["tiny"], choices=list(SHAPES), help="default: tiny")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(DEFAULT), choices=list(ARMS), help=f"default: {' '.join(DEFAULT)}"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of one step an arm (default 5)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps of each arm before the first round (default 1)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/speed.jsonl"), help="JSON Lines, one a step")
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--stories", type=Path, default=STORIES, help="the folder of the stories260K model")
+    parser.add_argument("--prompts", type=int, help="a step, instead of the shape's own")
+    parser.add_argument("--group", type=int, help="responses a prompt, instead of the shape's own")
+    parser.add_argument("--tokens", type=int, help="of a response, instead of the shape's own")
+    parser.add_argument(
+        "--report", action="store_true", help="print the tables of what --out holds, and measure nothing"
+    )
+    given = parser.parse_args(arguments)
+    if not given.report:
+        quiet()
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        for name in given.shapes:
+            run(shape_of(name, given), given.arms, given.repeats, given.warmup, given.out)
+    if given.report and not given.out.is_file():
+        raise SystemExit(f"there is no {given.out} to report on: run the benchmark first, or name another --out")
+    print(report(open_lines(given.out)))
+
+
+def shape_of(name: str, given: argparse.Namespace) -> Shape:
+    changes = {key: getattr(given, key) for key in ("prompts", "group", "tokens") if getattr(given, key)}
+    if name == "stories260K":
+        changes["base"] = str(given.stories)
+    return dataclasses.replace(SHAPES[name], **changes)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def run(shape: Shape, names: Iterable[str], repeats: int, warmup: int, out: Path) -> None:
+    """Measure what the results file does not hold yet of this shape; each step is a line as soon as it is done."""
+    with tempfile.TemporaryDirectory(prefix="lora-gan-benchmark-") as folder:
+        try:
+            workload = prepare(shape, Path(folder))
+        except FileNotFoundError as missing:
+            print(f"{shape.name} is left out: {missing}", file=sys.stderr)
+            return
+        where = describe(workload.device) | {"shape": plain(shape), "dtype": str(workload.dtype).rpartition(".")[2]}
+        done = {_key(line) for line in open_lines(out)}
+        due = [
+            (repeat, name, kind)
+            for repeat in range(repeats)
+            for name in names
+            for kind in ("step", "phases")
+            if _key(where | {"kind": kind, "arm": name, "repeat": repeat}) not in done
+            and (kind == "step" or name in PHASED)
+        ]
+        if not due:
+            return
+        with built(dict.fromkeys(name for _, name, _ in due), workload) as arms:
+            ours = [arm for arm in arms.values() if isinstance(arm, LoraGanArm)]
+            for _ in range(warmup):
+                for arm in arms.values():
+                    arm.step()
+            for repeat, name, kind in due:
+                rates: Line = where | {"kind": "rates", "repeat": repeat}
+                if ours and _key(rates) not in done:
+                    append_line(out, rates | rates_of(ours[0], workload).to_dict())
+                    done.add(_key(rates))
+                line: Line = where | {"kind": kind, "arm": name, "repeat": repeat}
+                arm = arms[name]
+                gc.collect()
+                synchronize(workload.device)
+                began = time.perf_counter()
+                if kind == "step":
+                    wrote = arm.step()
+                    synchronize(workload.device)
+                else:
+                    wrote, line["phases"] = measured(arm)
+                    line["work"] = {phase: dataclasses.asdict(its) for phase, its in work(arm).items()}
+                line |= {"seconds": time.perf_counter() - began, "wrote": dataclasses.asdict(wrote)}
+                append_line(out, line)
+                print(f"{shape.name} {repeat + 1}/{repeats} {name} {kind}: {line['seconds']:.3f} s", flush=True)
+
+
+def rates_of(arm: LoraGanArm, workload: Workload) -> Rates:
+    """At the sizes that the phases of any of our arms multiply at."""
+    needed = work(arm).values()
+    lm = arm.gan.players.lm
+    rows = {its.body_rows for its in needed}, {its.head_rows for its in needed if its.head}
+    return measure(lm, *rows, workload.device)
+
+
+def plain(shape: Shape) -> dict[str, Any]:
+    """A folder's place on this machine is nobody else's business."""
+    return dataclasses.asdict(shape) | {"base": Path(shape.base).name}
+
+
+def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is measured once."""
+    setting = (line["code"], line["device"], line["threads"], line["torch"], tuple(line["shape"].items()))
+    return (*setting, line["kind"], line.get("arm"), line.get("repeat"))
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def report(lines: list[Line]) -> str:
+    """All tables, as Markdown: one section a shape, machine and version of the code."""
+    groups: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        groups.setdefault(_key(line)[:5], []).append(line)
+    return "\n\n".join(section(group) for group in groups.values())
+
+
+def section(lines: list[Line]) -> str:
+    first, shape = lines[0], lines[0]["shape"]
+    steps = {line["arm"]: {} for line in lines if line["kind"] == "step"}
+    for line in lines:
+        if line["kind"] == "step":
+            steps[line["arm"]][line["repeat"]] = line
+    text = [
+        f"## {shape['name']}: {shape['prompts']} prompts × {shape['group']} responses × {shape['tokens']} tokens",
+        f"{first['device']}, {first['threads']} threads, {first['dtype']}; code {first['code']}, Python "
+        f"{first['python']}, torch {first['torch']}, transformers {first['transformers']}, peft {first['peft']}, trl "
+        f"{first['trl']}.",
+        table(
+            ["arm", "seconds a step: median (least–most)", "responses a second", "tokens a response", "rounds"],
+            [_step_row(name, list(rounds.values())) for name, rounds in in_order(steps)],
+        ),
+    ]
+    if ratios := [_ratio_row(name, steps) for name in OURS if name in steps]:
+        peers = [name for name in PEERS if name in steps]
+        text += [
+            "How many times as fast ours is: the peer's seconds over ours, median (least–most) over rounds.",
+            table(["arm", *(f"against {peer}" for peer in peers)], ratios),
+        ]
+    if measurements := [Rates.from_dict(line) for line in lines if line["kind"] == "rates"]:
+        rates = Rates.best(measurements)
+        text.append(_rates_text(rates))
+        phased: dict[str, list[Line]] = {}
+        for line in lines:
+            if line["kind"] == "phases":
+                phased.setdefault(line["arm"], []).append(line)
+        text += [_phase_table(name, rounds, rates) for name, rounds in in_order(phased)]
+    return "\n\n".join(text)
+
+
+def in_order(by_arm: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, by_arm[name]) for name in ARMS if name in by_arm]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def _step_row(name: str, rounds: list[Line]) -> list[str]:
+    seconds = [line["seconds"] for line in rounds]
+    responses = {line["wrote"]["responses"] for line in rounds}
+    lengths = {round(line["wrote"][name], 2) for line in rounds for name in ("mean", "least", "most")}
+    return [
+        name, spread(seconds, 3), f"{max(responses) / statistics.median(seconds):.2f}",
+        " to ".join(f"{length:g}" for length in sorted({min(lengths), max(lengths)})), str(len(rounds)),
+    ]  # fmt: skip
+
+
+def _ratio_row(name: str, steps: dict[str, dict[int, Line]]) -> list[str]:
+    row = [name]
+    for peer in (peer for peer in PEERS if peer in steps):
+        shared = [repeat for repeat in steps[name] if repeat in steps[peer]]
+        ratios = [steps[peer][repeat]["seconds"] / steps[name][repeat]["seconds"] for repeat in shared]
+        row.append(spread(ratios) if ratios else "–")
+    return row
+
+
+def _rates_text(rates: Rates) -> str:
+    def listed(by_rows: dict[int, float]) -> str:
+        return ", ".join(f"{rate / 1e9:.1f} at {rows} rows" for rows, rate in by_rows.items())
+
+    return (
+        f"Best of the rounds, matrix products of this base on this machine in GFLOP/s: layers {listed(rates.body)}; "
+        f"vocabulary head {listed(rates.head)}. Memory: reading {rates.read / 1e9:.1f} GB/s, copying "
+        f"{rates.copy / 1e9:.1f} GB/s (read and written)."
+    )
+
+
+def _phase_table(name: str, rounds: list[Line], rates: Rates) -> str:
+    whole = statistics.median(line["seconds"] for line in rounds)
+    rows, accounted = [], 0.0
+    for phase in PHASES:
+        seconds = statistics.median(line["phases"][phase] for line in rounds)
+        accounted += seconds
+        needed = rounds[0]["work"].get(phase)
+        row = [phase, f"{seconds:.4f}", f"{seconds / whole:.0%}"]
+        if needed is None or not seconds:
+            rows.append([*row, "", "", ""])
+            continue
+        its = Work(**needed)
+        read = f"{its.bytes / rates.bandwidth / seconds:.0%}" if its.bytes else ""
+        rows.append([*row, f"{its.flops / 1e9:.2f}", f"{its.product_seconds(rates) / seconds:.0%}", read])
+    products = sum(Work(**needed).product_seconds(rates) for needed in rounds[0]["work"].values())
+    flops = sum(Work(**needed).flops for needed in rounds[0]["work"].values())
+    share = f"{products / whole:.0%}"
+    rows.append(["whole step", f"{whole:.4f}", f"{accounted / whole:.0%}", f"{flops / 1e9:.2f}", share, ""])
+    heads = ["phase", "seconds", "of the step", "GFLOP", "of what matrix products allow", "of what bandwidth allows"]
+    return f"{name}, by phase:\n\n" + table(heads, rows)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+if __name__ == "__main__":
+    main()
