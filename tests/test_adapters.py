@@ -87,7 +87,10 @@ def test_the_reference_is_the_base_loaded_alone(architecture):
             reference = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1])
         with gan.players.playing("generator"):
             generator = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1])
-    assert torch.equal(reference, alone)
+    if architecture == "gpt2":  # its activation is the same formula in one pass
+        torch.testing.assert_close(reference, alone, atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(reference, alone)
     assert not torch.allclose(generator, alone, atol=1e-2)
 
 
@@ -279,7 +282,7 @@ def test_discriminator_gradients_equal_those_of_a_stock_adapter():
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     groups = list(gan.discriminator.replay.groups)
-    gan.discriminator._learn(groups)
+    gan.discriminator._learn([(groups, None)])
     ours = [parameter.grad for parameter in gan.players.parameters("discriminator")]
 
     stock = get_peft_model(

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import base_folder, small_gan
+from helpers import PROMPTS, TARGETS, base_folder, small_gan
 
+from lora_gan import data
 from lora_gan.discriminator import Group, fresh_metrics, micro_batches, reward_unit
 
 
@@ -38,7 +39,7 @@ def test_heads_begin_with_the_ridge_solution():
     groups = [group([0.1, 0.5, 0.9], prompt=5), group([0.2, 0.4], prompt=9)]
     gan.discriminator._keep_unit(groups)
     gan.discriminator._start(groups)
-    batch, true_B, _, _ = gan.discriminator._batch(groups)
+    batch, (true_B, *_) = gan.discriminator._batch(groups), gan.discriminator._labels(groups)
     with torch.no_grad(), gan.players.playing("discriminator"):
         features = gan.players.features(batch).double().numpy()
     target = true_B.double().numpy() / gan.players.reward_unit
@@ -80,3 +81,42 @@ def test_metrics_say_nothing_where_there_is_nothing_to_say():
     nothing = fresh_metrics(np.zeros((2, 3)), np.full(3, np.nan), np.zeros(3, dtype=int))
     names = ["rank_correlation", "rank_correlation_within", "disc_mse", "calibration_slope", "uncertainty_correlation"]
     assert nothing == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize("query_rate", [1.0, 0.5])
+def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(monkeypatch, query_rate):
+    """Replay, and a response that got no answer, beside what is fresh."""
+    gan, oracle = (small_gan(query_rate=query_rate, query_design="uniform") for _ in range(2))
+    kept, learn = [], gan.discriminator._learn
+    monkeypatch.setattr(gan.discriminator, "_learn", lambda parts: kept.append(parts[0][1] is not None) or learn(parts))
+    monkeypatch.setattr(
+        oracle.discriminator, "predict_to_learn", lambda rollout: (oracle.discriminator.predict(rollout), None)
+    )
+    for _ in range(3):
+        one, other = (g.step(PROMPTS[:2], TARGETS[:2]) for g in (gan, oracle))
+        assert one["pred_rewards"] == [pytest.approx(p, abs=1e-4) for p in other["pred_rewards"]]
+        assert one["disc_loss"] == pytest.approx(other["disc_loss"], rel=1e-4)
+    assert kept == [True, False] * 3, "the first of the step's two updates"
+    for a, b in zip(gan.players.parameters("discriminator"), oracle.players.parameters("discriminator"), strict=True):
+        assert (a - b).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"disc_average": 0.5}, {"disc_anchor_reward": 1.0}, {"micro_batch_size": 3}], ids=str
+)
+def test_no_forward_is_kept_that_the_update_would_not_begin_with(settings):
+    gan = small_gan(**settings)
+    gan.step(PROMPTS[:2], TARGETS[:2])
+    rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
+    assert gan._play(rows, asks=True, learns=True).features_BH is None
+    assert small_gan()._play(rows, asks=True, learns=True).features_BH is not None
+
+
+def test_plain_rl_asks_the_discriminator_nothing(monkeypatch):
+    gan = small_gan(adversarial=False)
+    monkeypatch.setattr(gan.players, "predict", lambda *_: 1 / 0)
+    out = gan.step(PROMPTS[0], TARGETS[0], train_disc=False)
+    assert out["pred_reward"] is None and out["pred_rewards"] == [None] * 4 and out["pred_reward_mean"] is None
+    assert out["true_reward"] is not None and out["gen_loss"] is not None
+    with pytest.raises(ZeroDivisionError):  # who looks on sees what it predicts
+        gan.step(PROMPTS[0], TARGETS[0], train_gen=False, train_disc=False)

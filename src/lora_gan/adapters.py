@@ -330,6 +330,11 @@ class _Given(nn.Module):
         super().__init__()
         self.output = _Output(last_hidden_state=hidden_BLH)
 
+    @property
+    def decoder(self) -> _Given:
+        """OPT's causal LM asks its body's decoder."""
+        return self
+
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
         return self.output
 
