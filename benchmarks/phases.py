@@ -5,22 +5,23 @@
 who plays (`players.playing`) and in which method; prefill is the first call of the model's forward in sampling, and is
 counted as decode where sampling does not call that.
 
-`work` counts the floating-point operations that a phase needs by the shapes alone, whatever the code does:
+`work` counts the floating-point operations that a phase makes, by the shapes:
 
+    tokens    N = P prompts once and B responses, where the base reads packed rows; else B prompts and B responses
     forward   2·(body + adapter) a token, 2·head a place whose logits are needed,
               2·width·L·(L+1) a layer and row of L tokens for attention (QKᵀ and its product with V, causal half alone)
     backward  2·body a token (dX: the weights are frozen), 4·adapter (dX and dW), 2·head a place, attention twice
     prefill   each prompt once, forward; one place's logits a prompt
     decode    B rows, T − 1 times one token, forward; logits of each. Bytes: each time the weights and the adapter once,
               and the keys and values so far of every row
-    prediction, reference     B rows of prompt + response, forward; logits of the T response places for the reference
-    generator update          the same rows, forward and backward; logits of the response places
-    discriminator update      fresh and replayed rows, `disc_updates` times, forward, and backward down to the first
-                              layer that has the discriminator's adapter; no logits
+    prediction, reference     N tokens, forward; logits of the response places for the reference
+    generator update          N tokens, forward and backward; logits of the response places
+    discriminator update      fresh and replayed responses, `disc_updates` times, forward, and backward down to the
+                              first layer that has the discriminator's adapter; no logits. The forward of the first
+                              fresh ones is the prediction's, and stands there
 
 body, adapter, head = weights of the linear layers, of one player's LoRA on them, of the vocabulary head; width = heads
-× their size. Where `work` divided by the machine's own rates comes out above the time taken, less was computed than the
-formula counts (a prompt that a group shares, say).
+× their size.
 
 # P = prompts, B = responses, L = prompt and response tokens, T = response tokens
 """
@@ -83,7 +84,7 @@ def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
     """One step of the arm, and its seconds by phase."""
     gan, prefilled = arm.gan, False
 
-    def forward_phase() -> str | None:
+    def forward_phase(*_: Any, **__: Any) -> str | None:
         nonlocal prefilled
         first, prefilled = clock.open[-1] == "decode" and not prefilled, prefilled or clock.open[-1] == "decode"
         return "prefill" if first else None
@@ -94,7 +95,9 @@ def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
             (gan, "_sample", "decode"),
             (gan.players.lm, "forward", forward_phase),  # of sampling the first one is the prompts'
             (gan.discriminator, "predict", "prediction"),
+            (gan.discriminator, "predict_to_learn", "prediction"),
             (gan.players, "playing", lambda player: "reference" if player == "reference" else None),
+            (gan.players, "head", lambda *_, reference=False: "reference" if reference else None),
             (gan.generator, "update", "generator update"),
             (gan.discriminator, "update", "discriminator update"),
         ):
@@ -119,7 +122,7 @@ def _hooked(
 
     @functools.wraps(original)
     def calling(*arguments: Any, **named: Any) -> Any:
-        its = phase() if callable(phase) else phase
+        its = phase(*arguments, **named) if callable(phase) else phase
         with clock().phase(its) if its else ExitStack():
             return original(*arguments, **named)
 
@@ -183,13 +186,25 @@ def work(arm: LoraGanArm) -> dict[str, Work]:
     def forward(count: int, length: int, player: str | None) -> float:
         return 2 * (size + adapter.get(player, 0)) * count * length + count * attention(length)
 
-    def backward(count: int, length: int, player: str) -> float:
+    def read(prompts: int, responses: int) -> tuple[int, float]:
+        """Tokens of a batch, and the attention's operations."""
+        if not gan.players.packs:
+            return responses * tokens, responses * attention(tokens)
+        seen = prompts * attention(prompt) + responses * (attention(tokens) - attention(prompt))
+        return prompts * prompt + responses * places, seen
+
+    def packed_forward(prompts: int, responses: int, player: str | None) -> float:
+        count, seen = read(prompts, responses)
+        return 2 * (size + adapter.get(player, 0)) * count + seen
+
+    def packed_backward(prompts: int, responses: int, player: str) -> float:
+        count, seen = read(prompts, responses)
         first = next(i for i, layer in enumerate(body) if player in dict(layer.adapters))
         below = sum(layer.weight.numel() for layer in body[:first]) / size
-        through = 2 * size * (1 - below) + 4 * adapter[player]
-        return through * count * length + 2 * (1 - below) * count * attention(length)
+        return (2 * size * (1 - below) + 4 * adapter[player]) * count + 2 * (1 - below) * seen
 
     one_place = 2 * head.weight.numel()
+    batch_tokens, at_once = read(shape.prompts, rows)[0], min(rows * places, gan.players.tokens_at_once)
     weights = (size + head.weight.numel()) * element + 4 * adapter["generator"]  # adapters are in float32
     decode_bytes = sum(weights + 2 * kv_width * layers * element * rows * (prompt + done) for done in range(1, places))
     decode = (places - 1) * rows * 2 * (size + adapter["generator"])
@@ -200,16 +215,21 @@ def work(arm: LoraGanArm) -> dict[str, Work]:
             shape.prompts,
         ),
         "decode": Work(decode, (places - 1) * rows * one_place, rows, rows, decode_bytes),
-        "prediction": Work(forward(rows, tokens, "discriminator"), 0.0, rows * tokens, 0),
+        "prediction": Work(packed_forward(shape.prompts, rows, "discriminator"), 0.0, batch_tokens, 0),
         "generator update": Work(
-            forward(rows, tokens, "generator") + backward(rows, tokens, "generator"), 2 * rows * places * one_place,
-            rows * tokens, rows * places,
+            packed_forward(shape.prompts, rows, "generator") + packed_backward(shape.prompts, rows, "generator"),
+            2 * rows * places * one_place, batch_tokens, at_once,
         ),
     }  # fmt: skip
     if gan.config.beta:
-        needed["reference"] = Work(forward(rows, tokens, None), rows * places * one_place, rows * tokens, rows * places)
+        flops = packed_forward(shape.prompts, rows, None)
+        needed["reference"] = Work(flops, rows * places * one_place, batch_tokens, at_once)
     if arm.train_disc:
-        learned = rows * (2 if gan.config.disc_replay_groups else 1) * gan.config.disc_updates
-        flops = forward(learned, tokens, "discriminator") + backward(learned, tokens, "discriminator")
-        needed["discriminator update"] = Work(flops, 0.0, rows * tokens, 0)
+        times = (2 if gan.config.disc_replay_groups else 1) * gan.config.disc_updates
+        both = packed_forward(times * shape.prompts, times * rows, "discriminator")
+        both += packed_backward(times * shape.prompts, times * rows, "discriminator")
+        shared = packed_forward(shape.prompts, rows, "discriminator")
+        needed["discriminator update"] = Work(both - shared, 0.0, batch_tokens, 0)
+    else:
+        needed.pop("prediction")
     return {phase: needed[phase] for phase in PHASES if phase in needed}

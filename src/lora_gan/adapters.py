@@ -19,7 +19,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -29,6 +29,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -63,7 +64,7 @@ class Players:
         transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
         lora = {
             "generator": lora_config("generator", peft_config, config, transposed),
-            "discriminator": lora_config("discriminator", disc_peft_config, config, transposed),
+            "discriminator": lora_config("discriminator", disc_peft_config, config, transposed, base.model),
         }
         # Which adapters a peft_config describes, and not the settings: a checkpoint says so.
         given = {"generator": peft_config, "discriminator": disc_peft_config}
@@ -268,9 +269,63 @@ class Players:
         inputs: dict[str, Any] = {"input_ids": batch.ids}
         if embeds_BLH is not None:
             inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales in place what it is given
-        with self._attending() if batch.packed else nullcontext():
+        with self._attending() if batch.packed else nullcontext(), ExitStack() as shortcut:
+            if self._shares_below and self._playing != "generator" and embeds_BLH is None:
+                if "below" not in batch.shared:
+                    batch.shared["below"] = self._below(batch)
+                shortcut.enter_context(self._from(batch.shared["below"]))
             hidden_BLH = self.body(**inputs, **batch.inputs, use_cache=False).last_hidden_state
         return self._watch(hidden_BLH.flatten(0, 1).index_select(0, places_R))
+
+    # --- the layers below the discriminator's first adapter: frozen, and the same for the reference
+
+    @cached_property
+    def _shares_below(self) -> bool:
+        """Whether there are such layers, in a base whose forward can begin above them; found out by trying, once."""
+        if self._layers_below is None:
+            return False
+        batch = self._laid_out([[1, 2], [3]], [[1, 3], [2]], np.arange(2), packs=self.packs)
+        with torch.no_grad(), self._attending() if batch.packed else nullcontext():
+            try:
+                inputs = {"input_ids": batch.ids, **batch.inputs, "use_cache": False}
+                whole_BLH = self.body(**inputs).last_hidden_state
+                with self._from(self._below(batch)):
+                    upper_BLH = self.body(**inputs).last_hidden_state
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+                return False  # layers that hand on more than hidden states
+        return bool(torch.equal(upper_BLH, whole_BLH))
+
+    @cached_property
+    def _layers_below(self) -> tuple[nn.ModuleList, int] | None:
+        """The base's layers, and how many of them lie below the discriminator's first adapter; None where none does."""
+        count = self.lm.config.get_text_config().num_hidden_layers
+        lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if len(lists) != 1:
+            return None
+        adapted = [any(_has_adapter(m, "discriminator") for m in layer.modules()) for layer in lists[0]]
+        inside = sum(_has_adapter(m, "discriminator") for m in lists[0].modules())
+        outside = inside < sum(_has_adapter(m, "discriminator") for m in self.body.modules())
+        below = adapted.index(True) if any(adapted) else count
+        return None if outside or not 0 < below < count else (lists[0], below)
+
+    @torch.no_grad()
+    def _below(self, batch: Batch) -> Tensor:
+        """What comes out of these layers, [1, N, H] or [B, L, H]."""
+        assert self._layers_below is not None
+        layers, below = self._layers_below
+        stop = _Stop()
+        with _replaced(layers, {i: stop for i in range(below, len(layers))}):
+            self.body(input_ids=batch.ids, **batch.inputs, use_cache=False)
+        assert stop.seen is not None
+        return stop.seen
+
+    @contextmanager
+    def _from(self, hidden_BLH: Tensor) -> Iterator[None]:
+        """Inside the block the body begins above these layers."""
+        assert self._layers_below is not None
+        layers, below = self._layers_below
+        with _replaced(layers, dict.fromkeys(range(below), _Begin(hidden_BLH))):
+            yield
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
@@ -321,6 +376,40 @@ class Players:
     def predict(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
         """Every head's predicted reward, in the reward's own units, [M, B]."""
         return self.score_MH @ self.features(batch, embeds_BLH).T
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, by: dict[int, nn.Module]) -> Iterator[None]:
+    before = {i: layers[i] for i in by}
+    try:
+        for i, layer in by.items():
+            layers[i] = layer
+        yield
+    finally:
+        for i, layer in before.items():
+            layers[i] = layer
+
+
+class _Stop(nn.Module):
+    """Stands in the places of layers that are left out, and keeps what the first of them was given."""
+
+    seen: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.seen is None:
+            self.seen = hidden_states
+        return hidden_states
+
+
+class _Begin(nn.Module):
+    """Stands in the places of layers whose outcome is known."""
+
+    def __init__(self, hidden_BLH: Tensor) -> None:
+        super().__init__()
+        self.hidden_BLH = hidden_BLH
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden_BLH
 
 
 class _Given(nn.Module):
@@ -383,7 +472,11 @@ WHY_NOT = {
 
 
 def lora_config(
-    player: Literal["generator", "discriminator"], given: LoraConfig | None, config: Config, transposed: bool
+    player: Literal["generator", "discriminator"],
+    given: LoraConfig | None,
+    config: Config,
+    transposed: bool,
+    model: PreTrainedModel | None = None,
 ) -> LoraConfig:
     """The player's adapter as PEFT gets it: from the settings, or a checked copy of the user's own.
 
@@ -394,6 +487,8 @@ def lora_config(
     name = f"{prefix}peft_config"
     if given is None:
         targets = getattr(config, f"{prefix}target_modules")
+        if player == "discriminator" and config.disc_layers is not None and model is not None:
+            targets = _upper_linear(model, config.disc_layers)
         wanted = LoraConfig(
             r=getattr(config, f"{prefix}lora_r"),
             lora_alpha=getattr(config, f"{prefix}lora_alpha"),
@@ -402,7 +497,8 @@ def lora_config(
     else:
         if type(given) is not LoraConfig:
             raise ValueError(f"{name} is a {type(given).__name__}: it must be a peft.LoraConfig")
-        for setting in (f"{prefix}lora_r", f"{prefix}lora_alpha", f"{prefix}target_modules"):
+        described = ["lora_r", "lora_alpha", "target_modules"] + ["layers"] * (player == "discriminator")
+        for setting in [prefix + field for field in described]:
             value = getattr(config, setting)
             if value != Config.__dataclass_fields__[setting].default:
                 raise ValueError(f"{setting}={value!r} and {name}= both describe the adapter: give one of them")
@@ -416,6 +512,30 @@ def lora_config(
     wanted.fan_in_fan_out = transposed
     wanted.base_model_name_or_path, wanted.revision, wanted.inference_mode = None, None, False
     return wanted
+
+
+def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
+    """The linear layers of the model's upper layers, by name: PEFT takes "all-linear" in all layers or none.
+
+    Raises:
+        ValueError: the model has fewer layers, or not one list of them.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    if layers > count:
+        raise ValueError(f"disc_layers={layers} is not accepted: {type(model).__name__} has {count} layers")
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ValueError(
+            f"disc_layers cannot tell which layers of {type(model).__name__} are the upper ones: name the modules in "
+            "disc_target_modules"
+        )
+    (name, found), first = lists[0], count - layers
+    return sorted(
+        f"{name}.{first + i}.{inner}"
+        for i, layer in enumerate(found[first:])
+        for inner, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    )
 
 
 def _attach(base: Base, lora: dict[str, LoraConfig]) -> PeftModel:

@@ -183,6 +183,9 @@ class Config:
     """Its adapter is scaled by alpha / r."""
     disc_target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get its adapter, as target_modules."""
+    disc_layers: int | None = None
+    """Upper layers that get its adapter, where disc_target_modules is "all-linear"; None: all. What lies below them is
+    then computed once for the reference and the discriminator, and its update stops there."""
     disc_heads: int = 4
     """Score heads; their mean is the prediction, their spread an uncertainty."""
     disc_updates: int = 2
@@ -233,7 +236,7 @@ class Config:
             self._require(name, self._is_whole(name, 1), "a whole number from 1")
         for name in (
             "max_steps", "save_steps", "eval_steps", "save_total_limit", "micro_batch_size", "reward_budget",
-            "imitation_decay_steps",
+            "imitation_decay_steps", "disc_layers",
         ):  # fmt: skip
             ok = getattr(self, name) is None or self._is_whole(name, 1)
             self._require(name, ok, "None, or a whole number from 1")
@@ -286,6 +289,10 @@ class Config:
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
         ):
             self._require(name, getattr(self, name) in accepted, "one of " + ", ".join(accepted))
+        if self.disc_layers is not None and self.disc_target_modules != "all-linear":
+            raise ValueError(
+                "disc_layers and disc_target_modules both say what gets an adapter: give one of them"
+            )
         if self.lr_scheduler_type in ("linear", "cosine", "polynomial") and self.max_steps is None:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
         for name in ("model_init_kwargs", "chat_template_kwargs"):

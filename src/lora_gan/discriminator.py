@@ -174,8 +174,8 @@ class Discriminator:
 
         def predicted() -> Tensor:
             with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
-                parts = map(rollout.rows, chunks(total, self.optimizer.micro_batch_size))
-                return torch.cat([self.players.predict(self.players.batch(*part.parts())) for part in parts], dim=1)
+                parts = chunks(total, self.optimizer.micro_batch_size)
+                return torch.cat([self.players.predict(rollout.batch(self.players, part)) for part in parts], dim=1)
 
         predicted_MB = memory.fitting(
             predicted, self.optimizer, total, splits=lambda: min(self.optimizer.micro_batch_size or total, total) > 1
@@ -194,7 +194,7 @@ class Discriminator:
             return self.predict(rollout), None
         try:
             with self.players.playing("discriminator"):
-                features_BH = self.players.set_aside(self.players.features(self.players.batch(*rollout.parts())))
+                features_BH = self.players.set_aside(self.players.features(rollout.batch(self.players)))
         except torch.OutOfMemoryError:  # a graph takes more than a prediction does
             return self.predict(rollout), None
         with torch.no_grad():

@@ -158,7 +158,7 @@ class Generator:
         before = torch.cat(sampled) if sampled else None
         sums, tokens = np.zeros(3), 0
         for chunk in chunks(total, self.optimizer.micro_batch_size):
-            batch = self.players.batch(*experience.rollout.rows(chunk).parts())
+            batch = experience.rollout.batch(self.players, chunk)
             gradient_RH = None
             if straight:
                 if critic is None:
@@ -197,10 +197,10 @@ class Generator:
 
         With a table of embeddings the discriminator's gradient comes straight through.
         """
-        reference_RH = None
-        if self.beta:
+        if self.beta and "reference" not in batch.shared:
             with torch.no_grad(), self.players.playing("reference"):
-                reference_RH = self.players.hidden(batch, batch.predicting_R)
+                batch.shared["reference"] = self.players.hidden(batch, batch.predicting_R)
+        reference_RH = batch.shared["reference"] if self.beta else None
         logprobs, sums = [], np.zeros(3)
 
         def loss(logits_R1V: Tensor, part: slice) -> Tensor:

@@ -16,7 +16,7 @@ Bases whose attention cannot be told (recurrent layers, windows, biases of their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class Batch:
     pooled_B: Tensor  # what the score is read off
     row_R: Tensor  # which response a token is of
     packed: bool
+    shared: dict[str, Tensor] = field(default_factory=dict)  # what frozen layers said of it, for whoever comes next
 
     @property
     def response_ids_R(self) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from . import randomness
 from .adapters import Players
 from .base import Base
 from .data import Conversation, Prompt, excerpt
+from .packing import Batch
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Rollout:
     prompt_places: int  # L − T
     group_B: np.ndarray  # which prompt a row answers
     texts: list[str]  # the responses, without special tokens
+    _batch: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -60,6 +62,15 @@ class Rollout:
         prompts = [ids[row, :left][mask[row, :left]].tolist() for row in first]
         responses = [row[left:][real[left:]].tolist() for row, real in zip(ids, mask, strict=True)]
         return prompts, responses, prompt_of
+
+    def batch(self, players: Players, rows: slice | None = None) -> Batch:
+        """The responses, or some of them, as the players' base reads them. All of them are laid out once: what the
+        frozen layers say of them is then there for both players."""
+        if rows is not None and range(len(self))[rows] != range(len(self)):
+            return players.batch(*self.rows(rows).parts())
+        if not self._batch:
+            self._batch.append(players.batch(*self.parts()))
+        return self._batch[0]
 
     def rows(self, index: np.ndarray | slice) -> Rollout:
         """Some of the rows, with places that none of them uses cut off."""
