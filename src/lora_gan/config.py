@@ -290,9 +290,7 @@ class Config:
         ):
             self._require(name, getattr(self, name) in accepted, "one of " + ", ".join(accepted))
         if self.disc_layers is not None and self.disc_target_modules != "all-linear":
-            raise ValueError(
-                "disc_layers and disc_target_modules both say what gets an adapter: give one of them"
-            )
+            raise ValueError("disc_layers and disc_target_modules both say what gets an adapter: give one of them")
         if self.lr_scheduler_type in ("linear", "cosine", "polynomial") and self.max_steps is None:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
         for name in ("model_init_kwargs", "chat_template_kwargs"):

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import DynamicCache
 
 from . import randomness
 from .adapters import Players
 from .base import Base
+from .cache import roomy_cache
 from .data import Conversation, Prompt, excerpt
 from .packing import Batch
 
@@ -231,7 +231,7 @@ def sample(
     prompt = assemble(base, device, prompts, [[] for _ in prompts])
     places = prompt.prompt_places
     mask = prompt.mask_BL[:, :places]
-    cache = DynamicCache(config=players.lm.config)
+    cache = roomy_cache(players.lm.config, places + length)
     logits = players.lm(
         input_ids=prompt.ids_BL[:, :places], attention_mask=mask, past_key_values=cache, use_cache=True,
         **players.keep(1), **players.positions(mask),
