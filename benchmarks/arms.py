@@ -372,17 +372,28 @@ class _Closed(Exception):
 class Trl:
     """TRL's GRPOTrainer, let run a step at a time, and a reward model that learns from every step's true rewards.
 
-    The trainer runs train() in a thread that waits at the beginning of each step, so that it can take turns with
-    other arms in one process; `step()` lasts from there to the beginning of the next one, logging and loading included.
-    The reward model makes one update on all responses of a step, inside the reward function.
+    The trainer runs train() in a thread that waits at the beginning of each step; `step()` lasts from there to the
+    beginning of the next one, logging and loading included. All that computes is made and runs in that one thread:
+    OpenMP gives each thread that computes a team of its own, and teams of more threads than there are cores put each
+    other to sleep. The reward model makes one update on all responses of a step, inside the reward function.
     """
 
     def __init__(self, name: str, workload: Workload, *, checkpointing: bool = False) -> None:
+        self.name, self.workload, self.reward, self.lengths = name, workload, reward, [0]
+        self.go, self.arrived, self.closed = threading.Semaphore(0), threading.Semaphore(0), False
+        self.failure: BaseException | None = None
+        self.threads = torch.get_num_threads()
+        self.output_dir = tempfile.mkdtemp(prefix="lora-gan-benchmark-trl-")
+        self.thread = threading.Thread(target=self._train, args=[checkpointing], daemon=True)
+        self.thread.start()
+        self._wait()
+
+    def _build(self, checkpointing: bool) -> None:
         from datasets import Dataset
         from transformers import PrinterCallback, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
 
-        self.name, self.workload, self.reward, self.lengths = name, workload, reward, [0]
+        workload = self.workload
         self.tokenizer = AutoTokenizer.from_pretrained(workload.folder)
         scorer = AutoModelForSequenceClassification.from_pretrained(workload.second, num_labels=1, dtype=workload.dtype)
         self.scorer = get_peft_model(scorer, _lora(task_type="SEQ_CLS")).to(workload.device).eval()
@@ -398,7 +409,6 @@ class Trl:
                     raise _Closed
 
         micro_batch = workload.micro_batch or shape.responses
-        self.output_dir = tempfile.mkdtemp(prefix="lora-gan-benchmark-trl-")
         self.trainer = GRPOTrainer(
             model=str(workload.folder),
             reward_funcs=self._score,
@@ -417,16 +427,11 @@ class Trl:
             callbacks=[Waiting()],
         )  # fmt: skip
         self.trainer.remove_callback(PrinterCallback)
-        self.go, self.arrived, self.closed = threading.Semaphore(0), threading.Semaphore(0), False
-        self.failure: BaseException | None = None
-        self.threads = torch.get_num_threads()
-        self.thread = threading.Thread(target=self._train, daemon=True)
-        self.thread.start()
-        self._wait()
 
-    def _train(self) -> None:
+    def _train(self, checkpointing: bool) -> None:
         torch.set_num_threads(self.threads)  # a new thread has a number of its own
         try:
+            self._build(checkpointing)
             self.trainer.train()
         except _Closed:
             pass

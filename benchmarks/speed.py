@@ -4,10 +4,11 @@
     python benchmarks/speed.py --shapes gpt2 --arms lora_gan two_models trl plain_rl --out docs/results/speed.jsonl
     python benchmarks/speed.py --out docs/results/speed.jsonl --report        # the tables of what is there, no run
 
-All arms (see arms.py) live in one process on the same base, prompts and response length. After a warm-up step each,
-they take turns, one step at a time, `--repeats` times round, so that whatever else the machine does falls on all of
-them. Each step is one line of the results file: a run that was interrupted goes on where it stopped, and one of other
-code, on another machine or with another number of threads begins anew beside it.
+All arms (see arms.py) train the same base on the same prompts and response length, each in a process of its own, as a
+user would run it. After a warm-up step each, they take turns, one step at a time, `--repeats` times round, while the
+others wait, so that whatever else the machine does falls on all of them. Each step is one line of the results file: a
+run that was interrupted goes on where it stopped, and one of other code, on another machine or with another number of
+threads begins anew beside it.
 
 Ratios are taken within a round (the peer's step over ours, both a moment apart): their median, and their least and
 most. Once a round the run also measures how fast the machine multiplies this base's matrices and reads memory
@@ -23,11 +24,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -103,30 +107,74 @@ def run(shape: Shape, names: Iterable[str], repeats: int, warmup: int, out: Path
         ]
         if not due:
             return
-        with built(dict.fromkeys(name for _, name, _ in due), workload) as arms:
-            ours = [arm for arm in arms.values() if isinstance(arm, LoraGanArm)]
+        with processes(dict.fromkeys(name for _, name, _ in due), workload) as arms:
+            ours = [name for name in arms if name in PHASED]
             for _ in range(warmup):
-                for arm in arms.values():
-                    arm.step()
+                for ask in arms.values():
+                    ask("step")
             for repeat, name, kind in due:
                 rates: Line = where | {"kind": "rates", "repeat": repeat}
                 if ours and _key(rates) not in done:
-                    append_line(out, rates | rates_of(ours[0], workload).to_dict())
+                    append_line(out, rates | arms[ours[0]]("rates"))
                     done.add(_key(rates))
-                line: Line = where | {"kind": kind, "arm": name, "repeat": repeat}
-                arm = arms[name]
-                gc.collect()
-                synchronize(workload.device)
-                began = time.perf_counter()
-                if kind == "step":
-                    wrote = arm.step()
-                    synchronize(workload.device)
-                else:
-                    wrote, line["phases"] = measured(arm)
-                    line["work"] = {phase: dataclasses.asdict(its) for phase, its in work(arm).items()}
-                line |= {"seconds": time.perf_counter() - began, "wrote": dataclasses.asdict(wrote)}
+                line: Line = where | {"kind": kind, "arm": name, "repeat": repeat} | arms[name](kind)
                 append_line(out, line)
                 print(f"{shape.name} {repeat + 1}/{repeats} {name} {kind}: {line['seconds']:.3f} s", flush=True)
+
+
+@contextmanager
+def processes(names: Iterable[str], workload: Workload) -> Iterator[dict[str, Callable[[str], Line]]]:
+    """These arms, each built in a process of its own; what is returned takes the name of what to do, and answers."""
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    try:
+        for name in names:
+            pipes[name], theirs = context.Pipe()
+            arguments = (theirs, name, workload, torch.get_num_threads())
+            context.Process(target=_serve, args=arguments, daemon=True).start()
+            theirs.close()
+
+        def asking(pipe: Connection) -> Callable[[str], Line]:
+            def ask(what: str) -> Line:
+                pipe.send(what)
+                return dict(pipe.recv())
+
+            return ask
+
+        for pipe in pipes.values():
+            pipe.recv()  # built
+        yield {name: asking(pipe) for name, pipe in pipes.items()}
+    finally:
+        for pipe in pipes.values():
+            pipe.close()
+
+
+def _serve(pipe: Connection, name: str, workload: Workload, threads: int) -> None:
+    """One arm's process, until the other end of the pipe is closed."""
+    quiet()
+    torch.set_num_threads(threads)
+    with built([name], workload) as arms:
+        arm = arms[name]
+        pipe.send("built")
+        while True:
+            try:
+                what = pipe.recv()
+            except EOFError:
+                return
+            line: Line = {}
+            gc.collect()
+            synchronize(workload.device)
+            began = time.perf_counter()
+            if what == "rates":
+                pipe.send(rates_of(arm, workload).to_dict())
+                continue
+            if what == "step":
+                wrote = arm.step()
+                synchronize(workload.device)
+            else:
+                wrote, line["phases"] = measured(arm)
+                line["work"] = {phase: dataclasses.asdict(its) for phase, its in work(arm).items()}
+            pipe.send(line | {"seconds": time.perf_counter() - began, "wrote": dataclasses.asdict(wrote)})
 
 
 def rates_of(arm: LoraGanArm, workload: Workload) -> Rates:

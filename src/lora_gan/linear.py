@@ -9,6 +9,8 @@ LoRA in the base's own dtype the same sum is made here with one pass; in all oth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,12 +35,17 @@ class _Plain:
 
     def __init__(self, layer: Linear) -> None:
         self.layer = layer
+        self.merged: Tensor | None = (
+            None  # the base's weight with the active adapter's part in it, while it is asked for
+        )
 
     def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         layer = self.layer
         active = layer._active_adapter
         if arguments or options or layer.merged or layer.disable_adapters or len(active) > 1:
             return Linear.forward(layer, x, *arguments, **options)
+        if self.merged is not None:
+            return nn.functional.linear(x, self.merged, layer.base_layer.bias)
         result: Tensor = layer.base_layer(x)
         if not active or active[0] not in layer.lora_A:
             return result
@@ -49,3 +56,37 @@ class _Plain:
         low_NR = nn.functional.linear(x.flatten(0, -2), a_RI)
         wide_NO = torch.addmm(result.flatten(0, -2), low_NR, b_OR.t(), alpha=layer.scaling[name])
         return wide_NO.view_as(result)
+
+    def merge(self) -> None:
+        layer, active = self.layer, self.layer._active_adapter
+        if len(active) != 1 or active[0] not in layer.lora_A or layer.merged or layer.disable_adapters:
+            return
+        a_RI, b_OR = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+        base = layer.base_layer.weight
+        plain = active[0] not in layer.lora_variant and not layer.lora_bias[active[0]]
+        if plain and base.dtype == a_RI.dtype:
+            base_OI = base.t() if isinstance(layer.base_layer, Conv1D) else base
+            self.merged = torch.addmm(base_OI, b_OR, a_RI, alpha=layer.scaling[active[0]])
+
+
+MERGED = 2**24  # weights of the layers of a base that is merged: 64 MB in float32
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Inside the block a small base's layers have the active adapter in a copy of their weights.
+
+    For decoding: there it is the number of products, not their size, that takes the time, and a third of them remain.
+    The base's own weights stay untouched, so nothing has to be taken out of them again.
+    """
+    layers = [m.forward for m in model.modules() if isinstance(getattr(m, "forward", None), _Plain)]
+    if torch.is_grad_enabled() or sum(plain.layer.base_layer.weight.numel() for plain in layers) > MERGED:
+        yield
+        return
+    try:
+        for plain in layers:
+            plain.merge()
+        yield
+    finally:
+        for plain in layers:
+            plain.merged = None

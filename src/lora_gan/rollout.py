@@ -24,6 +24,7 @@ from .adapters import Players
 from .base import Base
 from .cache import roomy_cache
 from .data import Conversation, Prompt, excerpt
+from .linear import merged
 from .packing import Batch
 
 
@@ -246,23 +247,24 @@ def sample(
     alive = torch.arange(rows, device=device)  # which row of the result each row of the batch is
     running = torch.ones(rows, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for t in range(length):
-        finite = finite & logits.amax(-1).isfinite().all()  # −∞ forbids a token; NaN and +∞ are no distribution
-        token = choose(logits, uniforms_BT[alive, t], temperature, top_p)
-        sampled_BT[alive[running], t] = token[running]
-        running = running & ~torch.isin(token, eos)
-        left = int(running.sum())
-        if left == 0 or t == length - 1:
-            break
-        if left <= len(alive) // 2:  # halving keeps the copies of the cache below one more forward in total
-            keep = running.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            alive, running, token, mask = alive[keep], running[keep], token[keep], mask[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        position = {name: value[:, -1:] for name, value in players.positions(mask).items()}
-        logits = players.lm(
-            input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, **position
-        ).logits[:, -1]
+    with merged(players.lm):
+        for t in range(length):
+            finite = finite & logits.amax(-1).isfinite().all()  # −∞ forbids a token; NaN and +∞ are no distribution
+            token = choose(logits, uniforms_BT[alive, t], temperature, top_p)
+            sampled_BT[alive[running], t] = token[running]
+            running = running & ~torch.isin(token, eos)
+            left = int(running.sum())
+            if left == 0 or t == length - 1:
+                break
+            if left <= len(alive) // 2:  # halving keeps the copies of the cache below one more forward in total
+                keep = running.nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                alive, running, token, mask = alive[keep], running[keep], token[keep], mask[keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+            position = {name: value[:, -1:] for name, value in players.positions(mask).items()}
+            logits = players.lm(
+                input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, **position
+            ).logits[:, -1]
 
     if not finite:  # asked once: every question makes a GPU wait
         raise FloatingPointError(
