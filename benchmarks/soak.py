@@ -4,12 +4,16 @@
     python benchmarks/soak.py --report --out docs/results/soak.jsonl
 
 Checkpoints every 100 steps, logs every step, samples every 25, as a run has them. A line each 20 steps. The report
-compares the medians of the first and the last quarter of what comes after --warm steps.
+compares the medians of the first and the last quarter of what comes after --warm steps. `rss` is resident memory as it
+is; `held` the same after glibc was asked to give back the pages it keeps of freed blocks, which come and go with the
+lengths of responses and are nobody's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import statistics
@@ -23,6 +27,12 @@ EVERY = 20  # steps between lines
 def rss() -> int:
     """Resident memory of this process, bytes (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim() -> None:
+    """Give freed memory back to the system (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def soak(steps: int, out: Path) -> None:
@@ -46,6 +56,7 @@ def soak(steps: int, out: Path) -> None:
                 line = {
                     "step": record["step"],
                     "rss": rss(),
+                    "held": (trim(), rss())[1],
                     "files": len(os.listdir("/proc/self/fd")),
                     "threads": len(os.listdir("/proc/self/task")),
                     "cpu_s_per_step": (now - began[0]) / EVERY,
@@ -63,7 +74,7 @@ def report(out: Path, warm: int) -> None:
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     after = [line for line in lines if line["step"] > warm]
     quarter = len(after) // 4
-    for name in ("rss", "files", "threads", "cpu_s_per_step", "completion_length"):
+    for name in ("rss", "held", "files", "threads", "cpu_s_per_step", "completion_length"):
         first, last = (statistics.median(line[name] for line in part) for part in (after[:quarter], after[-quarter:]))
         values = [line[name] for line in after]
         print(
