@@ -184,7 +184,6 @@ class Run:
             if self._keep_best(line, line["step"]):
                 path = Path(self.gan.config.output_dir, f"step-{line['step']}")
                 self.state.best_model_checkpoint = str(path) if path.is_dir() else None
-        self.metrics.kept = []  # a long run's file is not held in memory beside its newest lines
 
     # --- what fit() says
 
