@@ -118,19 +118,19 @@ def test_in_another_thread_nothing_is_caught(tmp_path):
 def test_before_rewards_are_asked_it_stops_and_asks_none(tmp_path, undisturbed):
     asked = PressesCtrlC(at=None)
     gan = small_gan(output_dir=str(tmp_path), reward=asked)
-    predict = gan.discriminator.predict
+    predict = gan.discriminator.predict_to_learn
 
     def pressed_while_predicting(sampled):
         if gan.global_step == 2:
             signal.raise_signal(signal.SIGINT)
         return predict(sampled)
 
-    gan.discriminator.predict = pressed_while_predicting
+    gan.discriminator.predict_to_learn = pressed_while_predicting
     with pytest.raises(KeyboardInterrupt, match="step 2 is saved in .*step-2"):
         gan.fit(ROWS, steps=4, progress=False)
     assert asked.calls == 2 * 8
     assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
-    del gan.discriminator.predict
+    del gan.discriminator.predict_to_learn
     gan.step(PROMPTS[0], TARGETS[0])  # what was asked to stop has stopped: this is another run
 
 
