@@ -86,7 +86,11 @@ def test_the_base_and_the_reference_stay_as_they_were(trained):
     assert differences(dict(alone.state_dict()), base_weights(gan)) == []
     ids = torch.tensor([gan._encode([PROMPTS[1]])[0]])
     with torch.no_grad(), gan.players.playing("reference"):
-        assert torch.equal(gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1]), alone(ids).logits)
+        ours, theirs = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1]), alone(ids).logits
+    # GPT-2's activation is the same formula in one pass: equal to rounding.
+    torch.testing.assert_close(
+        ours, theirs, atol=1e-5 * ("transformer" in dict(gan.players.lm.named_children())), rtol=0
+    )
 
 
 def test_stock_clients_open_both(trained):
