@@ -251,7 +251,7 @@ class Players:
         with torch.no_grad(), self.playing("reference"):
             try:
                 packed, padded = (
-                    self.hidden(batch, batch.response_R)
+                    self._states(batch).flatten(0, 1)[batch.response_R]
                     for batch in (self._laid_out(*trial, packs=True), self._laid_out(*trial, packs=False))
                 )
             except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
@@ -265,16 +265,22 @@ class Players:
             places_R: among the tokens of `batch.ids`, flattened.
             embeds_BLH: instead of the embeddings of `batch.ids`.
         """
-        inputs: dict[str, Any] = {"input_ids": batch.ids}
-        if embeds_BLH is not None:
-            inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales in place what it is given
-        with self._attending() if batch.packed else nullcontext(), ExitStack() as shortcut:
+        with ExitStack() as short_cut:
             if self._shares_below and self._playing != "generator" and embeds_BLH is None:
                 if "below" not in batch.shared:
                     batch.shared["below"] = self._below(batch)
-                shortcut.enter_context(self._from(batch.shared["below"]))
-            hidden_BLH = self.body(**inputs, **batch.inputs, use_cache=False).last_hidden_state
+                short_cut.enter_context(self._from(batch.shared["below"]))
+            hidden_BLH = self._states(batch, embeds_BLH)
         return self._watch(hidden_BLH.flatten(0, 1).index_select(0, places_R))
+
+    def _states(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
+        """The body's last hidden states at all places of a batch, [1, N, H] or [B, L, H]."""
+        inputs: dict[str, Any] = {"input_ids": batch.ids}
+        if embeds_BLH is not None:
+            inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales in place what it is given
+        with self._attending() if batch.packed else nullcontext():
+            hidden_BLH: Tensor = self.body(**inputs, **batch.inputs, use_cache=False).last_hidden_state
+        return hidden_BLH
 
     # --- the layers below the discriminator's first adapter: frozen, and the same for the reference
 
@@ -284,12 +290,11 @@ class Players:
         if self._layers_below is None:
             return False
         batch = self._laid_out([[1, 2], [3]], [[1, 3], [2]], np.arange(2), packs=self.packs)
-        with torch.no_grad(), self._attending() if batch.packed else nullcontext():
+        with torch.no_grad():
             try:
-                inputs = {"input_ids": batch.ids, **batch.inputs, "use_cache": False}
-                whole_BLH = self.body(**inputs).last_hidden_state
+                whole_BLH = self._states(batch)
                 with self._from(self._below(batch)):
-                    upper_BLH = self.body(**inputs).last_hidden_state
+                    upper_BLH = self._states(batch)
             except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
                 return False  # layers that hand on more than hidden states
         return _alike(upper_BLH, whole_BLH)
@@ -314,7 +319,7 @@ class Players:
         layers, below = self._layers_below
         stop = _Stop()
         with _replaced(layers, {i: stop for i in range(below, len(layers))}):
-            self.body(input_ids=batch.ids, **batch.inputs, use_cache=False)
+            self._states(batch)
         assert stop.seen is not None
         return stop.seen
 
