@@ -1,5 +1,7 @@
 """The discriminator's unit, start and replay, against hand-made cases and NumPy."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -83,14 +85,14 @@ def test_metrics_say_nothing_where_there_is_nothing_to_say():
     assert nothing == dict.fromkeys(names)
 
 
-@pytest.mark.parametrize("query_rate", [1.0, 0.5])
+@pytest.mark.parametrize("query_rate", [1.0, 0.75])
 def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(monkeypatch, query_rate):
     """Replay, and a response that got no answer, beside what is fresh."""
     gan, oracle = (small_gan(query_rate=query_rate, query_design="uniform") for _ in range(2))
     kept, learn = [], gan.discriminator._learn
     monkeypatch.setattr(gan.discriminator, "_learn", lambda parts: kept.append(parts[0][1] is not None) or learn(parts))
     monkeypatch.setattr(
-        oracle.discriminator, "predict_to_learn", lambda rollout: (oracle.discriminator.predict(rollout), None)
+        oracle.discriminator, "predict_to_learn", lambda rollout: (oracle.discriminator.predict(rollout), [])
     )
     for _ in range(3):
         one, other = (g.step(PROMPTS[:2], TARGETS[:2]) for g in (gan, oracle))
@@ -102,14 +104,39 @@ def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"disc_average": 0.5}, {"disc_anchor_reward": 1.0}, {"micro_batch_size": 3}], ids=str
+    "settings",
+    [
+        {"disc_average": 0.5},
+        {"disc_anchor_reward": 1.0},
+        {"micro_batch_size": 3},
+        {"query_rate": 0.5},
+        {"reward_budget": 8},
+    ],
+    ids=str,
 )
 def test_no_forward_is_kept_that_the_update_would_not_begin_with(settings):
     gan = small_gan(**settings)
     gan.step(PROMPTS[:2], TARGETS[:2])
     rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
-    assert gan._play(rows, asks=True, learns=True).features_BH is None
-    assert small_gan()._play(rows, asks=True, learns=True).features_BH is not None
+    assert gan._play(rows, asks=True, learns=True).features == []
+    assert len(small_gan()._play(rows, asks=True, learns=True).features) == 1
+
+
+def test_the_graph_is_gone_when_it_has_served_and_before_memory_is_tried_again(monkeypatch):
+    gan = small_gan()
+    experience = gan._play(data.rows_of(PROMPTS[:2], TARGETS[:2], {}), asks=True, learns=True)
+    graph, learn, alive = weakref.ref(experience.features[0]), gan.discriminator._learn, []
+
+    def full(parts):
+        alive.append(graph() is not None)
+        if len(alive) == 1:
+            raise torch.OutOfMemoryError("simulated")
+        return learn(parts)
+
+    monkeypatch.setattr(gan.discriminator, "_learn", full)
+    with pytest.warns(UserWarning, match="out of memory"):
+        gan.discriminator.update(experience)
+    assert len(alive) == 3 and not any(alive[1:]) and experience.features == []
 
 
 def test_plain_rl_asks_the_discriminator_nothing(monkeypatch):

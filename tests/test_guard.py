@@ -314,3 +314,11 @@ def test_stop_ends_fit(tmp_path, monkeypatch):
     rows = [{"prompt": p, "target": t} for p, t in zip(PROMPTS[:2], TARGETS[:2], strict=True)]
     with pytest.warns(UserWarning, match="exploited"):
         assert len(gan.fit(rows, steps=5, progress=False)) == 1
+
+
+def test_plain_rl_which_predicts_nothing_can_be_taken_back():
+    gan = small_gan(adversarial=False, on_exploit="rollback", monitor_window=2)
+    for _ in range(3):
+        gan.step(PROMPTS[:2], TARGETS[:2], train_disc=False)
+    assert gan.monitor.best is not None and gan.monitor.kept is not None
+    assert np.isfinite(gan.monitor.best).all()

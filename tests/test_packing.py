@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import ARCHITECTURES, PADS, PROMPTS, TARGETS, base_folder, random_model, small_gan, word_tokenizer
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from lora_gan import packing
 
@@ -86,14 +92,20 @@ def test_a_row_has_no_padding_and_a_prompt_stands_once():
     assert batch.ids.tolist() == [[token for part in (*prompts, *responses) for token in part]]
 
 
-def test_a_base_with_a_window_is_read_as_padded_rows():
-    """Its attention would need to be told how far each token looks; the padded rows know."""
+@pytest.mark.parametrize("kind", ["mistral", "qwen2_moe"])
+def test_a_base_with_a_window_is_read_as_padded_rows(kind):
+    """Its attention would have to be told how far a token looks, which Qwen2-MoE's is not; the padded rows know."""
     tokenizer = word_tokenizer("own")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"vocab_size": len(tokenizer), "eos_token_id": 0, "pad_token_id": 1}
-    config = MistralConfig(**sizes, **ids, num_key_value_heads=2, max_position_embeddings=96, sliding_window=4)
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 96, "sliding_window": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "max_window_layers": 0}
+    if kind == "mistral":
+        config, model = MistralConfig(**sizes, **ids, **more), MistralForCausalLM
+    else:
+        config, model = Qwen2MoeConfig(**sizes, **ids, **more, **experts, use_sliding_window=True), Qwen2MoeForCausalLM
     torch.manual_seed(0)
-    gan = small_gan(MistralForCausalLM(config), processing_class=tokenizer)
+    gan = small_gan(model(config), processing_class=tokenizer)
     assert not gan.players.packs
     assert not gan.players.batch(*EVEN).packed
     assert gan.step(PROMPTS[:2], TARGETS[:2])["gen_loss"] is not None
@@ -129,3 +141,28 @@ def test_the_head_is_the_bases_own_and_the_body_comes_back(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             gan.players.head(torch.randn(4, 32))
     assert gan.players.body is body and getattr(gan.players.lm, gan.players.lm.base_model_prefix) is body
+
+
+def test_out_of_memory_in_the_trial_says_nothing_of_the_base(monkeypatch):
+    gan = small_gan()
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+
+        def full(*_, **__):
+            raise torch.OutOfMemoryError("simulated")
+
+        patched.setattr(gan.players.body, "forward", full)
+        _ = gan.players.packs
+    assert gan.players.packs
+
+
+def test_the_reference_of_an_adapted_head_has_no_adapter():
+    gan = small_gan(base_folder("llama"), target_modules=("q_proj", "lm_head"), learning_rate=1e-2)
+    for _ in range(2):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+    hidden = torch.randn(4, 32)
+    with torch.no_grad():
+        with gan.players.playing("reference"):
+            expected = gan.players.head(hidden)
+        with gan.players.playing("generator"):
+            assert torch.equal(gan.players.head(hidden, reference=True), expected)
+            assert not torch.allclose(gan.players.head(hidden), expected, atol=1e-3)

@@ -8,7 +8,8 @@ Two rules, each broken silently by stock PEFT:
 - Switching never touches `requires_grad`. PEFT's `set_adapter` clears it on the adapter that goes, and autograd then
   drops every gradient of a graph that is still waiting for its backward.
 - Nothing is switched between a forward and its backward: under gradient checkpointing the recomputation would run with
-  the wrong adapter (peft#2832). `playing` raises when a graph is still open.
+  the wrong adapter (peft#2832). `playing` raises when a graph is still open. `set_aside` is the one exception, and
+  holds because nothing is recomputed here: blocks wrapped for checkpointing from outside are not supported.
 """
 
 from __future__ import annotations
@@ -244,7 +245,12 @@ class Players:
     @cached_property
     def packs(self) -> bool:
         """Whether this base reads a packed row as it reads padded ones; found out by trying, once."""
-        if "position_ids" not in self._takes or self.lm.config.get_text_config() is not self.lm.config:
+        config = self.lm.config
+        if "position_ids" not in self._takes or config.get_text_config() is not config:
+            return False
+        # A trial of a few tokens does not reach the end of a window, and not every attention is told of its own.
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        if any(windows) or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             return False
         ids = [1 + i % (self.lm.get_input_embeddings().weight.shape[0] - 1) for i in range(11)]
         trial = [ids[:2], ids[2:5]], [ids[5:8], ids[8:9], ids[9:]], np.array([0, 0, 1])
@@ -254,6 +260,8 @@ class Players:
                     self._states(batch).flatten(0, 1)[batch.response_R]
                     for batch in (self._laid_out(*trial, packs=True), self._laid_out(*trial, packs=False))
                 )
+            except torch.OutOfMemoryError:
+                raise  # it says nothing of the base, and a run that goes on must find what this one found
             except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
                 return False  # whatever a base does that is told nothing of rows: it is read as it always was
             return _alike(packed, padded)
@@ -295,6 +303,8 @@ class Players:
                 whole_BLH = self._states(batch)
                 with self._from(self._below(batch)):
                     upper_BLH = self._states(batch)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
                 return False  # layers that hand on more than hidden states
         return _alike(upper_BLH, whole_BLH)
@@ -349,18 +359,17 @@ class Players:
         therefore run, with the hidden states in the body's place.
         """
         name, body = self.lm.base_model_prefix, self.body
-        layer = self.lm.get_output_embeddings()
-        active = getattr(layer, "_active_adapter", None)
+        active = [(layer, layer._active_adapter) for layer in self._layers] if reference else []
         try:
             one = torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
             setattr(self.lm, name, _Given(hidden_RH[None]))
-            if reference and active is not None:
+            for layer, _ in active:  # what stands behind the body may be adapted, too
                 layer._active_adapter = []
             logits_1RV = self.lm(input_ids=one, attention_mask=one, use_cache=False).logits
         finally:
             setattr(self.lm, name, body)
-            if reference and active is not None:
-                layer._active_adapter = active
+            for layer, adapter in active:
+                layer._active_adapter = adapter
         return logits_1RV[0].float()
 
     @property

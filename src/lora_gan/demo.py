@@ -60,8 +60,8 @@ class ConstantDiscriminator(Discriminator):
     def predict(self, rollout: Rollout) -> np.ndarray:
         return np.full((1, len(rollout)), self.total / self.count if self.count else 0.0)
 
-    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, None]:
-        return self.predict(rollout), None
+    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, list[torch.Tensor]]:
+        return self.predict(rollout), []
 
     def update(self, experience: Experience) -> dict[str, float]:
         answered_B = experience.true_B[~np.isnan(experience.true_B)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ class Group:
     heads: list[bool]  # which heads learn from it: their spread is an uncertainty only if they saw different data
 
 
+KEPT_FROM = 0.75  # the query rate from which one forward for prediction and update takes less time than two
 FORGET = 0.9  # a step, of what fresh answers said of the predictions
 
 
@@ -118,13 +119,14 @@ def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
     return groups
 
 
-def _answered_features(experience: Experience) -> Tensor | None:
-    """Of the features that were kept, those of the responses in `answered_groups`, in its order."""
-    if experience.features_BH is None:
-        return None
+def _answered_features(experience: Experience) -> list[Tensor]:
+    """Of the features that were kept, which are taken out, those of the responses in `answered_groups`."""
+    if not experience.features:
+        return []
+    features_BH = experience.features.pop()
     answered = np.flatnonzero(~np.isnan(experience.true_B))
     rows = answered[np.argsort(experience.group_B[answered], kind="stable")]
-    return experience.features_BH[torch.from_numpy(rows).to(experience.features_BH.device)] if len(rows) else None
+    return [features_BH[torch.from_numpy(rows).to(features_BH.device)]] if len(rows) else []
 
 
 class Discriminator:
@@ -182,24 +184,26 @@ class Discriminator:
         )
         return predicted_MB.double().cpu().numpy()
 
-    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, Tensor | None]:
-        """`predict`, and the features with the graph that the next update begins from, [B, H].
+    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, list[Tensor]]:
+        """`predict`, and the features [B, H] with the graph that the next update begins from.
 
-        None where it would learn from something else: other weights than those that score, other rows, or in smaller
-        parts than all at once.
+        None are kept where it would learn from something else: other weights than those that score, other rows, in
+        smaller parts than all at once; nor where many responses go unasked, whose share of the graph is for nothing.
         """
         size = self.optimizer.micro_batch_size
-        alike = not self.config.disc_average and self.config.disc_objective == "regression"
-        if not alike or self.config.disc_anchor_reward is not None or (size is not None and size < len(rollout)):
-            return self.predict(rollout), None
-        try:
-            with self.players.playing("discriminator"):
+        whole = self.config.query_rate >= KEPT_FROM and (size is None or size >= len(rollout))
+        scores = self.average is None and not self.config.disc_average
+        plain = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
+        features_BH = None
+        if whole and scores and plain:
+            with suppress(torch.OutOfMemoryError), self.players.playing("discriminator"):
+                # A graph takes more than a prediction does.
                 features_BH = self.players.set_aside(self.players.features(rollout.batch(self.players)))
-        except torch.OutOfMemoryError:  # a graph takes more than a prediction does
-            return self.predict(rollout), None
+        if features_BH is None:
+            return self.predict(rollout), []
         with torch.no_grad():
             predicted_MB = self.players.score_MH @ features_BH.T
-        return predicted_MB.double().cpu().numpy(), features_BH
+        return predicted_MB.double().cpu().numpy(), [features_BH]
 
     def update(self, experience: Experience) -> dict[str, float | None]:
         """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates.
@@ -207,6 +211,7 @@ class Discriminator:
         The mean is over the updates whose loss was finite; those skipped for want of that are counted.
         With several processes, one whose prompts got no answer takes part with gradients of nought.
         """
+        kept = _answered_features(experience)
         relative = self.config.disc_objective == "real_vs_generated"
         fresh = self._real_and_generated(experience) if relative else self._answered(experience)
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
@@ -219,12 +224,11 @@ class Discriminator:
                 self._start(fresh)
         elif not self.players.heads_MH.any():
             self._start_at_random()
-        kept = _answered_features(experience)
         losses, norm, learning_rate, skipped = [], None, 0.0, 0
         for update in range(self.config.disc_updates):
             old = self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
             loss = self._learn_within_memory(fresh, old, kept) if fresh or old else 0.0
-            kept = None  # it was of the weights before this update
+            kept.clear()  # it was of the weights before this update
             learning_rate = self.optimizer.learning_rate
             taken = self.optimizer.step(loss)
             losses += [loss] if math.isfinite(loss) else []
@@ -372,20 +376,17 @@ class Discriminator:
             heads.append(dual @ features_BH[kept_B])
         return torch.stack(heads).float()
 
-    def _learn_within_memory(self, fresh: list[Group], old: list[Group], kept: Tensor | None) -> float:
+    def _learn_within_memory(self, fresh: list[Group], old: list[Group], kept: list[Tensor]) -> float:
         """`_learn`, in smaller micro-batches where memory runs out; whole groups remain together."""
-        groups, features = fresh + old, [kept]
+        groups = fresh + old
 
         def splits() -> bool:
             return any(len(part) > 1 for part in micro_batches(groups, self.optimizer.micro_batch_size))
 
         def learn() -> float:
-            kept = features.pop() if features else None  # its graph serves once
-            if kept is None:
-                parts = [(part, None) for part in micro_batches(groups, self.optimizer.micro_batch_size)]
-            else:
-                parts = [(part, None) for part in micro_batches(old, self.optimizer.micro_batch_size)]
-                parts = [(fresh, kept), *parts]
+            parts: list[tuple[list[Group], Tensor | None]] = [(fresh, kept.pop())] if kept else []  # it serves once
+            rest = old if parts else groups
+            parts += [(part, None) for part in micro_batches(rest, self.optimizer.micro_batch_size)]
             return self._learn(parts)
 
         rows = sum(len(group.responses) for group in groups)

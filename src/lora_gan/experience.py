@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +27,9 @@ class Experience:
     parts: dict[str, np.ndarray]  # the true reward's parts by name, where it has several
     gate: float = 1.0  # how far predictions are trusted, from earlier steps alone
     left_out_B: np.ndarray | None = None  # bool: groups in which a call of the true reward failed; None = no group
-    features_BH: Tensor | None = None  # what the predictions were read off, with its graph; None = it was not kept
+    # What the predictions were read off, [B, H], with its graph; nothing where it was not kept. Who takes it out has
+    # the only name for it, so that it is gone when it has served.
+    features: list[Tensor] = field(default_factory=list)
 
     @property
     def predicted_B(self) -> np.ndarray:

@@ -246,9 +246,9 @@ class LoraGAN:
             self._require_comparable(rows)
         prompts = self._encode(row.prompt for row in rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
-        features_BH = None
-        if learns:
-            predicted_MB, features_BH = self.discriminator.predict_to_learn(sampled)
+        features: list[Tensor] = []
+        if learns and asks and self.calls_left != 0:
+            predicted_MB, features = self.discriminator.predict_to_learn(sampled)
         elif predicts:
             predicted_MB = self.discriminator.predict(sampled)
         else:
@@ -277,7 +277,7 @@ class LoraGAN:
             parts,
             self.discriminator.gate,
             np.isin(sampled.group_B, list(left_out)) if left_out else None,
-            features_BH,
+            features,
         )
 
     def _over_with_budget(self, signal: RewardSignal) -> bool:

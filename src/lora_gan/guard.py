@@ -66,8 +66,9 @@ class Monitor:
         if self.first is None:
             self.first = mean[2:4]
         alarms = self._alarms(mean, self._error(steps[:, 0]))
-        if not alarms and not np.isnan(mean[:2]).any() and (self.best is None or mean[0] > self.best[0]):
-            self.best = [mean[0], self._error(steps[:, 0]), mean[1]]
+        if not alarms and not np.isnan(mean[0]) and (self.best is None or mean[0] > self.best[0]):
+            predicted = mean[0] if np.isnan(mean[1]) else mean[1]  # plain RL predicts nothing
+            self.best = [mean[0], self._error(steps[:, 0]), predicted]
             if self.config.on_exploit == "rollback":
                 self._keep(generator)
         fresh = [words for kind, words in alarms.items() if kind not in self.told]

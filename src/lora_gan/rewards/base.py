@@ -63,7 +63,7 @@ class Perplexity:
             texts = [completion_text(completion) for completion in completions[part]]
             encoded = rollout.encode_pairs(players.base, list(prompts[part]), texts, template)
             rows = players.batch(*encoded, np.arange(len(texts)))
-            logprobs = []
+            logprobs = [torch.zeros(0, device=players.device)]  # all responses may be empty
             with torch.no_grad(), players.playing("reference"):
                 hidden_RH = players.hidden(rows, rows.predicting_R)
                 for some in rollout.chunks(len(hidden_RH), players.tokens_at_once):
