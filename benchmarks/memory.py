@@ -48,9 +48,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, OURS, SHAPES, STORIES, Arm, Shape, Workload, built, prepare, quiet
+from arms import ARMS, OURS, SHAPES, Arm, Shape, Workload, built, prepare, quiet
 from machine import describe
-from speed import in_order, plain, shape_of, spread, table
+from speed import add_shape_options, in_order, plain, shape_of, spread, table
 
 from lora_gan.json_lines import append_line, open_lines
 
@@ -68,14 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="training steps whose peak is taken (default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="processes an arm (default 3)")
     parser.add_argument("--out", type=Path, default=Path("docs/results/memory.jsonl"), help="JSON Lines, one a process")
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
-    parser.add_argument("--stories", type=Path, default=STORIES, help="the folder of the stories260K model")
-    parser.add_argument("--prompts", type=int, help="a step, instead of the shape's own")
-    parser.add_argument("--group", type=int, help="responses a prompt, instead of the shape's own")
-    parser.add_argument("--tokens", type=int, help="of a response, instead of the shape's own")
-    parser.add_argument(
-        "--report", action="store_true", help="print the tables of what --out holds, and measure nothing"
-    )
+    add_shape_options(parser)
     parser.add_argument("--child", help=argparse.SUPPRESS)  # what a measuring process is told, as JSON
     given = parser.parse_args(arguments)
     if given.child:

@@ -57,14 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of one step an arm (default 5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each arm before the first round (default 1)")
     parser.add_argument("--out", type=Path, default=Path("docs/results/speed.jsonl"), help="JSON Lines, one a step")
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
-    parser.add_argument("--stories", type=Path, default=STORIES, help="the folder of the stories260K model")
-    parser.add_argument("--prompts", type=int, help="a step, instead of the shape's own")
-    parser.add_argument("--group", type=int, help="responses a prompt, instead of the shape's own")
-    parser.add_argument("--tokens", type=int, help="of a response, instead of the shape's own")
-    parser.add_argument(
-        "--report", action="store_true", help="print the tables of what --out holds, and measure nothing"
-    )
+    add_shape_options(parser)
     given = parser.parse_args(arguments)
     if not given.report:
         quiet()
@@ -75,6 +68,18 @@ def main(arguments: list[str] | None = None) -> None:
     if given.report and not given.out.is_file():
         raise SystemExit(f"there is no {given.out} to report on: run the benchmark first, or name another --out")
     print(report(open_lines(given.out)))
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks of several shapes have in common."""
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--stories", type=Path, default=STORIES, help="the folder of the stories260K model")
+    parser.add_argument("--prompts", type=int, help="a step, instead of the shape's own")
+    parser.add_argument("--group", type=int, help="responses a prompt, instead of the shape's own")
+    parser.add_argument("--tokens", type=int, help="of a response, instead of the shape's own")
+    parser.add_argument(
+        "--report", action="store_true", help="print the tables of what --out holds, and measure nothing"
+    )
 
 
 def shape_of(name: str, given: argparse.Namespace) -> Shape:

@@ -312,15 +312,15 @@ class Players:
     @cached_property
     def _layers_below(self) -> tuple[nn.ModuleList, int] | None:
         """The base's layers, and how many of them lie below the discriminator's first adapter; None where none does."""
-        count = self.lm.config.get_text_config().num_hidden_layers
-        lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        if len(lists) != 1:
+        named = _layer_list(self.lm)
+        if named is None:
             return None
-        adapted = [any(_has_adapter(m, "discriminator") for m in layer.modules()) for layer in lists[0]]
-        inside = sum(_has_adapter(m, "discriminator") for m in lists[0].modules())
+        _, layers = named
+        adapted = [any(_has_adapter(m, "discriminator") for m in layer.modules()) for layer in layers]
+        inside = sum(_has_adapter(m, "discriminator") for m in layers.modules())
         outside = inside < sum(_has_adapter(m, "discriminator") for m in self.body.modules())
-        below = adapted.index(True) if any(adapted) else count
-        return None if outside or not 0 < below < count else (lists[0], below)
+        below = adapted.index(True) if any(adapted) else len(layers)
+        return None if outside or not 0 < below < len(layers) else (layers, below)
 
     @torch.no_grad()
     def _below(self, batch: Batch) -> Tensor:
@@ -535,6 +535,13 @@ def lora_config(
     return wanted
 
 
+def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    """A causal LM's layers, and the name they stand under; None where it has not one list of them."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return lists[0] if len(lists) == 1 else None
+
+
 def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
     """The linear layers of the model's upper layers, by name: PEFT takes "all-linear" in all layers or none.
 
@@ -544,13 +551,13 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
     count = model.config.get_text_config().num_hidden_layers
     if layers > count:
         raise ValueError(f"disc_layers={layers} is not accepted: {type(model).__name__} has {count} layers")
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(lists) != 1:
+    named = _layer_list(model)
+    if named is None:
         raise ValueError(
             f"disc_layers cannot tell which layers of {type(model).__name__} are the upper ones: name the modules in "
             "disc_target_modules"
         )
-    (name, found), first = lists[0], count - layers
+    (name, found), first = named, count - layers
     return sorted(
         f"{name}.{first + i}.{inner}"
         for i, layer in enumerate(found[first:])
