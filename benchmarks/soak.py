@@ -3,7 +3,7 @@
     python benchmarks/soak.py --steps 2000 --out docs/results/soak.jsonl
     python benchmarks/soak.py --report --out docs/results/soak.jsonl
 
-Checkpoints every 100 steps, logs every step, samples every 25, as a run has them. A line each 20 steps. The report
+One fit(): checkpoints every 100 steps, logs every step, samples every 25, as a run has them. A line each 20 steps. The report
 compares the medians of the first and the last quarter of what comes after --warm steps. `rss` is resident memory as it
 is; `held` the same after glibc was asked to give back the pages it keeps of freed blocks, which come and go with the
 lengths of responses and are nobody's.
@@ -66,8 +66,7 @@ def soak(steps: int, out: Path) -> None:
                 file.flush()
                 began[0] = time.process_time()
 
-        for _ in range(steps // 100):  # fit() keeps every record it returns: asked for in parts, as a user may
-            gan.fit(rows, steps=100, progress=False, on_step=note)
+        gan.fit(rows, steps=steps, progress=False, on_step=note)
 
 
 def report(out: Path, warm: int) -> None:
