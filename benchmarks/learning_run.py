@@ -225,7 +225,10 @@ def kl_of(gan: LoraGAN, rows: rollout.Rollout) -> list[float]:
     for player in ("generator", "reference"):
         with gan.players.playing(player):
             logits[player] = gan.players.logits(rows.ids_BL, rows.mask_BL, keep=keep)[:, :-1]
-    return objectives.kl_to_reference(logits["generator"], logits["reference"], rows.response_mask_BT).tolist()
+    _, kl_B = objectives.logprobs_and_kl(
+        logits["generator"], rows.response_ids_BT, logits["reference"], rows.response_mask_BT
+    )
+    return kl_B.tolist()
 
 
 def best_of(gan: LoraGAN, task: Task, count: int = CANDIDATES) -> dict[str, Any]:

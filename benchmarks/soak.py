@@ -3,10 +3,10 @@
     python benchmarks/soak.py --steps 2000 --out docs/results/soak.jsonl
     python benchmarks/soak.py --report --out docs/results/soak.jsonl
 
-One fit(): checkpoints every 100 steps, logs every step, samples every 25, as a run has them. A line each 20 steps. The report
-compares the medians of the first and the last quarter of what comes after --warm steps. `rss` is resident memory as it
-is; `held` the same after glibc was asked to give back the pages it keeps of freed blocks, which come and go with the
-lengths of responses and are nobody's.
+One fit(): checkpoints every 100 steps, logs every step, samples every 25, as a run has them. A line each 20 steps. The
+report compares the medians of the first and the last quarter of what comes after --warm steps. `rss` is resident memory
+as it is; `held` the same after glibc was asked to give back the pages it keeps of freed blocks, which come and go with
+the lengths of responses and are nobody's.
 """
 
 from __future__ import annotations

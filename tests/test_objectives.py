@@ -52,7 +52,11 @@ def test_policy_gradient_does_not_lead_into_the_advantage():
     assert given.grad.numpy() == pytest.approx(-ADVANTAGE[:, None] * MASK)
 
 
-def test_kl_to_reference():
+def with_kl(logits, reference=REFERENCE, ids=IDS, mask=MASK):
+    return objectives.logprobs_and_kl(tensor(logits), tensor(ids), tensor(reference), tensor(mask))
+
+
+def test_logprobs_and_kl():
     expected = []
     for b in range(B):
         total = 0.0
@@ -60,16 +64,17 @@ def test_kl_to_reference():
             p, q = softmax(LOGITS[b, t]), softmax(REFERENCE[b, t])
             total += np.sum(p * np.log(p / q))
         expected.append(total)
-    ours = objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE), tensor(MASK))
-    close(ours, expected)
-    assert (ours[:4] > 0).all()
-    assert objectives.kl_to_reference(tensor(LOGITS), tensor(LOGITS), tensor(MASK)).abs().max() < 1e-12
+    ours_BT, kl_B = with_kl(LOGITS)
+    close(ours_BT, logprobs())
+    close(kl_B, expected)
+    assert (kl_B[:4] > 0).all()
+    assert with_kl(LOGITS, LOGITS)[1].abs().max() < 1e-12
 
 
-def test_kl_to_reference_has_the_gradient_of_its_formula_and_none_for_the_reference():
+def test_the_kl_has_the_gradient_of_its_formula_and_none_for_the_reference():
     """∂KL/∂logit_v = p_v · (log p_v/q_v − KL): of KL(policy ‖ reference), not of the other one, as k3 would have."""
     logits, reference = tensor(LOGITS).requires_grad_(True), tensor(REFERENCE).requires_grad_(True)
-    objectives.kl_to_reference(logits, reference, tensor(MASK)).sum().backward()
+    with_kl(logits, reference)[1].sum().backward()
     expected = np.zeros_like(LOGITS)
     for b in range(B):
         for t in range(LENGTHS[b]):
@@ -77,6 +82,12 @@ def test_kl_to_reference_has_the_gradient_of_its_formula_and_none_for_the_refere
             expected[b, t] = p * (np.log(p / q) - np.sum(p * np.log(p / q)))
     assert reference.grad is None
     assert logits.grad.numpy() == pytest.approx(expected)
+
+
+def test_logprobs_and_kl_have_the_gradient_that_finite_differences_give():
+    logits = tensor(LOGITS).requires_grad_(True)
+    assert torch.autograd.gradcheck(with_kl, (logits,))
+    assert torch.autograd.gradcheck(lambda its: with_kl(its)[0], (logits,)), "where the KL has no weight"
 
 
 def test_imitation():
@@ -158,9 +169,10 @@ def test_ranking_asks_nothing_of_ties_and_of_other_groups():
         lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:1])),
         lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:, None])),
         lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), torch.tensor(1.0)),
-        lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE[:1]), tensor(MASK)),
-        lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE[:, :, :1]), tensor(MASK)),
-        lambda: objectives.kl_to_reference(tensor(LOGITS), tensor(REFERENCE), tensor(MASK[:1])),
+        lambda: with_kl(LOGITS, REFERENCE[:1]),
+        lambda: with_kl(LOGITS, REFERENCE[:, :, :1]),
+        lambda: with_kl(LOGITS, mask=MASK[:1]),
+        lambda: with_kl(LOGITS, ids=IDS[:, :1]),
         lambda: objectives.imitation(tensor(logprobs()), tensor(MASK[:, :1])),
         lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, 1, H), torch.zeros(V, H), tensor(MASK)),
         lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(1, H), tensor(MASK)),

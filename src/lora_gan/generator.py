@@ -205,10 +205,16 @@ class Generator:
 
         def loss(logits_R1V: Tensor, part: slice) -> Tensor:
             """Every loss of a response is a sum over its tokens: here each token is a row of its own."""
-            logits_R1V = logits_R1V / self.config.temperature  # the policy that learns is the one that sampled
+            logits_R1V = self._tempered(logits_R1V)  # the policy that learns is the one that sampled
             ids_R1 = batch.response_ids_R[part, None]
             advantage_R, mask_R1 = advantage_B[batch.row_R[part]], torch.ones_like(ids_R1)
-            logprobs_R1 = objectives.token_logprobs(logits_R1V, ids_R1)
+            if reference_RH is None:
+                logprobs_R1 = objectives.token_logprobs(logits_R1V, ids_R1)
+                kl_R = torch.zeros_like(advantage_R)
+            else:
+                with torch.no_grad():
+                    reference_R1V = self._tempered(self.players.head(reference_RH[part], reference=True)[:, None])
+                logprobs_R1, kl_R = objectives.logprobs_and_kl(logits_R1V, ids_R1, reference_R1V, mask_R1)
             logprobs.append(logprobs_R1.detach().squeeze(-1))
             if sampled_R is None:
                 policy_R = objectives.policy_gradient(logprobs_R1, mask_R1, advantage_R)
@@ -220,11 +226,7 @@ class Generator:
                 policy_R = policy_R + objectives.straight_through(
                     logits_R1V, gradient_RH[part, None], table_VH, mask_R1
                 )
-            kl_R = entropy_R = torch.zeros_like(policy_R)
-            if reference_RH is not None:
-                with torch.no_grad():
-                    reference_R1V = self.players.head(reference_RH[part], reference=True)[:, None]
-                kl_R = objectives.kl_to_reference(logits_R1V, reference_R1V / self.config.temperature, mask_R1)
+            entropy_R = torch.zeros_like(policy_R)
             loss_R = self.config.reward_weight * policy_R + self.beta * kl_R
             if self.config.entropy_weight:
                 entropy_R = objectives.entropy(logits_R1V, mask_R1)
@@ -235,6 +237,9 @@ class Generator:
 
         self._learn(batch, loss)
         return (float(sums[0]), float(sums[1]), float(sums[2])), torch.cat(logprobs)
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        return logits if self.config.temperature == 1 else logits / self.config.temperature
 
     def _learn(self, batch: Batch, loss: Callable[[Tensor, slice], Tensor]) -> None:
         """Forward of the generator, and backward of a loss that is a sum over response tokens.

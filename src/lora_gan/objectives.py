@@ -6,8 +6,11 @@ A mask is 1 on real tokens (the end-of-text token included) and 0 on padding. Sh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -52,16 +55,42 @@ def entropy(logits_BTV: Tensor, mask_BT: Tensor) -> Tensor:
     return -((logprobs.exp() * logprobs).sum(-1) * mask_BT).sum(-1)
 
 
-def kl_to_reference(logits_BTV: Tensor, reference_BTV: Tensor, mask_BT: Tensor) -> Tensor:
-    """KL(π ‖ reference) in nats a response, [B]: exact over the vocabulary at each sampled position, summed.
+def logprobs_and_kl(
+    logits_BTV: Tensor, ids_BT: Tensor, reference_BTV: Tensor, mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` [B, T], and KL(π ‖ reference) in nats a response, [B]: exact over the vocabulary at each sampled
+    position, summed.
 
     Not the k3 sample estimate: used as a loss, its gradient is that of the other KL, from reference to policy.
     """
+    _check("ids_BT", ids_BT, tuple(logits_BTV.shape[:2]))
     _check("reference_BTV", reference_BTV, tuple(logits_BTV.shape))
     _check("mask_BT", mask_BT, tuple(logits_BTV.shape[:2]))
-    logprobs = logits_BTV.log_softmax(-1)
-    kl_BT = (logprobs.exp() * (logprobs - reference_BTV.detach().log_softmax(-1))).sum(-1)
-    return (kl_BT * mask_BT).sum(-1)
+    logprobs_BT, kl_BT = _LogprobsAndKL.apply(logits_BTV, ids_BT, reference_BTV.detach())
+    return logprobs_BT, (kl_BT * mask_BT).sum(-1)
+
+
+class _LogprobsAndKL(torch.autograd.Function):
+    """Both at each place. Passes over the vocabulary take much of an update; autograd would make twice as many."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, ids_BT: Tensor, reference_BTV: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs_BTV = logits_BTV.log_softmax(-1)
+        token_BT = logprobs_BTV.gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
+        surplus_BTV = logprobs_BTV - reference_BTV.log_softmax(-1)
+        probs_BTV = logprobs_BTV.exp_()
+        kl_BT = (probs_BTV * surplus_BTV).sum(-1)
+        ctx.save_for_backward(probs_BTV, surplus_BTV, kl_BT, ids_BT)
+        return token_BT, kl_BT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """∂ log π(token) = 1[token] − π and ∂ KL = π · (log π − log reference − KL), with respect to logits."""
+        token_BT1, kl_BT1 = (gradient.unsqueeze(-1) for gradient in gradients)
+        probs_BTV, surplus_BTV, mean_BT, ids_BT = ctx.saved_tensors
+        gradient_BTV = (surplus_BTV - mean_BT.unsqueeze(-1)).mul_(kl_BT1).sub_(token_BT1).mul_(probs_BTV)
+        return gradient_BTV.scatter_add_(-1, ids_BT.unsqueeze(-1), token_BT1), None, None
 
 
 def imitation(logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
