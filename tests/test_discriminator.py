@@ -69,6 +69,32 @@ def test_micro_batches_keep_groups_whole():
     assert micro_batches(groups, None) == [groups]
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"disc_objective": "real_vs_generated", "adversarial": True}, {"disc_layers": 1}], ids=str
+)
+def test_a_group_larger_than_a_micro_batch_is_learned_as_a_whole(monkeypatch, settings, size):
+    gan, whole = (small_gan(disc_heads=3, micro_batch_size=its, **settings) for its in (size, None))
+    for its in (gan, whole):
+        its.step(["ab", "cd"], ["x", "yz"])
+    graphs, hidden = [], gan.players.hidden
+
+    def counted(batch, *arguments):
+        graphs.append(len(batch) if torch.is_grad_enabled() else 0)
+        return hidden(batch, *arguments)
+
+    monkeypatch.setattr(gan.players, "hidden", counted)
+    groups = [group([0.1, 0.9, 0.4, 0.2], heads=3), group([0.5, 0.1], prompt=8, heads=3)]
+    gan.discriminator._learn([([one], None) for one in groups])
+    whole.discriminator._learn([(groups, None)])
+    for ours, theirs in zip(*(its.players.parameters("discriminator") for its in (gan, whole)), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    assert any(theirs.grad is not None and theirs.grad.any() for theirs in whole.players.parameters("discriminator"))
+    assert max(graphs) == min(size, 3)
+
+
 def test_within_group_correlation_sees_what_the_overall_one_does_not():
     true = np.array([0.1, 0.2, 0.3, 0.9, 1.0, 1.1])
     groups = np.array([0, 0, 0, 1, 1, 1])

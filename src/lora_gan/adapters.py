@@ -9,7 +9,8 @@ Two rules, each broken silently by stock PEFT:
   drops every gradient of a graph that is still waiting for its backward.
 - Nothing is switched between a forward and its backward: under gradient checkpointing the recomputation would run with
   the wrong adapter (peft#2832). `playing` raises when a graph is still open. `set_aside` is the one exception, and
-  holds because nothing is recomputed here: blocks wrapped for checkpointing from outside are not supported.
+  holds because a layer that is computed again is run by whom it was run by: config's gradient_checkpointing sees to
+  it (recompute.py), and blocks wrapped for checkpointing from outside are not supported.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -40,6 +41,7 @@ from .base import Base, load_base, positions
 from .config import Config
 from .linear import quicken
 from .packing import Batch, batch_of
+from .recompute import recomputing
 
 __all__ = ["Base", "Player", "Players", "load_base", "lora_config"]
 
@@ -95,6 +97,14 @@ class Players:
                 parameter.requires_grad_(True)
         self._require_places()
         self._switch("reference")
+        if config.gradient_checkpointing:
+            named = _layer_list(self.lm)
+            if named is None:
+                raise ValueError(
+                    f"gradient_checkpointing cannot tell what the layers of {type(self.lm).__name__} are: leave it "
+                    "out, and set micro_batch_size to save memory"
+                )
+            recomputing(named[1], self._as_now)
 
     @property
     def active(self) -> Player:
@@ -182,6 +192,22 @@ class Players:
             layer._active_adapter = active
         self._playing = player
 
+    def _as_now(self) -> AbstractContextManager[None]:
+        """Another time as it is now: the same player, and attention that reads the same kind of rows."""
+        return self._as(self._playing, self.lm.config._attn_implementation)
+
+    @contextmanager
+    def _as(self, player: Player, attention: str) -> Iterator[None]:
+        before = self._playing
+        with self._attending(attention):
+            if player != before:  # once for each layer that is computed again: most often nothing changes
+                self._switch(player)
+            try:
+                yield
+            finally:
+                if player != before:
+                    self._switch(before)
+
     def _require_closed(self, switch: str) -> None:
         if any(graph() is not None for graph in self._open.values()):
             raise RuntimeError(
@@ -203,8 +229,8 @@ class Players:
     def set_aside(self, output: Tensor) -> Tensor:
         """An output whose backward comes after other forwards, by other players too.
 
-        Only autograd's own rule holds then: the weights must not have changed. Nothing is recomputed in its backward,
-        and `requires_grad` is never touched, so that it does not matter who plays.
+        Only autograd's own rule holds then: the weights must not have changed. What is recomputed in its backward is so
+        by whom it was of, and `requires_grad` is never touched, so that it does not matter who plays.
         """
         self._open.clear()
         return output
@@ -286,7 +312,7 @@ class Players:
         inputs: dict[str, Any] = {"input_ids": batch.ids}
         if embeds_BLH is not None:
             inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales in place what it is given
-        with self._attending() if batch.packed else nullcontext():
+        with self._attending(packing.ATTENTION) if batch.packed else nullcontext():
             hidden_BLH: Tensor = self.body(**inputs, **batch.inputs, use_cache=False).last_hidden_state
         return hidden_BLH
 
@@ -342,11 +368,11 @@ class Players:
             yield
 
     @contextmanager
-    def _attending(self) -> Iterator[None]:
-        """Inside the block attention reads packed rows."""
+    def _attending(self, attention: str) -> Iterator[None]:
+        """Inside the block attention is the one of this name in transformers' attention interface."""
         config = self.lm.config
         before = config._attn_implementation
-        config._attn_implementation = packing.ATTENTION
+        config._attn_implementation = attention
         try:
             yield
         finally:

@@ -81,6 +81,9 @@ class Config:
     """"cpu", "cuda", "cuda:1"; auto: the GPU where there is one, else the CPU."""
     micro_batch_size: int | None = None
     """Responses in one forward and backward of an update: less memory, the same update; None: all."""
+    gradient_checkpointing: bool = False
+    """Whether an update computes each layer again in its backward, instead of keeping all it computed: less memory,
+    more time, the same update."""
     model_init_kwargs: dict[str, Any] | None = None
     """Passed on to from_pretrained: revision, attn_implementation, ..."""
     trust_remote_code: bool = False

@@ -377,11 +377,9 @@ class Discriminator:
         return torch.stack(heads).float()
 
     def _learn_within_memory(self, fresh: list[Group], old: list[Group], kept: list[Tensor]) -> float:
-        """`_learn`, in smaller micro-batches where memory runs out; whole groups remain together."""
+        """`_learn`, in smaller micro-batches where memory runs out."""
         groups = fresh + old
-
-        def splits() -> bool:
-            return any(len(part) > 1 for part in micro_batches(groups, self.optimizer.micro_batch_size))
+        rows = sum(len(group.responses) for group in groups)
 
         def learn() -> float:
             parts: list[tuple[list[Group], Tensor | None]] = [(fresh, kept.pop())] if kept else []  # it serves once
@@ -389,8 +387,9 @@ class Discriminator:
             parts += [(part, None) for part in micro_batches(rest, self.optimizer.micro_batch_size)]
             return self._learn(parts)
 
-        rows = sum(len(group.responses) for group in groups)
-        return memory.fitting(learn, self.optimizer, rows, splits=splits)
+        return memory.fitting(
+            learn, self.optimizer, rows, splits=lambda: min(self.optimizer.micro_batch_size or rows, rows) > 1
+        )
 
     def _learn(self, parts: list[tuple[list[Group], Tensor | None]]) -> float:
         """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses.
@@ -400,24 +399,53 @@ class Discriminator:
         total = sum(sum(group.heads) * len(group.responses) for groups, _ in parts for group in groups)
         loss = 0.0
         for groups, features_BH in parts:
-            true_B, group_B, seen_MB = self._labels(groups)
             with self.players.playing("discriminator"):
-                if features_BH is None:
-                    features_BH = self.players.features(self._batch(groups))
-                predicted_MB = self.players.score_MH @ features_BH.T / self.players.reward_unit
-                true_B = true_B / self.players.reward_unit
-                regression_MB = objectives.regression_by_group(
-                    predicted_MB, true_B, group_B, mean_weight=self.config.disc_mean_weight
-                )
-                ranking_MB = objectives.ranking_by_group(predicted_MB, true_B, group_B)
-                loss_MB = regression_MB + self.config.disc_rank_weight * ranking_MB
-                if self.config.disc_objective == "real_vs_generated":
-                    # Targets hold 1, responses 0: ranking is the relativistic pairing loss (arXiv:1807.00734).
-                    loss_MB = ranking_MB
-                share = (loss_MB * seen_MB).sum() / total
-                share.backward()
+                if features_BH is not None:
+                    share = self._loss(groups, features_BH) / total
+                    share.backward()
+                else:
+                    share = self._learn_in_pieces(groups, total)
             loss += float(share.detach())
         return loss
+
+    def _learn_in_pieces(self, groups: list[Group], total: int) -> Tensor:
+        """Backward of some groups' share of the loss. A group of more responses than a micro-batch is read twice.
+
+        The loss compares them all, so first it is asked what it wants of each one's features, which takes no graph of
+        the base; then each micro-batch has its forward and backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
+        """
+        rows = sum(len(group.responses) for group in groups)
+        size = self.optimizer.micro_batch_size
+        if size is None or rows <= size:
+            share = self._loss(groups, self.players.features(self._batch(groups))) / total
+            share.backward()
+            return share
+        (group,) = groups
+        pieces = [self._batch([replace(group, responses=group.responses[part])]) for part in chunks(rows, size)]
+        with torch.no_grad():
+            features = [self.players.features(piece) for piece in pieces]
+        leaves = [its.requires_grad_(True) for its in features]
+        share = self._loss(groups, torch.cat(leaves)) / total
+        share.backward()
+        for piece, leaf in zip(pieces, leaves, strict=True):
+            self.players.features(piece).backward(leaf.grad)
+        return share
+
+    def _loss(self, groups: list[Group], features_BH: Tensor) -> Tensor:
+        """Regression and ranking within groups, summed over their responses and the heads that learn from them."""
+        true_B, group_B, seen_MB = self._labels(groups)
+        predicted_MB = self.players.score_MH @ features_BH.T / self.players.reward_unit
+        true_B = true_B / self.players.reward_unit
+        ranking_MB = objectives.ranking_by_group(predicted_MB, true_B, group_B)
+        if self.config.disc_objective == "real_vs_generated":
+            # Targets hold 1, responses 0: ranking is the relativistic pairing loss (arXiv:1807.00734).
+            loss_MB = ranking_MB
+        else:
+            regression_MB = objectives.regression_by_group(
+                predicted_MB, true_B, group_B, mean_weight=self.config.disc_mean_weight
+            )
+            loss_MB = regression_MB + self.config.disc_rank_weight * ranking_MB
+        return (loss_MB * seen_MB).sum()
 
     def _batch(self, groups: list[Group]) -> Batch:
         """The groups' responses, laid out for a forward."""
@@ -482,7 +510,7 @@ def reward_unit(rewards: list[float]) -> float:
 
 
 def micro_batches(groups: list[Group], size: int | None) -> list[list[Group]]:
-    """Whole groups, at most `size` responses together where that is possible: a group's mean needs all of it."""
+    """Whole groups, at most `size` responses together; a group of more stands alone: its mean needs all of it."""
     batches: list[list[Group]] = []
     for group in groups:
         if batches and (size is None or sum(len(g.responses) for g in [*batches[-1], group]) <= size):

@@ -75,13 +75,15 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
     together = min(config.micro_batch_size or sampled, sampled)
     length = max(prompt_lengths) + config.max_completion_length
     layer = 17 * length * text.hidden_size + 2.5 * heads * length**2
+    layers = text.num_hidden_layers * layer
+    if config.gradient_checkpointing:  # of all but one at a time what it was given
+        layers = text.num_hidden_layers * length * text.hidden_size + layer
     trained = sum(p.numel() * p.element_size() for player in PLAYERS for p in players.parameters(player))
     return {
         "base": float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)),
         "adapters, their gradients and AdamW's moments": 4.0 * trained,
         "cache while sampling": 2.0 * number * sampled * length * text.num_hidden_layers * kv_heads * per_head,
-        "an update": number * together * text.num_hidden_layers * layer
-        + 13.0 * 4 * together * config.max_completion_length * vocabulary,
+        "an update": number * together * layers + 13.0 * 4 * together * config.max_completion_length * vocabulary,
     }
 
 

@@ -1,0 +1,42 @@
+"""Gradient checkpointing: what a layer computes is not kept for the backward, but computed again there.
+
+Chen et al. 2016, arXiv:1604.06174. Not transformers' own switch: that one asks for train mode, in which a base's
+dropout would draw. And a layer must be run again as it was run: by the same player, with attention that reads the same
+kind of rows, whatever holds when its backward comes (peft#2832).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputing(layers: nn.ModuleList, as_now: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let each of the layers keep nothing but what it was given.
+
+    Args:
+        as_now: called at each forward; returns the context in which the layer is run again.
+    """
+    for layer in layers:
+        layer.forward = _Recomputed(layer.forward, as_now)
+
+
+class _Recomputed:
+    """A layer's forward."""
+
+    def __init__(self, forward: Callable[..., Any], as_now: Callable[[], AbstractContextManager[None]]) -> None:
+        self.forward, self.as_now = forward, as_now
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*arguments, **options)
+        return checkpoint(
+            self.forward, *arguments, use_reentrant=False,
+            preserve_rng_state=False,  # nothing draws: the base is in eval mode
+            context_fn=lambda: (nullcontext(), self.as_now()), **options,
+        )  # fmt: skip
