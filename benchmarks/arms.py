@@ -1,17 +1,18 @@
 """What the speed and memory benchmarks compare: one training step over the same base, prompts and response length.
 
-    lora_gan        this library's defaults, the true reward asked for every response
-    lora_gan_fresh  the same with one discriminator update a step, on this step's responses alone
-    lora_gan_upper  as lora_gan_fresh, the discriminator's adapter on the upper third of the layers only
-    plain_rl        this library with train_disc=False, adversarial=False: RLOO on the true reward, nothing else
-    two_models      the literal reading: two separate bases with an adapter each, one response at a time, plain
-                    transformers and PEFT
-    trl             TRL's GRPOTrainer with PEFT, and a separate reward model with an adapter of its own beside it
-    trl_checkpointed  the same with gradient checkpointing, which is TRL's default: less memory for more time
+    lora_gan               this library's defaults, the true reward asked for every response
+    lora_gan_fresh         the same with one discriminator update a step, on this step's responses alone
+    lora_gan_upper         as lora_gan_fresh, the discriminator's adapter on the upper third of the layers only
+    lora_gan_checkpointed  the defaults with gradient_checkpointing
+    plain_rl               this library with train_disc=False, adversarial=False: RLOO on the true reward alone
+    two_models             the literal reading: two separate bases with an adapter each, one response at a time,
+                           plain transformers and PEFT
+    trl                    TRL's GRPOTrainer with PEFT, and beside it a separate reward model with its own adapter
+    trl_checkpointed       the same with gradient checkpointing, TRL's default
 
 One `step()` of each arm is one training step over exactly `prompts × group` responses of exactly `tokens` tokens. All
 use AdamW, LoRA of the same rank on the same layers, the same learning rates, temperature and weight of the KL, no
-dropout, no gradient checkpointing (but in trl_checkpointed), and the same deterministic reward, which is next to free.
+dropout, and the same deterministic reward, which is next to free.
 
 Every response has the same length because no text can end: the base each arm loads (`prepare`) names as its end an id
 beyond its vocabulary, so that no arm pays for holding the end back, and none stops early.
@@ -489,12 +490,15 @@ ARMS: dict[str, Callable[[Workload], Arm]] = {
     "lora_gan": lambda workload: LoraGanArm("lora_gan", workload),
     "lora_gan_fresh": lambda workload: LoraGanArm("lora_gan_fresh", workload, **FRESH),
     "lora_gan_upper": lambda workload: LoraGanArm("lora_gan_upper", workload, upper=True, **FRESH),
+    "lora_gan_checkpointed": lambda workload: LoraGanArm(
+        "lora_gan_checkpointed", workload, gradient_checkpointing=True
+    ),
     "two_models": TwoModels,
     "trl": lambda workload: Trl("trl", workload),
     "trl_checkpointed": lambda workload: Trl("trl_checkpointed", workload, checkpointing=True),
     "plain_rl": lambda workload: LoraGanArm("plain_rl", workload, train_disc=False, adversarial=False),
 }
-OURS = ("lora_gan", "lora_gan_fresh", "lora_gan_upper")  # what the ratios are taken of
+OURS = ("lora_gan", "lora_gan_fresh", "lora_gan_upper", "lora_gan_checkpointed")  # what the ratios are taken of
 
 
 # --- what the arms share ----------------------------------------------------------------------------------------------

@@ -15,10 +15,8 @@ a base, what was never read is not in memory and is not taken off: most of a rew
 not measured: the size of one float32 copy of the logits of the largest forward.
 
 Micro-batches are equal: this library's `micro_batch_size`, TRL's `per_device_train_batch_size` with as many steps of
-accumulation as make the same batch, and for two_models one response, as its definition says. Two things differ by
-nature: this library's discriminator keeps the responses of a prompt together, so that its micro-batch is a whole group
-where a group is larger; and trl, as the others, runs without gradient checkpointing, trl_checkpointed with it, as is
-TRL's default.
+accumulation as make the same batch, and for two_models one response, as its definition says: --micro-batch 1 makes the
+others equal to it. Arms run without gradient checkpointing, but for those named for it.
 
 On the CPU the weights of a base are mapped from its file, not copied. The two bases of two_models and trl come from two
 files, as a model and a reward model do. Were they one file, Linux would hold its pages once and yet count them twice in

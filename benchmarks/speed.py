@@ -44,7 +44,7 @@ from lora_gan.json_lines import append_line, open_lines
 
 PEERS = tuple(name for name in ARMS if name not in OURS)
 PHASED = (*OURS, "plain_rl")  # the arms that are this library
-DEFAULT = tuple(name for name in ARMS if name != "trl_checkpointed")
+DEFAULT = tuple(name for name in ARMS if not name.endswith("_checkpointed"))
 Line = dict[str, Any]
 
 
