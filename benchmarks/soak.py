@@ -35,16 +35,19 @@ def trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def soak(steps: int, out: Path) -> None:
+def soak(steps: int, out: Path, records: int | None) -> None:
     import torch
 
-    from lora_gan import LoraGAN, rewards, tiny
+    from lora_gan import LoraGAN, callbacks, gan, rewards, tiny
+
+    if records is not None:
+        gan.RECORDS = callbacks.LOG_HISTORY = records
 
     torch.set_num_threads(1)
     rows = tiny.pairs("train", 4096, seed=0)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, out.open("w", encoding="utf-8") as file:
-        gan = LoraGAN(
+        run = LoraGAN(
             "tiny", reward=rewards.chrf, output_dir=folder, query_rate=0.5, max_completion_length=16,
             learning_rate=1e-3, disc_learning_rate=1e-3, save_steps=100, save_total_limit=2,
         )  # fmt: skip
@@ -66,7 +69,7 @@ def soak(steps: int, out: Path) -> None:
                 file.flush()
                 began[0] = time.process_time()
 
-        gan.fit(rows, steps=steps, progress=False, on_step=note)
+        run.fit(rows, steps=steps, progress=False, on_step=note)
 
 
 def report(out: Path, warm: int) -> None:
@@ -86,11 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm", type=int, default=100, help="steps after which nothing may grow")
+    parser.add_argument("--records", type=int, help="that fit() keeps for what it returns, instead of its own number")
     parser.add_argument("--out", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--report", action="store_true", help="of a file that is there")
     given = parser.parse_args()
     if not given.report:
-        soak(given.steps, given.out)
+        soak(given.steps, given.out, given.records)
     report(given.out, given.warm)
 
 
