@@ -75,6 +75,8 @@ def soak(steps: int, out: Path, records: int | None) -> None:
 def report(out: Path, warm: int) -> None:
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     after = [line for line in lines if line["step"] > warm]
+    if len(after) < 4:
+        raise SystemExit(f"too few lines after step {warm} to compare: one each {EVERY} steps, four are needed")
     quarter = len(after) // 4
     for name in ("rss", "held", "files", "threads", "cpu_s_per_step", "completion_length"):
         first, last = (statistics.median(line[name] for line in part) for part in (after[:quarter], after[-quarter:]))

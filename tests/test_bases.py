@@ -177,6 +177,16 @@ def test_resuming_equals_never_having_stopped(trained, tmp_path):
         assert differences(player_state(through, player), player_state(resumed, player)) == []
 
 
+def test_layers_computed_again_in_the_backward_teach_the_same(trained):
+    name = trained[2]
+    gan, oracle = (gan_of(name, gradient_checkpointing=on, learning_rate=1e-3) for on in (True, False))
+    for _ in range(2):
+        found, expected = (its.step(MANY[:2], TARGETS[:2]) for its in (gan, oracle))
+        for number in ("gen_grad_norm", "disc_grad_norm", "disc_loss", "kl"):
+            assert found[number] == pytest.approx(expected[number], rel=1e-3, abs=1e-6), number
+    assert expected["gen_grad_norm"] > 1e-3 and expected["disc_grad_norm"] > 1e-3
+
+
 def test_stock_peft_opens_the_generator(trained):
     gan, folder, name = trained
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()

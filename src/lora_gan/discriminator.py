@@ -365,9 +365,8 @@ class Discriminator:
             return torch.full_like(self.players.heads_MH, math.nan)
         target_B = true_B.double() / self.players.reward_unit
         gram_BB = features_BH @ features_BH.T
-        ridge = (
-            0.1 * gram_BB.diagonal().mean()
-        )  # a tenth of a feature vector's size: a few dozen rows, hundreds of weights
+        # A tenth of a feature vector's size: a few dozen rows, hundreds of weights.
+        ridge = 0.1 * gram_BB.diagonal().mean()
         heads = []
         for seen_B in seen_MB.bool():
             kept_B = seen_B if seen_B.any() else torch.ones_like(seen_B)

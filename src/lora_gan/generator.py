@@ -22,9 +22,8 @@ from .optimizer import PlayerOptimizer
 from .packing import Batch
 from .rollout import chunks, encode_prompts, encode_response
 
-Critic = Callable[
-    [Batch, Tensor], Tensor
-]  # a batch, the embeddings of its tokens -> every head's predicted reward [M, B]
+# A batch, the embeddings of its tokens -> every head's predicted reward [M, B]
+Critic = Callable[[Batch, Tensor], Tensor]
 
 
 class Generator:

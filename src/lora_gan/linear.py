@@ -35,9 +35,8 @@ class _Plain:
 
     def __init__(self, layer: Linear) -> None:
         self.layer = layer
-        self.merged: Tensor | None = (
-            None  # the base's weight with the active adapter's part in it, while it is asked for
-        )
+        # The base's weight with the active adapter's part in it, while it is asked for.
+        self.merged: Tensor | None = None
 
     def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         layer = self.layer
