@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .gan import LoraGAN
 
 #: Lines that `state.log_history` holds, the newest ones; a long run's memory does not grow. metrics.jsonl has them all.
-LOG_HISTORY = 1000
+LOG_HISTORY = 500
 
 Callback = TrainerCallback | type[TrainerCallback]
 

@@ -52,7 +52,7 @@ Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 #: Records that fit() returns at the most: they hold every response, and a long run's memory must not grow with it.
-RECORDS = 1000
+RECORDS = 500
 
 
 class BudgetSpent(ValueError):
@@ -421,7 +421,7 @@ class LoraGAN:
             on_step: called with every step's record.
 
         Returns:
-            The steps' records, the last 1,000 where there are more. In output_dir stand metrics.jsonl,
+            The steps' records, the last 500 where there are more. In output_dir stand metrics.jsonl,
             completions.jsonl, and checkpoints step-N: every `config.save_steps`, and at the end. After loading a
             checkpoint, fit() goes on with the next rows.
 
