@@ -424,3 +424,27 @@ def test_swapping_in_what_does_not_fit_changes_nothing(tmp_path):
         with pytest.raises(ValueError):
             load(path)
         assert differences(before, everything(gan)) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("cosine", "constant"), ("constant", "cosine"), ("cosine", "linear")])
+def test_a_run_goes_on_with_the_schedule_that_is_set(tmp_path, before, after):
+    """Warming up by one schedule and going on by another; oracle: a run that had the second one all along."""
+    schedules = {
+        name: {"lr_scheduler_type": name, "warmup_steps": 2 * (name != "constant"), "max_steps": 8}
+        for name in ("cosine", "constant", "linear")
+    }
+    saved = small_gan(**schedules[before], output_dir=str(tmp_path))
+    gan, oracle = (small_gan(**schedules[after], output_dir=str(tmp_path)) for _ in range(2))
+    for step in range(3):
+        for its in (saved, oracle):
+            its.step(PROMPTS[step : step + 2])
+    path = saved.save_checkpoint()
+    gan.load_checkpoint()
+    generator_alone = small_gan(**schedules[after])
+    generator_alone.load_generator(path)
+    expected = [oracle.step(PROMPTS[:2]) for _ in range(2)]
+    for its, players in ((gan, ("gen", "disc")), (generator_alone, ("gen",))):
+        found = [its.step(PROMPTS[:2]) for _ in range(2)]
+        for player in players:
+            rates = [[record[f"{player}_learning_rate"] for record in records] for records in (found, expected)]
+            assert rates[0] == pytest.approx(rates[1]) and rates[0][0] > 0

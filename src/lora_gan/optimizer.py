@@ -39,6 +39,7 @@ class PlayerOptimizer:
             self.skipped, self.scale = state.get("skipped", 0), state.get("scale", 1.0)  # older ones have neither
             self.largest_micro_batch = state.get("micro_batch_size")
             self._multiply_learning_rate(self.first_learning_rate * self.scale / self.schedule.base_lrs[0])
+            self._follow_schedule()
 
     def rescale(self, scale: float) -> None:
         """Set the share of the configured learning rate that updates are made with from now on."""
@@ -51,6 +52,14 @@ class PlayerOptimizer:
             for group in self.adamw.param_groups:
                 group["lr"], group["initial_lr"] = group["lr"] * ratio, group["initial_lr"] * ratio
             self.schedule.base_lrs = [rate * ratio for rate in self.schedule.base_lrs]
+
+    def _follow_schedule(self) -> None:
+        """Where a checkpoint came from another schedule, its next update is made at the rate of the one that is set."""
+        scheduled = zip(self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, base, share in scheduled:
+            rate = base * share(self.schedule.last_epoch)
+            if not math.isclose(group["lr"], rate, rel_tol=1e-9):  # else the saved one stays, to the bit
+                group["lr"] = rate
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)

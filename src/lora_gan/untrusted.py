@@ -186,7 +186,7 @@ def require_optimizer(state: Any, optimizer: PlayerOptimizer, where: str) -> Non
             for rate, here in zip(theirs, value, strict=True):
                 if isinstance(here, int | float):
                     _require_number(rate, f"{where}: schedule: {name}", least=0.0)
-                elif rate != here:  # of the functions there is nothing to save
+                elif rate not in (None, {}):  # of a schedule's functions, another one's too, there is nothing to save
                     raise Damaged(f"{where}: schedule: {name} is {str(theirs)[:60]}, here {value}")
         elif isinstance(value, bool) or isinstance(theirs, bool):
             if theirs is not value:
