@@ -467,6 +467,16 @@ def test_a_config_object_and_settings_by_name_are_the_same():
     assert named.config == given.config and named.step(PROMPTS[0]) == given.step(PROMPTS[0])
 
 
+def test_where_nothing_is_predicted_yet_an_adversarial_generator_stays_where_it_is():
+    """AdamW would make a step of full size of a gradient that is rounding alone."""
+    gan = small_gan(adversarial=True, query_rate=0.5)
+    before = copies(gan.players.parameters("generator"))
+    first = gan.step(PROMPTS[:2], TARGETS[:2])
+    assert first["gen_grad_norm"] == 0 and first["kl"] == 0
+    assert all(map(torch.equal, before, gan.players.parameters("generator")))
+    assert gan.step(PROMPTS[:2], TARGETS[:2])["gen_grad_norm"] > 0
+
+
 @pytest.mark.parametrize("gradient_path", ["policy_gradient", "straight_through"])
 def test_micro_batches_change_nothing_but_rounding(gradient_path):
     whole = small_gan(gradient_path=gradient_path, imitation_weight=0.1)
