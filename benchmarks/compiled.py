@@ -43,7 +43,8 @@ def main() -> None:
     without, with_it = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     print(f"a step: {without:.3f} s, compiled {with_it:.3f} s, {ratio:.2f} times as long")
     if with_it < without:
-        print(f"what the first step took is paid back after {first[0] / (without - with_it):,.0f} steps")
+        spent = sum(first) - len(first) * without
+        print(f"what compiling took is paid back after {spent / (without - with_it):,.0f} steps")
 
 
 def _seconds(arm: Arm) -> float:

@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--report", action="store_true", help="of a file that is there")
     given = parser.parse_args()
+    if given.records is not None and given.records < 1:
+        parser.error("--records must be 1 or more")
     if not given.report:
         soak(given.steps, given.out, given.records)
     report(given.out, given.warm)

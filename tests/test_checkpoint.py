@@ -426,6 +426,14 @@ def test_swapping_in_what_does_not_fit_changes_nothing(tmp_path):
         assert differences(before, everything(gan)) == []
 
 
+def test_several_updates_a_step_are_one_step_of_the_schedule():
+    """Warm-up and end are counted in steps, whatever a step makes of them."""
+    settings = {"lr_scheduler_type": "linear", "warmup_steps": 2, "max_steps": 6}
+    once, twice = (small_gan(num_iterations=n, disc_updates=n, **settings) for n in (1, 2))
+    rates = [[its.step(PROMPTS[:2])["gen_learning_rate"] for _ in range(6)] for its in (once, twice)]
+    assert rates[0] == pytest.approx(rates[1]) and rates[0][-1] > 0
+
+
 @pytest.mark.parametrize(("before", "after"), [("cosine", "constant"), ("constant", "cosine"), ("cosine", "linear")])
 def test_a_run_goes_on_with_the_schedule_that_is_set(tmp_path, before, after):
     """Warming up by one schedule and going on by another; oracle: a run that had the second one all along."""

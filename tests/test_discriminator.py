@@ -92,7 +92,7 @@ def test_a_group_larger_than_a_micro_batch_is_learned_as_a_whole(monkeypatch, se
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
     assert any(theirs.grad is not None and theirs.grad.any() for theirs in whole.players.parameters("discriminator"))
-    assert max(graphs) == min(size, 3)
+    assert max(graphs) == {1: 1, 3: 2}[size], "parts of much the same size"
 
 
 def test_within_group_correlation_sees_what_the_overall_one_does_not():

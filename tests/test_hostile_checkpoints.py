@@ -182,6 +182,12 @@ SIGNED = {
         tensors("generator/optimizer.pt", lambda s: s["optimizer"]["state"].update({10**6: {}})),
         "moments of a parameter",
     ),
+    "time before the beginning": (
+        tensors("generator/optimizer.pt", at("schedule", "last_epoch", to=-5)), "last_epoch is '-5'",
+    ),
+    "a count beyond all floats": (
+        tensors("generator/optimizer.pt", at("schedule", "last_epoch", to=10**400)), "last_epoch is '1000",
+    ),
     "no schedule": (tensors("generator/optimizer.pt", without("schedule")), "lacks 'schedule'"),
     "heads of another size": (tensors("discriminator/state.pt", at("heads_MH", to=torch.zeros(4, 3))), "heads_MH is"),
     "unit of nought": (tensors("discriminator/state.pt", at("reward_unit", to=0.0)), "reward_unit"),

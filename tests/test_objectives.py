@@ -84,6 +84,22 @@ def test_the_kl_has_the_gradient_of_its_formula_and_none_for_the_reference():
     assert logits.grad.numpy() == pytest.approx(expected)
 
 
+def test_a_forbidden_token_counts_for_nothing():
+    forbidden = np.zeros_like(LOGITS, dtype=bool)
+    forbidden[..., -1] = True
+    ids = np.minimum(IDS, V - 2)
+    logits = tensor(np.where(forbidden, -np.inf, LOGITS)).requires_grad_(True)
+    for reference in (np.where(forbidden, -np.inf, REFERENCE), REFERENCE):
+        logits.grad = None
+        ours_BT, kl_B = with_kl(logits, reference, ids)
+        few_BT, expected_B = with_kl(LOGITS[..., :-1], REFERENCE[..., :-1], ids)
+        lost = np.exp(REFERENCE[..., :-1]).sum(-1) / np.exp(reference).sum(-1)
+        close(ours_BT, few_BT.numpy())
+        close(kl_B, expected_B.numpy() - (np.log(lost) * MASK).sum(-1))
+        (ours_BT.sum() + kl_B.sum()).backward()
+        assert logits.grad.isfinite().all() and not logits.grad[..., -1].any()
+
+
 def test_logprobs_and_kl_have_the_gradient_that_finite_differences_give():
     logits = tensor(LOGITS).requires_grad_(True)
     assert torch.autograd.gradcheck(with_kl, (logits,))

@@ -1,7 +1,7 @@
 """Out of memory in an update: the micro-batch is halved, and the update done again.
 
 Oracle: a run that was configured with that micro-batch, bitwise; and the whole batch, to rounding. Memory is simulated:
-a forward with gradients raises above a number of rows.
+a forward raises above a number of rows.
 """
 
 import pytest
@@ -14,13 +14,16 @@ SETTINGS = {"num_generations": 4, "disc_replay_groups": 0}
 
 
 def fill(monkeypatch, gan, rows, *, players=("generator", "discriminator"), skip=0):
-    """Forwards of more than so many rows find no room, after the first `skip` of them that did."""
+    """Forwards of more than so many rows find no room, after the first `skip` of them that did: the generator's with
+    gradients, and all of the discriminator's."""
     left = [skip]
 
     whole = gan.players.hidden
 
     def limited(batch, *arguments, **options):
-        if len(batch) > rows and torch.is_grad_enabled() and gan.players.active in players:
+        active = gan.players.active
+        needs = active == "discriminator" or torch.is_grad_enabled()
+        if len(batch) > rows and needs and active in players:
             if not left[0]:
                 raise torch.OutOfMemoryError("simulated")
             left[0] -= 1
@@ -76,6 +79,27 @@ def test_what_was_done_before_memory_ran_out_is_done_again_and_not_twice(monkeyp
         assert record["gen_grad_norm"] == pytest.approx(expected["gen_grad_norm"], rel=1e-4)
         for one, two in zip(*(g.players.parameters("generator") for g in (gan, whole)), strict=True):
             assert torch.allclose(one, two, atol=2e-4)
+
+
+@pytest.mark.parametrize("objective", [{}, {"disc_objective": "real_vs_generated", "adversarial": True}], ids=str)
+def test_the_discriminator_goes_down_to_one_response_at_a_time(monkeypatch, objective):
+    """A group's too, whose loss compares them all; where nothing learns, before the first update, no less."""
+    gan, oracle = (small_gan(**SETTINGS, **objective, micro_batch_size=size) for size in (None, 1))
+    whole = gan.players.hidden
+
+    def limited(batch, *arguments, **options):
+        if len(batch) > 1 and gan.players.active == "discriminator":
+            raise torch.OutOfMemoryError("simulated")
+        return whole(batch, *arguments, **options)
+
+    monkeypatch.setattr(gan.players, "hidden", limited)
+    with pytest.warns(UserWarning, match="micro_batch_size=1"):
+        for _ in range(2):
+            gan.step(PROMPTS[:2], TARGETS[:2], train_gen=False)
+    for _ in range(2):
+        oracle.step(PROMPTS[:2], TARGETS[:2], train_gen=False)
+    for one, two in zip(*(its.players.parameters("discriminator") for its in (gan, oracle)), strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("only", ["generator", "discriminator"])

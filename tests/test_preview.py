@@ -10,10 +10,16 @@ from transformers import AutoModelForCausalLM
 from lora_gan import Config, preview
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(("architecture", "kv_width"), [("gpt2", 32), ("llama", 16)])  # llama: 2 of 4 heads of width 8
-def test_memory_is_counted_as_by_hand(architecture, kv_width):
+def test_memory_is_counted_as_by_hand(architecture, kv_width, packs, again):
     folder = base_folder(architecture)
-    gan = small_gan(folder, micro_batch_size=3)  # 2 prompts × 4 responses of 6 tokens, two layers of width 32
+    # 2 prompts × 4 responses of 6 tokens, two layers of width 32; three of the responses at a time, to one prompt
+    gan = small_gan(folder, micro_batch_size=3, gradient_checkpointing=again)
+    gan.players.packs = packs
+    tokens, pairs = (10 + 3 * 6, 10 * 10 + 3 * 6 * 16) if packs else (3 * 16, 3 * 16 * 16)
+    layer = 17 * tokens * 32 + 2.5 * 4 * pairs
     found = preview.memory(gan.players, gan.config, [4, 10])
     base = AutoModelForCausalLM.from_pretrained(folder)
     trained = sum(p.numel() for player in ("generator", "discriminator") for p in gan.players.parameters(player))
@@ -22,8 +28,20 @@ def test_memory_is_counted_as_by_hand(architecture, kv_width):
         4 * sum(p.numel() for p in base.parameters()),
         4 * 4 * trained,  # float32: the weight, its gradient, and AdamW's two moments
         2 * 4 * 8 * 16 * 2 * kv_width,  # keys and values of 8 rows of 10 + 6 tokens in 2 layers
-        4 * 3 * 2 * (17 * 16 * 32 + 2.5 * 4 * 16**2) + 13 * 4 * 3 * 6 * vocabulary,
+        4 * (2 * tokens * 32 + layer if again else 2 * layer) + 6 * 4 * 3 * 6 * vocabulary,
     ]
+
+
+def test_the_head_holds_some_logits_at_a_time_and_the_discriminator_none_but_replay(monkeypatch):
+    gan = small_gan(query_rate=0.5)
+    monkeypatch.setattr(type(gan.players), "tokens_at_once", 5)
+    few = preview.memory(gan.players, gan.config, [10])["an update"]
+    vocabulary = gan.players.base.model.config.vocab_size
+    body = {n: 4 * 2 * (17 * 32 * (n // 4 * 10 + n * 6) + 10 * (n // 4 * 100 + n * 6 * 16)) for n in (8, 16)}
+    assert few == body[8] + 6 * 4 * 5 * vocabulary, "four answers and four of replay are not more"
+    every = small_gan()
+    monkeypatch.setattr(type(every.players), "tokens_at_once", 5)
+    assert preview.memory(every.players, every.config, [10])["an update"] == body[16], "eight answers, eight of replay"
 
 
 def test_what_takes_turns_is_not_added_up():

@@ -302,6 +302,7 @@ def test_no_target_where_the_reward_needs_none():
         {"adversarial": False, "gradient_path": "straight_through"},
         {"query_rate": 0.0}, {"query_rate": 1.5}, {"top_p": 0.0}, {"temperature": 0.0}, {"num_generations": 0},
         {"learning_rate": float("nan")}, {"beta": -1.0}, {"gradient_path": "reinforce"}, {"adversarial": "yes"},
+        {"gradient_checkpointing": "false"},
         {"num_generations": 2.5}, {"beta": float("inf")}, {"learning_rate": float("inf")}, {"seed": "one"},
         {"lr_scheduler_type": "zigzag"}, {"lr_scheduler_type": "cosine", "max_steps": None},
         {"leanring_rate": 1e-3},

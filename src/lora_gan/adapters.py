@@ -7,10 +7,10 @@ Two rules, each broken silently by stock PEFT:
 
 - Switching never touches `requires_grad`. PEFT's `set_adapter` clears it on the adapter that goes, and autograd then
   drops every gradient of a graph that is still waiting for its backward.
-- Nothing is switched between a forward and its backward: under gradient checkpointing the recomputation would run with
-  the wrong adapter (peft#2832). `playing` raises when a graph is still open. `set_aside` is the one exception, and
-  holds because a layer that is computed again is run by whom it was run by: config's gradient_checkpointing sees to
-  it (recompute.py), and blocks wrapped for checkpointing from outside are not supported.
+- Nothing is switched between a forward and its backward: blocks wrapped for gradient checkpointing from outside would
+  be recomputed with the wrong adapter (peft#2832). `playing` raises when a graph is still open. `set_aside` is the one
+  exception: under config's gradient_checkpointing a layer is run again by whom it was run by (recompute.py). Blocks
+  wrapped from outside are not supported.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import re
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -41,7 +41,7 @@ from .base import Base, load_base, positions
 from .config import Config
 from .linear import quicken
 from .packing import Batch, batch_of
-from .recompute import recomputing
+from .recompute import Again, recomputing
 
 __all__ = ["Base", "Player", "Players", "load_base", "lora_config"]
 
@@ -72,6 +72,7 @@ class Players:
         # Which adapters a peft_config describes, and not the settings: a checkpoint says so.
         given = {"generator": peft_config, "discriminator": disc_peft_config}
         self.by_peft_config = [player for player, its in given.items() if its is not None]
+        layers = _layers_to_recompute(base.model) if config.gradient_checkpointing else None
         with randomness.seeded_torch(config.seed, "lora"):
             self.peft = _attach(base, lora)
         self.peft.eval()  # train mode would switch on the base's own dropout
@@ -97,14 +98,8 @@ class Players:
                 parameter.requires_grad_(True)
         self._require_places()
         self._switch("reference")
-        if config.gradient_checkpointing:
-            named = _layer_list(self.lm)
-            if named is None:
-                raise ValueError(
-                    f"gradient_checkpointing cannot tell what the layers of {type(self.lm).__name__} are: leave it "
-                    "out, and set micro_batch_size to save memory"
-                )
-            recomputing(named[1], self._as_now)
+        if layers is not None:
+            recomputing(layers, self._as_now)
 
     @property
     def active(self) -> Player:
@@ -192,9 +187,9 @@ class Players:
             layer._active_adapter = active
         self._playing = player
 
-    def _as_now(self) -> AbstractContextManager[None]:
+    def _as_now(self) -> Again:
         """Another time as it is now: the same player, and attention that reads the same kind of rows."""
-        return self._as(self._playing, self.lm.config._attn_implementation)
+        return partial(self._as, self._playing, self.lm.config._attn_implementation)
 
     @contextmanager
     def _as(self, player: Player, attention: str) -> Iterator[None]:
@@ -566,6 +561,16 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     count = model.config.get_text_config().num_hidden_layers
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     return lists[0] if len(lists) == 1 else None
+
+
+def _layers_to_recompute(model: PreTrainedModel) -> nn.ModuleList:
+    named = _layer_list(model)
+    if named is None:
+        raise ValueError(
+            f"gradient_checkpointing cannot tell what the layers of {type(model).__name__} are: leave it out, and set "
+            "micro_batch_size to save memory"
+        )
+    return named[1]
 
 
 def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:

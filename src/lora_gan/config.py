@@ -80,7 +80,8 @@ class Config:
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; auto: the GPU where there is one, else the CPU."""
     micro_batch_size: int | None = None
-    """Responses in one forward and backward of an update: less memory, the same update; None: all."""
+    """Responses in one forward and backward of an update: less memory, the same update; None: all. A group of more than
+    this is read twice by the discriminator's update."""
     gradient_checkpointing: bool = False
     """Whether an update computes each layer again in its backward, instead of keeping all it computed: less memory,
     more time, the same update."""
@@ -298,7 +299,9 @@ class Config:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
-        for name in ("log_completions", "trust_remote_code", "greater_is_better", "save_best"):
+        for name in (
+            "log_completions", "trust_remote_code", "greater_is_better", "save_best", "gradient_checkpointing",
+        ):  # fmt: skip
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("output_dir", "prompt_column", "project", "device", "metric_for_best_model"):
             self._require(

@@ -10,9 +10,10 @@ the discriminator's alone: it never reaches the generator's gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -179,10 +180,7 @@ class Discriminator:
                 parts = chunks(total, self.optimizer.micro_batch_size)
                 return torch.cat([self.players.predict(rollout.batch(self.players, part)) for part in parts], dim=1)
 
-        predicted_MB = memory.fitting(
-            predicted, self.optimizer, total, splits=lambda: min(self.optimizer.micro_batch_size or total, total) > 1
-        )
-        return predicted_MB.double().cpu().numpy()
+        return self._within_memory(predicted, total).double().cpu().numpy()
 
     def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, list[Tensor]]:
         """`predict`, and the features [B, H] with the graph that the next update begins from.
@@ -305,9 +303,8 @@ class Discriminator:
         """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
         right: list[float] = []
         for group in groups:
-            batch = self._batch([group])
-            with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
-                predicted_B = self.players.predict(batch).mean(0)
+            with torch.no_grad(), self.scoring():
+                predicted_B = (self.players.score_MH @ self._features([group]).T).mean(0)
             right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
         return {"disc_accuracy": float(np.mean(right))} if right else {}
 
@@ -358,9 +355,8 @@ class Discriminator:
         Without intercept (stock sequence classification ignores a bias), in its dual form, since responses are fewer
         than features: w = Fᵀ (F Fᵀ + λ I)⁻¹ r, each head on the groups it learns from.
         """
-        batch, (true_B, _, seen_MB) = self._batch(groups), self._labels(groups)
-        with torch.no_grad(), self.players.playing("discriminator"):
-            features_BH = self.players.features(batch).double()
+        true_B, _, seen_MB = self._labels(groups)
+        features_BH = self._features(groups).double()
         if not torch.isfinite(features_BH).all():  # there is nothing to solve, and no process may raise alone
             return torch.full_like(self.players.heads_MH, math.nan)
         target_B = true_B.double() / self.players.reward_unit
@@ -386,8 +382,11 @@ class Discriminator:
             parts += [(part, None) for part in micro_batches(rest, self.optimizer.micro_batch_size)]
             return self._learn(parts)
 
+        return self._within_memory(learn, rows)
+
+    def _within_memory(self, compute: Callable[[], memory.Result], rows: int) -> memory.Result:
         return memory.fitting(
-            learn, self.optimizer, rows, splits=lambda: min(self.optimizer.micro_batch_size or rows, rows) > 1
+            compute, self.optimizer, rows, splits=lambda: min(self.optimizer.micro_batch_size or rows, rows) > 1
         )
 
     def _learn(self, parts: list[tuple[list[Group], Tensor | None]]) -> float:
@@ -413,18 +412,14 @@ class Discriminator:
         The loss compares them all, so first it is asked what it wants of each one's features, which takes no graph of
         the base; then each micro-batch has its forward and backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
-        rows = sum(len(group.responses) for group in groups)
-        size = self.optimizer.micro_batch_size
-        if size is None or rows <= size:
-            share = self._loss(groups, self.players.features(self._batch(groups))) / total
+        pieces = self._pieces(groups)
+        if len(pieces) == 1:
+            share = self._loss(groups, self.players.features(pieces[0])) / total
             share.backward()
             return share
-        (group,) = groups
-        pieces = [self._batch([replace(group, responses=group.responses[part])]) for part in chunks(rows, size)]
         with torch.no_grad():
-            features = [self.players.features(piece) for piece in pieces]
-        leaves = [its.requires_grad_(True) for its in features]
-        share = self._loss(groups, torch.cat(leaves)) / total
+            leaves = [self.players.features(piece) for piece in pieces]
+        share = self._loss(groups, torch.cat([leaf.requires_grad_(True) for leaf in leaves])) / total
         share.backward()
         for piece, leaf in zip(pieces, leaves, strict=True):
             self.players.features(piece).backward(leaf.grad)
@@ -445,6 +440,31 @@ class Discriminator:
             )
             loss_MB = regression_MB + self.config.disc_rank_weight * ranking_MB
         return (loss_MB * seen_MB).sum()
+
+    def _features(self, groups: list[Group]) -> Tensor:
+        """What the heads read of the groups' responses, [B, H], without a graph."""
+
+        def features() -> Tensor:
+            with torch.no_grad(), self.players.playing("discriminator"):
+                return torch.cat([self.players.features(piece) for piece in self._pieces(groups)])
+
+        return self._within_memory(features, sum(len(group.responses) for group in groups))
+
+    def _pieces(self, groups: list[Group]) -> list[Batch]:
+        """The groups' responses, laid out in micro-batches; a group that is larger, in parts of much the same size."""
+        size, pieces = self.optimizer.micro_batch_size, []
+        for part in micro_batches(groups, size):
+            rows = sum(len(group.responses) for group in part)
+            if size is None or rows <= size:
+                pieces.append(self._batch(part))
+                continue
+            (group,) = part
+            count = -(-rows // size)
+            edges = [rows * i // count for i in range(count + 1)]
+            pieces += [
+                self._batch([replace(group, responses=group.responses[first:last])]) for first, last in pairwise(edges)
+            ]
+        return pieces
 
     def _batch(self, groups: list[Group]) -> Batch:
         """The groups' responses, laid out for a forward."""

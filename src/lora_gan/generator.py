@@ -31,7 +31,9 @@ class Generator:
 
     def __init__(self, players: Players, config: Config) -> None:
         self.players, self.config = players, config
-        self.optimizer = PlayerOptimizer(players.parameters("generator"), config.learning_rate, config)
+        self.optimizer = PlayerOptimizer(
+            players.parameters("generator"), config.learning_rate, config, config.num_iterations
+        )
         self.baseline = estimate.RunningMean()
         self.beta_scale = 1.0  # moves where there is a kl_target
 

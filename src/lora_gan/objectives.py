@@ -80,6 +80,9 @@ class _LogprobsAndKL(torch.autograd.Function):
         surplus_BTV = logprobs_BTV - reference_BTV.log_softmax(-1)
         probs_BTV = logprobs_BTV.exp_()
         kl_BT = (probs_BTV * surplus_BTV).sum(-1)
+        if kl_BT.isnan().any():  # 0 · log 0 is nought: a base may forbid tokens
+            surplus_BTV.masked_fill_((probs_BTV == 0) & ~surplus_BTV.isfinite(), 0.0)
+            kl_BT = (probs_BTV * surplus_BTV).sum(-1)
         ctx.save_for_backward(probs_BTV, surplus_BTV, kl_BT, ids_BT)
         return token_BT, kl_BT
 

@@ -57,9 +57,9 @@ class PlayerOptimizer:
         """Where a checkpoint came from another schedule, its next update is made at the rate of the one that is set."""
         scheduled = zip(self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
         for group, base, share in scheduled:
-            rate = base * share(self.schedule.last_epoch)
-            if not math.isclose(group["lr"], rate, rel_tol=1e-9):  # else the saved one stays, to the bit
-                group["lr"] = rate
+            group["lr"] = base * share(
+                self.schedule.last_epoch
+            )  # as the scheduler itself does: the same one, to the bit
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)

@@ -60,9 +60,10 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
     """Bytes a run needs, by purpose. Weights and optimizers are exact; the rest is an estimate.
 
     Activations of an update: 17 numbers a token, layer and hidden unit, and 2.5 a pair of tokens, layer and attention
-    head (Korthikanti et al. 2022, without dropout's masks), and 13 float32 arrays as large as the logits, which the
-    policy gradient and the KL hold at their peak: so many as meet the peaks that were measured to a quarter, on two
-    GPT-2 shapes of 4 layers.
+    head (Korthikanti et al. 2022, without dropout's masks); a prompt counts once for its group where the base reads
+    packed rows. The generator has 6 float32 arrays as large as the logits that are held at one time, the discriminator
+    none, but as many responses of replay beside this step's. So many as meet the peaks that benchmarks/memory.py
+    measured at GPT-2's size to a quarter, with micro-batches and without.
     """
     model, text = players.base.model, players.base.model.config.get_text_config()
     heads = text.num_attention_heads
@@ -72,18 +73,31 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
     number = next(model.parameters()).element_size()
 
     sampled = config.prompts_per_step * config.num_generations
+    prompt, response = max(prompt_lengths), config.max_completion_length
+    length = prompt + response
+
+    def body(responses: int) -> float:
+        """Of so many responses in one forward and backward."""
+        prompts = -(-responses // config.num_generations)
+        if players.packs:
+            tokens = prompts * prompt + responses * response
+            pairs = prompts * prompt**2 + responses * response * length
+        else:
+            tokens, pairs = responses * length, responses * length**2
+        layer = 17 * tokens * text.hidden_size + 2.5 * heads * pairs
+        if config.gradient_checkpointing:  # of all but one at a time what it was given
+            return number * (text.num_hidden_layers * tokens * text.hidden_size + layer)
+        return number * text.num_hidden_layers * layer
+
     together = min(config.micro_batch_size or sampled, sampled)
-    length = max(prompt_lengths) + config.max_completion_length
-    layer = 17 * length * text.hidden_size + 2.5 * heads * length**2
-    layers = text.num_hidden_layers * layer
-    if config.gradient_checkpointing:  # of all but one at a time what it was given
-        layers = text.num_hidden_layers * length * text.hidden_size + layer
+    logits = 6.0 * 4 * min(together * response, players.tokens_at_once) * vocabulary
+    judged = round(sampled * config.query_rate) * (2 if config.disc_replay_groups else 1)
     trained = sum(p.numel() * p.element_size() for player in PLAYERS for p in players.parameters(player))
     return {
         "base": float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)),
         "adapters, their gradients and AdamW's moments": 4.0 * trained,
         "cache while sampling": 2.0 * number * sampled * length * text.num_hidden_layers * kv_heads * per_head,
-        "an update": number * together * layers + 13.0 * 4 * together * config.max_completion_length * vocabulary,
+        "an update": max(body(together) + logits, body(min(config.micro_batch_size or judged, judged))),
     }
 
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+Again = Callable[[], AbstractContextManager[None]]
 
-def recomputing(layers: nn.ModuleList, as_now: Callable[[], AbstractContextManager[None]]) -> None:
+
+def recomputing(layers: nn.ModuleList, as_now: Callable[[], Again]) -> None:
     """Let each of the layers keep nothing but what it was given.
 
     Args:
-        as_now: called at each forward; returns the context in which the layer is run again.
+        as_now: called at each forward; returns what makes the context in which the layer is run again.
     """
     for layer in layers:
         layer.forward = _Recomputed(layer.forward, as_now)
@@ -29,7 +32,7 @@ def recomputing(layers: nn.ModuleList, as_now: Callable[[], AbstractContextManag
 class _Recomputed:
     """A layer's forward."""
 
-    def __init__(self, forward: Callable[..., Any], as_now: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, forward: Callable[..., Any], as_now: Callable[[], Again]) -> None:
         self.forward, self.as_now = forward, as_now
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -38,5 +41,21 @@ class _Recomputed:
         return checkpoint(
             self.forward, *arguments, use_reentrant=False,
             preserve_rng_state=False,  # nothing draws: the base is in eval mode
-            context_fn=lambda: (nullcontext(), self.as_now()), **options,
+            context_fn=lambda: (nullcontext(), _Each(self.as_now())), **options,
         )  # fmt: skip
+
+
+class _Each(AbstractContextManager[None]):
+    """A context that is made anew each time it is entered: a graph that is kept may have two backwards."""
+
+    def __init__(self, make: Again) -> None:
+        self.make = make
+
+    def __enter__(self) -> None:
+        self.made = self.make()
+        self.made.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self.made.__exit__(kind, error, trace)

@@ -144,7 +144,8 @@ def read_optimizer(folder: Folder, optimizer: PlayerOptimizer) -> Any:
 
 
 def require_optimizer(state: Any, optimizer: PlayerOptimizer, where: str) -> None:
-    """A state_dict() of such an optimizer: everything but learning rates and moments must be as here."""
+    """A state_dict() of such an optimizer: everything but learning rates, moments and counts must be as here. It may
+    have followed another schedule, of which it holds no more than that."""
     ours = optimizer.state_dict()
     require_keys(state, ours, where)
     adamw, schedule = state["optimizer"], state["schedule"]
@@ -192,7 +193,7 @@ def require_optimizer(state: Any, optimizer: PlayerOptimizer, where: str) -> Non
             if theirs is not value:
                 raise Damaged(f"{where}: schedule: {name} is {theirs!r}, here {value!r}")
         else:
-            _require_number(theirs, f"{where}: schedule: {name}", whole=isinstance(value, int))
+            _require_number(theirs, f"{where}: schedule: {name}", least=0, whole=isinstance(value, int))
     if not all(rate > 0 for rate in schedule["base_lrs"]):
         raise Damaged(f"{where}: schedule: base_lrs must be above 0")
 
@@ -213,10 +214,17 @@ def require_keys(value: Any, expected: Any, where: str) -> None:
 
 def _require_number(value: Any, where: str, *, least: float = -math.inf, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds or not math.isfinite(value) or value < least:
+    if type(value) not in kinds or not _finite(value) or value < least:
         raise Damaged(
             f"{where} is {str(value)[:60]!r}: it must be a {'whole ' if whole else ''}number, {least} or more"
         )
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def require_whole(value: Any, where: str, least: int = 0) -> int:
