@@ -57,9 +57,8 @@ class PlayerOptimizer:
         """Where a checkpoint came from another schedule, its next update is made at the rate of the one that is set."""
         scheduled = zip(self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
         for group, base, share in scheduled:
-            group["lr"] = base * share(
-                self.schedule.last_epoch
-            )  # as the scheduler itself does: the same one, to the bit
+            # As the scheduler itself makes it: where it is the same one, to the bit.
+            group["lr"] = base * share(self.schedule.last_epoch)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
