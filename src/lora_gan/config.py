@@ -333,7 +333,7 @@ class Config:
 
     def _is_number(self, name: str) -> bool:
         value = getattr(self, name)
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
 
     def _require(self, name: str, ok: bool, accepted: str) -> None:
         if not ok:
@@ -388,7 +388,7 @@ class Config:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def _is_finite(value: int | float) -> bool:
+def is_finite(value: int | float) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold

@@ -10,7 +10,7 @@ the discriminator's alone: it never reaches the generator's gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -180,7 +180,7 @@ class Discriminator:
                 parts = chunks(total, self.optimizer.micro_batch_size)
                 return torch.cat([self.players.predict(rollout.batch(self.players, part)) for part in parts], dim=1)
 
-        return self._within_memory(predicted, total).double().cpu().numpy()
+        return memory.fitting(predicted, self.optimizer, total).double().cpu().numpy()
 
     def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, list[Tensor]]:
         """`predict`, and the features [B, H] with the graph that the next update begins from.
@@ -382,12 +382,7 @@ class Discriminator:
             parts += [(part, None) for part in micro_batches(rest, self.optimizer.micro_batch_size)]
             return self._learn(parts)
 
-        return self._within_memory(learn, rows)
-
-    def _within_memory(self, compute: Callable[[], memory.Result], rows: int) -> memory.Result:
-        return memory.fitting(
-            compute, self.optimizer, rows, splits=lambda: min(self.optimizer.micro_batch_size or rows, rows) > 1
-        )
+        return memory.fitting(learn, self.optimizer, rows)
 
     def _learn(self, parts: list[tuple[list[Group], Tensor | None]]) -> float:
         """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses.
@@ -448,7 +443,7 @@ class Discriminator:
             with torch.no_grad(), self.players.playing("discriminator"):
                 return torch.cat([self.players.features(piece) for piece in self._pieces(groups)])
 
-        return self._within_memory(features, sum(len(group.responses) for group in groups))
+        return memory.fitting(features, self.optimizer, sum(len(group.responses) for group in groups))
 
     def _pieces(self, groups: list[Group]) -> list[Batch]:
         """The groups' responses, laid out in micro-batches; a group that is larger, in parts of much the same size."""

@@ -71,9 +71,7 @@ class Generator:
                 del sampled[known:]  # what a try that ran out of memory had added
                 return self._backward(rows, experience, advantage_B, imitation_weight, critic, sampled)
 
-            loss, parts = memory.fitting(
-                backward, self.optimizer, most, splits=lambda: min(self.optimizer.micro_batch_size or most, most) > 1
-            )
+            loss, parts = memory.fitting(backward, self.optimizer, most)
             if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
                 loss = math.nan  # predictions that are not finite would pass for rewards that are not known
             rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)

@@ -17,16 +17,13 @@ from .optimizer import PlayerOptimizer
 Result = TypeVar("Result")
 
 
-def fitting(
-    compute: Callable[[], Result], optimizer: PlayerOptimizer, rows: int, *, splits: Callable[[], bool]
-) -> Result:
+def fitting(compute: Callable[[], Result], optimizer: PlayerOptimizer, rows: int) -> Result:
     """What `compute` returns, after as many tries in ever smaller micro-batches as the device's memory needs.
 
     Args:
         compute: forward and backward of one update over its `rows` responses, in `optimizer.micro_batch_size` at most.
         optimizer: the player's; its gradients are cleared before another try.
         rows: responses of the update.
-        splits: whether the micro-batches of the size as it stands can be split further.
 
     Raises:
         torch.OutOfMemoryError: the smallest micro-batch does not fit either.
@@ -35,13 +32,14 @@ def fitting(
         try:
             return compute()
         except torch.OutOfMemoryError:
-            if not splits():
+            together = min(optimizer.micro_batch_size or rows, rows)
+            if together <= 1:
                 raise
         # Out here the error is gone, and with its traceback the graph that filled the memory.
         optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        optimizer.largest_micro_batch = max(1, min(optimizer.micro_batch_size or rows, rows) // 2)
+        optimizer.largest_micro_batch = together // 2
         warnings.warn(
             f"out of memory: going on with micro_batch_size={optimizer.largest_micro_batch}; set it to begin with that",
             stacklevel=3,

@@ -8,8 +8,7 @@ kind of rows, whatever holds when its backward comes (peft#2832).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,24 +37,11 @@ class _Recomputed:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*arguments, **options)
-        return checkpoint(
-            self.forward, *arguments, use_reentrant=False,
-            preserve_rng_state=False,  # nothing draws: the base is in eval mode
-            context_fn=lambda: (nullcontext(), _Each(self.as_now())), **options,
-        )  # fmt: skip
+        again = self.as_now()
 
+        def run(*arguments: Any, **options: Any) -> Any:
+            with again():  # now, this changes nothing
+                return self.forward(*arguments, **options)
 
-class _Each(AbstractContextManager[None]):
-    """A context that is made anew each time it is entered: a graph that is kept may have two backwards."""
-
-    def __init__(self, make: Again) -> None:
-        self.make = make
-
-    def __enter__(self) -> None:
-        self.made = self.make()
-        self.made.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self.made.__exit__(kind, error, trace)
+        # The state of random numbers is not kept: nothing draws, the base is in eval mode.
+        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from .config import is_finite
 from .durable import Damaged, Folder
 from .optimizer import PlayerOptimizer
 
@@ -214,17 +215,10 @@ def require_keys(value: Any, expected: Any, where: str) -> None:
 
 def _require_number(value: Any, where: str, *, least: float = -math.inf, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds or not _finite(value) or value < least:
+    if type(value) not in kinds or not is_finite(value) or value < least:
         raise Damaged(
             f"{where} is {str(value)[:60]!r}: it must be a {'whole ' if whole else ''}number, {least} or more"
         )
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
 
 
 def require_whole(value: Any, where: str, least: int = 0) -> int:
