@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from lora_gan import LoraGAN, durable
+from lora_gan.data import Row
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -170,6 +171,11 @@ def rollout_of(gan: LoraGAN, prompts, count, purpose="sample", *, step=None, len
     finally:
         gan.global_step = now
     return gan._sample(encoded, uniforms, **options)
+
+
+def response_ids(gan: LoraGAN, text: str) -> list[int]:
+    """A response to a plain prompt as the library reads it: the text's ids and the closing id."""
+    return gan.players.encoder.response(text, Row("a plain prompt"))
 
 
 def sign(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from helpers import (
     copies,
     differences,
     player_state,
+    response_ids,
     reward,
     small_gan,
     word_tokenizer,
@@ -29,6 +30,7 @@ from test_rollout import MANY, draw, reference_decode, responses_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_gan import LoraGAN, rollout
+from lora_gan.data import Row
 
 WINDOW = 7  # tokens; shorter than most of MANY's prompts, and than every prompt with its response
 
@@ -212,7 +214,7 @@ def test_stock_peft_opens_the_discriminator(trained):
     responses = ["the cat", "ran", "a big red dog", "it", "mat", "under the old tree by a new house"]
     ours = torch.tensor(gan.score(MANY, responses))
     assert ours.std() > 1e-2, "a discriminator that says the same of everything shows nothing"
-    prompts, answers = rollout.encode_pairs(gan.players.base, MANY, responses)
+    prompts, answers = gan.players.encoder.pairs(list(map(Row, MANY)), responses)
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     single = torch.stack([logits[0] for logits in logits_alone(stock, rows)])
     with torch.no_grad():
@@ -280,7 +282,7 @@ def test_without_a_pad_token_of_its_own_and_with_the_head_tied_the_other_way(nam
     for row, theirs in enumerate(logits_alone(stock, prompts)):
         assert (ours[row, -len(theirs) :] - theirs).abs().max() < 1e-5
     scorer = AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval()
-    answers = [rollout.encode_response(gan.players.base, "the red mat") for _ in MANY]
+    answers = [response_ids(gan, "the red mat") for _ in MANY]
     theirs = torch.stack([logits[0] for logits in logits_alone(scorer, map(list.__add__, prompts, answers))])
     assert (torch.tensor(gan.score(MANY, ["the red mat"] * len(MANY))) - theirs).abs().max() < 1e-5
 

@@ -14,7 +14,7 @@ import pytest
 from helpers import EOS, PROMPTS, TARGETS, base_folder, differences, player_state, python, reward, small_gan
 from transformers import AutoTokenizer
 
-from lora_gan import LoraGAN, data, rollout
+from lora_gan import LoraGAN, data
 from lora_gan.data import Row, read_rows
 
 datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
@@ -303,9 +303,9 @@ def test_conversations_are_rows_as_in_trl(tmp_path):
     write(tmp_path / "a.jsonl", [{"messages": user + answer}])
     assert read_rows(tmp_path / "a.jsonl") == expected
     # A table gives every message every key: those that are None are none.
-    table = datasets.Dataset.from_list([{"messages": user + [answer[0] | {"name": "x"}]}])
-    assert set(table[0]["messages"][0]) == {"role", "content", "name"}
-    assert read_rows(table) == expected
+    table = datasets.Dataset.from_list([{"messages": [user[0] | {"name": "x"}, *answer]}])
+    assert set(table[0]["messages"][1]) == {"role", "content", "name"}
+    assert read_rows(table) == [Row([user[0] | {"name": "x"}], "Bonjour")]
 
 
 @pytest.mark.parametrize(
@@ -315,8 +315,8 @@ def test_conversations_are_rows_as_in_trl(tmp_path):
         ({"prompt": [{"from": "human", "value": "a"}]}, "row 1: a message has a 'role'"),
         ({"prompt": []}, "row 1: prompt is empty"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "row 1: before the assistant's answer"),
-        ({"prompt": "a", "completion": CHATS[0]}, "row 1: as a target, one message of the assistant's"),
-        ({"prompt": "a", "completion": CHATS[2]}, "row 1: as a target, one message of the assistant's"),
+        ({"prompt": "a", "completion": CHATS[0]}, "row 1: a target of messages begins and ends with the assistant's"),
+        ({"prompt": "a", "completion": CHATS[2]}, "row 1: a target of messages begins and ends with the assistant's"),
     ],
 )
 def test_conversations_that_are_not_understood(row, said):
@@ -333,9 +333,10 @@ def test_a_conversation_is_encoded_as_the_stock_template_does(architecture):
     assert tokenizer.decode(stock[2]).endswith("assistant\nby the"), "neither closed nor opened again"
     without = chat_gan(architecture, chat_template_kwargs={"thinks": False})._encode(CHATS[:1])
     assert tokenizer.decode(without[0]) == tokenizer.decode(stock[0]) + "()"
-    prompts, responses = rollout.encode_pairs(gan.players.base, CHATS[:1], ["by"])
+    prompts, responses = gan.players.encoder.pairs([Row(CHATS[0])], ["by"])
     assert prompts == stock[:1]
-    assert responses == [[*tokenizer("by", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    closing = tokenizer.convert_tokens_to_ids("<|stop|>")  # written by the template; not the tokenizer's end token
+    assert responses == [[*tokenizer("by", add_special_tokens=False)["input_ids"], closing]]
 
 
 def test_a_conversation_is_written_as_by_trl():
@@ -527,4 +528,4 @@ def test_the_order_does_not_depend_on_numpy_s_own_state():
 @pytest.mark.parametrize("prompts", [5, [1], [None], [[]], [[{"content": "a"}]]])
 def test_what_is_no_prompt_is_said(prompts):
     with pytest.raises(ValueError, match="text|message"):
-        data.as_prompts(prompts)
+        data.as_rows(prompts)

@@ -23,6 +23,7 @@ from helpers import (
     copies,
     random_model,
     read_json,
+    response_ids,
     small_gan,
 )
 from huggingface_hub import HfApi, ModelCard
@@ -217,7 +218,7 @@ def test_the_text_classification_pipeline_shows_the_reward_itself(exported):
     shown = stock([prompt + "text" + EOS for prompt in PROMPTS])
     joined = [
         gan.players.base.tokenizer(prompt + "text")["input_ids"]
-        == gan._encode([prompt])[0] + rollout.encode_response(gan.players.base, "text")[:-1]
+        == gan._encode([prompt])[0] + response_ids(gan, "text")[:-1]
         for prompt in PROMPTS
     ]
     assert any(joined)

@@ -17,6 +17,7 @@ from helpers import (
     copies,
     differences,
     player_state,
+    response_ids,
     reward,
     sign,
     small_gan,
@@ -104,7 +105,7 @@ def test_stock_clients_open_both(trained):
     for row, theirs in enumerate(logits_alone(stock, prompts)):
         assert (ours[row, -len(theirs) :] - theirs).abs().max() < 1e-5
     scorer = AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval()
-    answers = [rollout.encode_response(gan.players.base, target) for target in TARGETS]
+    answers = [response_ids(gan, target) for target in TARGETS]
     theirs = torch.stack([logits[0] for logits in logits_alone(scorer, map(list.__add__, prompts, answers))])
     scores = torch.tensor(gan.score(PROMPTS, TARGETS))
     assert scores.std() > 1e-2 and (scores - theirs).abs().max() < 1e-5

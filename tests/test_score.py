@@ -5,10 +5,8 @@ Oracle: pred_rewards of step(), computed on the generated ids. Word tokens make 
 
 import pytest
 import torch
-from helpers import PROMPTS, base_folder, differences, player_state, rollout_of, small_gan
+from helpers import PROMPTS, base_folder, differences, player_state, response_ids, rollout_of, small_gan
 from transformers import AutoModelForCausalLM
-
-from lora_gan import rollout
 
 PROMPT_WORDS = ["the cat", "a big red dog sat on"]
 
@@ -29,7 +27,7 @@ def test_score_equals_the_training_view(architecture, pad):
         out = gan.step(PROMPT_WORDS)
         for i, ids in enumerate(generated):
             assert out["responses"][i // 12][i % 12] == sampled.texts[i]
-            if rollout.encode_response(base, sampled.texts[i]) == ids:
+            if response_ids(gan, sampled.texts[i]) == ids:
                 assert ids[-1] == base.eos_ids[0]
                 assert scores[i] == pytest.approx(out["pred_rewards"][i // 12][i % 12], abs=1e-5)
                 compared += gan.global_step > 1  # before the first update all scores are nought
@@ -61,7 +59,7 @@ def test_the_pooled_token_is_the_one_the_page_says(pad):
     gan.discriminator.knows_unit = True
     with torch.no_grad():
         gan.players.heads_MH.normal_(generator=torch.Generator().manual_seed(1))
-    ids = gan.players.base.tokenizer(PROMPTS[0])["input_ids"] + rollout.encode_response(gan.players.base, "French")
+    ids = gan.players.base.tokenizer(PROMPTS[0])["input_ids"] + response_ids(gan, "French")
     body = AutoModelForCausalLM.from_pretrained(base).eval().transformer
     with torch.no_grad():
         hidden = body(input_ids=torch.tensor([ids])).last_hidden_state[0, -2 if pad == "eos" else -1]

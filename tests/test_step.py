@@ -25,6 +25,7 @@ from helpers import (
     copies,
     differences,
     player_state,
+    response_ids,
     reward,
     rollout_of,
     small_gan,
@@ -32,7 +33,7 @@ from helpers import (
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_gan import Config, LoraGAN, rewards, rollout
+from lora_gan import Config, LoraGAN, rewards
 from lora_gan.checkpoint import adapter_state
 
 FIRST_SIX = ["prompt", "response", "true_reward", "disc_loss", "pred_reward", "gen_loss"]
@@ -441,10 +442,9 @@ def test_reward_weight_nought_is_exactly_supervised_fine_tuning(architecture):
 def test_imitation_of_a_batch_is_the_mean_of_its_rows():
     """Left-padded rows of different length against stock cross-entropy on each row alone."""
     gan = small_gan(imitation_weight=1.0, reward_weight=0.0, max_completion_length=24)
-    base = gan.players.base
     losses = []
     for prompt, target in zip(PROMPTS, TARGETS, strict=True):
-        ids, answer = gan._encode([prompt])[0], rollout.encode_response(base, target)
+        ids, answer = gan._encode([prompt])[0], response_ids(gan, target)
         with torch.no_grad(), gan.players.playing("reference"):
             logits = gan.players.lm(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())

@@ -6,7 +6,7 @@ stock tokenizer made (unpadded, or padded on the right); against the library's o
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, read_json, small_gan
+from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, read_json, response_ids, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +33,7 @@ def trained(request, tmp_path_factory):
 def rows_of(gan):
     """Token ids of each pair: prompt and response tokenized apart, then end-of-text."""
     base = gan.players.base
-    responses = [rollout.encode_response(base, response) for _, response in PAIRS]
+    responses = [response_ids(gan, response) for _, response in PAIRS]
     return [
         base.tokenizer(prompt)["input_ids"] + response for (prompt, _), response in zip(PAIRS, responses, strict=True)
     ]
@@ -123,7 +123,7 @@ def test_both_formats_hold_the_same_tensors_and_only_one_file(weights_format, tm
         assert heads == ([] if player == "generator" else ["base_model.model.score.weight"])
     ours = gan.score(PROMPTS[0], "text")
     stock = AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval()
-    row = gan._encode([PROMPTS[0]])[0] + rollout.encode_response(gan.players.base, "text")
+    row = gan._encode([PROMPTS[0]])[0] + response_ids(gan, "text")
     with torch.no_grad():
         assert abs(stock(input_ids=torch.tensor([row])).logits.item() - ours[0]) < 1e-5
 

@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from . import packing, randomness
 from .base import Base, load_base, positions
 from .config import Config
+from .encoding import Encoder
 from .linear import quicken
 from .packing import Batch, batch_of
 from .recompute import Again, recomputing
@@ -63,6 +64,7 @@ class Players:
         disc_peft_config: LoraConfig | None = None,
     ) -> None:
         self.base = base
+        self.encoder = Encoder(base, config)
         transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
         lora = {
             "generator": lora_config("generator", peft_config, config, transposed),

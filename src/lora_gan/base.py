@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from .config import Config
+from .endings import Endings
 
 # Keys of model_init_kwargs that another setting decides.
 DECIDED_ELSEWHERE = {
@@ -46,8 +47,13 @@ class Base:
     name: str  # what the user called it: "tiny", a hub id, a folder, or "" for a model in memory
     path: str  # what stock clients can load it by: a hub id or an absolute folder
     pad_on_disk: int | None  # config.pad_token_id as stored: stock sequence classification pools by it
-    eos_ids: tuple[int, ...]  # all ids that end a text; the first is the one appended to a text
+    endings: Endings  # the ids that end a response
     fingerprint: str
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that stop sampling; the first closes a response to a plain prompt."""
+        return self.endings.stop_ids
 
     @property
     def pad_id(self) -> int:
@@ -80,9 +86,9 @@ def load_base(
     device = _device(config)
     if isinstance(model, Base):
         _require_bare(model.model)
-        if tokenizer is None:
-            return model
-        return replace(model, tokenizer=tokenizer, eos_ids=_eos_ids(model.model, tokenizer))
+        tokenizer = tokenizer or model.tokenizer
+        endings = Endings.of(model.model, tokenizer, config.chat_template_kwargs)
+        return replace(model, tokenizer=tokenizer, endings=endings)
     if isinstance(model, PreTrainedModel):
         lm, name = model, str(model.config._name_or_path or "")
         path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -101,9 +107,9 @@ def load_base(
     lm.eval().requires_grad_(False)
     if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
         lm.to(device)
-    eos_ids = _eos_ids(lm, tokenizer)
+    endings = Endings.of(lm, tokenizer, config.chat_template_kwargs)
     _require_causal(lm, f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__)
-    return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, eos_ids, _fingerprint(lm))
+    return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, endings, _fingerprint(lm))
 
 
 def _device(config: Config) -> torch.device:
@@ -377,15 +383,6 @@ def positions(mask_BL: Tensor) -> Tensor:
 
 
 # --- what must be known of it -----------------------------------------------------------------------------------------
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Generation config first: it knows of bases that end a text by another id than their tokenizer says."""
-    generation = getattr(model.generation_config, "eos_token_id", None)
-    for ids in (generation, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id):
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-    raise ValueError("the base names no end-of-text token: set tokenizer.eos_token, a response could never end")
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

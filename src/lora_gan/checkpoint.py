@@ -107,6 +107,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "global_step": gan.global_step,
         "position": gan.position,
         "reward_calls": gan.reward_calls,
+        "prompt_kinds": sorted(gan.prompt_kinds),
         "beta_scale": gan.generator.beta_scale,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
         "reward_scales": gan.reward_scales.state_dict(),
@@ -280,6 +281,7 @@ def load(gan: LoraGAN, path: Path) -> None:
     gan.monitor.load_state_dict(monitor)
     gan.global_step, gan.position = state["global_step"], state["position"]
     gan.reward_calls = state["reward_calls"]
+    gan.prompt_kinds = set(state["prompt_kinds"])
     gan.generator.beta_scale = state["beta_scale"]
     gan.generator.baseline.total = state["baseline"]["total"]
     gan.generator.baseline.weight = state["baseline"]["weight"]
@@ -326,11 +328,13 @@ def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any
 def _read_state(folder: Folder) -> dict[str, Any]:
     """A checkpoint's trainer_state.json, with every value of the kind that it must be."""
     state, where = folder.read_json(STATE), str(folder.path / STATE)
+    if isinstance(state, dict):
+        state.setdefault("prompt_kinds", [])  # checkpoints of earlier versions do not say
     untrusted.require_keys(
         state,
         (
-            "format", "global_step", "position", "reward_calls", "beta_scale", "baseline", "reward_scales", "config",
-            "by_peft_config", "base", "versions", "machine",
+            "format", "global_step", "position", "reward_calls", "prompt_kinds", "beta_scale", "baseline",
+            "reward_scales", "config", "by_peft_config", "base", "versions", "machine",
         ),
         where,
     )  # fmt: skip
@@ -358,7 +362,13 @@ def _read_state(folder: Folder) -> dict[str, Any]:
         if not isinstance(state["base"].get(name), str | None):
             raise Damaged(f"{where}: base: {name} is no text")
     untrusted.require_list(state["by_peft_config"], f"{where}: by_peft_config", lambda *_: None)
+    untrusted.require_list(state["prompt_kinds"], f"{where}: prompt_kinds", _require_kind)
     return state
+
+
+def _require_kind(value: Any, where: str) -> None:
+    if value not in ("messages", "texts"):
+        raise Damaged(f"{where} is {str(value)[:60]!r}: it must be messages or texts")
 
 
 def _harmless(settings: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,9 @@ def train(
     if resume:
         gan.load_checkpoint()
         _say_if_changed(folder, reward)
+    rows = gan.check_rows(rows)
+    if held_out is not None:
+        held_out = gan.check_rows(held_out, split="test", train_gen=False)
     steps = gan.steps_left(rows)
     if steps == 0:
         raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
@@ -127,7 +130,9 @@ def train(
         gan.fit(rows, eval_dataset=held_out, on_step=keep)
     except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
         if settings and complete(folder):
-            go_on = f"go on with: lora-gan train --config {settings[0]} --resume"
+            # A row or a reward that is not as it must be would end the resumed run at the same place.
+            first = "when that is mended, " if isinstance(stop, ValueError) else ""
+            go_on = f"{first}go on with: lora-gan train --config {settings[0]} --resume"
             stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
         raise
     plot_run(folder / "metrics.jsonl", folder / "training.png")
@@ -156,6 +161,7 @@ def generate(
     max_completion_length: PositiveInt | None = None,
     seed: NonNegativeInt | None = None,
     batch_size: PositiveInt = 16,
+    apply_chat_template: bool | None = None,
     prompt_column: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -176,6 +182,8 @@ def generate(
         max_completion_length: Most tokens of a response; null: the run's.
         seed: Another seed gives other responses; null: the run's.
         batch_size: Prompts answered at once.
+        apply_chat_template: true sends a plain prompt as a user message, through the base's chat template; false sends
+            it as it is; null: as the run's prompts were.
         prompt_column: The column of data that holds the prompt; null: the run's.
         device: cpu, cuda, cuda:1, auto; null: the run's.
         trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
@@ -185,7 +193,7 @@ def generate(
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code)
-    prompts = [prompt] if data is None else _prompts(data, prompt_column or gan.config.prompt_column)
+    prompts = [prompt] if data is None else _rows(data, prompt_column or gan.config.prompt_column)
     responses = gan.generate(
         prompts,
         best_of,
@@ -194,11 +202,12 @@ def generate(
         max_completion_length=max_completion_length,
         seed=seed,
         batch_size=batch_size,
+        apply_chat_template=apply_chat_template,
     )
     if data is None and output is None:
         print(responses[0])
         return
-    _write_scored(output, gan, prompts, responses, batch_size)
+    _write_scored(output, gan, prompts, responses, batch_size, apply_chat_template)
 
 
 def score(
@@ -210,6 +219,7 @@ def score(
     prompt_column: str = "prompt",
     response_column: str = "completion",
     batch_size: PositiveInt = 16,
+    apply_chat_template: bool | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     output: str | None = None,
@@ -227,6 +237,8 @@ def score(
         prompt_column: The column of data that holds the prompt.
         response_column: The column that holds the response.
         batch_size: Pairs judged at once.
+        apply_chat_template: true sends a plain prompt as a user message, through the base's chat template; false sends
+            it as it is; null: as the run's prompts were.
         device: cpu, cuda, cuda:1, auto; null: the run's.
         trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
         output: A file for the JSON Lines; null: standard output.
@@ -236,14 +248,13 @@ def score(
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code)
     if data is None:
-        print(gan.score(prompt or "", response or "")[0])
+        print(gan.score(prompt or "", response or "", apply_chat_template=apply_chat_template)[0])
         return
     try:
         rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column, columns=False)
     except ValueError as error:  # the response stands where a target would
         raise ValueError(str(error).replace("target_column", "--response_column")) from error
-    prompts, responses = [row.prompt for row in rows], [row.target or "" for row in rows]
-    _write_scored(output, gan, prompts, responses, batch_size)
+    _write_scored(output, gan, rows, [row.target or "" for row in rows], batch_size, apply_chat_template)
 
 
 def evaluate(
@@ -257,6 +268,7 @@ def evaluate(
     temperature: float | None = None,
     seed: NonNegativeInt | None = None,
     batch_size: PositiveInt = 64,
+    apply_chat_template: bool | None = None,
     prompt_column: str | None = None,
     target_column: str | None = None,
     device: str | None = None,
@@ -276,6 +288,8 @@ def evaluate(
         temperature: Of sampling; 0 is greedy; null: the run's.
         seed: Of sampling; null: the run's.
         batch_size: Rows in one batch.
+        apply_chat_template: true sends a plain prompt as a user message, through the base's chat template; false sends
+            it as it is; null: as the run's prompts were.
         prompt_column: The column that holds the prompt; null: the run's.
         target_column: The column that holds the target; null: the run's.
         device: cpu, cuda, cuda:1, auto; null: the run's.
@@ -288,6 +302,7 @@ def evaluate(
     gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
     rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
+    options["apply_chat_template"] = apply_chat_template
     judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
     if reference:
         judged["reference"] = gan.evaluate(rows, player="reference", **options)
@@ -369,22 +384,33 @@ def _read(data: str, config: Config, **options: Any) -> Any:
     return data_module.read_rows(data, **{**_columns(config), **given})
 
 
-def _prompts(data: str, prompt_column: str) -> list[Any]:
+def _rows(data: str, prompt_column: str) -> list[Any]:
     from . import data as data_module
 
-    return [row.prompt for row in data_module.read_rows(data, prompt_column=prompt_column, columns=False)]
+    return list(data_module.read_rows(data, prompt_column=prompt_column, columns=False))
 
 
 def _columns(config: Config) -> dict[str, Any]:
     return {"prompt_column": config.prompt_column, "target_column": config.target_column}
 
 
-def _write_scored(output: str | None, gan: Any, prompts: list[Any], responses: list[str], batch_size: int) -> None:
-    """Each response with its predicted reward, as JSON Lines."""
-    predicted = gan.score(prompts, responses, batch_size=batch_size)
+def _write_scored(
+    output: str | None,
+    gan: Any,
+    prompts: list[Any],
+    responses: list[str],
+    batch_size: int,
+    apply_chat_template: bool | None,
+) -> None:
+    """Each response with its predicted reward, as JSON Lines; the prompt as it was given, with its template columns."""
+    predicted = gan.score(prompts, responses, batch_size=batch_size, apply_chat_template=apply_chat_template)
+    given = [
+        {"prompt": prompt} if isinstance(prompt, str) else {"prompt": prompt.prompt, **prompt.columns}
+        for prompt in prompts
+    ]
     lines = [
-        json.dumps({"prompt": prompt, "completion": response, "pred_reward": value}, ensure_ascii=False) + "\n"
-        for prompt, response, value in zip(prompts, responses, predicted, strict=True)
+        json.dumps({**prompt, "completion": response, "pred_reward": value}, ensure_ascii=False) + "\n"
+        for prompt, response, value in zip(given, responses, predicted, strict=True)
     ]
     if output is None:
         sys.stdout.writelines(lines)

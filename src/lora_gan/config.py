@@ -24,6 +24,7 @@ ReplayPolicy = Literal["fifo", "reservoir"]
 OnRewardError = Literal["raise", "skip"]
 OnExploit = Literal["warn", "stop", "rollback"]
 OnNonfinite = Literal["stop", "rollback"]
+OnLongPrompt = Literal["raise", "drop", "truncate_left"]
 WeightsFormat = Literal["bin", "safetensors"]
 Aggregation = Literal["sum", "normalize_then_sum"]  # the latter is TRL's name
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
@@ -96,7 +97,17 @@ class Config:
     target_column: str | None = None
     """The column that holds the target text; None: target, target_text or completion, whichever is there."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Passed on to the chat template of conversational prompts, such as {"enable_thinking": false}."""
+    """Passed on to the chat template of chat prompts, such as {"enable_thinking": false}."""
+    apply_chat_template: bool | None = None
+    """True: a plain-text prompt becomes one user message, which the base's chat template renders. False: it reaches the
+    model as it is. None: the same in training, with a notice where the base has a template; generate, score and eval
+    then do as the run's prompts were."""
+    skip_special_tokens: bool = True
+    """Whether special tokens, such as a <think> that the tokenizer counts as special, are removed from the text of a
+    response before rewards see it. The token that ends the response is always removed."""
+    on_long_prompt: OnLongPrompt = "raise"
+    """When a prompt leaves no room for max_completion_length tokens in the base's context: raise an error before the
+    first step, drop the row, or cut the prompt's beginning (truncate_left)."""
 
     # --- sampling
     prompts_per_step: int = 4
@@ -285,6 +296,7 @@ class Config:
             ("on_exploit", get_args(OnExploit)),
             ("on_reward_error", get_args(OnRewardError)),
             ("on_nonfinite", get_args(OnNonfinite)),
+            ("on_long_prompt", get_args(OnLongPrompt)),
             ("reward_signal", get_args(RewardSignal)),
             ("gradient_path", get_args(GradientPath)),
             ("weights_format", get_args(WeightsFormat)),
@@ -301,8 +313,10 @@ class Config:
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
         for name in (
             "log_completions", "trust_remote_code", "greater_is_better", "save_best", "gradient_checkpointing",
+            "skip_special_tokens",
         ):  # fmt: skip
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
+        self._require("apply_chat_template", self.apply_chat_template in (True, False, None), "True, False or None")
         for name in ("output_dir", "prompt_column", "project", "device", "metric_for_best_model"):
             self._require(
                 name, isinstance(getattr(self, name), str) and getattr(self, name), "a text that is not empty"

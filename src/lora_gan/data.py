@@ -14,11 +14,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import randomness
+from .rewards.messages import completion_text
 from .wording import shown
 
 Conversation = list[dict[str, Any]]  # messages, each with a role and a content
@@ -27,13 +28,57 @@ Numbered = Iterator[tuple[str, Any]]  # where a row stands, for messages, and th
 
 TARGET_NAMES = ("target", "target_text", "completion")
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state")  # what rewards get by these names is not data
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # reach the chat template of their row, as in TRL's SFTTrainer
 
 
 @dataclass(frozen=True)
 class Row:
+    """One prompt with what belongs to it.
+
+    Attributes:
+        target: what a response is compared with, or imitates; of chat messages, what the assistant says in them.
+        columns: whatever else the row has; rewards get it by keyword.
+        target_messages: the target's messages, where it is more than one message with a text.
+        where: the file and line, or the number of the row, for messages.
+    """
+
     prompt: Prompt
     target: str | None = None
-    columns: dict[str, Any] = field(default_factory=dict)  # whatever else the row has; rewards get it by keyword
+    columns: dict[str, Any] = field(default_factory=dict)
+    target_messages: Conversation | None = None
+    where: str = field(default="", compare=False)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the columns `tools` and `chat_template_kwargs` say to the chat template; either may be JSON text.
+
+        Raises:
+            ValueError: a column is not what the template needs.
+        """
+        if isinstance(self.prompt, str):
+            return {}  # a plain prompt reaches no template: its columns may hold anything
+        tools, options = (self._json(name) for name in TEMPLATE_COLUMNS)
+        if not isinstance(tools, list | None):
+            raise RowError(self, f"the column 'tools' must be a list of tools, or None, not {shown(tools)}")
+        if not isinstance(options, Mapping | None) or not all(isinstance(name, str) for name in options or ()):
+            raise RowError(self, f"chat_template_kwargs must be a mapping of names, or None, not {shown(options)}")
+        return ({"tools": tools} if tools else {}) | dict(options or {})
+
+    def _json(self, name: str) -> Any:
+        value = self.columns.get(name)
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise RowError(self, f"the column {name!r} is a text that is not JSON: {error}") from error
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message begins with where it stands."""
+
+    def __init__(self, row: Row, message: str) -> None:
+        super().__init__(f"{row.where}: {message}" if row.where else message)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -50,10 +95,11 @@ def read_rows(
 ) -> list[Row] | Stream:
     """Rows of a file, a folder, a data set of the hub, a `datasets` object, or anything that yields mappings.
 
-    A row's prompt is a text or a list of messages; its target is a text, or one message of the assistant's. A row may
-    have TRL's `messages` instead of a prompt: the last one, where it is the assistant's, is the target. Whatever else
-    it has are columns, which rewards get by keyword; so do they get the target, under `target` and, where
-    `target_column` calls it otherwise, under that name.
+    A row's prompt is a text or a list of messages. Its target is a text, or messages that begin and end with the
+    assistant's. A row may have TRL's `messages` instead of a prompt: the last one, where it is the assistant's, is the
+    target. Everything else in a row is a column. Rewards get columns by keyword. They get the target as `target`, and
+    also under the name that `target_column` gives it. The columns `tools` and `chat_template_kwargs` reach the chat
+    template.
 
     Args:
         dataset: a file (.jsonl, .json with a list or lines, .csv, .tsv, .txt with a prompt a line, .parquet; text is
@@ -67,7 +113,8 @@ def read_rows(
         split: which one, where there are several; files and lists have none.
         streaming: read as rows are needed, in the source's own order, instead of whole and shuffled. A
             `datasets.IterableDataset` always is.
-        columns: whether the rows keep what else they have; False where no reward is asked.
+        columns: whether the rows keep their other columns; False where no reward is asked. Those for the chat template
+            stay.
 
     Returns:
         The rows: a list, or a `Stream`, which has no length.
@@ -87,9 +134,10 @@ def read_rows(
     if isinstance(dataset, Mapping):
         dataset = _one_split(dataset, split, name)
     source = _source(dataset, streaming)
+    fills = _fills_with_none(dataset)
 
     def to_row(where: str, values: Any) -> Row:
-        return _row(where, values, prompt_column, target_column, columns)
+        return _row(where, values, prompt_column, target_column, columns, fills)
 
     if streaming or _is_iterable_dataset(dataset):
         stream = Stream(name, source, to_row)
@@ -128,7 +176,17 @@ def _is_iterable_dataset(dataset: Any) -> bool:
     return datasets is not None and isinstance(dataset, datasets.IterableDataset)
 
 
-def _row(where: str, values: Any, prompt_column: str, target_column: str | None, columns: bool) -> Row:
+def _fills_with_none(dataset: Any) -> bool:
+    """Whether this is a table in which every message, and every mapping in it, has the keys of all of them.
+
+    Arrow keeps mappings so. In what comes out of it, a key that is None was most likely never written.
+    """
+    if isinstance(dataset, _Files):
+        return any(path.suffix.lower() == ".parquet" for path in dataset.paths)
+    return type(dataset).__module__.partition(".")[0] == "datasets"
+
+
+def _row(where: str, values: Any, prompt_column: str, target_column: str | None, columns: bool, fills: bool) -> Row:
     if isinstance(values, Row):
         return values
     if not isinstance(values, Mapping):
@@ -151,6 +209,9 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
 
     if prompt is None or (isinstance(prompt, (str, list, tuple)) and not prompt):
         raise ValueError(f"{where}: {prompt_column} is empty, and a response needs something to begin from")
+    if fills:
+        prompt, target = _without_none(prompt), _without_none(target)
+        rest |= {name: _without_none(rest[name]) for name in TEMPLATE_COLUMNS if name in rest}
     if is_conversation(prompt):
         prompt = _messages(prompt, where)
         if prompt_column == "messages" and target is None and prompt[-1]["role"] == "assistant":
@@ -159,19 +220,16 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
                 raise ValueError(f"{where}: before the assistant's answer {prompt_column} has nothing to answer")
     elif not isinstance(prompt, str):
         raise ValueError(f"{where}: {prompt_column} must be a text, or a list of messages, not {shown(prompt)}")
-    if is_conversation(target):
-        target = _answer(target, where)
-    if not (target is None or isinstance(target, str)):
-        raise ValueError(
-            f"{where}: the target must be a text, a message of the assistant's, or None, not {shown(target)}"
-        )
+    target, target_messages = _target(target, where)
     _require_unicode([*_texts(prompt), *_texts(target)], where)
     if not columns:
-        return Row(prompt, target)
-    if target_column is not None and target_column not in TARGET_NAMES:
+        rest = {name: rest[name] for name in TEMPLATE_COLUMNS if name in rest}
+    elif target_column is not None and target_column not in TARGET_NAMES:
         rest[target_column] = target
     _require_free_names(rest, where)
-    return Row(prompt, target, rest)
+    row = Row(prompt, target, rest, target_messages, where)
+    _ = row.template_options  # wrong ones are said where they stand
+    return row
 
 
 def _texts(value: Prompt | None) -> list[str]:
@@ -229,15 +287,25 @@ def excerpt(prompt: Prompt, length: int = 60) -> str:
     return repr(text if len(text) <= length else text[:length] + "…")
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
-    """One prompt or several, as a list of prompts."""
+def as_rows(
+    prompts: Any, tools: list[Any] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[Row]:
+    """One prompt or several as rows; tools and template options are those of every prompt. Rows stay as they are."""
     if not is_prompt(prompts) and not isinstance(prompts, Iterable):
         raise ValueError(f"prompts must be texts or chat messages, not {shown(prompts)}")
-    several = [prompts] if is_prompt(prompts) else list(prompts)
-    for prompt in several:
-        if not is_prompt(prompt):
+    columns = dict(zip(TEMPLATE_COLUMNS, (tools, chat_template_kwargs), strict=True))
+    columns = {name: value for name, value in columns.items() if value is not None}
+    rows = []
+    for prompt in [prompts] if is_prompt(prompts) else list(prompts):
+        if not (is_prompt(prompt) or isinstance(prompt, Row)):
             raise ValueError(f"a prompt must be a text or chat messages, not {shown(prompt)}")
-    return [_given(prompt) for prompt in several]
+        rows.append(prompt if isinstance(prompt, Row) else Row(_given(prompt), None, columns))
+    return rows
+
+
+def as_user_message(row: Row) -> Row:
+    """The row with its plain prompt as what a user says."""
+    return replace(row, prompt=[{"role": "user", "content": row.prompt}])
 
 
 def _messages(messages: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
@@ -248,13 +316,34 @@ def _messages(messages: Iterable[Mapping[str, Any]], where: str) -> list[dict[st
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def _answer(messages: list[dict[str, Any]], where: str) -> str:
-    messages = _messages(messages, where)
-    if len(messages) > 1 or messages[0]["role"] != "assistant" or not isinstance(messages[0].get("content"), str):
+def _without_none(value: Any) -> Any:
+    """Messages and tools without the keys that a table has filled with None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_none(entry) for entry in value]
+    return value
+
+
+def _target(target: Any, where: str) -> tuple[str | None, Conversation | None]:
+    """A target's text, and its messages where they say more than the text."""
+    if not is_conversation(target):
+        if not (target is None or isinstance(target, str)):
+            raise ValueError(
+                f"{where}: the target must be a text, messages of the assistant's, or None, not {shown(target)}"
+            )
+        return target, None
+    messages = _messages(target, where)
+    if any(messages[place]["role"] != "assistant" for place in (0, -1)):
         raise ValueError(
-            f"{where}: as a target, one message of the assistant's with a text is accepted, not {shown(messages)}"
+            f"{where}: a target of messages begins and ends with the assistant's, not {shown(messages)}; what comes "
+            "before the answer belongs to the prompt"
         )
-    return messages[0]["content"]
+    text = completion_text(
+        [message for message in messages if message["role"] == "assistant" and message.get("content")]
+    )
+    plain = len(messages) == 1 and isinstance(messages[0].get("content"), str) and len(messages[0]) == 2
+    return text, None if plain else messages
 
 
 # --- files, folders, names ------------------------------------------------------------------------------------------
@@ -461,7 +550,13 @@ class Stream:
 
     def __init__(self, name: str, source: Callable[[int], Numbered], to_row: Callable[[str, Any], Row]) -> None:
         self._name, self._source, self._to_row = name, source, to_row
+        self._keep: Callable[[Row], bool] | None = None
         self._seek(0)
+
+    def only(self, keep: Callable[[Row], bool]) -> None:
+        """Pass over the rows that `keep` refuses, from here on. Positions count the rows that it takes."""
+        self._keep = keep
+        self._seek(self._position)
 
     def take(self, count: int, position: int) -> list[Row]:
         """The `count` rows from `position` on, the number of rows before over all epochs."""
@@ -471,7 +566,7 @@ class Stream:
         self._position = position
         try:
             while len(self._read) < count:
-                self._read.append(self._to_row(*next(self._unread)))
+                self._read.append(next(self._unread))
         except BaseException:  # the place is lost: a row that is broken stays so, and none is passed over
             self._seek(position)
             raise
@@ -482,19 +577,26 @@ class Stream:
         self._read: list[Row] = []  # rows from the position on: a step that failed takes them again
         self._unread = self._from(position)
 
-    def _from(self, position: int) -> Numbered:
+    def _from(self, position: int) -> Iterator[Row]:
         passed = 0
         for epoch in itertools.count():
             before = passed
-            for numbered in self._source(epoch):
+            for where, values in self._source(epoch):
+                if self._keep is None and passed < position:
+                    passed += 1  # counted without being parsed
+                    continue
+                row = self._to_row(where, values)
+                if self._keep is not None and not self._keep(row):
+                    continue
                 passed += 1
                 if passed > position:
-                    yield numbered
+                    yield row
             if passed == before:
                 raise ValueError(_no_rows(self._name))
 
     def __iter__(self) -> Iterator[Row]:
-        return (self._to_row(where, values) for where, values in self._source(0))
+        rows = (self._to_row(where, values) for where, values in self._source(0))
+        return rows if self._keep is None else filter(self._keep, rows)
 
 
 def take(rows: list[Row] | Stream, count: int, *, seed: int, position: int) -> list[Row]:
@@ -519,9 +621,10 @@ def rows_of(
     """Rows from step()'s arguments: one of each, or lists of equal length."""
     _require_free_names(columns, "step()")
     if is_prompt(prompt):
-        if not (target is None or isinstance(target, str)):
+        if not (target is None or isinstance(target, str) or is_conversation(target)):
             raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
-        return [Row(_given(prompt), target, dict(columns))]
+        text, messages = _target(target, "target_text")
+        return [Row(_given(prompt), text, dict(columns), messages)]
     prompts = list(prompt) if isinstance(prompt, (list, tuple)) else []
     if not prompts or not all(map(is_prompt, prompts)):
         raise ValueError("prompt must be a text or chat messages, or a list of at least one of them")
@@ -531,12 +634,13 @@ def rows_of(
             raise ValueError(
                 f"{len(prompts)} prompts need a list of {len(prompts)} values under {name}, got {shown(values)}"
             )
-    if not all(target is None or isinstance(target, str) for target in targets):
+    if not all(target is None or isinstance(target, str) or is_conversation(target) for target in targets):
         raise ValueError(f"target_text must be texts or None, got {shown(targets, 80)}")
-    return [
-        Row(_given(one), targets[i], {name: values[i] for name, values in columns.items()})
-        for i, one in enumerate(prompts)
-    ]
+    rows = []
+    for i, one in enumerate(prompts):
+        text, messages = _target(targets[i], "target_text")
+        rows.append(Row(_given(one), text, {name: values[i] for name, values in columns.items()}, messages))
+    return rows
 
 
 def _given(prompt: Any) -> Prompt:

@@ -27,7 +27,7 @@ from .config import Config
 from .experience import Experience
 from .optimizer import PlayerOptimizer
 from .packing import Batch
-from .rollout import Rollout, chunks, encode_response
+from .rollout import Rollout, chunks
 
 
 @dataclass(frozen=True)
@@ -271,19 +271,17 @@ class Discriminator:
 
     # --- targets as data
 
-    def _target_ids(self, text: str) -> list[int]:
-        """A target as tokens, as imitation reads it."""
-        return encode_response(self.players.base, text)[: self.config.max_completion_length]
-
     def _answered(self, experience: Experience) -> list[Group]:
         """The step's answered groups, each with its prompt's target in it where what that is worth is known."""
         groups = answered_groups(experience, self.config)
         if self.config.disc_anchor_reward is not None:
             for j, group in groups.items():
-                text = experience.rows[j].target
-                if text is not None:
+                row = experience.rows[j]
+                if row.target is not None:
                     rewards = [*group.rewards, float(self.config.disc_anchor_reward)]
-                    groups[j] = replace(group, responses=[*group.responses, self._target_ids(text)], rewards=rewards)
+                    groups[j] = replace(
+                        group, responses=[*group.responses, self.players.encoder.target(row)], rewards=rewards
+                    )
         return list(groups.values())
 
     def _real_and_generated(self, experience: Experience) -> list[Group]:
@@ -293,7 +291,7 @@ class Discriminator:
         for j, (prompt, row) in enumerate(zip(experience.prompts, experience.rows, strict=True)):
             members = np.flatnonzero(experience.group_B == j)
             if row.target is not None:
-                target = self._target_ids(row.target)
+                target = self.players.encoder.target(row)
                 responses = [ids_BT[i][: lengths_B[i]] for i in members]
                 rewards = [0.0] * len(members) + [1.0]
                 groups.append(Group(prompt, [*responses, target], rewards, [True] * self.config.disc_heads))

@@ -26,6 +26,7 @@ def evaluate(
     best_of: int = 1,
     seed: int | None = None,
     batch_size: int = 64,
+    apply_chat_template: bool | None = None,
 ) -> dict[str, Any]:
     """One response to each row, and what every judge says of it.
 
@@ -35,6 +36,8 @@ def evaluate(
         best_of: responses sampled a row; the discriminator picks.
         seed: of the sampling; the same one gives the same responses at the same step.
         batch_size: rows in one batch; changes memory, and results only to rounding.
+        apply_chat_template: whether plain prompts are sent as user messages; None: as the setting says, else as the
+            prompts were that the generator was trained on.
 
     Returns:
         metrics: name -> {"mean", "low", "high"}, a 95 % bootstrap interval over rows, None where nothing was measured:
@@ -43,9 +46,9 @@ def evaluate(
         distinct_2 (share of word pairs that differ, over all responses) as a plain number.
         samples: prompt, target, response, true_reward, pred_reward of every row.
     """
-    prompts = [row.prompt for row in rows]
-    responses = gan.generate(prompts, best_of, temperature=temperature, seed=seed, player=player, batch_size=batch_size)
-    predicted = gan.score(prompts, responses, batch_size=batch_size)
+    rows = gan.as_meant(rows, apply_chat_template, follow=True)
+    responses = gan.generate(rows, best_of, temperature=temperature, seed=seed, player=player, batch_size=batch_size)
+    predicted = gan.score(rows, responses, batch_size=batch_size)
     true, parts = gan.ask(rows, responses)
 
     columns: dict[str, list[float | None]] = {

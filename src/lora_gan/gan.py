@@ -29,6 +29,7 @@ from . import (
     nonfinite,
     rewards,
     rollout,
+    row_checks,
     tracking,
 )
 from .adapters import Player, Players
@@ -53,6 +54,13 @@ Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 #: Records that fit() returns at the most: they hold every response, and a long run's memory must not grow with it.
 RECORDS = 500
+
+
+#: What a run is told whose plain prompts bypass the base's chat template.
+PLAIN_PROMPTS = (
+    "the base has a chat template, and the prompts are plain texts: they reach the model as they are. Set "
+    "apply_chat_template=True to send each as a user message, or False to keep them plain without this notice"
+)
 
 
 class BudgetSpent(ValueError):
@@ -116,6 +124,7 @@ class LoraGAN:
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
         self.reward_calls = 0  # true rewards asked for by step()
+        self.prompt_kinds: set[str] = set()  # of the prompts trained on: "messages", "texts"
         self.reward_failures = 0  # responses on which a reward failed to the last try, since this object was made
         self.answers: Answers | None = None  # in fit(): the log of what the true reward said
         self._interrupts = Interrupts()
@@ -164,7 +173,7 @@ class LoraGAN:
             FloatingPointError: nothing could be sampled, or `config.max_skipped_updates` updates in a row were skipped,
                 because numbers are not finite.
         """
-        rows = data.rows_of(prompt, target_text, columns)
+        rows = self.as_meant(data.rows_of(prompt, target_text, columns))
         return self._step(rows, train_gen, train_disc, adversarial, single=data.is_prompt(prompt))
 
     def _step(
@@ -177,6 +186,7 @@ class LoraGAN:
         single: bool = False,
     ) -> dict[str, Any]:
         """The step on rows, as step() and fit() both take it: play, then one update of each player that learns."""
+        self._notice_kinds(rows)
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         imitation_weight, reinforce = self._teaching(rows, train_gen)
 
@@ -244,7 +254,7 @@ class LoraGAN:
         """
         if asks:
             self._require_comparable(rows)
-        prompts = self._encode(row.prompt for row in rows)
+        prompts = self.players.encoder.prompts(rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         features: list[Tensor] = []
         if learns and asks and self.calls_left != 0:
@@ -432,13 +442,11 @@ class LoraGAN:
             FloatingPointError: as in `step()`, where `config.on_nonfinite` is "stop" or there is nothing to go back to.
                 Nothing is saved then: the newest checkpoint is from before.
         """
-        rows = self._rows(dataset)
-        held_out = None if eval_dataset is None else list(self._rows(eval_dataset, split="test"))
-        if train_disc or self.config.signal(self.config.adversarial) != "predicted":
-            self._require_comparable([] if isinstance(rows, data.Stream) else rows)  # not after hours
-        if held_out is not None:
-            self._require_comparable(held_out)
-            self._encode(row.prompt for row in held_out)
+        asks = train_disc or self.config.signal(self.config.adversarial) != "predicted"
+        rows = self.check_rows(dataset, train_gen=train_gen, asks=asks, progress=progress)
+        held_out = None
+        if eval_dataset is not None:
+            held_out = list(self.check_rows(eval_dataset, split="test", train_gen=False, progress=progress))
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
@@ -462,7 +470,7 @@ class LoraGAN:
                         )
                         coming = self.global_step + 1
                         try:
-                            record = self._step(batch, train_gen, train_disc)
+                            record = self._step(self.as_meant(batch), train_gen, train_disc)
                         except FloatingPointError as failure:
                             if self.config.on_nonfinite == "stop":
                                 raise
@@ -527,28 +535,34 @@ class LoraGAN:
         seed: int | None = None,
         player: Player = "generator",
         batch_size: int | None = None,
+        apply_chat_template: bool | None = None,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """One response a prompt, always a list; the same for the same seed and step, whatever the batch.
 
         Args:
             prompts: one prompt, or several: texts, or lists of chat messages.
+            apply_chat_template: True sends a text as a user message, False sends it as it is; None: as the setting
+                says, else as the prompts were that the generator was trained on.
+            tools, chat_template_kwargs: for the chat template of every prompt; they override the config's.
             best_of: how many to sample; the discriminator picks the one it predicts the highest reward for.
             temperature, top_p, max_completion_length: the config's where not given; temperature 0 is greedy.
             seed: another seed gives other responses; the config's where not given.
             player: "reference" answers with the untouched base.
             batch_size: prompts answered at once; None = all.
         """
-        prompts = data.as_prompts(prompts)
+        rows = self.as_meant(data.as_rows(prompts, tools, chat_template_kwargs), apply_chat_template, follow=True)
         if not isinstance(best_of, int) or best_of < 1:
             raise ValueError(f"best_of={best_of!r} is not accepted: it must be a whole number from 1")
-        if not prompts:
+        if not rows:
             return []
-        encoded = self._encode(prompts, max_completion_length)
+        encoded = self._encode(rows, max_completion_length)
         uniforms = self._uniforms(encoded, best_of, "generate", length=max_completion_length, seed=seed)
         chosen: list[str] = []
-        for part in rollout.chunks(len(prompts), batch_size):
-            rows = slice(part.start * best_of, part.stop * best_of)
-            sampled = self._sample(encoded[part], uniforms[rows], temperature=temperature, top_p=top_p, player=player)
+        for part in rollout.chunks(len(rows), batch_size):
+            draws = slice(part.start * best_of, part.stop * best_of)
+            sampled = self._sample(encoded[part], uniforms[draws], temperature=temperature, top_p=top_p, player=player)
             best = np.zeros(len(encoded[part]), dtype=int)
             if best_of > 1:
                 best = self.discriminator.predict(sampled).mean(0).reshape(-1, best_of).argmax(-1)
@@ -556,46 +570,113 @@ class LoraGAN:
         return chosen
 
     def score(
-        self, prompts: Prompt | list[Prompt], responses: str | list[str], *, batch_size: int | None = None
+        self,
+        prompts: Prompt | list[Prompt],
+        responses: str | list[str],
+        *,
+        batch_size: int | None = None,
+        apply_chat_template: bool | None = None,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float]:
         """The discriminator's predicted reward of one response to each prompt, always a list.
 
-        Prompt and response are tokenized apart, concatenated, and closed with the end-of-text token: what the
-        discriminator was trained on, for a response that was generated, and ended, as these tokens. `batch_size` is the
-        number of pairs read at once; None = all.
+        Prompt and response are tokenized apart, concatenated, and closed with the id that closes a response to this
+        kind of prompt: what the discriminator was trained on, for a response that was generated, and ended, as these
+        tokens.
+
+        Args:
+            batch_size: pairs read at once; None = all.
+            apply_chat_template, tools, chat_template_kwargs: as in `generate()`.
         """
-        prompts = data.as_prompts(prompts)
+        rows = self.as_meant(data.as_rows(prompts, tools, chat_template_kwargs), apply_chat_template, follow=True)
         responses = [responses] if isinstance(responses, str) else list(responses)
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: give one response to each prompt")
-        if not prompts:
+        if len(rows) != len(responses):
+            raise ValueError(f"{len(rows)} prompts and {len(responses)} responses: give one response to each prompt")
+        if not rows:
             return []
-        base = self.players.base
         predicted: list[float] = []
-        for part in rollout.chunks(len(prompts), batch_size):
-            encoded = rollout.encode_pairs(base, prompts[part], responses[part], self.config.chat_template_kwargs)
-            rows = rollout.assemble(base, self.players.device, *encoded, responses[part])
-            predicted += self.discriminator.predict(rows).mean(0).tolist()
+        for part in rollout.chunks(len(rows), batch_size):
+            encoded = self.players.encoder.pairs(rows[part], responses[part])
+            pairs = rollout.assemble(self.players.base, self.players.device, *encoded, responses[part])
+            predicted += self.discriminator.predict(pairs).mean(0).tolist()
         return predicted
 
     def evaluate(self, dataset: Dataset, **options: Any) -> dict[str, Any]:
         """Held-out true and predicted reward, other metrics with 95 % intervals over prompts, and samples.
 
-        See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size).
+        See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size, apply_chat_template).
         """
-        rows = list(self._rows(dataset, split="test"))
-        self._require_comparable(rows)  # before anything is sampled
+        rows = list(self.check_rows(dataset, split="test", train_gen=False))
         return evaluation.evaluate(self, rows, **options)
+
+    def check_rows(
+        self,
+        dataset: Dataset,
+        *,
+        split: str = "train",
+        train_gen: bool = True,
+        asks: bool = True,
+        progress: bool = True,
+    ) -> list[Row] | data.Stream:
+        """The rows of a data set, checked as fit() does before its first step; rows of a stream when they are read.
+
+        Args:
+            split: which one, where the data set has several.
+            train_gen: whether the generator learns from these rows, which imitation needs targets for.
+            asks: whether the true reward is asked, which may need targets.
+            progress: show a bar where the check takes long.
+
+        Raises:
+            ValueError: a prompt that is empty, that the chat template does not take, or that leaves no room for a
+                response (see `config.on_long_prompt`); a target that is missing. The message names the row.
+        """
+        rows = self._rows(dataset, split=split)
+        encoder, held_out = self.players.encoder, split != "train"
+        imitates = train_gen and bool(self.config.imitation_weight or self.config.imitation_warmup_steps)
+        compares = self.config.disc_objective == "real_vs_generated" or self.config.disc_anchor_reward is not None
+
+        def check(row: Row) -> None:
+            (row,) = self.as_meant([row], follow=held_out)
+            encoder.prompt(row)
+            if asks:
+                self._require_comparable([row])
+            if imitates:
+                _require_targets([row], "imitation needs target_text")
+            if (imitates or (compares and not held_out)) and row.target is not None:
+                encoder.target(row)
+
+        drop_long = self.config.on_long_prompt == "drop"
+        return row_checks.checked(rows, check, drop_long=drop_long, progress=progress)
 
     def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
         names = {"prompt_column": self.config.prompt_column, "target_column": self.config.target_column}
         return data.read_rows(dataset, split=split, **names)
 
-    def _encode(self, prompts: Iterable[Prompt], length: int | None = None) -> list[list[int]]:
-        length = self.config.max_completion_length if length is None else length
-        if length < 1:
+    def as_meant(self, rows: list[Row], apply_chat_template: bool | None = None, *, follow: bool = False) -> list[Row]:
+        """Rows whose plain prompts are user messages, where that is wanted.
+
+        Args:
+            apply_chat_template: whether it is wanted; None: as the setting says.
+            follow: where the setting does not say, do as the prompts were that the generator was trained on.
+        """
+        wanted = self.config.apply_chat_template if apply_chat_template is None else apply_chat_template
+        if wanted is None and follow:
+            wanted = self.prompt_kinds == {"messages"} and self.players.encoder.has_template
+        return self.players.encoder.as_chat(rows) if wanted else rows
+
+    def _notice_kinds(self, rows: list[Row]) -> None:
+        """Remember which kinds of prompts train the generator; tell once of plain ones that bypass a chat template."""
+        encoder = self.players.encoder
+        kinds = {"messages" if encoder.is_chat(row) else "texts" for row in rows}
+        if "texts" in kinds - self.prompt_kinds and encoder.has_template and self.config.apply_chat_template is None:
+            warnings.warn(PLAIN_PROMPTS, stacklevel=4)
+        self.prompt_kinds |= kinds
+
+    def _encode(self, prompts: Iterable[Prompt | Row], length: int | None = None) -> list[list[int]]:
+        if length is not None and length < 1:
             raise ValueError(f"max_completion_length={length} is not accepted: it must be a whole number from 1")
-        return rollout.encode_prompts(self.players.base, list(prompts), length, self.config.chat_template_kwargs)
+        return self.players.encoder.prompts(data.as_rows(list(prompts)), length)
 
     def _uniforms(
         self, prompts: list[list[int]], count: int, purpose: str, *, length: int | None = None, seed: int | None = None
@@ -626,7 +707,14 @@ class LoraGAN:
                 f"temperature={temperature}, top_p={top_p} is not accepted: 0 or more (0 is greedy), a share above 0"
             )
         with self.players.playing(player):
-            return rollout.sample(self.players, prompts, uniforms_BT, temperature=temperature, top_p=top_p)
+            return rollout.sample(
+                self.players,
+                prompts,
+                uniforms_BT,
+                decode=self.players.encoder.decode,
+                temperature=temperature,
+                top_p=top_p,
+            )
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -675,4 +763,4 @@ def _require_targets(rows: list[Row], need: str, remedy: str = "") -> None:
     """Name a row without a target where one is needed, before anything is sampled or any true reward paid for."""
     for row in rows:
         if row.target is None:
-            raise ValueError(f"{need}, and the prompt {data.excerpt(row.prompt)} has none{remedy}")
+            raise data.RowError(row, f"{need}, and the prompt {data.excerpt(row.prompt)} has none{remedy}")

@@ -20,7 +20,7 @@ from .data import Row
 from .experience import Experience
 from .optimizer import PlayerOptimizer
 from .packing import Batch
-from .rollout import chunks, encode_prompts, encode_response
+from .rollout import chunks
 
 # A batch, the embeddings of its tokens -> every head's predicted reward [M, B]
 Critic = Callable[[Batch, Tensor], Tensor]
@@ -278,13 +278,8 @@ class Generator:
 
     def _imitate(self, rows: list[Row], weight: float) -> float:
         """Backward of the cross-entropy on the target texts, their end included; returns its mean over rows."""
-        base = self.players.base
-        targets = [  # step() has refused a row without a target
-            encode_response(base, row.target or "")[: self.config.max_completion_length] for row in rows
-        ]
-        prompts = encode_prompts(
-            base, [row.prompt for row in rows], self.config.max_completion_length, self.config.chat_template_kwargs
-        )
+        targets = [self.players.encoder.target(row) for row in rows]  # step() has refused a row without a target
+        prompts = self.players.encoder.prompts(rows)
         total = 0.0
         for chunk in chunks(len(rows), self.optimizer.micro_batch_size):
             batch = self.players.batch(prompts[chunk], targets[chunk], np.arange(len(targets[chunk])))

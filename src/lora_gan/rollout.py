@@ -10,20 +10,17 @@ is the inverse of the model's distribution function at a keyed uniform number.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from . import randomness
 from .adapters import Players
 from .base import Base
 from .cache import roomy_cache
-from .data import Conversation, Prompt, excerpt
 from .linear import merged
 from .packing import Batch
 
@@ -36,7 +33,7 @@ class Rollout:
     mask_BL: Tensor  # 1 on prompt and response tokens, the end-of-text token included
     prompt_places: int  # L − T
     group_B: np.ndarray  # which prompt a row answers
-    texts: list[str]  # the responses, without special tokens
+    texts: list[str]  # the responses, as rewards see them
     _batch: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -89,88 +86,6 @@ class Rollout:
         )
 
 
-def encode_prompts(
-    base: Base,
-    prompts: list[Prompt],
-    max_new_tokens: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[list[int]]:
-    """Token ids of each prompt; one that is empty or does not fit raises.
-
-    A text is tokenized as the tokenizer begins one, a conversation as its chat template writes it.
-    """
-    encoded = []
-    nothing = list(base.tokenizer("")["input_ids"])  # some tokenizers open every text with a token
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            ids = _encode_conversation(base, prompt, chat_template_kwargs or {})
-        else:
-            ids = list(base.tokenizer(prompt, verbose=False)["input_ids"])
-            if ids == nothing:
-                raise ValueError(f"the prompt {prompt!r} has no tokens: a response needs something to begin from")
-            while ids[-1] in base.eos_ids and len(ids) > 1:  # and some close it
-                ids.pop()
-        if len(ids) + max_new_tokens > base.context:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and a response of up to {max_new_tokens} do not fit into this base's "
-                f"{base.context} tokens: shorten the prompt {excerpt(prompt)}, or set a smaller "
-                "max_completion_length"
-            )
-        encoded.append(ids)
-    return encoded
-
-
-def _encode_conversation(base: Base, messages: Conversation, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
-    """Token ids of a conversation as the base's chat template writes it, up to where the response begins. As in TRL, a
-    last message that is the assistant's is continued."""
-    if base.tokenizer.chat_template is None and "chat_template" not in chat_template_kwargs:
-        raise ValueError(
-            f"the base {base.name or 'in memory'!r} has no chat template, and the prompt is chat messages: give the "
-            "prompts as plain text, or as processing_class= a tokenizer that has one (tokenizer.chat_template)"
-        )
-    continues = messages[-1]["role"] == "assistant"
-    options = {"add_generation_prompt": not continues, "continue_final_message": continues, **chat_template_kwargs}
-    options |= {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
-    try:
-        ids = list(base.tokenizer.apply_chat_template(messages, **options)["input_ids"])
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"the base's chat template does not take the prompt {excerpt(messages)}: {error}") from error
-    if not ids:
-        raise ValueError(f"the base's chat template makes no tokens of the prompt {excerpt(messages)}")
-    return ids
-
-
-def encode_pairs(
-    base: Base,
-    prompts: list[Prompt],
-    responses: list[str],
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and of their responses, each response closed by the end-of-text token where it has room."""
-    encoded = (
-        encode_prompts(base, prompts, 0, chat_template_kwargs),
-        [encode_response(base, response) for response in responses],
-    )
-    for prompt, response in zip(*encoded, strict=True):
-        room = base.context - len(prompt)
-        if len(response) > room + 1:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and a response of {len(response) - 1} do not fit into this base's "
-                f"{base.context} tokens"
-            )
-        del response[room:]  # sampling may have used all places, without an end
-    return encoded
-
-
-def encode_response(base: Base, text: str) -> list[int]:
-    """Token ids of a response given as text, with the end-of-text token."""
-    return [*base.tokenizer(text, add_special_tokens=False)["input_ids"], base.eos_ids[0]]
-
-
-def decode(base: Base, ids: list[int]) -> str:
-    return str(base.tokenizer.decode([i for i in ids if i not in base.eos_ids], skip_special_tokens=True))
-
-
 def assemble(
     base: Base,
     device: torch.device,
@@ -178,7 +93,11 @@ def assemble(
     responses: list[list[int]],
     texts: list[str] | None = None,
 ) -> Rollout:
-    """Rows from token ids: one response to one prompt each, every row a group of its own."""
+    """Rows from token ids: one response to one prompt each, every row a group of its own.
+
+    Args:
+        texts: the responses' texts; None where nobody reads them.
+    """
     left, right = max(map(len, prompts)), max(1, max(map(len, responses)))
     ids = np.full((len(prompts), left + right), base.pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -186,10 +105,12 @@ def assemble(
         ids[row, left - len(prompt) : left] = prompt
         ids[row, left : left + len(response)] = response
         mask[row, left - len(prompt) : left + len(response)] = 1
-    if texts is None:
-        texts = [decode(base, response) for response in responses]
     return Rollout(
-        torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), left, np.arange(len(prompts)), texts
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(mask).to(device),
+        left,
+        np.arange(len(prompts)),
+        [""] * len(prompts) if texts is None else texts,
     )
 
 
@@ -216,12 +137,16 @@ def sample(
     prompts: list[list[int]],
     uniforms_BT: Tensor,
     *,
+    decode: Callable[[list[int]], str],
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Rollout:
     """Sample P·K responses of at most T tokens from the active player; K and T are read off `uniforms_BT`.
 
     Temperature 0 is greedy decoding. A prompt is computed once for its group; ended rows leave the batch.
+
+    Args:
+        decode: makes a response's text of its ids.
 
     Raises:
         FloatingPointError: logits that are not finite, from which any token could be read.
@@ -273,7 +198,7 @@ def sample(
         )
     responses = [[i for i in row if i >= 0] for row in sampled_BT.tolist()]
     repeated = [ids for ids in prompts for _ in range(per_prompt)]
-    rollout = assemble(base, device, repeated, responses)
+    rollout = assemble(base, device, repeated, responses, [decode(ids) for ids in responses])
     return replace(rollout, group_B=np.arange(rows) // per_prompt)
 
 

@@ -50,26 +50,31 @@ class Perplexity:
         import numpy as np
         import torch
 
-        from .. import objectives, rollout
+        from .. import data, objectives, rollout
 
         if self._gan is None:
             raise ValueError(
                 "Perplexity has no base to score by: give it to LoraGAN(reward_funcs=[Perplexity(), ...]), which binds "
                 "it to its own, or call bind(gan)"
             )
-        players, template = self._gan.players, self._gan.config.chat_template_kwargs
+        players = self._gan.players
+        options = {name: values for name, values in columns.items() if name in data.TEMPLATE_COLUMNS}
+        rows = [
+            data.Row(prompt, None, {name: values[i] for name, values in options.items()})
+            for i, prompt in enumerate(prompts)
+        ]
         scores: list[float | None] = []
         for part in rollout.chunks(len(prompts), self.batch_size):
             texts = [completion_text(completion) for completion in completions[part]]
-            encoded = rollout.encode_pairs(players.base, list(prompts[part]), texts, template)
-            rows = players.batch(*encoded, np.arange(len(texts)))
+            encoded = players.encoder.pairs(rows[part], texts)
+            batch = players.batch(*encoded, np.arange(len(texts)))
             logprobs = [torch.zeros(0, device=players.device)]  # all responses may be empty
             with torch.no_grad(), players.playing("reference"):
-                hidden_RH = players.hidden(rows, rows.predicting_R)
+                hidden_RH = players.hidden(batch, batch.predicting_R)
                 for some in rollout.chunks(len(hidden_RH), players.tokens_at_once):
                     logits_R1V = players.head(hidden_RH[some])[:, None]
-                    logprobs.append(objectives.token_logprobs(logits_R1V, rows.response_ids_R[some, None])[:, 0])
-            total_B = torch.zeros(len(rows), device=players.device).index_add_(0, rows.row_R, torch.cat(logprobs))
+                    logprobs.append(objectives.token_logprobs(logits_R1V, batch.response_ids_R[some, None])[:, 0])
+            total_B = torch.zeros(len(batch), device=players.device).index_add_(0, batch.row_R, torch.cat(logprobs))
             scores += [
                 total / len(ids) if ids else None for total, ids in zip(total_B.tolist(), encoded[1], strict=True)
             ]

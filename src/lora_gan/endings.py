@@ -1,0 +1,173 @@
+"""How a response ends: the token ids that stop sampling, and the id that closes a text.
+
+A base names its end tokens in up to four places: the generation config, the model config, the tokenizer and the chat
+template. They often disagree. Llama-3-Instruct and Gemma-3-it list the end of a chat turn second, and Gemma's tokenizer
+names another token. So every named id stops sampling, and the kind of prompt decides which id closes a text:
+
+    chat prompt    the id that the chat template writes after an assistant message
+    plain prompt   the tokenizer's end token; without one, the first id of the generation config, then of the config
+
+This is the only place that decides how a response ends. Sampling, score(), imitation, rewards, model cards and export
+all ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Texts that stand for a user's and an assistant's words while a template is tried: no template trims or escapes them.
+USER, ANSWER = "Xquestionx", "Xanswerx"
+#: Options of apply_chat_template that say what to render, not how: a trial sets its own.
+OF_THE_CALL = ("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "tools")
+
+
+@dataclass(frozen=True)
+class Endings:
+    """The ids that end a response on one base.
+
+    Attributes:
+        stop_ids: every id that stops sampling; the first closes a response to a plain prompt.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    _closing: dict[str, int | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _tails: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any] | None
+    ) -> Endings:
+        """Collect the ids of a base.
+
+        Args:
+            template_options: the run's chat_template_kwargs, which may bring a template of their own.
+
+        Raises:
+            ValueError: no place names an end token.
+        """
+        rows = model.get_input_embeddings().num_embeddings
+        config = model.config
+        named = [
+            *_ids(tokenizer.eos_token_id),
+            *_ids(getattr(model.generation_config, "eos_token_id", None)),
+            *_ids(config.get_text_config().eos_token_id),
+            *_ids(getattr(config, "eos_token_id", None)),
+        ]
+        known = tuple(dict.fromkeys(id for id in named if 0 <= id < rows))  # an id without a row cannot be sampled
+        trial = cls(tokenizer, known)
+        chat = [trial.written_after_answers(options) for options in _templates(tokenizer, template_options or {})]
+        stop_ids = tuple(dict.fromkeys([*known, *(id for id in chat if id is not None and 0 <= id < rows)]))
+        if not stop_ids:
+            raise ValueError("the base names no end-of-text token: set tokenizer.eos_token, a response could never end")
+        return cls(tokenizer, stop_ids)
+
+    @property
+    def text_id(self) -> int:
+        """The id that closes a response to a plain prompt."""
+        return self.stop_ids[0]
+
+    def chat_id(self, options: Mapping[str, Any]) -> int:
+        """The id that closes a response to chat messages, rendered with these template options.
+
+        Raises:
+            ValueError: the options bring a template that closes a message by an id that does not stop sampling.
+        """
+        id = self.written_after_answers(options)
+        if id is not None and id not in self.stop_ids:
+            token = self.tokenizer.convert_ids_to_tokens(id)
+            raise ValueError(
+                f"this row's chat template closes a message by {token!r}, which the run's own template does not know "
+                "as an end: give the template in the setting chat_template_kwargs"
+            )
+        return self.text_id if id is None else id
+
+    def written_after_answers(self, options: Mapping[str, Any]) -> int | None:
+        """The end token that the chat template writes after an assistant message; None where it writes none."""
+        template = _resolved(self.tokenizer, options)
+        if template is None:
+            return None
+        if template not in self._closing:
+            self._closing[template] = self._find_closing(options)
+        return self._closing[template]
+
+    def is_rendered(self, text: str, options: Mapping[str, Any]) -> bool:
+        """Whether a plain prompt is chat messages that a template has rendered already."""
+        tails = {self._tail(options), self._tail({})} - {""}
+        specials = self.tokenizer.all_special_tokens
+        return any(
+            text.rstrip().endswith(tail) or (any(token in tail for token in specials) and tail in text)
+            for tail in tails
+        )
+
+    def _find_closing(self, options: Mapping[str, Any]) -> int | None:
+        question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+        written = self._render([question, answer], options)
+        found = None if written is None else self._first_end(written.rpartition(ANSWER)[2])
+        if found is None:
+            # Templates such as GLM's close a message by opening the next one.
+            written = self._render([question, answer, {"role": "user", "content": USER}], options)
+            between = "" if written is None else written.rpartition(ANSWER)[2].partition(USER)[0]
+            found = self._first_end(between)
+            found = found if found in self.stop_ids else None
+        return found
+
+    def _first_end(self, text: str) -> int | None:
+        """The first special token of a text; else the added token that it begins with."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        added = self.tokenizer.added_tokens_decoder
+        special = {*self.tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+        first = next((id for id in ids if id in special), None)
+        if first is None:
+            first = next((id for id, token in added.items() if text.strip().startswith(token.content)), None)
+        return first
+
+    def _tail(self, options: Mapping[str, Any]) -> str:
+        """What the template writes after a user's last message, up to where the response begins, without space."""
+        template = _resolved(self.tokenizer, options)
+        if template is None:
+            return ""
+        key = template + repr(sorted((name, repr(value)) for name, value in options.items()))
+        if key not in self._tails:
+            written = self._render([{"role": "user", "content": USER}], options, add_generation_prompt=True)
+            tail = "" if written is None else written.rpartition(USER)[2].strip()
+            self._tails[key] = tail if len(tail) >= 5 else ""  # ": " would be found in any text
+        return self._tails[key]
+
+    def _render(
+        self, messages: list[dict[str, str]], options: Mapping[str, Any], *, add_generation_prompt: bool = False
+    ) -> str | None:
+        """What the template writes; None where it does not take these messages."""
+        options = {name: value for name, value in options.items() if name not in OF_THE_CALL}
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+                )
+            )
+        except Exception:  # a template may raise anything; the row that needs it gets the template's own words
+            return None
+
+
+def _ids(value: int | Iterable[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else [int(id) for id in value]
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Options that reach each template of a run: the run's own, and those that the tokenizer holds by name."""
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    return [options, *({**options, "chat_template": name} for name in named)]
+
+
+def _resolved(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str | None:
+    """The template that these options choose, None where there is none."""
+    try:
+        return tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+    except ValueError:
+        return None

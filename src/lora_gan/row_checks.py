@@ -1,0 +1,78 @@
+"""Checks every row before the first step, so that a run that starts can end.
+
+A row that the base's template does not take, or that leaves no room for a response, would otherwise end the run when
+its turn comes, and end it again after each resume. Rows of a list are checked before step 1, rows of a stream as they
+arrive.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from tqdm.auto import tqdm
+
+from .data import Row, Stream
+from .encoding import TooLong
+
+#: Raises ValueError for a row that cannot be used, TooLong for a prompt that leaves no room for its response.
+Check = Callable[[Row], object]
+
+
+class CheckedRows(list[Row]):
+    """Rows that have passed; they are not checked again."""
+
+
+def checked(rows: list[Row] | Stream, check: Check, *, drop_long: bool, progress: bool) -> list[Row] | Stream:
+    """The rows that can be used.
+
+    Args:
+        rows: a list is checked now; a stream checks each row when it is read.
+        drop_long: leave out prompts that are too long, and say how many, instead of raising.
+        progress: show a bar where the check takes more than two seconds.
+
+    Raises:
+        ValueError: a row cannot be used, or no row is left; the message names the row.
+    """
+    if isinstance(rows, CheckedRows):
+        return rows
+    if isinstance(rows, Stream):
+        if drop_long:
+            rows.only(_Fits(check))
+        return rows
+    kept, long = CheckedRows(), []
+    bar = tqdm(rows, desc="checking rows", unit="row", delay=2, leave=False, disable=not progress)
+    for row in bar:
+        try:
+            check(row)
+        except TooLong as error:
+            if not drop_long:
+                bar.close()
+                raise
+            long.append(error)
+            continue
+        kept.append(row)
+    if long:
+        warnings.warn(
+            f"{len(long)} of {len(rows)} rows are dropped (on_long_prompt='drop'); the first: {long[0]}", stacklevel=4
+        )
+    if rows and not kept:
+        raise ValueError(f"no row is left: every prompt is too long; the first: {long[0]}")
+    return kept
+
+
+class _Fits:
+    """Whether a row of a stream fits; the first one that does not is named."""
+
+    def __init__(self, check: Check) -> None:
+        self._check, self._told = check, False
+
+    def __call__(self, row: Row) -> bool:
+        try:
+            self._check(row)
+        except TooLong as error:
+            if not self._told:
+                warnings.warn(f"rows are dropped (on_long_prompt='drop'); the first: {error}", stacklevel=2)
+            self._told = True
+            return False
+        return True
