@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
+from . import named_bases
 from .config import Config
 from .endings import Endings
 
@@ -44,7 +45,7 @@ class Base:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str  # what the user called it: "tiny", a hub id, a folder, or "" for a model in memory
+    name: str  # what the user called it: "tiny", "smollm2", a hub id, a folder, or "" for a model in memory
     path: str  # what stock clients can load it by: a hub id or an absolute folder
     pad_on_disk: int | None  # config.pad_token_id as stored: stock sequence classification pools by it
     endings: Endings  # the ids that end a response
@@ -78,7 +79,9 @@ def load_base(
     quantization_config: Any = None,
     local_files_only: bool = False,
 ) -> Base:
-    """Open the base by hub id, folder, "tiny", or take a model in memory (then its tokenizer is needed too).
+    """Open the base by its own name ("tiny", "smollm2"), folder or hub id, or take a model in memory.
+
+    A model in memory needs its tokenizer too.
 
     Raises:
         ValueError: one line that names what could not be opened, or why it cannot serve as a base.
@@ -96,12 +99,12 @@ def load_base(
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         if not name:
-            raise ValueError("the base has no name: give a hub id, a local folder, or 'tiny'")
+            raise ValueError(f"the base has no name: give a hub id, a local folder, or {_own_names()}")
         lm, tokenizer, path = _open(name, tokenizer, config, quantization_config, local_files_only)
     else:
         raise ValueError(
-            f"the base is a {type(model).__name__}: it must be a hub id, a local folder, 'tiny', or a transformers "
-            "model without adapters"
+            f"the base is a {type(model).__name__}: it must be a hub id, a local folder, {_own_names()}, or a "
+            "transformers model without adapters"
         )
     _require_bare(lm)
     lm.eval().requires_grad_(False)
@@ -110,6 +113,10 @@ def load_base(
     endings = Endings.of(lm, tokenizer, config.chat_template_kwargs)
     _require_causal(lm, f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__)
     return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, endings, _fingerprint(lm))
+
+
+def _own_names() -> str:
+    return " or ".join(map(repr, named_bases.NAMES))
 
 
 def _device(config: Config) -> torch.device:
@@ -169,10 +176,8 @@ def _open(
     for key in extra.keys() & DECIDED_ELSEWHERE.keys():
         raise ValueError(f"model_init_kwargs has {key!r}, which is decided by {DECIDED_ELSEWHERE[key]}: drop it there")
     repository = {key: extra[key] for key in OF_THE_REPOSITORY if key in extra}
-    if name == "tiny":
-        from . import tiny
-
-        path = source = str(tiny.PATH)
+    if name in named_bases.NAMES:
+        path = source = str(named_bases.folder_of(name))
     elif Path(name).is_dir():
         path = source = str(Path(name).resolve())
     else:
@@ -260,7 +265,7 @@ def _reach_hub(name: str, repository: dict[str, Any], local_files_only: bool) ->
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(
             f"the base {name!r} is not there: it must be a folder with a transformers model, a hub id "
-            "(name, or owner/name), or 'tiny'"
+            f"(name, or owner/name), or {_own_names()}"
         )
     where = {key: repository[key] for key in ("revision", "subfolder") if key in repository}
     file = "/".join(filter(None, [where.get("subfolder"), "config.json"]))

@@ -30,7 +30,7 @@ from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import durable, untrusted
+from . import durable, named_bases, untrusted
 from .adapters import ACCEPTED, Players
 from .base import load_base
 from .config import Config
@@ -388,7 +388,7 @@ def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class
     name, path = recorded["name"], recorded["path"]
     try:
         return load_base(
-            "tiny" if name == "tiny" else path,
+            name if name in named_bases.NAMES else path,
             processing_class,
             config,
             quantization_config=quantization_config,

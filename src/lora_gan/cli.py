@@ -24,6 +24,7 @@ from .interrupts import Terminated
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": commands.demo,
+    "fetch": commands.fetch,
     "train": commands.train,
     "generate": commands.generate,
     "score": commands.score,
@@ -73,6 +74,8 @@ class Parser(ArgumentParser):
         message = re.sub("Unexpected config:.*", "it must be YAML, an option a line, as NAME: VALUE", message)
         message = message.replace("Problems parsing config:", "not YAML:").replace('in "<unicode string>", ', "")
         message = re.sub(r"unrecognized arguments: ([^-].*)", r"\1: no option; a value with spaces is quoted", message)
+        if re.search(r"required: (fetch\.)?name$", message):
+            return "fetch needs the name of a base, such as: lora-gan fetch smollm2"
         message = re.sub(r"(required: )(.*)", lambda m: m[1] + re.sub(r"(\w+\.)?(\w+)", r"--\2", m[2]), message)
         if wrong := UNKNOWN.search(message):
             name = next(filter(None, wrong.groups()))
@@ -149,7 +152,7 @@ def _parser() -> Parser:
     for name, function in COMMANDS.items():
         summary, _, more = (function.__doc__ or "").partition("\n")
         one = Parser(
-            usage=f"lora-gan {name} [OPTION VALUE ...]",
+            usage=f"lora-gan {name} {'NAME' if name == 'fetch' else '[OPTION VALUE ...]'}",
             description=summary + more.partition("Args:")[0].rstrip(),
             allow_abbrev=False,
         )
@@ -157,7 +160,7 @@ def _parser() -> Parser:
             one.add_argument(
                 "--config", action=ConfigFile, help="YAML file of options; what follows it on the line wins"
             )
-        _add_options(one, function)
+        _add_options(one, function, as_positional=name == "fetch")
         if name == "train":
             one.add_class_arguments(Config)
         Parser.options |= {option.lstrip("-") for action in one._actions for option in action.option_strings}
@@ -165,10 +168,12 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_options(parser: Parser, function: Callable[..., Any]) -> None:
+def _add_options(parser: Parser, function: Callable[..., Any], *, as_positional: bool) -> None:
     """The function's parameters; the true-or-false ones as flags that take no value."""
     flags = [name for name, hint in function.__annotations__.items() if hint in (bool, "bool")]
-    parser.add_function_arguments(function, as_group=False, skip={*flags, "config"})
+    parser.add_function_arguments(
+        function, as_group=False, as_positional=as_positional, skip={*flags, "config"}
+    )
     described = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=described[flag])

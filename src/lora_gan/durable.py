@@ -16,6 +16,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,51 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
         write_synced(writing / MANIFEST, _manifest(files))
         for folder in sorted({(writing / name).parent for name in files} | {writing}, reverse=True):
             sync_folder(folder)
-        if final.exists():  # else what was set aside before may be all there is
-            _drop_set_aside(final)
-            os.rename(final, replaced)
-        try:
-            os.rename(writing, final)
-        except OSError:
-            if replaced.exists():
-                os.rename(replaced, final)
-            raise
-        sync_folder(final.parent)
+        _put_in_place(writing, final, replaced)
     except OSError:
         shutil.rmtree(writing, ignore_errors=True)
         raise
     _drop_set_aside(final)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A new folder to fill. After the block it is synced, gets a manifest, and becomes `final`, which it may replace.
+
+    For folders that are too large for `write_folder`, or that another library writes. Whatever ends the block early
+    (an exception, Ctrl-C) removes the new folder and leaves `final` as it was. A process that is killed leaves a folder
+    that `tidy` removes.
+    """
+    writing, replaced = _beside(final, "writing"), _beside(final, "replaced")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        yield writing
+        files = sorted(path for path in writing.rglob("*") if path.is_file())
+        for file in files:
+            _sync_file(file)
+        entries = {path.relative_to(writing).as_posix(): _entry(path) for path in files}
+        write_synced(writing / MANIFEST, _as_manifest(entries))
+        for folder in sorted({path.parent for path in files} | {writing}, reverse=True):
+            sync_folder(folder)
+        _put_in_place(writing, final, replaced)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    _drop_set_aside(final)
+
+
+def _put_in_place(writing: Path, final: Path, replaced: Path) -> None:
+    if final.exists():  # else what was set aside before may be all there is
+        _drop_set_aside(final)
+        os.rename(final, replaced)
+    try:
+        os.rename(writing, final)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        raise
+    sync_folder(final.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -107,8 +139,27 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_file(path: Path) -> None:
+    """What another library wrote is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def _manifest(files: Mapping[str, bytes]) -> bytes:
-    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    return _as_manifest(
+        {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    )
+
+
+def _as_manifest(entries: Mapping[str, Any]) -> bytes:
     return (json.dumps({"format": 1, "files": entries}, indent=2) + "\n").encode()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from .named_bases import NAMES
+
 SETTINGS_FILE = "train.yaml"  # the run's options, beside its checkpoints: what --config takes to go on
 
 
@@ -14,7 +16,7 @@ def keep_options(folder: Path, options: dict[str, Any]) -> Path:
     """Write the run's options where --config finds them again; files in them by their full path."""
     kept = {name: value for name, value in options.items() if name not in ("resume", "dry_run")}
     for name in ("model", "data", "eval_data"):
-        if kept[name] and kept[name] != "tiny" and Path(kept[name]).exists():
+        if kept[name] and kept[name] not in NAMES and Path(kept[name]).exists():
             kept[name] = str(Path(kept[name]).resolve())
     kept["output_dir"] = str(folder.resolve())
     kept["reward"] = with_full_paths(kept["reward"])
