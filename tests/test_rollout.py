@@ -163,7 +163,9 @@ def test_rows_that_ended_leave_without_a_trace():
     uniforms = rollout.keyed_uniforms(encoded, 8, length, seed=0, step=5, purpose="sample")
     for row, response in enumerate(responses_of(sampled)):
         with gan.players.playing("generator"):
-            alone = rollout.sample(gan.players, [encoded[row // 8]], uniforms[row : row + 1])
+            alone = rollout.sample(
+                gan.players, [encoded[row // 8]], uniforms[row : row + 1], decode=gan.players.encoder.decode
+            )
         assert responses_of(alone) == [response]
 
 

@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from . import __version__, evaluation
 from .base import Base
 from .config import Config
+from .encoding import Encoder
+from .endings import ids_of
 from .json_lines import read_lines
 from .options import kept_options
 
@@ -41,7 +43,9 @@ class Run:
     """What is known of how the players came to be."""
 
     base: Base
+    encoder: Encoder
     config: Config
+    prompt_kinds: frozenset[str]  # of the prompts trained on: "messages", "texts"
     steps: int
     reward_calls: int
     adapters: dict[str, LoraConfig]  # of each player
@@ -60,7 +64,9 @@ class Run:
             raise ValueError("evaluation= must be what gan.evaluate() returned, or several of these by name")
         return cls(
             base=gan.players.base,
+            encoder=gan.players.encoder,
             config=gan.config,
+            prompt_kinds=frozenset(gan.prompt_kinds),
             steps=gan.global_step,
             reward_calls=gan.reward_calls,
             adapters=gan.players.peft.peft_config,
@@ -214,12 +220,12 @@ GENERATE = """
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 inputs = {inputs}
 sampling = dict(do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0)  # as in training
-tokens = model.generate(**inputs, max_new_tokens={length}, **sampling)
+tokens = model.generate(**inputs, max_new_tokens={length}, **sampling{ends})
 print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 SCORE = """
 tokenizer = AutoTokenizer.from_pretrained({name!r})
-END = {end}  # the end-of-text token, which the discriminator has read after every response that was not cut
+END = {end}  # {token}: closes every response that was not cut, as in training
 
 def score(prompts, responses):
     rows = [
@@ -234,7 +240,7 @@ print(score([{prompt}], ["a response"]))
 """
 CHAT = """
 
-Prompts that are text, not chat messages, are tokenized by `tokenizer(prompt)` in place of the chat template."""
+A prompt that is plain text is tokenized by `tokenizer(prompt)` instead, and {end} ({token}) closes a response to it."""
 TRL = """
 
 As a reward of [TRL](https://huggingface.co/docs/trl)'s trainers:
@@ -266,10 +272,13 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
     if labels and base.pad_on_disk != tokenizer.pad_token_id:
         lines.append(f"model.config.pad_token_id = {tokenizer.pad_token_id}  # batches need one, the base names none")
 
-    chat = {"add_generation_prompt": True, "return_dict": True, **(run.config.chat_template_kwargs or {})}
+    template_options = run.config.chat_template_kwargs or {}
+    chat = {"add_generation_prompt": True, "return_dict": True, **template_options}
     options = ", ".join(f"{option}={value!r}" for option, value in chat.items())
     text = tokenizer("a")["input_ids"]
-    if tokenizer.chat_template:
+    chats = run.encoder.has_template and run.prompt_kinds != {"texts"}
+    end = base.endings.chat_id(template_options) if chats else base.endings.text_id
+    if chats:
         prompt = '[{"role": "user", "content": "a prompt"}]'
         inputs = f'tokenizer.apply_chat_template({prompt}, {options}, return_tensors="pt")'
         tokens = f'tokenizer.apply_chat_template(prompt, {options})["input_ids"]'
@@ -283,13 +292,13 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
         config = run.config
         code = GENERATE.format(
             name=name, inputs=inputs, length=config.max_completion_length, temperature=config.temperature,
-            top_p=config.top_p,
+            top_p=config.top_p, ends=_not_in_training(base, adapter),
         )  # fmt: skip
     else:
-        code = SCORE.format(name=name, tokens=tokens, prompt=prompt, end=base.eos_ids[0])
+        code = SCORE.format(name=name, tokens=tokens, prompt=prompt, end=end, token=_token(base, end))
     said = "```python\n" + "\n".join(lines) + code + "```"
-    if tokenizer.chat_template:
-        said += CHAT
+    if chats:
+        said += CHAT.format(end=base.endings.text_id, token=_token(base, base.endings.text_id))
     if part == "discriminator-merged":
         lacking = []
         if text[:1] == [tokenizer.bos_token_id]:
@@ -298,7 +307,7 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
             lacking.append("the end-of-text token, at which the score is read")
         completions = 'completions if isinstance(completions[0], str) else [c[-1]["content"] for c in completions]'
         said += TRL.format(
-            completions=completions if tokenizer.chat_template else "completions",
+            completions=completions if chats else "completions",
             lacking=f", without {' and without '.join(lacking)}" if lacking else "",
         )
     if adapter and _hub_id(base.path) is None:
@@ -308,6 +317,21 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
             f"yourself and put the adapter on it: `PeftModel.from_pretrained(base, ...)`{kind}."
         )
     return said
+
+
+def _token(base: Base, id: int) -> str:
+    return f"`{base.tokenizer.convert_ids_to_tokens(id)}`"
+
+
+def _not_in_training(base: Base, adapter: bool) -> str:
+    """Arguments of generate() that the base's own generation config would answer otherwise than in training."""
+    generation = base.model.generation_config
+    said = []
+    if getattr(generation, "repetition_penalty", None) not in (None, 1.0):
+        said.append("repetition_penalty=1.0")
+    if adapter and set(base.eos_ids) - set(ids_of(generation.eos_token_id)):  # a merged model brings its own
+        said.append(f"eos_token_id={list(base.eos_ids)}")
+    return "".join(f", {argument}" for argument in said)
 
 
 def _training(run: Run, part: str) -> str:

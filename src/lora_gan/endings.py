@@ -53,10 +53,10 @@ class Endings:
         rows = model.get_input_embeddings().num_embeddings
         config = model.config
         named = [
-            *_ids(tokenizer.eos_token_id),
-            *_ids(getattr(model.generation_config, "eos_token_id", None)),
-            *_ids(config.get_text_config().eos_token_id),
-            *_ids(getattr(config, "eos_token_id", None)),
+            *ids_of(tokenizer.eos_token_id),
+            *ids_of(getattr(model.generation_config, "eos_token_id", None)),
+            *ids_of(config.get_text_config().eos_token_id),
+            *ids_of(getattr(config, "eos_token_id", None)),
         ]
         known = tuple(dict.fromkeys(id for id in named if 0 <= id < rows))  # an id without a row cannot be sampled
         trial = cls(tokenizer, known)
@@ -92,7 +92,7 @@ class Endings:
         if template is None:
             return None
         if template not in self._closing:
-            self._closing[template] = self._find_closing(options)
+            self._closing[template] = self._find_closing({**options, "chat_template": template})
         return self._closing[template]
 
     def is_rendered(self, text: str, options: Mapping[str, Any]) -> bool:
@@ -153,7 +153,8 @@ class Endings:
             return None
 
 
-def _ids(value: int | Iterable[int] | None) -> list[int]:
+def ids_of(value: int | Iterable[int] | None) -> list[int]:
+    """Ids as configs name them: none, one, or several."""
     if value is None:
         return []
     return [value] if isinstance(value, int) else [int(id) for id in value]

@@ -33,6 +33,7 @@ from . import __version__, card
 from .adapters import Players
 from .base import Base, without_progress_bars
 from .checkpoint import readable, save_adapter
+from .endings import ids_of
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -247,6 +248,9 @@ def _causal_lm(players: Players, weights: dict[str, Tensor]) -> PreTrainedModel:
         model = type(players.lm)(copy.deepcopy(players.lm.config))
     model.load_state_dict(weights, assign=True)
     model.generation_config = copy.deepcopy(players.lm.generation_config)
+    # Stock generate() asks nobody else where to stop.
+    stops = list(dict.fromkeys([*ids_of(model.generation_config.eos_token_id), *players.base.eos_ids]))
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     head = model.get_output_embeddings()
     if model.config.tie_word_embeddings and head is not None:
         if torch.equal(head.weight, model.get_input_embeddings().weight):

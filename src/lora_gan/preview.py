@@ -31,6 +31,7 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         steps: steps that would be run.
     """
     config, players, base = gan.config, gan.players, gan.players.base
+    rows = gan.as_meant(rows)
     sizes = {player: sum(p.numel() for p in players.parameters(player)) for player in PLAYERS}
     frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
@@ -39,13 +40,29 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         "generator": f"{sizes['generator']:,} parameters in its adapter",
         "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} heads",
         "data": f"{'streamed' if total is None else f'{total:,} rows'}",
+        "prompts": _kinds(gan, rows),
         "steps": f"{steps:,} of {config.prompts_per_step} prompts × {config.num_generations} responses of at most "
         f"{config.max_completion_length} tokens" + (f", after {gan.global_step:,}" if gan.global_step else ""),
         "true reward": f"{', '.join(gan.reward_names)}: asked for {config.query_rate:.0%} of the responses, "
         f"{calls(config, steps):,} calls",
-        "memory": _in_words(memory(players, config, [len(ids) for ids in gan._encode(row.prompt for row in rows)])),
+        "memory": _in_words(memory(players, config, [len(ids) for ids in players.encoder.prompts(rows)])),
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+
+
+def _kinds(gan: LoraGAN, rows: list[Row]) -> str:
+    """How the first prompts reach the model, and which token closes a response to them."""
+    encoder, tokenizer = gan.players.encoder, gan.players.base.tokenizer
+    chats = [encoder.is_chat(row) for row in rows]
+    kind = "chat messages" if all(chats) else "chat messages and plain text" if any(chats) else "plain text"
+    closing = ", ".join(sorted({repr(tokenizer.convert_ids_to_tokens(encoder.closing_id(row))) for row in rows}))
+    lines = f"{kind}, answered up to {closing}"
+    if not all(chats) and encoder.has_template and gan.config.apply_chat_template is None:
+        lines += (
+            "\n  ! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to send each "
+            "as a user message, or to false to keep them as they are"
+        )
+    return lines
 
 
 def calls(config: Config, steps: int) -> int:
@@ -123,9 +140,8 @@ def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
         rows: the first rows of the data; PROMPTS of them are used.
         calls: true-reward calls the run would make, for the time they would take.
     """
-    rows = rows[:PROMPTS]
-    prompts = [row.prompt for row in rows for _ in range(RESPONSES)]
-    responses = gan.generate(prompts)  # equal prompts are told apart: RESPONSES different draws each
+    rows = gan.as_meant(rows[:PROMPTS])
+    responses = gan.generate([row for row in rows for _ in range(RESPONSES)])  # equal prompts are told apart: RESPONSES different draws each
     if any(getattr(func, "interactive", False) for func in gan.reward_funcs or ()):
         print(
             f"Now you are asked about up to {len(responses) + 2 * len(rows)} responses, to try the reward.", flush=True
