@@ -96,7 +96,9 @@ TEMPLATES = {  # name: (a template, what closes a chat response on a base whose 
     "none is written": ("{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}", EOS),
     "no token": ("{% for m in messages %}{{ m.content }}<end>{% endfor %}", EOS),
     "after space": ("{% for m in messages %}{{ m.content }} \n" + OTHER_EOS + "\n{% endfor %}", OTHER_EOS),
-    "the next message opens": ("{% for m in messages %}" + OTHER_EOS + "{{ m.role }}\n{{ m.content }}{% endfor %}", OTHER_EOS),
+    "the next message opens": (
+        "{% for m in messages %}" + OTHER_EOS + "{{ m.role }}\n{{ m.content }}{% endfor %}", OTHER_EOS,
+    ),
     "two": ("{% for m in messages %}{{ m.content }}" + OTHER_EOS + EOS + "{% endfor %}", OTHER_EOS),
     "refuses": ("{{ raise_exception('no') }}", EOS),
     "trims": ("{% for m in messages %}{{ m.content | trim }}" + OTHER_EOS + "{% endfor %}", OTHER_EOS),

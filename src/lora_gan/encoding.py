@@ -159,10 +159,13 @@ class Encoder:
         Raises:
             ValueError: as `prompts`; prompt and response do not fit into the base's context.
         """
-        # Where training cut a prompt, its responses are read behind the cut one.
-        cuts = self.config.on_long_prompt == "truncate_left"
-        prompts = self.prompts(rows, None if cuts else 0)
         encoded = [self.response(text, row) for text, row in zip(responses, rows, strict=True)]
+        if self.config.on_long_prompt == "truncate_left":
+            # Where training cut a prompt, its responses are read behind the cut one.
+            least = self.config.max_completion_length
+            prompts = [self.prompt(row, max(least, len(ids))) for row, ids in zip(rows, encoded, strict=True)]
+        else:
+            prompts = self.prompts(rows, 0)
         for row, prompt, response in zip(rows, prompts, encoded, strict=True):
             room = self.base.context - len(prompt)
             if len(response) > room + 1:

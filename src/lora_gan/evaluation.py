@@ -47,8 +47,9 @@ def evaluate(
         samples: prompt, target, response, true_reward, pred_reward of every row.
     """
     rows = gan.as_meant(rows, apply_chat_template, follow=True)
-    responses = gan.generate(rows, best_of, temperature=temperature, seed=seed, player=player, batch_size=batch_size)
-    predicted = gan.score(rows, responses, batch_size=batch_size)
+    as_they_are = {"batch_size": batch_size, "apply_chat_template": False}
+    responses = gan.generate(rows, best_of, temperature=temperature, seed=seed, player=player, **as_they_are)
+    predicted = gan.score(rows, responses, **as_they_are)
     true, parts = gan.ask(rows, responses)
 
     columns: dict[str, list[float | None]] = {

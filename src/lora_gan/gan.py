@@ -632,6 +632,8 @@ class LoraGAN:
             ValueError: a prompt that is empty, that the chat template does not take, or that leaves no room for a
                 response (see `config.on_long_prompt`); a target that is missing. The message names the row.
         """
+        if isinstance(dataset, row_checks.CheckedRows):
+            return dataset
         rows = self._rows(dataset, split=split)
         encoder, held_out = self.players.encoder, split != "train"
         imitates = train_gen and bool(self.config.imitation_weight or self.config.imitation_warmup_steps)

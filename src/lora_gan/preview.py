@@ -59,8 +59,8 @@ def _kinds(gan: LoraGAN, rows: list[Row]) -> str:
     lines = f"{kind}, answered up to {closing}"
     if not all(chats) and encoder.has_template and gan.config.apply_chat_template is None:
         lines += (
-            "\n  ! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to send each "
-            "as a user message, or to false to keep them as they are"
+            "\n  ! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to send "
+            "each as a user message, or to false to keep them as they are"
         )
     return lines
 
@@ -141,7 +141,9 @@ def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
         calls: true-reward calls the run would make, for the time they would take.
     """
     rows = gan.as_meant(rows[:PROMPTS])
-    responses = gan.generate([row for row in rows for _ in range(RESPONSES)])  # equal prompts are told apart: RESPONSES different draws each
+    responses = gan.generate(
+        [row for row in rows for _ in range(RESPONSES)]
+    )  # equal prompts are told apart: RESPONSES different draws each
     if any(getattr(func, "interactive", False) for func in gan.reward_funcs or ()):
         print(
             f"Now you are asked about up to {len(responses) + 2 * len(rows)} responses, to try the reward.", flush=True

@@ -34,8 +34,6 @@ def checked(rows: list[Row] | Stream, check: Check, *, drop_long: bool, progress
     Raises:
         ValueError: a row cannot be used, or no row is left; the message names the row.
     """
-    if isinstance(rows, CheckedRows):
-        return rows
     if isinstance(rows, Stream):
         if drop_long:
             rows.only(_Fits(check))
