@@ -4,7 +4,7 @@ A family is a folder as a user downloads one: config.json, generation_config.jso
 tokenizer_config.json, with the published model's architecture, special tokens, ids that end a text, and chat template.
 Weights are random (two layers, width 32), vocabularies have some hundred tokens, nothing is downloaded.
 
-Templates come from the installed TRL package where TRL has them. TRL has none for Llama-2, Mistral and SmolLM2; those
+Templates come from the installed TRL package where it has them. TRL has none for Llama-2, Mistral and SmolLM2; those
 three are written here from the published format.
 
 The weights carry a fixed bias on the logits (see `_lean`): words, and the tokens that end a text, are likely. Responses
@@ -99,7 +99,7 @@ SMOLLM2_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Family:
-    """One published model: what is known of its files, and prompts to try on it."""
+    """One published model: facts from its files, and prompts to try."""
 
     name: str
     architecture: str  # transformers' model type
@@ -109,7 +109,7 @@ class Family:
     plain_closing: str  # the tokenizer's end-of-text token: closes a text that is no chat
     stops: frozenset[str]  # every token that must end generation
     bos: str | None  # the tokenizer's bos_token, whether it adds it or not
-    adds_bos: bool  # whether tokenizer(text) begins with it
+    adds_bos: bool  # whether tokenizer(text) begins with the bos token
     config_eos: tuple[str, ...]  # config.eos_token_id; one = a number, several = a list
     generation_eos: tuple[str, ...]  # generation_config.eos_token_id, likewise
     pad: str | None = None  # the tokenizer's pad_token
@@ -161,13 +161,13 @@ def _byte_level(specials: list[AddedToken], *, first: bool, split: pre_tokenizer
 
 
 def _metaspace(specials: list[AddedToken], more: list[AddedToken] = (), *, prefix: str | None) -> Tokenizer:
-    """SentencePiece-like BPE with byte fallback: spaces are ▁, what no token spells falls back to bytes.
+    """SentencePiece-like BPE: spaces become ▁, and a character without a token becomes byte tokens.
 
     Args:
         specials: tokens with the first ids.
         more: tokens with the ids after the vocabulary.
-        prefix: who puts ▁ before a text: "normalizer" = before every piece between special tokens (older files of
-            Llama and Phi-3), "first" = before the text alone, None = nobody (Gemma). Decoding strips it again.
+        prefix: where ▁ is put in front: "normalizer" = of every piece between special tokens (Llama-2 and Phi-3),
+            "first" = of the whole text (Mistral v0.3), None = nowhere (Gemma). Decoding strips it.
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -409,7 +409,7 @@ CHAT_FAMILIES = [family.name for family in _ALL if family.has_template]
 
 @functools.cache
 def family_folder(name: str) -> Path:
-    """The base's folder, as a user has it: made once per test session."""
+    """The base's folder, as a user has it. It is made once per test session."""
     family = FAMILIES[name]
     tokenizer, own = family.tokenizer()
     folder = _folders() / f"family-{name}"
@@ -472,8 +472,10 @@ def _model(family: Family, tokenizer: Tokenizer) -> PreTrainedModel:
 
 
 def _bias(family: Family, tokenizer: Tokenizer, rows: int) -> tuple[torch.Tensor, list[int]]:
-    """What is added to each token's logit, [V]: words are likely, ends of texts have a useful share. And the ids of
-    these ends."""
+    """The bias of each token's logit, [V], and the ids of the tokens that end a text.
+
+    Words are likely. Each token that ends a text gets a useful share of the probability.
+    """
     bias = torch.full((rows,), -7.0)
     added = tokenizer.get_added_tokens_decoder()
     bias[list(added)] = -11.0
@@ -495,12 +497,14 @@ def _bias(family: Family, tokenizer: Tokenizer, rows: int) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def _lean(model: PreTrainedModel, bias_V: torch.Tensor, ends: list[int]) -> None:
-    """Set weights so that `bias_V` is about added to the logits, with no parameter that a stock model lacks. The logits
-    of `ends` depend little on the text, so that none of them takes it all.
+    """Set weights so that `bias_V` is roughly added to the logits. The model stays a stock model.
 
-    The first coordinate of the residual stream is the same for all tokens: every embedding has LEVEL there, and no
-    layer writes to it. After the last norm it is STRENGTH on average, and the output layer weighs it by the bias. With
-    tied embeddings the bias stands in the embedding too, small beside LEVEL.
+    The first coordinate of the residual stream is the same for all tokens: each embedding holds `level` there, and no
+    layer writes to it. The last norm scales this coordinate to `strength` on average, and the output layer multiplies
+    it by the bias. With tied embeddings the input embedding holds the bias too, which is small beside `level`.
+
+    Args:
+        ends: ids whose logits depend less on the text than those of words, so that each one is drawn often.
     """
     level, strength = 4.0, 12.0
     body = model.get_decoder()
@@ -508,7 +512,7 @@ def _lean(model: PreTrainedModel, bias_V: torch.Tensor, ends: list[int]) -> None
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    head[ends] *= 0.1
+    head[ends] *= 0.3
     embedding[:, 0] = level
     head[:, 0] = bias_V / strength + (level if head is embedding else 0)
     ids = torch.randint(len(bias_V), (8, 24), generator=torch.Generator().manual_seed(0))
@@ -516,3 +520,6 @@ def _lean(model: PreTrainedModel, bias_V: torch.Tensor, ends: list[int]) -> None
     body.norm.weight[0] = 1 - one
     average = body(input_ids=ids).last_hidden_state[..., 0].mean()
     body.norm.weight[0] = strength / average - one
+    # What is left of the rows of `ends` moves their average logit: correct it.
+    found_V = model(input_ids=ids).logits.mean((0, 1))
+    head[ends, 0] += ((bias_V - found_V + found_V.mean() - bias_V.mean()) / strength)[ends]
