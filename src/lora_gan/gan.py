@@ -447,7 +447,7 @@ class LoraGAN:
         rows = self.check_rows(dataset, train_gen=train_gen, asks=asks, progress=progress)
         held_out = None
         if eval_dataset is not None:
-            held_out = list(self.check_rows(eval_dataset, split="test", train_gen=False, progress=progress))
+            held_out = self.check_rows(eval_dataset, split="test", train_gen=False, progress=progress)
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
@@ -608,8 +608,7 @@ class LoraGAN:
 
         See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size, apply_chat_template).
         """
-        rows = list(self.check_rows(dataset, split="test", train_gen=False))
-        return evaluation.evaluate(self, rows, **options)
+        return evaluation.evaluate(self, self.check_rows(dataset, split="test", train_gen=False), **options)
 
     def check_rows(
         self,
@@ -634,8 +633,10 @@ class LoraGAN:
         """
         if isinstance(dataset, row_checks.CheckedRows):
             return dataset
-        rows = self._rows(dataset, split=split)
         encoder, held_out = self.players.encoder, split != "train"
+        rows = self._rows(dataset, split=split)
+        if held_out:
+            rows = list(rows)  # an evaluation reads all of them anyway
         imitates = train_gen and bool(self.config.imitation_weight or self.config.imitation_warmup_steps)
         compares = self.config.disc_objective == "real_vs_generated" or self.config.disc_anchor_reward is not None
 
