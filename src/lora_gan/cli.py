@@ -171,9 +171,7 @@ def _parser() -> Parser:
 def _add_options(parser: Parser, function: Callable[..., Any], *, as_positional: bool) -> None:
     """The function's parameters; the true-or-false ones as flags that take no value."""
     flags = [name for name, hint in function.__annotations__.items() if hint in (bool, "bool")]
-    parser.add_function_arguments(
-        function, as_group=False, as_positional=as_positional, skip={*flags, "config"}
-    )
+    parser.add_function_arguments(function, as_group=False, as_positional=as_positional, skip={*flags, "config"})
     described = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=described[flag])

