@@ -5,24 +5,23 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from helpers import EOS, byte_tokenizer, random_model
-
-SMALLER = {"num_attention_heads": 2, "num_key_value_heads": 1}
+from helpers import EOS, byte_tokenizer
+from test_bases import model_of
 
 
 def small_model(architecture: str, **changes):
-    """A random model of two layers with a tokenizer; both as `helpers` makes them."""
+    """A random llama, qwen2 or qwen3 of two layers, and a byte-level tokenizer."""
     tokenizer = byte_tokenizer("gpt2", "own")
     if architecture == "qwen3":
-        changes = {"head_dim": 128, **SMALLER, **changes}  # GGUF's reader takes Qwen3's usual head size for granted
-    model = random_model(architecture, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, **changes)
-    return model, tokenizer
+        changes = {"head_dim": 128} | changes  # what every Qwen3 has: transformers does not read it from the file
+    return model_of(architecture, len(tokenizer), tokenizer.pad_token_id, **changes), tokenizer
 
 
-def write_gguf(path: Path, model, tokenizer, *, without: str = "", pre: str = "gpt-2", **settings) -> Path:
-    """The model in float32.
+def write_gguf(path: Path, model, tokenizer, *, without="", extra=None, pre="gpt-2", **settings) -> Path:
+    """The model in float32; tokenizer=None writes none.
 
     without: a tensor of this GGUF name is left out.
+    extra: {name: array} of further tensors.
     settings: further metadata, by the key with its dots as two underscores; `architecture=` is what the file claims.
     """
     config = model.config
@@ -40,12 +39,15 @@ def write_gguf(path: Path, model, tokenizer, *, without: str = "", pre: str = "g
     if config.model_type == "llama":
         writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, tokenizer, pre)
+    if tokenizer is not None:
+        _add_tokenizer(writer, tokenizer, pre)
     for key, value in settings.items():
         writer.add_key_value(key.replace("__", "."), value, _kind(value))
     for tensor, data in _tensors(model):
         if tensor != without:
             writer.add_tensor(tensor, data)
+    for tensor, data in (extra or {}).items():
+        writer.add_tensor(tensor, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

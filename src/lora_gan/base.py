@@ -172,7 +172,7 @@ def _open(
     repository = {key: extra[key] for key in OF_THE_REPOSITORY if key in extra}
     if name in named_bases.NAMES:
         path = source = str(named_bases.folder_of(name))
-    elif Path(name).exists():
+    elif Path(name).is_dir() or gguf_files.is_one(Path(name)):
         file = gguf_files.file_in(Path(name))
         path = source = str(Path(name).resolve() if file is None else gguf_files.converted(file))
     elif gguf_files.is_missing(name):

@@ -28,6 +28,12 @@ DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "
 # --- finding and converting once --------------------------------------------------------------------------------------
 
 
+def is_one(path: Path) -> bool:
+    """Whether the path is a file that is, or is meant as, a GGUF file: a file without a suffix may be called like a
+    hub id."""
+    return path.is_file() and (path.suffix != "" or _is_gguf(path))
+
+
 def is_missing(name: str) -> bool:
     """Whether the name is that of a GGUF file which is not there."""
     return name.endswith(".gguf") and not Path(name).exists()
@@ -42,22 +48,24 @@ def file_in(path: Path) -> Path | None:
         ValueError: a folder with several GGUF files, or a file that is no GGUF file.
     """
     if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError(
-                    f"{str(path)!r} cannot be the base: it is not a GGUF file. Give a GGUF file, or the folder of a "
-                    "transformers model"
-                )
+        if not _is_gguf(path):
+            raise ValueError(
+                f"{str(path)!r} cannot be the base: it is not a GGUF file. Give a GGUF file, or the folder of a "
+                "transformers model"
+            )
         return path
     if any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.safetensors.index.*")):
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:8]) + (", ..." if len(files) > 8 else "")
-        raise ValueError(
-            f"the folder {str(path)!r} has {len(files)} GGUF files: name one, as FOLDER/FILE. It has {names}"
-        )
+        raise ValueError(f"the folder {str(path)!r} has {len(files)} GGUF files: give one of {names}")
     return files[0] if files else None
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def converted(file: Path) -> Path:
