@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
+from . import base_checks
 from .config import Config
 
 # Keys of model_init_kwargs that another setting decides.
@@ -45,23 +46,23 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     name: str  # what the user called it: "tiny", a hub id, a folder, or "" for a model in memory
     path: str  # what stock clients can load it by: a hub id or an absolute folder
-    pad_on_disk: int | None  # config.pad_token_id as stored: stock sequence classification pools by it
+    # config.pad_token_id, by which stock sequence classification pools; None where the embedding has no row for it
+    pad_on_disk: int | None
     eos_ids: tuple[int, ...]  # all ids that end a text; the first is the one appended to a text
     fingerprint: str
 
     @property
     def pad_id(self) -> int:
-        """What unused places are filled with; always masked. A pad token that was added to the tokenizer alone has no
-        row in the embedding table."""
-        rows = self.model.get_input_embeddings().num_embeddings
+        """The id that fills unused places, which are always masked. It has a row in the embedding table, which a pad
+        token that was added to the tokenizer alone has not."""
+        rows = base_checks.embedding_rows(self.model)
         candidates = (self.pad_on_disk, self.tokenizer.pad_token_id, self.eos_ids[0])
         return next(id for id in candidates if id is not None and 0 <= id < rows)
 
     @property
     def context(self) -> int:
-        """Tokens that fit in one row."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**31
+        """Tokens that fit in one row; `base_checks.UNLIMITED` where the base names no limit."""
+        return base_checks.context_of(self.model.config.get_text_config())
 
 
 def load_base(
@@ -78,11 +79,15 @@ def load_base(
         ValueError: one line that names what could not be opened, or why it cannot serve as a base.
     """
     device = _device(config)
+    if tokenizer is not None:
+        base_checks.require_tokenizer(tokenizer)
     if isinstance(model, Base):
         _require_bare(model.model)
         if tokenizer is None:
             return model
-        return replace(model, tokenizer=tokenizer, eos_ids=_eos_ids(model.model, tokenizer))
+        eos_ids, rows = _eos_ids(model.model, tokenizer), base_checks.embedding_rows(model.model)
+        tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, eos_ids, _called(model.model, model.name))
+        return replace(model, tokenizer=tokenizer, eos_ids=eos_ids)
     if isinstance(model, PreTrainedModel):
         lm, name = model, str(model.config._name_or_path or "")
         path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -98,12 +103,21 @@ def load_base(
             "model without adapters"
         )
     _require_bare(lm)
+    base_checks.require_weights_here(lm)
+    base_checks.require_floating(lm)
     lm.eval().requires_grad_(False)
     if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
         lm.to(device)
     eos_ids = _eos_ids(lm, tokenizer)
-    _require_causal(lm, f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__)
-    return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, eos_ids, _fingerprint(lm))
+    rows, called = base_checks.embedding_rows(lm), _called(lm, name)
+    tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, eos_ids, called)
+    _require_causal(lm, called)
+    pad_on_disk = base_checks.pad_with_a_row(lm.config.get_text_config().pad_token_id, rows)
+    return Base(lm, tokenizer, name, path, pad_on_disk, eos_ids, _fingerprint(lm))
+
+
+def _called(lm: PreTrainedModel, name: str) -> str:
+    return f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__
 
 
 def _device(config: Config) -> torch.device:
@@ -353,6 +367,8 @@ def _require_causal(lm: PreTrainedModel, called: str) -> None:
     def agree(ids_BL: Tensor, mask_BL: Tensor, first: slice, second: slice) -> bool:
         more = {"position_ids": positions(mask_BL)} if takes_positions else {}
         logits = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **more).logits.float()
+        base_checks.require_finite(lm, logits, called)
+        logits = logits.masked_fill(logits == -torch.inf, 0.0)  # tokens that the base forbids
         difference = logits[0, first] - logits[1, second]
         return bool(difference.square().mean().sqrt() <= allowed * logits.std())
 

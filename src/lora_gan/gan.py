@@ -568,6 +568,8 @@ class LoraGAN:
         responses = [responses] if isinstance(responses, str) else list(responses)
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: give one response to each prompt")
+        for number, response in enumerate(responses, 1):
+            data.require_unicode(response, f"response {number}")
         if not prompts:
             return []
         base = self.players.base
