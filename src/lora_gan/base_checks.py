@@ -217,7 +217,7 @@ def _without(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> Pre
     for role, token in tokenizer.special_tokens_map.items():
         if isinstance(token, str) and token in outside:
             setattr(kept, role, None)
-            kept.init_kwargs.pop(role, None)  # what save_pretrained would write, and from_pretrained add again
+            kept.init_kwargs[role] = None  # what save_pretrained writes: without it some classes add their own again
     kept.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if token not in outside]
     for name in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
         kept.init_kwargs.pop(name, None)
