@@ -1,4 +1,4 @@
-"""Checks of a base when it is opened: weights, numbers, vocabulary, context. Each refusal is one line that names the fault.
+"""Checks of a base when it is opened: weights, numbers, vocabulary, context. A refusal is one line that names the fault.
 
 `base.load_base` calls these on the loaded model and tokenizer, before any adapter is made.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,9 +50,57 @@ def require_weights_here(lm: PreTrainedModel) -> None:
     for name, tensor in lm.named_parameters():
         if tensor.is_meta:
             raise ValueError(
-                f"this {type(lm).__name__} has no weights: {name} is on the meta device, so it was never loaded, or it is "
-                "offloaded; load the base with from_pretrained, on one device"
+                f"this {type(lm).__name__} has no weights: {name} is on the meta device, so it was never loaded, or it "
+                "is offloaded; load the base with from_pretrained, on one device"
             )
+
+
+def require_matching(mismatched: Collection[Any], name: str) -> None:
+    """Refuse a base whose config asks for other shapes than its files hold: such tensors would be random.
+
+    Args:
+        mismatched: transformers' loading info, (name, shape in the file, shape by the config) of each such tensor.
+        name: what the user called the base.
+
+    Raises:
+        ValueError: it names the first such tensor and both shapes.
+    """
+    for tensor, stored, wanted in sorted(mismatched, key=lambda entry: str(entry[0])):
+        raise ValueError(
+            f"the files of the base {name!r} do not fit its config.json: {tensor} is {tuple(stored)} in the file and "
+            f"{tuple(wanted)} by the config ({len(mismatched)} tensors differ): get both from one source"
+        )
+
+
+@contextmanager
+def naming_the_pad_id(config: Any) -> Iterator[None]:
+    """Inside the block, torch's refusal of a pad id beyond the embedding says which setting of the config it is."""
+    try:
+        yield
+    except AssertionError as error:
+        text = config.get_text_config()
+        pad_id, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        if pad_id is None or rows is None or pad_with_a_row(pad_id, rows) is not None:
+            raise
+        raise ValueError(
+            f"its config.json says pad_token_id={pad_id}, and its embedding has {rows:,} rows (vocab_size), 0 to "
+            f"{rows - 1:,}: set pad_token_id to null there"
+        ) from error
+
+
+@contextmanager
+def trial(called: str) -> Iterator[None]:
+    """Errors inside the block, a forward on a few tokens, say that this base cannot be run; out of memory stays."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the model's own code
+        reason = " ".join(str(error).split())[:400]
+        remedy = "; its tensors must be on one device and of one dtype" if isinstance(error, RuntimeError) else ""
+        raise ValueError(
+            f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: {reason}){remedy}"
+        ) from error
 
 
 def require_floating(lm: PreTrainedModel) -> None:
@@ -61,8 +111,8 @@ def require_floating(lm: PreTrainedModel) -> None:
     """
     if lm.dtype not in (torch.float32, torch.bfloat16, torch.float16) and getattr(lm, "hf_quantizer", None) is None:
         raise ValueError(
-            f"this {type(lm).__name__} is in {_name(lm.dtype)}, and a base is in float32, bfloat16 or float16: convert it "
-            "with model.to(torch.float32)"
+            f"this {type(lm).__name__} is in {_name(lm.dtype)}, and a base is in float32, bfloat16 or float16: convert "
+            "it with model.to(torch.float32)"
         )
 
 
@@ -83,7 +133,7 @@ def require_finite(lm: PreTrainedModel, logits: Tensor, called: str) -> None:
     wider = {"float16": "dtype='bfloat16' or dtype='float32'", "bfloat16": "dtype='float32'"}.get(kind)
     broken = [
         (name, tensor) for name, tensor in lm.state_dict().items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()
+        if tensor.is_floating_point() and not _all_finite(tensor)
     ]  # fmt: skip
     if broken:
         name, tensor = broken[0]
@@ -92,8 +142,8 @@ def require_finite(lm: PreTrainedModel, logits: Tensor, called: str) -> None:
         # A cast to float16 makes infinities of numbers above 65,504; it never makes NaN.
         if kind == "float16" and not any(tensor.isnan().any() for _, tensor in broken):
             raise ValueError(
-                f"{what}infinite numbers {count}. Either it overflows, since {kind} holds numbers up to {largest}: load it "
-                f"with {wider}; or, if it says the same there, the file is damaged"
+                f"{what}infinite numbers {count}. Either it overflows, since {kind} holds numbers up to {largest}: load "
+                f"it with {wider}; or, if it says the same there, the file is damaged"
             )
         values = "NaN" if tensor.isnan().any() else "infinite numbers"
         raise ValueError(f"{what}{values} {count}. The file is damaged, or was saved from a broken run: get it again")
@@ -102,6 +152,10 @@ def require_finite(lm: PreTrainedModel, logits: Tensor, called: str) -> None:
         f"{called} cannot be the base in {kind}: its weights are finite, but its logits are not, it overflows ({kind} "
         f"holds numbers up to {largest}): {remedy}"
     )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # not made for float8
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -121,6 +175,37 @@ def pad_with_a_row(pad_id: int | None, rows: int) -> int | None:
     return pad_id if pad_id is not None and 0 <= pad_id < rows else None
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All ids that the tokenizer has a token for; empty where it has no list of them."""
+    try:
+        return frozenset({*tokenizer.get_vocab().values(), *tokenizer.all_special_ids})
+    except NotImplementedError:
+        return frozenset()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Special tokens by id: those with a role, and those that were added as special."""
+    added = tokenizer.added_tokens_decoder  # of some backends no mapping, but a method that raises
+    tokens = {id: str(token) for id, token in added.items() if token.special} if isinstance(added, Mapping) else {}
+    with_a_role = zip(
+        tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens), tokenizer.all_special_tokens, strict=True
+    )
+    return tokens | {id: token for id, token in with_a_role if id is not None}
+
+
+def require_end(eos_ids: tuple[int, ...]) -> None:
+    """Refuse a base that names an empty list of end-of-text tokens.
+
+    Raises:
+        ValueError: it says where one is set.
+    """
+    if not eos_ids:
+        raise ValueError(
+            "the base names an empty list of end-of-text tokens (eos_token_id), and a response could never end: set "
+            "model.generation_config.eos_token_id"
+        )
+
+
 def require_tokenizer(tokenizer: Any) -> None:
     """Refuse what is no transformers tokenizer.
 
@@ -130,7 +215,9 @@ def require_tokenizer(tokenizer: Any) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         inside = getattr(tokenizer, "tokenizer", None)
         hint = ", give its .tokenizer" if isinstance(inside, PreTrainedTokenizerBase) else ""
-        raise ValueError(f"processing_class= is a {type(tokenizer).__name__}: it must be a transformers tokenizer{hint}")
+        raise ValueError(
+            f"processing_class= is a {type(tokenizer).__name__}: it must be a transformers tokenizer{hint}"
+        )
 
 
 def fitted_tokenizer(
@@ -155,6 +242,11 @@ def fitted_tokenizer(
         vocabulary = tokenizer.get_vocab()
     except NotImplementedError:  # a tokenizer without a list of tokens, as of bytes
         vocabulary = {}
+    if vocabulary and set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"the tokenizer of {called} knows no words, only special tokens: the files of its vocabulary are missing; "
+            "save it whole with tokenizer.save_pretrained()"
+        )
     outside = {token: id for token, id in vocabulary.items() if id >= rows}
     needed = {id: why for id, why in _needed_ids(tokenizer, outside, eos_ids).items() if not 0 <= id < rows}
     if needed:
@@ -163,8 +255,8 @@ def fitted_tokenizer(
         named = f"{token!r} (id {first}, {needed[first]})" if token is not None else f"id {first} ({needed[first]})"
         size = max([*vocabulary.values(), len(tokenizer) - 1]) + 1
         raise ValueError(
-            f"the tokenizer does not fit {called}: its ids go up to {size - 1:,} ({size:,} in all), the base's embedding "
-            f"has {rows:,} rows, and {named} has none ({len(needed)} such tokens). Call model.resize_token_embeddings("
+            f"the tokenizer does not fit {called}: its ids go up to {size - 1:,} ({size:,} in all), the base's "
+            f"embedding has {rows:,} rows, and {named} has none ({len(needed)} such tokens). Call model.resize_token_embeddings("
             f"{size}) and save the base before it is opened here, or give the tokenizer that belongs to the base"
         )
     return _without(tokenizer, outside) if outside else tokenizer
@@ -177,7 +269,7 @@ def _needed_ids(
     needed = {id: "it ends a text" for id in eos_ids}
     if not outside:
         return needed
-    added = tokenizer.added_tokens_decoder
+    added = tokenizer.added_tokens_decoder if isinstance(tokenizer.added_tokens_decoder, Mapping) else {}
     proper = _proper_vocabulary(tokenizer)
     templates = tokenizer.chat_template or ""
     template = "\n".join(map(str, templates.values())) if isinstance(templates, dict) else str(templates)
@@ -209,7 +301,7 @@ def _proper_vocabulary(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _without(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that does not know these added tokens; the tokenizer itself where it cannot be copied so."""
+    """A copy of the tokenizer that does not know these added tokens; the tokenizer itself if it has no such copy."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return tokenizer

@@ -265,9 +265,7 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
         f"model = {client}.from_pretrained({name!r}{labels}).eval()",
     ]
     if labels and base.pad_on_disk != tokenizer.pad_token_id:
-        lines.append(
-            f"model.config.pad_token_id = {tokenizer.pad_token_id}  # batches need one that closes no text; the base names none"
-        )
+        lines.append(f"model.config.pad_token_id = {tokenizer.pad_token_id}  # batches need one that closes no text")
 
     chat = {"add_generation_prompt": True, "return_dict": True, **(run.config.chat_template_kwargs or {})}
     options = ", ".join(f"{option}={value!r}" for option, value in chat.items())
@@ -306,8 +304,8 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
         )
     if adapter and not generator and tokenizer.pad_token_id >= embedding_rows(base.model):
         said += (
-            "\n\nThe pad token has no row in the base's embedding. PEFT adds the row when it opens this folder. To a base "
-            "that you load yourself, add it with `base.resize_token_embeddings(len(tokenizer))`."
+            "\n\nThe pad token has no row in the base's embedding. PEFT adds the row when it opens this folder. To a "
+            "base that you load yourself, add it with `base.resize_token_embeddings(len(tokenizer))`."
         )
     if adapter and _hub_id(base.path) is None:
         kind = "" if generator else ", a base loaded by `AutoModelForSequenceClassification` with `num_labels=1`"

@@ -49,8 +49,8 @@ FILES = (
 )  # fmt: skip
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT prefers the first; never both are written
 
-#: Tokens that a text in replay is taken to have at most, on a base that names no limit. It bounds the size of a file, not
-#: one text: a group stores its prompt once, so a prompt may be several times as long.
+#: Tokens that a text in replay is taken to have at most, on a base that names no limit. It bounds the size of a file,
+#: not one text: a group stores its prompt once, so a prompt may be several times as long.
 LONGEST_TEXT = 2**17
 
 Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to hold}

@@ -338,8 +338,8 @@ def scoring_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         return tokenizer
     if is_there or len(new) != rows + 1:  # PEFT adds rows up to the tokenizer's length
         raise ValueError(
-            f"the tokenizer has no token to pad with, and its ids ({len(known):,}, up to {max(known):,}) leave no room for a "
-            f"new one beside the embedding's {rows:,} rows: set tokenizer.pad_token to a token that ends no text"
+            f"the tokenizer has no token to pad with, and its ids ({len(known):,}, up to {max(known):,}) leave no room for "
+            f"a new one beside the embedding's {rows:,} rows: set tokenizer.pad_token to a token that ends no text"
         )
     return new
 
@@ -349,8 +349,7 @@ def _pad_of_the_config(base: Base) -> str | None:
     tokenizer that pads with it would make a special token."""
     if base.pad_on_disk is None:
         return None
-    special = {id for id, token in base.tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {*base.tokenizer.all_special_ids, *base.eos_ids}
+    special = {*base_checks.special_tokens(base.tokenizer), *base.eos_ids}
     return base.tokenizer.convert_ids_to_tokens(base.pad_on_disk) if base.pad_on_disk in special else None
 
 
@@ -358,11 +357,10 @@ def _token_that_closes_no_text(base: Base) -> str | None:
     """A special token of the tokenizer that ends no text and has a row: by choice one that is called a pad, then one
     that no chat template writes, then any but the one that begins texts."""
     tokenizer, rows = base.tokenizer, base_checks.embedding_rows(base.model)
-    special = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.all_special_tokens}
+    special = base_checks.special_tokens(tokenizer)
     template = str(tokenizer.chat_template or "")
     ends = {*base.eos_ids, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    candidates = [id for id in special if id is not None and id not in ends and 0 <= id < rows]
+    candidates = [id for id in special if id not in ends and 0 <= id < rows]
 
     def unsuited(id: int) -> tuple[bool, bool, bool, int]:
         return "pad" not in special[id].lower(), special[id] in template, id == tokenizer.bos_token_id, id

@@ -29,8 +29,8 @@ def _of_pandas(frame: Any, pandas: Any) -> Iterator[dict[str, Any]]:
     names = list(frame.columns)
     if strange := [name for name in names if not isinstance(name, str)]:
         raise ValueError(
-            f"the data frame has a column called {strange[0]!r}, a {type(strange[0]).__name__}: names of columns must be "
-            "texts; rename it with df.rename(columns=...)"
+            f"the data frame has a column called {strange[0]!r}, a {type(strange[0]).__name__}: names of columns must "
+            "be texts; rename it with df.rename(columns=...)"
         )
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"the data frame has two columns called {twice[0]!r}: rename or drop one of them")

@@ -187,7 +187,7 @@ def assemble(
         ids[row, left : left + len(response)] = response
         mask[row, left - len(prompt) : left + len(response)] = 1
     if texts is None:
-        texts = [decode(base, response) for response in responses]
+        texts = [decode(base, base.words(response)) for response in responses]
     return Rollout(
         torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), left, np.arange(len(prompts)), texts
     )
