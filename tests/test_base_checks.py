@@ -210,7 +210,12 @@ def test_a_token_that_the_tokenizer_writes_around_texts_must_have_a_row():
 def test_an_end_that_has_no_row_is_refused(eos_id):
     model = small()
     model.generation_config.eos_token_id = [WORDS.eos_token_id, eos_id]
-    refused(rf"300 rows, and id {eos_id} \(it ends a text\) has none", model)
+    refused(
+        rf"id {eos_id} \(it ends a text\) is neither.*300 rows: correct model.generation_config.eos_token_id", model
+    )
+    larger = with_added(additional_special_tokens=["<stop>"])
+    model.generation_config.eos_token_id = [WORDS.eos_token_id, 300]
+    refused(r"'<stop>' \(id 300, it ends a text\) has none", model, processing_class=larger)
 
 
 @pytest.mark.parametrize(

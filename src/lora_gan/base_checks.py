@@ -1,4 +1,4 @@
-"""Checks of a base when it is opened: weights, numbers, vocabulary, context. A refusal is one line that names the fault.
+"""Checks of a base when it is opened: weights, numbers, vocabulary, context. Each refusal is one line.
 
 `base.load_base` calls these on the loaded model and tokenizer, before any adapter is made.
 """
@@ -142,8 +142,8 @@ def require_finite(lm: PreTrainedModel, logits: Tensor, called: str) -> None:
         # A cast to float16 makes infinities of numbers above 65,504; it never makes NaN.
         if kind == "float16" and not any(tensor.isnan().any() for _, tensor in broken):
             raise ValueError(
-                f"{what}infinite numbers {count}. Either it overflows, since {kind} holds numbers up to {largest}: load "
-                f"it with {wider}; or, if it says the same there, the file is damaged"
+                f"{what}infinite numbers {count}. Either it overflows, since {kind} holds numbers up to {largest}: "
+                f"load it with {wider}; or, if it says the same there, the file is damaged"
             )
         values = "NaN" if tensor.isnan().any() else "infinite numbers"
         raise ValueError(f"{what}{values} {count}. The file is damaged, or was saved from a broken run: get it again")
@@ -250,14 +250,19 @@ def fitted_tokenizer(
     outside = {token: id for token, id in vocabulary.items() if id >= rows}
     needed = {id: why for id, why in _needed_ids(tokenizer, outside, eos_ids).items() if not 0 <= id < rows}
     if needed:
-        first = min(needed)
-        token = tokenizer.convert_ids_to_tokens(first) if first in vocabulary.values() else None
-        named = f"{token!r} (id {first}, {needed[first]})" if token is not None else f"id {first} ({needed[first]})"
-        size = max([*vocabulary.values(), len(tokenizer) - 1]) + 1
+        first, size = min(needed), max([*vocabulary.values(), 0]) + 1
+        sizes = f"its ids go up to {size - 1:,} ({size:,} in all), the base's embedding has {rows:,} rows"
+        why = needed[first]
+        if first not in vocabulary.values():
+            raise ValueError(
+                f"{called} cannot be the base: id {first} ({why}) is neither a token nor a row of its embedding; of the "
+                f"tokenizer {sizes}: correct model.generation_config.eos_token_id"
+            )
+        token = tokenizer.convert_ids_to_tokens(first)
         raise ValueError(
-            f"the tokenizer does not fit {called}: its ids go up to {size - 1:,} ({size:,} in all), the base's "
-            f"embedding has {rows:,} rows, and {named} has none ({len(needed)} such tokens). Call model.resize_token_embeddings("
-            f"{size}) and save the base before it is opened here, or give the tokenizer that belongs to the base"
+            f"the tokenizer does not fit {called}: {sizes}, and {token!r} (id {first}, {why}) has none ({len(needed)} such "
+            f"tokens). Call model.resize_token_embeddings({size}) and save the base before it is opened here, or give the "
+            "tokenizer that belongs to the base"
         )
     return _without(tokenizer, outside) if outside else tokenizer
 

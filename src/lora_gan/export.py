@@ -338,8 +338,8 @@ def scoring_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         return tokenizer
     if is_there or len(new) != rows + 1:  # PEFT adds rows up to the tokenizer's length
         raise ValueError(
-            f"the tokenizer has no token to pad with, and its ids ({len(known):,}, up to {max(known):,}) leave no room for "
-            f"a new one beside the embedding's {rows:,} rows: set tokenizer.pad_token to a token that ends no text"
+            f"the tokenizer has no token to pad with, and its ids ({len(known):,}, up to {max(known):,}) leave no room "
+            f"for a new one beside the embedding's {rows:,} rows: set tokenizer.pad_token to a token that ends no text"
         )
     return new
 
