@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import sys
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lora_gan.data import Row, read_rows
 
 datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
 datasets.disable_progress_bars()
+pandas = pytest.importorskip("pandas", reason="datasets brings it")
 
 HARD = ['plain, with "quotes"', "two\nlines", "tab\there; and, more", "é ü 漢字 \u2028 end", " padded "]
 TABLE = [{"prompt": f"{text} {i}", "target": text.upper(), "level": str(i)} for i, text in enumerate(HARD)]
@@ -529,3 +531,188 @@ def test_the_order_does_not_depend_on_numpy_s_own_state():
 def test_what_is_no_prompt_is_said(prompts):
     with pytest.raises(ValueError, match="text|message"):
         data.as_rows(prompts)
+
+
+# --- data frames ----------------------------------------------------------------------------------------------------
+
+
+FRAME = {
+    "prompt": ["the cat", "a dog", "a house"],
+    "target": ["sat", None, float("nan")],
+    "level": [1, 2, 3],
+    "share": [0.5, float("nan"), 1.0],
+    "seen": [pandas.Timestamp("2026-01-02 03:04:05"), pandas.NaT, pandas.Timestamp("2026-01-03")],
+    "kind": pandas.Categorical(["x", "y", None]),
+    "maybe": pandas.array([1, None, 3], dtype="Int64"),
+    "flag": [True, False, True],
+    "many": [np.array([1, 2]), [np.float32(0.5), None], np.array(["a", None], dtype=object)],
+}
+FRAME_ROWS = [
+    Row("the cat", "sat", {
+        "level": 1, "share": 0.5, "seen": datetime(2026, 1, 2, 3, 4, 5), "kind": "x", "maybe": 1, "flag": True,
+        "many": [1, 2],
+    }),
+    Row("a dog", None, {
+        "level": 2, "share": None, "seen": None, "kind": "y", "maybe": None, "flag": False, "many": [0.5, None],
+    }),
+    Row("a house", None, {
+        "level": 3, "share": 1.0, "seen": datetime(2026, 1, 3), "kind": None, "maybe": 3, "flag": True,
+        "many": ["a", None],
+    }),
+]  # fmt: skip
+
+
+def kinds(value):
+    """The exact types in a value: numpy's numbers equal Python's, and are not them."""
+    if isinstance(value, dict):
+        return {key: kinds(entry) for key, entry in value.items()}
+    return [type(value), *map(kinds, value)] if isinstance(value, list) else type(value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_frame_is_a_data_set(streaming):
+    for source in (pandas.DataFrame(FRAME), lambda: pandas.DataFrame(FRAME, index=[7, 7, 9])):
+        rows = list(read_rows(source, streaming=streaming))
+        assert rows == FRAME_ROWS
+        assert [kinds(row.columns) for row in rows] == [kinds(row.columns) for row in FRAME_ROWS]
+    assert read_rows({"train": pandas.DataFrame(TABLE), "test": pandas.DataFrame(FRAME)}) == ROWS
+    assert read_rows(pandas.DataFrame(TABLE).convert_dtypes(dtype_backend="pyarrow")) == ROWS
+
+
+def test_a_run_on_a_data_frame_is_the_run_on_its_rows(tmp_path):
+    frame = pandas.DataFrame({"prompt": PROMPTS, "target": TARGETS, "n": np.arange(4)})
+    records = []
+    for number, source in enumerate((frame, frame.to_dict("records"))):
+        gan = small_gan(output_dir=str(tmp_path / str(number)))
+        fitted = gan.fit(source, steps=2, progress=False)
+        records.append([[step["responses"] for step in fitted], gan.evaluate(source), player_state(gan, "generator")])
+    assert differences(*records) == []
+
+
+def test_messages_in_a_data_frame(tmp_path):
+    """As a table read from Parquet holds them: arrays of dicts, every key in each of them."""
+    talks = [
+        [{"role": "user", "content": "hi", "name": "me"}, {"role": "assistant", "content": "ho", "name": None}],
+        [{"role": "user", "content": "hi", "name": np.nan}, {"role": "assistant", "content": "", "name": pandas.NA}],
+    ]
+    expected = [
+        Row([{"role": "user", "content": "hi", "name": "me"}], "ho"), Row([{"role": "user", "content": "hi"}], ""),
+    ]  # fmt: skip
+    frame = pandas.DataFrame({"messages": talks})
+    assert read_rows(frame) == expected
+    frame["messages"] = [np.array(talk, dtype=object) for talk in talks]
+    assert read_rows(frame) == expected
+    pandas.DataFrame({"messages": [talks[0]]}).to_parquet(tmp_path / "rows.parquet")
+    assert read_rows(pandas.read_parquet(tmp_path / "rows.parquet")) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        (pandas.DataFrame([["a", "b"]]), "a column called 0, a int: names of columns must be texts.*rename"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", ("x", 1)]), r"a column called \('x', 1\), a tuple"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", None]), "a column called (None|nan)"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "two columns called 'prompt'"),
+        (pandas.DataFrame({"prompt": []}), "has no rows"),
+        (pandas.DataFrame({"promt": ["a"]}), r"row 1 has no column 'prompt' \(did you mean 'promt'"),
+        (pandas.DataFrame({"prompt": ["a", None]}), "row 2: prompt is empty"),
+        (pandas.DataFrame({"prompt": ["a", float("nan")]}, dtype=object), "row 2: prompt is empty"),
+        (pandas.DataFrame({"prompt": [3.5]}), "row 1: prompt must be a text.*3.5"),
+        (pandas.DataFrame({"prompt": ["a"], "completions": ["b"]}), "cannot be called 'completions'"),
+    ],
+)
+def test_a_data_frame_that_is_no_data_set(frame, said):
+    with pytest.raises(ValueError, match=said):
+        read_rows(frame)
+
+
+def test_a_frame_with_to_dicts_is_one_too():
+    """polars' protocol; its values are Python's."""
+
+    class Frame:
+        def __iter__(self):
+            return iter(["a column", "and another"])
+
+        def to_dicts(self):
+            return TABLE
+
+    assert read_rows(Frame()) == ROWS
+
+
+def test_data_frames_are_recognized_without_importing_their_library():
+    code = """
+import sys
+from lora_gan.data import read_rows
+read_rows([{"prompt": "a"}])
+print([name for name in ("pandas", "polars") if name in sys.modules])
+"""
+    assert python(code).splitlines()[-1] == "[]"
+
+
+# --- half a surrogate pair ------------------------------------------------------------------------------------------
+
+HALF = "cat \ud83d"
+SAID = r"'\\ud83d' in .* is half a surrogate pair, and no character"
+NESTED = {
+    "content": [{"role": "user", "content": HALF}],
+    "a part of the content": [
+        {"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": HALF}]}
+    ],
+    "a call of a tool": [{"role": "user", "content": "a", "tool_calls": [{"function": {"arguments": {"x": [HALF]}}}]}],
+    "the name of a key": [{"role": "user", "content": "a", HALF: "b"}],
+    "the last of several": [{"role": "user", "content": "a"}, {"role": "assistant", "content": HALF}],
+}
+
+
+@pytest.fixture(scope="module")
+def gan():
+    return small_gan()
+
+
+@pytest.mark.parametrize("prompt", ["\ud83d", HALF, "\udcff tail", *NESTED.values()])
+def test_half_a_surrogate_pair_in_a_prompt_is_refused_everywhere(gan, prompt):
+    before = player_state(gan, "generator")
+    good = "the dog"
+    calls = [
+        lambda: gan.step(prompt=prompt),
+        lambda: gan.step(prompt=[good, prompt]),
+        lambda: gan.generate(prompt),
+        lambda: gan.generate([good, prompt]),
+        lambda: gan.score([good, prompt], ["a", "b"]),
+        lambda: gan.fit([{"prompt": good}, {"prompt": prompt}], steps=1),
+        lambda: gan.fit([Row(good), Row(prompt)], steps=1),
+        lambda: gan.evaluate([{"prompt": prompt}]),
+        lambda: read_rows(pandas.DataFrame({"prompt": [prompt]}, dtype=object)),
+        lambda: read_rows([{"prompt": prompt}], columns=False),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="is half a surrogate pair, and no character") as caught:
+            call()
+        assert "\n" not in str(caught.value) and str(caught.value).isascii(), "what can be printed"
+    assert differences(before, player_state(gan, "generator")) == []
+
+
+def test_half_a_surrogate_pair_in_targets_columns_and_responses(gan):
+    for call, where in (
+        (lambda: gan.step("a", HALF), "step\\(\\): target_text: "),
+        (lambda: gan.step(["a", "b"], ["c", HALF]), "step\\(\\): target_text, row 2: "),
+        (lambda: gan.step("a", note=HALF), "step\\(\\): note: "),
+        (lambda: gan.step("a", note={"deep": [1, (HALF,)]}), "step\\(\\): note: "),
+        (lambda: gan.step(["a", "b"], note=["c", [HALF]]), "step\\(\\): note, row 2: "),
+        (lambda: gan.score("a", HALF), "response 1: "),
+        (lambda: gan.score(["a", "b"], ["c", HALF]), "response 2: "),
+        (lambda: gan.generate(["a", HALF]), "prompt 2: "),
+        (lambda: gan.generate(HALF), "the prompt: "),
+        (lambda: gan.fit([{"prompt": "a", "target": HALF}], steps=1), "row 1: "),
+        (lambda: gan.fit([{"prompt": "a", "note": [HALF]}], steps=1), "row 1: "),
+        (lambda: gan.fit([Row("a", None, {"note": HALF})], steps=1), "row 1: "),
+        (lambda: gan.evaluate([{"prompt": "a", "target": HALF}]), "row 1: "),
+    ):
+        with pytest.raises(ValueError, match=f"^{where}{SAID}"):
+            call()
+
+
+def test_a_whole_pair_and_other_rare_characters_are_texts(gan):
+    out = gan.step("\U0001f600 \u2028\ufffe", "\U0001f63b", note="\ue000")
+    assert out["prompt"] == "\U0001f600 \u2028\ufffe"
+    assert read_rows([{"prompt": "a", "note": {"deep": [None, 1.5, b"\xff"]}}])[0].columns["note"]["deep"][2] == b"\xff"

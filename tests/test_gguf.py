@@ -18,7 +18,8 @@ from test_bases import base_weights, logits_alone
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_gan import LoraGAN, cli, gguf_files, rollout, user_cache
+from lora_gan import LoraGAN, cli, gguf_files, user_cache
+from lora_gan.data import Row
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 from mini_gguf import small_model, write_gguf  # noqa: E402
@@ -91,7 +92,7 @@ def test_it_trains_resumes_and_stock_peft_opens_the_players(architecture, tmp_pa
     assert differences(dict(written.state_dict()), base_weights(gan)) == []
     folder = gan.save_checkpoint()
 
-    prompts, answers = rollout.encode_pairs(gan.players.base, PROMPTS, TARGETS)
+    prompts, answers = gan.players.encoder.pairs(list(map(Row, PROMPTS)), TARGETS)
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     scorer = AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval()
     theirs = torch.stack([logits[0] for logits in logits_alone(scorer, rows)])

@@ -151,6 +151,7 @@ class Players:
         if kind is None:
             return f"transformers has no sequence classification for the model type {config.model_type!r}"
         config.num_labels = 1
+        config.get_text_config().pad_token_id = None  # one that has no row would stop stock transformers here
         with torch.device("meta"):  # shapes alone, no memory
             stock = kind(config)
         score, width = getattr(stock, "score", None), self.heads_MH.shape[1]

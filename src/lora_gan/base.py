@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
-from . import gguf_files, named_bases
+from . import base_checks, gguf_files, named_bases
 from .config import Config
 from .endings import Endings
 
@@ -47,7 +48,8 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     name: str  # what the user called it: "tiny", "smollm2", a hub id, a folder, a GGUF file; "" for one in memory
     path: str  # what stock clients can load it by: a hub id or an absolute folder
-    pad_on_disk: int | None  # config.pad_token_id as stored: stock sequence classification pools by it
+    # config.pad_token_id, by which stock sequence classification pools; None where the embedding has no row for it
+    pad_on_disk: int | None
     endings: Endings  # the ids that end a response
     fingerprint: str
 
@@ -58,17 +60,25 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """What unused places are filled with; always masked. A pad token that was added to the tokenizer alone has no
-        row in the embedding table."""
-        rows = self.model.get_input_embeddings().num_embeddings
+        """The id that fills unused places, which are always masked. It has a row in the embedding table, which a pad
+        token that was added to the tokenizer alone has not."""
+        rows = base_checks.embedding_rows(self.model)
         candidates = (self.pad_on_disk, self.tokenizer.pad_token_id, self.eos_ids[0])
         return next(id for id in candidates if id is not None and 0 <= id < rows)
 
+    @cached_property
+    def _tokens(self) -> frozenset[int]:
+        return base_checks.token_ids(self.tokenizer)
+
+    def words(self, ids: list[int]) -> list[int]:
+        """The ids that the tokenizer knows. An embedding may have more rows than the tokenizer has tokens, and sampling
+        may draw such a row: it stays in the response's ids, and is no part of its text."""
+        return [id for id in ids if id in self._tokens] if self._tokens else ids
+
     @property
     def context(self) -> int:
-        """Tokens that fit in one row."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**31
+        """Tokens that fit in one row; `base_checks.UNLIMITED` where the base names no limit."""
+        return base_checks.context_of(self.model.config.get_text_config())
 
 
 def load_base(
@@ -87,9 +97,13 @@ def load_base(
         ValueError: one line that names what could not be opened, or why it cannot serve as a base.
     """
     device = _device(config)
+    if tokenizer is not None:
+        base_checks.require_tokenizer(tokenizer)
     if isinstance(model, Base):
         _require_bare(model.model)
         tokenizer = tokenizer or model.tokenizer
+        rows, called = base_checks.embedding_rows(model.model), _called(model.model, model.name)
+        tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, called)
         endings = Endings.of(model.model, tokenizer, config.chat_template_kwargs)
         return replace(model, tokenizer=tokenizer, endings=endings)
     if isinstance(model, PreTrainedModel):
@@ -107,16 +121,25 @@ def load_base(
             "or a transformers model without adapters"
         )
     _require_bare(lm)
+    base_checks.require_weights_here(lm)
+    base_checks.require_floating(lm)
     lm.eval().requires_grad_(False)
     if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
         lm.to(device)
+    rows, called = base_checks.embedding_rows(lm), _called(lm, name)
+    tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, called)
     endings = Endings.of(lm, tokenizer, config.chat_template_kwargs)
-    _require_causal(lm, f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__)
-    return Base(lm, tokenizer, name, path, lm.config.get_text_config().pad_token_id, endings, _fingerprint(lm))
+    _require_causal(lm, called)
+    pad_on_disk = base_checks.pad_with_a_row(lm.config.get_text_config().pad_token_id, rows)
+    return Base(lm, tokenizer, name, path, pad_on_disk, endings, _fingerprint(lm))
 
 
 def _own_names() -> str:
     return " or ".join(map(repr, named_bases.NAMES))
+
+
+def _called(lm: PreTrainedModel, name: str) -> str:
+    return f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__
 
 
 def _device(config: Config) -> torch.device:
@@ -161,6 +184,11 @@ def _require_in_memory(
     if config.dtype != "auto" and lm.dtype != getattr(torch, config.dtype):
         raise ValueError(f"dtype={config.dtype!r}, but the model in memory is {lm.dtype}: drop dtype=, or convert it")
     _require_supported(lm.config, type(lm))
+    if not lm.can_generate():
+        raise ValueError(
+            f"{type(lm).__name__} cannot be the base, it is not a causal language model: it has no head that predicts "
+            "tokens; load it with AutoModelForCausalLM"
+        )
     return tokenizer
 
 
@@ -199,10 +227,11 @@ def _open(
         extra["device_map"] = {"": device}
     if quantization_config is not None:
         extra["quantization_config"] = quantization_config
-    with _opening(name, "model"), without_progress_bars():
-        lm, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(config, device), output_loading_info=True, **{**extra, **shared}
-        )
+    # Mismatched tensors are refused below by name; transformers would only point to a table that it logs.
+    options = {"dtype": _dtype(config, device), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _opening(name, "model"), base_checks.naming_the_pad_id(lm_config), without_progress_bars():
+        lm, loading = AutoModelForCausalLM.from_pretrained(source, **{**options, **extra, **shared})
+    base_checks.require_matching(loading["mismatched_keys"], name)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"the base {name!r} does not hold all of a {type(lm).__name__}: {missing[0]} is missing "
@@ -221,6 +250,10 @@ def _opening(name: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError ...
         reason = " ".join(str(error).split())[:600] or type(error).__name__
+        if not isinstance(
+            error, (OSError, ValueError, ImportError, RuntimeError)
+        ):  # a KeyError's text is its key alone
+            reason = f"{type(error).__name__}: {reason}"
         remedy = "; save it there, or pass processing_class=" if what == "tokenizer" else ""
         raise ValueError(f"the {what} of the base {name!r} could not be opened: {reason}{remedy}") from error
 
@@ -244,6 +277,11 @@ def _require_files(folder: Path, name: str, needs_tokenizer: bool) -> None:
         if (folder / "adapter_config.json").is_file():
             found = (
                 "it is an adapter, not a base: open it with load_generator(), load_discriminator() or from_checkpoint()"
+            )
+        elif (folder / "modules.json").is_file():
+            found = (
+                "it is a sentence-transformers model, which embeds texts: give a causal language model (if its "
+                "transformer is one, the folder within it that has a config.json)"
             )
         elif (folder / "trainer_state.json").is_file() or any(folder.glob("step-*/trainer_state.json")):
             found = "it is a checkpoint, not a base: open it with LoraGAN.from_checkpoint()"
@@ -366,7 +404,10 @@ def _require_causal(lm: PreTrainedModel, called: str) -> None:
 
     def agree(ids_BL: Tensor, mask_BL: Tensor, first: slice, second: slice) -> bool:
         more = {"position_ids": positions(mask_BL)} if takes_positions else {}
-        logits = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **more).logits.float()
+        with base_checks.trial(called):
+            logits = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **more).logits.float()
+        base_checks.require_finite(lm, logits, called)
+        logits = logits.masked_fill(logits == -torch.inf, 0.0)  # tokens that the base forbids
         difference = logits[0, first] - logits[1, second]
         return bool(difference.square().mean().sqrt() <= allowed * logits.std())
 

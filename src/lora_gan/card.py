@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import __version__, evaluation, fetch, named_bases
 from .base import Base
+from .base_checks import embedding_rows
 from .config import Config
 from .encoding import Encoder
 from .endings import ids_of
@@ -270,7 +271,7 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
         f"model = {client}.from_pretrained({name!r}{labels}).eval()",
     ]
     if labels and base.pad_on_disk != tokenizer.pad_token_id:
-        lines.append(f"model.config.pad_token_id = {tokenizer.pad_token_id}  # batches need one, the base names none")
+        lines.append(f"model.config.pad_token_id = {tokenizer.pad_token_id}  # batches need one that closes no text")
 
     template_options = run.config.chat_template_kwargs or {}
     chat = {"add_generation_prompt": True, "return_dict": True, **template_options}
@@ -309,6 +310,11 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
         said += TRL.format(
             completions=completions if chats else "completions",
             lacking=f", without {' and without '.join(lacking)}" if lacking else "",
+        )
+    if adapter and not generator and tokenizer.pad_token_id >= embedding_rows(base.model):
+        said += (
+            "\n\nThe pad token has no row in the base's embedding. PEFT adds the row when it opens this folder. To a "
+            "base that you load yourself, add it with `base.resize_token_embeddings(len(tokenizer))`."
         )
     if adapter and _hub_id(base.path) is None:
         kind = "" if generator else ", a base loaded by `AutoModelForSequenceClassification` with `num_labels=1`"

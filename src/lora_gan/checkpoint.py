@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from . import durable, gguf_files, named_bases, untrusted
 from .adapters import ACCEPTED, Players
 from .base import load_base
+from .base_checks import UNLIMITED
 from .config import Config
 from .durable import MANIFEST, Damaged, Folder
 
@@ -48,6 +49,10 @@ FILES = (
     "discriminator/adapter_config.json", "discriminator/optimizer.pt", "discriminator/state.pt",
 )  # fmt: skip
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT prefers the first; never both are written
+
+#: Tokens that a text in replay is taken to have at most, on a base that names no limit. It bounds the size of a file,
+#: not one text: a group stores its prompt once, so a prompt may be several times as long.
+LONGEST_TEXT = 2**17
 
 Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to hold}
 
@@ -481,7 +486,8 @@ def _read_discriminator(gan: LoraGAN, folder: Folder) -> Callable[[], None]:
 def _read_discriminator_state(gan: LoraGAN, folder: Folder) -> dict[str, Any]:
     parameters, heads_MH = gan.players.parameters("discriminator"), gan.players.heads_MH
     base, config = gan.players.base, gan.config
-    replay = config.disc_replay_groups * (config.num_generations + 2) * base.context * 8  # bytes, at the most
+    tokens = base.context if base.context < UNLIMITED else LONGEST_TEXT
+    replay = config.disc_replay_groups * (config.num_generations + 2) * tokens * 8  # bytes, at the most
     state = untrusted.read_tensors(folder, "state.pt", limit=untrusted.room_for(parameters, times=3) + replay)
     where = str(folder.path / "state.pt")
     untrusted.require_keys(state, gan.discriminator.state_dict(), where)

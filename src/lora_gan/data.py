@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import randomness
+from . import frames, randomness
 from .rewards.messages import completion_text
 from .wording import shown
 
@@ -105,8 +105,9 @@ def read_rows(
         dataset: a file (.jsonl, .json with a list or lines, .csv, .tsv, .txt with a prompt a line, .parquet; text is
             UTF-8, an empty cell of a CSV file a missing value); a folder of such files called as the split
             (train.jsonl, train-*.parquet), or written by `datasets.save_to_disk`; "OWNER/NAME" or "OWNER/NAME:CONFIG"
-            on the hub; a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a list or other iterable of mappings;
-            a function that returns one. What was read already is returned as it is.
+            on the hub; a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a data frame of pandas or polars, in
+            which NaN, NaT and NA are missing values; a list or other iterable of mappings; a function that returns one.
+            What was read already is returned as it is.
         prompt_column: the column that holds the prompt.
         target_column: the column that holds the target, in every row; None: target, target_text or completion, the
             first of them that a row has.
@@ -165,7 +166,7 @@ def _source(dataset: Any, streaming: bool) -> Callable[[int], Numbered]:
     def rows(epoch: int) -> Numbered:
         if _is_iterable_dataset(dataset):
             dataset.set_epoch(epoch)  # a shuffled one has an order of its own each epoch, by its seed
-        for number, values in enumerate(dataset() if callable(dataset) else dataset, 1):
+        for number, values in enumerate(frames.records(dataset() if callable(dataset) else dataset), 1):
             yield f"row {number}", values
 
     return rows
@@ -188,6 +189,7 @@ def _fills_with_none(dataset: Any) -> bool:
 
 def _row(where: str, values: Any, prompt_column: str, target_column: str | None, columns: bool, fills: bool) -> Row:
     if isinstance(values, Row):
+        require_unicode([values.prompt, values.target, values.columns], where)
         return values
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is not a mapping with 'prompt' (and 'target'), but {shown(values)}")
@@ -221,10 +223,11 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
     elif not isinstance(prompt, str):
         raise ValueError(f"{where}: {prompt_column} must be a text, or a list of messages, not {shown(prompt)}")
     target, target_messages = _target(target, where)
-    _require_unicode([*_texts(prompt), *_texts(target)], where)
+    require_unicode([prompt, target, target_messages], where)
     if not columns:
         rest = {name: rest[name] for name in TEMPLATE_COLUMNS if name in rest}
-    elif target_column is not None and target_column not in TARGET_NAMES:
+    require_unicode(rest, where)
+    if columns and target_column is not None and target_column not in TARGET_NAMES:
         rest[target_column] = target
     _require_free_names(rest, where)
     row = Row(prompt, target, rest, target_messages, where)
@@ -232,15 +235,28 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
     return row
 
 
-def _texts(value: Prompt | None) -> list[str]:
-    if value is None or isinstance(value, str):
-        return [value or ""]
-    return [text for message in value for text in message.values() if isinstance(text, str)]
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value: of messages, their contents' parts, lists and mappings of any depth, with their keys."""
+    left = [value]
+    while left:  # not recursive: a stranger's nesting may be deep
+        entry = left.pop()
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, Mapping):
+            left += [*entry.values(), *entry.keys()]
+        elif isinstance(entry, (list, tuple)):
+            left += entry
 
 
-def _require_unicode(texts: list[str], where: str) -> None:
-    """JSON can write half a surrogate pair, which is no character: tokenizers and files refuse it, after hours."""
-    for text in texts:
+def require_unicode(value: Any, where: str) -> None:
+    """Refuse half a surrogate pair in any text of a value, at any depth: tokenizers and files fail on it, after hours.
+
+    It is no character, but JSON and Python can write it.
+
+    Raises:
+        ValueError: it names the half and the text that holds it.
+    """
+    for text in _texts(value):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -299,7 +315,10 @@ def as_rows(
     for prompt in [prompts] if is_prompt(prompts) else list(prompts):
         if not (is_prompt(prompt) or isinstance(prompt, Row)):
             raise ValueError(f"a prompt must be a text or chat messages, not {shown(prompt)}")
-        rows.append(prompt if isinstance(prompt, Row) else Row(_given(prompt), None, columns))
+        if not isinstance(prompt, Row):
+            require_unicode(prompt, "the prompt" if is_prompt(prompts) else f"prompt {len(rows) + 1}")
+            prompt = Row(_given(prompt), None, columns)
+        rows.append(prompt)
     return rows
 
 
@@ -623,6 +642,8 @@ def rows_of(
     if is_prompt(prompt):
         if not (target is None or isinstance(target, str) or is_conversation(target)):
             raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
+        for name, value in {"prompt": prompt, "target_text": target, **columns}.items():
+            require_unicode(value, f"step(): {name}")
         text, messages = _target(target, "target_text")
         return [Row(_given(prompt), text, dict(columns), messages)]
     prompts = list(prompt) if isinstance(prompt, (list, tuple)) else []
@@ -636,6 +657,9 @@ def rows_of(
             )
     if not all(target is None or isinstance(target, str) or is_conversation(target) for target in targets):
         raise ValueError(f"target_text must be texts or None, got {shown(targets, 80)}")
+    for name, values in {"prompt": prompts, "target_text": targets, **columns}.items():
+        for number, value in enumerate(values, 1):
+            require_unicode(value, f"step(): {name}, row {number}")
     rows = []
     for i, one in enumerate(prompts):
         text, messages = _target(targets[i], "target_text")

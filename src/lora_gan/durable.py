@@ -316,9 +316,10 @@ def _read_plain(path: Path, *, limit: int, follow: bool) -> bytes:
         if status.st_size > limit:
             raise Damaged(f"{path} has {status.st_size:,} bytes, where at most {limit:,} can belong")
         try:
-            data = file.read(limit + 1)
+            # Not limit + 1: a read asks for memory first, and the limit may be far above what there is.
+            data = file.read(status.st_size + 1)
         except OSError as error:
             raise Damaged(f"{path} could not be read: {error.strerror}") from error
-    if len(data) > limit:
+    if len(data) > status.st_size:
         raise Damaged(f"{path} grew while it was read")
     return data

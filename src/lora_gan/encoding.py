@@ -213,7 +213,9 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """A response's text: without the id that ended it, and without special tokens unless the run keeps them."""
         ids = list(ids[:-1]) if len(ids) and ids[-1] in self.base.eos_ids else list(ids)
-        return str(self.base.tokenizer.decode(ids, skip_special_tokens=self.config.skip_special_tokens))
+        return str(
+            self.base.tokenizer.decode(self.base.words(ids), skip_special_tokens=self.config.skip_special_tokens)
+        )
 
 
 class TooLong(RowError):

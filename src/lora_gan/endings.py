@@ -19,6 +19,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import base_checks
+
 # Texts that stand for a user's and an assistant's words while a template is tried: no template trims or escapes them.
 USER, ANSWER = "Xquestionx", "Xanswerx"
 #: Options of apply_chat_template that say what to render, not how: a trial sets its own.
@@ -50,7 +52,7 @@ class Endings:
         Raises:
             ValueError: no place names an end token.
         """
-        rows = model.get_input_embeddings().num_embeddings
+        rows = base_checks.embedding_rows(model)
         config = model.config
         named = [
             *ids_of(tokenizer.eos_token_id),
@@ -63,7 +65,11 @@ class Endings:
         chat = [trial.written_after_answers(options) for options in _templates(tokenizer, template_options or {})]
         stop_ids = tuple(dict.fromkeys([*known, *(id for id in chat if id is not None and 0 <= id < rows)]))
         if not stop_ids:
-            raise ValueError("the base names no end-of-text token: set tokenizer.eos_token, a response could never end")
+            lost = f" that its embedding has a row for: it names {named}" if named else ""
+            raise ValueError(
+                f"the base names no end-of-text token{lost}, and a response could never end: set "
+                "tokenizer.eos_token, or model.generation_config.eos_token_id"
+            )
         return cls(tokenizer, stop_ids)
 
     @property
@@ -119,10 +125,10 @@ class Endings:
     def _first_end(self, text: str) -> int | None:
         """The first special token of a text; else the added token that it begins with."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        added = self.tokenizer.added_tokens_decoder
-        special = {*self.tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+        special = base_checks.special_tokens(self.tokenizer)
         first = next((id for id in ids if id in special), None)
         if first is None:
+            added = self.tokenizer.added_tokens_decoder
             first = next((id for id, token in added.items() if text.strip().startswith(token.content)), None)
         return first
 

@@ -10,9 +10,14 @@
 Weights are safetensors. The LoraGAN in memory is only read: nothing of it is merged, cast or moved.
 
 A classifier pools the last token that is not its pad token, so the pad token decides what it reads. Where the base's
-config has one, it stays, and the tokenizer beside the classifier pads with it. Where it has none, which stock answers
-by refusing batches, the classifier gets one that no text ends with: the tokenizer's own unless that also ends or
-begins texts, else a new `<|pad|>`, in an unused row of the embedding if there is one, else in one more row.
+config names a special token, it stays, and the tokenizer beside the classifier pads with it. Where the config names
+none, stock transformers refuses batches, and the classifier gets a pad token that closes no text. It is the first of:
+
+1. the tokenizer's own pad token, unless that also ends texts, begins texts or stands for unknown words;
+2. a new `<|pad|>`, in a row of the embedding that no token uses;
+3. where every row is used: a special token that the tokenizer has and that ends no text (a reserved one, or the one
+   that begins texts), so that the adapter opens on the base as it is;
+4. a new `<|pad|>` in one more row, where the tokenizer has no such token. PEFT adds the row when it opens the adapter.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +36,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import __version__, card
+from . import __version__, base_checks, card
 from .adapters import Players
 from .base import Base, without_progress_bars
 from .checkpoint import readable, save_adapter
@@ -70,7 +77,8 @@ def export(
 
     Raises:
         ValueError: an unknown part or dtype, a folder that holds something else, a quantized base to be merged, a base
-            without a sequence classifier in transformers, no token for the hub.
+            without a sequence classifier in transformers, no token for the hub; a part that could not be made, by name.
+        OSError: a part that could not be written, by name. Whatever failed, the folder is as it was before.
     """
     parts, dtype = _known_parts(parts), _dtype(dtype, gan.players)
     final = Path(folder).absolute()
@@ -85,12 +93,13 @@ def export(
     shutil.rmtree(writing, ignore_errors=True)
     try:
         for part in parts:
-            (writing / part).mkdir(parents=True)
-            with gan.discriminator.scoring():
-                tokenizer = _write(gan.players, part, writing / part, dtype)
-            name = part if push_to_hub is None else f"{push_to_hub}-{part}"
-            text = card.card(run, part, name=name, tokenizer=tokenizer)
-            (writing / part / "README.md").write_text(text, encoding="utf-8")
+            with _exporting(part):
+                (writing / part).mkdir(parents=True)
+                with gan.discriminator.scoring():
+                    tokenizer = _write(gan.players, part, writing / part, dtype)
+                name = part if push_to_hub is None else f"{push_to_hub}-{part}"
+                text = card.card(run, part, name=name, tokenizer=tokenizer)
+                (writing / part / "README.md").write_text(text, encoding="utf-8")
         manifest = {"format": 1, "parts": list(parts), "step": gan.global_step, "lora_gan": __version__}
         (writing / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if final.exists():
@@ -199,6 +208,21 @@ def _require_hub(name: str) -> None:
 # --- the parts
 
 
+@contextmanager
+def _exporting(part: str) -> Iterator[None]:
+    """Errors inside the block name the part; a full disk stays an OSError, and memory that ran out what it was."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        error.add_note(f"while the part {part!r} was exported")
+        raise
+    except OSError as error:
+        raise OSError(f"the part {part!r} could not be exported: {error}") from error
+    except Exception as error:  # of transformers, PEFT, safetensors or tokenizers: no two are of one kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the part {part!r} could not be exported: {reason}") from error
+
+
 def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> PreTrainedTokenizerBase:
     """One part's weights, config and tokenizer; returns the tokenizer."""
     player = part.removesuffix("-merged")
@@ -244,13 +268,18 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _causal_lm(players: Players, weights: dict[str, Tensor]) -> PreTrainedModel:
+    config, generation = copy.deepcopy(players.lm.config), copy.deepcopy(players.lm.generation_config)
+    rows = base_checks.embedding_rows(players.lm)
+    for holder in (config.get_text_config(), generation):  # stock opens no model whose pad id has no row
+        if holder is not None:
+            holder.pad_token_id = base_checks.pad_with_a_row(holder.pad_token_id, rows)
     with torch.device("meta"):  # its weights are those given: none of its own is made first
-        model = type(players.lm)(copy.deepcopy(players.lm.config))
+        model = type(players.lm)(config)
     model.load_state_dict(weights, assign=True)
-    model.generation_config = copy.deepcopy(players.lm.generation_config)
     # Stock generate() asks nobody else where to stop.
-    stops = list(dict.fromkeys([*ids_of(model.generation_config.eos_token_id), *players.base.eos_ids]))
-    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    stops = list(dict.fromkeys([*ids_of(generation.eos_token_id), *players.base.eos_ids]))
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+    model.generation_config = generation
     head = model.get_output_embeddings()
     if model.config.tie_word_embeddings and head is not None:
         if torch.equal(head.weight, model.get_input_embeddings().weight):
@@ -266,7 +295,7 @@ def _classifier(players: Players, weights: dict[str, Tensor], tokenizer: PreTrai
     config.num_labels = 1
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
     config.problem_type = "regression"  # without it the text-classification pipeline would show a sigmoid
-    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.get_text_config().pad_token_id = None  # set below, when the embedding has a row for it
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
     body = f"{players.lm.base_model_prefix}."
     try:
@@ -281,21 +310,63 @@ def _classifier(players: Players, weights: dict[str, Tensor], tokenizer: PreTrai
             f"transformers has no sequence classifier that fits a base of the kind {config.model_type!r}: leave "
             f"'discriminator-merged' out of parts ({' '.join(str(error).split())[:200]})"
         ) from error
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+    if tokenizer.pad_token_id >= base_checks.embedding_rows(model):
         # Its row is never read: padding is masked.
         model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
 
 
 def scoring_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, padding on the right with a token under which stock pools what the discriminator pools."""
+    """The base's tokenizer, padding on the right with a token under which stock pools what the discriminator pools.
+
+    The module's docstring says which token that is.
+    """
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.padding_side = "right"  # where positions are counted from the row's begin, left padding would shift them
-    token = None
-    if base.pad_on_disk is not None and 0 <= base.pad_on_disk < len(tokenizer):
-        token = tokenizer.convert_ids_to_tokens(base.pad_on_disk)
-    if token is not None:
+    if (token := _pad_of_the_config(base)) is not None:
         tokenizer.pad_token = token
-    elif tokenizer.pad_token_id in (None, *base.eos_ids, tokenizer.bos_token_id, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    return tokenizer
+        return tokenizer
+    taken = (None, *base.eos_ids, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    rows = base_checks.embedding_rows(base.model)
+    if tokenizer.pad_token_id not in taken and tokenizer.pad_token_id < rows:
+        return tokenizer
+    known = set(tokenizer.get_vocab().values())
+    new = copy.deepcopy(tokenizer)
+    new.add_special_tokens({"pad_token": PAD_TOKEN})
+    is_there = new.pad_token_id in known  # under this name, or under another: the tokenizer's ids may have gaps
+    if new.pad_token_id < rows and (not is_there or PAD_TOKEN in tokenizer.get_vocab()):
+        return new
+    if (token := _token_that_closes_no_text(base)) is not None:
+        tokenizer.pad_token = token
+        return tokenizer
+    if is_there or len(new) != rows + 1:  # PEFT adds rows up to the tokenizer's length
+        raise ValueError(
+            f"the tokenizer has no token to pad with, and its ids ({len(known):,}, up to {max(known):,}) leave no room "
+            f"for a new one beside the embedding's {rows:,} rows: set tokenizer.pad_token to a token that ends no text"
+        )
+    return new
+
+
+def _pad_of_the_config(base: Base) -> str | None:
+    """The pad token that the base's config names; None where it names none, or a word of the vocabulary, of which a
+    tokenizer that pads with it would make a special token."""
+    if base.pad_on_disk is None:
+        return None
+    special = {*base_checks.special_tokens(base.tokenizer), *base.eos_ids}
+    return base.tokenizer.convert_ids_to_tokens(base.pad_on_disk) if base.pad_on_disk in special else None
+
+
+def _token_that_closes_no_text(base: Base) -> str | None:
+    """A special token of the tokenizer that ends no text and has a row: by choice one that is called a pad, then one
+    that no chat template writes, then any but the one that begins texts."""
+    tokenizer, rows = base.tokenizer, base_checks.embedding_rows(base.model)
+    special = base_checks.special_tokens(tokenizer)
+    template = str(tokenizer.chat_template or "")
+    ends = {*base.eos_ids, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    candidates = [id for id in special if id not in ends and 0 <= id < rows]
+
+    def unsuited(id: int) -> tuple[bool, bool, bool, int]:
+        return "pad" not in special[id].lower(), special[id] in template, id == tokenizer.bos_token_id, id
+
+    return special[min(candidates, key=unsuited)] if candidates else None

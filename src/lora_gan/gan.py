@@ -594,6 +594,8 @@ class LoraGAN:
         responses = [responses] if isinstance(responses, str) else list(responses)
         if len(rows) != len(responses):
             raise ValueError(f"{len(rows)} prompts and {len(responses)} responses: give one response to each prompt")
+        for number, response in enumerate(responses, 1):
+            data.require_unicode(response, f"response {number}")
         if not rows:
             return []
         predicted: list[float] = []
