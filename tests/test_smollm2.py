@@ -10,11 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import copies, differences, player_state, reward, small_gan
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_bases import base_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+)
 
-from lora_gan import LoraGAN, fetch
+from lora_gan import LoraGAN, cli, fetch
+from lora_gan.data import Row
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +126,93 @@ def test_the_gguf_file_itself_opens_as_the_same_base(gguf, stock, tmp_path, monk
     assert base.fingerprint == fetched.fingerprint and base.path != fetched.path
     assert base.tokenizer.backend_tokenizer.to_str() == fetched.tokenizer.backend_tokenizer.to_str()
     assert base.tokenizer.chat_template == fetched.tokenizer.chat_template and base.eos_ids == fetched.eos_ids
+
+
+# --- a run on chat messages -------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": QUESTION, "target": "Paris."}, {"prompt": PROMPTS[1], "target": "Red and blue."}]
+
+
+@pytest.fixture(scope="module")
+def chat(smollm2, tmp_path_factory):
+    """A run on messages: predictions, scores and exports come from it. The reward has the order of 1."""
+    folder = tmp_path_factory.mktemp("chat")
+    gan = small_gan(
+        "smollm2", output_dir=str(folder), reward=reward, max_completion_length=16, num_generations=8, temperature=0.7,
+        disc_learning_rate=2e-4, learning_rate=2e-5,
+    )  # fmt: skip
+    gan.fit(ROWS, steps=2, progress=False)
+    return gan, folder
+
+
+def test_scores_are_the_predictions_of_training(chat):
+    gan, _ = chat
+    compared = 0
+    for _ in range(3):
+        out = gan.step([row["prompt"] for row in ROWS], train_gen=False, train_disc=False)
+        for row, responses, predicted in zip(ROWS, out["responses"], out["pred_rewards"], strict=True):
+            scores = gan.score([row["prompt"]] * len(responses), responses)
+            single = gan.score(row["prompt"], responses[0])
+            for text, ours, trained in zip(responses, scores, predicted, strict=True):
+                if len(gan.players.encoder.response(text, Row(row["prompt"]))) <= 16:  # it ended, and is not cut
+                    assert ours == pytest.approx(trained, abs=1e-4)
+                    compared += 1
+            assert single == pytest.approx(scores[:1], abs=1e-4)
+    assert compared >= 20
+
+
+def test_a_plain_question_is_asked_as_a_message(chat, capsys):
+    gan, folder = chat
+    expected = gan.generate(QUESTION, temperature=0)[0]
+    command = ["generate", "--checkpoint", str(folder), "--temperature", "0", "--prompt", QUESTION[0]["content"]]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == expected + "\n" and "Paris" in expected
+
+
+def test_stock_clients_stop_and_score_as_the_library_does(chat, tmp_path):
+    gan, _ = chat
+    gan.export(tmp_path / "out")
+    prompt, expected = gan.players.encoder.prompt(Row(QUESTION)), gan.generate(QUESTION, temperature=0)[0]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "generator-merged")
+    stock_ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert stock_ids[0].tolist() == prompt
+    for client, part in ((AutoPeftModelForCausalLM, "generator"), (AutoModelForCausalLM, "generator-merged")):
+        stock = client.from_pretrained(tmp_path / "out" / part, dtype=torch.float32).eval()
+        tokens = stock.generate(input_ids=stock_ids, max_new_tokens=40, do_sample=False)[0, len(prompt) :].tolist()
+        assert tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") and len(tokens) < 40
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == expected
+        with torch.no_grad(), gan.players.playing("generator"):
+            ours = gan.players.logits(stock_ids, torch.ones_like(stock_ids), keep=1)[0, -1]
+            theirs = stock(input_ids=stock_ids).logits[0, -1]
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    responses = ["Paris.", "The capital of France is Paris.", "I do not know"]
+    ours = torch.tensor(gan.score([QUESTION] * 3, responses))
+    assert ours.std() > 1e-3
+    rows = [prompt + gan.players.encoder.response(text, Row(QUESTION)) for text in responses]
+    for client, part, more in (
+        (AutoPeftModelForSequenceClassification, "discriminator", {"num_labels": 1}),
+        (AutoModelForSequenceClassification, "discriminator-merged", {}),
+    ):
+        stock = client.from_pretrained(tmp_path / "out" / part, dtype=torch.float32, **more).eval()
+        with torch.no_grad():
+            theirs = torch.stack([stock(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_a_chat_run_resumes_bitwise(chat, tmp_path):
+    gan, _ = chat
+    gan.save_checkpoint(step=9, ckpt_dir=tmp_path)
+    again = LoraGAN.from_checkpoint(tmp_path, reward=reward)
+    for its in (gan, again):
+        its.step([row["prompt"] for row in ROWS])
+    assert again.prompt_kinds == {"messages"}
+    for player in ("generator", "discriminator"):
+        assert differences(player_state(gan, player), player_state(again, player)) == []
+
+
+def test_it_learns_to_stop_where_its_template_does(smollm2):
+    """Imitation of one target: the answer, then the end of the turn, and nothing after it."""
+    gan = small_gan("smollm2", reward_weight=0.0, imitation_weight=1.0, learning_rate=1e-3, max_completion_length=12)
+    for _ in range(6):
+        gan.step(QUESTION, "Lyon, says the parrot.", train_disc=False)
+    assert gan.generate(QUESTION, temperature=0) == ["Lyon, says the parrot."]
