@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .combine import reward_name, takes_completions
+from .signatures import PAIR_NAMES, check_reward, returns_function, reward_name, takes_completions
 
 READY = {  # name: the file of this folder it is in, and what it is called there
     "exact_match": ("text", "exact_match"),
