@@ -43,9 +43,7 @@ class Answers:
         reuse: whether answers are taken although the reward's source has changed.
     """
 
-    def __init__(
-        self, folder: Path, run: Mapping[str, Any], *, step: int, newest: int, reuse: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, run: Mapping[str, Any], *, step: int, newest: int, reuse: bool = False) -> None:
         self.path, self.run = folder / FILE, dict(run)
         self.step, self._reuse = step, reuse
         self._lines: list[dict[str, Any]] = []  # what the file is to hold

@@ -45,11 +45,10 @@ def evaluate(
         logged: name -> mean of what rewards gave log_metric.
     """
     prompts = [row.prompt for row in rows]
-    responses, ids = gan._generated(
-        prompts, best_of, temperature=temperature, seed=seed, player=player, batch_size=batch_size
-    )
+    responses = gan.generate(prompts, best_of, temperature=temperature, seed=seed, player=player, batch_size=batch_size)
     predicted = gan.score(prompts, responses, batch_size=batch_size)
     notes = Notes()
+    ids = getattr(responses, "token_ids", None)  # a generate() of the user's own may return plain texts
     true, parts = gan.ask(rows, responses, completion_ids=ids, notes=notes)
 
     columns: dict[str, list[float | None]] = {

@@ -59,6 +59,14 @@ class BudgetSpent(ValueError):
     """The true reward was needed, and `reward_budget` allows no further call."""
 
 
+class Responses(list[str]):
+    """Texts that were generated: a list, with the token ids that were sampled, the end token included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_ids: list[list[int]] = []
+
+
 class LoraGAN:
     """A generator and a discriminator as two LoRA adapters on one frozen base, trained against any reward.
 
@@ -624,41 +632,18 @@ class LoraGAN:
             seed: another seed gives other responses; the config's where not given.
             player: "reference" answers with the untouched base.
             batch_size: prompts answered at once; None = all.
-        """
-        texts, _ = self._generated(
-            prompts,
-            best_of,
-            temperature=temperature,
-            top_p=top_p,
-            max_completion_length=max_completion_length,
-            seed=seed,
-            player=player,
-            batch_size=batch_size,
-        )
-        return texts
 
-    def _generated(
-        self,
-        prompts: Prompt | list[Prompt],
-        best_of: int = 1,
-        *,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        max_completion_length: int | None = None,
-        seed: int | None = None,
-        player: Player = "generator",
-        batch_size: int | None = None,
-    ) -> tuple[list[str], list[list[int]]]:
-        """The responses of generate(), as texts and as the token ids that were sampled, the end token included."""
+        Returns:
+            The texts. The list's `token_ids` holds the ids that each one was sampled as, the end token included.
+        """
         prompts = data.as_prompts(prompts)
         if not isinstance(best_of, int) or best_of < 1:
             raise ValueError(f"best_of={best_of!r} is not accepted: it must be a whole number from 1")
         if not prompts:
-            return [], []
+            return []
         encoded = self._encode(prompts, max_completion_length)
         uniforms = self._uniforms(encoded, best_of, "generate", length=max_completion_length, seed=seed)
-        texts: list[str] = []
-        token_ids: list[list[int]] = []
+        responses = Responses()
         for part in rollout.chunks(len(prompts), batch_size):
             rows = slice(part.start * best_of, part.stop * best_of)
             sampled = self._sample(encoded[part], uniforms[rows], temperature=temperature, top_p=top_p, player=player)
@@ -667,9 +652,9 @@ class LoraGAN:
                 best = self.discriminator.predict(sampled).mean(0).reshape(-1, best_of).argmax(-1)
             chosen = [j * best_of + int(i) for j, i in enumerate(best)]
             _, ids, _ = sampled.parts()
-            texts += [sampled.texts[row] for row in chosen]
-            token_ids += [ids[row] for row in chosen]
-        return texts, token_ids
+            responses += [sampled.texts[row] for row in chosen]
+            responses.token_ids += [ids[row] for row in chosen]
+        return responses
 
     def score(
         self, prompts: Prompt | list[Prompt], responses: str | list[str], *, batch_size: int | None = None

@@ -186,7 +186,9 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in record.items() if name not in TEXTS}
     if record.get("kl") is not None and record.get("completion_length"):
         values["kl_per_token"] = record["kl"] / record["completion_length"]
-    names = LOGGED_AS | {name: f"{name}/mean" for name in values if name.startswith("rewards/") and f"{name}/std" in values}
+    names = LOGGED_AS | {
+        name: f"{name}/mean" for name in values if name.startswith("rewards/") and f"{name}/std" in values
+    }
     logged = {names.get(name, name): value for name, value in values.items()}
     if "kl_per_token" in logged:
         logged["kl"] = logged.pop("kl_per_token")  # TRL's kl counts a token

@@ -63,7 +63,7 @@ def score_pairs(
         raise ValueError(f"{len(responses)} responses but {len(targets)} targets; give one target (or None) for each")
     name, caller = name or reward_name(fn), caller or Caller()
     in_batch = hasattr(fn, "batch")
-    call = pair_call(fn.batch, BATCH_NAMES, name=name) if in_batch else pair_call(fn, name=name)
+    call = pair_call(fn.batch, BATCH_NAMES, name=f"{name}.batch") if in_batch else pair_call(fn, name=name)
     if call.takes_prompt and (prompts is None or len(prompts) != len(responses)):
         given = "none were given" if prompts is None else f"{len(prompts)} were given"
         raise ValueError(f"the reward {name!r} takes the prompt: give {len(responses)} prompts; {given}")

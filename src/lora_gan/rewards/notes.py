@@ -32,7 +32,9 @@ class Recorder:
         try:
             number = float(value.item() if hasattr(value, "item") else value)
         except Exception as error:  # a stranger's value may raise anything
-            raise ValueError(f"log_metric({name!r}, {shown(value)}) is not accepted: the value must be a number") from error
+            raise ValueError(
+                f"log_metric({name!r}, {shown(value)}) is not accepted: the value must be a number"
+            ) from error
         with self._mutex:
             self._metrics.setdefault(name, []).append(number)
 
@@ -44,7 +46,9 @@ class Recorder:
         """
         _require_name("log_extra", column)
         if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-            raise ValueError(f"log_extra({column!r}, {shown(values)}) is not accepted: give a list, one value per completion")
+            raise ValueError(
+                f"log_extra({column!r}, {shown(values)}) is not accepted: give a list, one value per completion"
+            )
         plain = [_plain(value) for value in values]
         with self._mutex:
             self._extras.setdefault(column, []).extend(plain)

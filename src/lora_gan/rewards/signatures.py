@@ -11,8 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_origin
 
-from ..wording import shown
-
 #: Parameters of the pair form and the value each one gets.
 PAIR_NAMES = {
     "prompt": "prompt",
@@ -72,7 +70,7 @@ def check_reward(func: Callable[..., Any]) -> None:
             "returns"
         )
     if hasattr(func, "batch"):
-        pair_call(func.batch, BATCH_NAMES, name=reward_name(func))
+        pair_call(func.batch, BATCH_NAMES, name=f"{reward_name(func)}.batch")
     elif takes_completions(func):
         trl_call(func)
     else:
@@ -111,9 +109,7 @@ class PairCall:
         )
 
 
-def pair_call(
-    func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *, name: str | None = None
-) -> PairCall:
+def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *, name: str | None = None) -> PairCall:
     """How a function of the pair form is called.
 
     Args:
@@ -300,7 +296,7 @@ def _signed(func: Callable[..., Any], name: str | None = None) -> str:
     except Exception:  # a stranger's default may have no repr
         signature = "(...)"
     signature = signature if len(signature) <= 200 else signature[:200] + "..."
-    return f"the reward {shown(name)} with the signature {name}{signature}"
+    return f"the reward {name}{signature}"
 
 
 def _call_first(func: Callable[..., Any]) -> str:

@@ -44,7 +44,8 @@ def _parts(obj: Any, seen: set[int]) -> Iterator[str]:
     if id(obj) in seen:
         return
     seen.add(id(obj))
-    options = getattr(obj, "__dict__", {}).get(OPTIONS) or {}
+    is_ours = type(obj).__module__.partition(".")[0] == __name__.partition(".")[0]  # its settings say it all
+    options = {} if is_ours else getattr(obj, "__dict__", {}).get(OPTIONS) or {}
     yield from _values("option", {name: options[name] for name in sorted(options) if not _is_secret(name)}, seen)
     if isinstance(obj, functools.partial):
         given = {str(i): value for i, value in enumerate(obj.args)} | dict(sorted(obj.keywords.items()))
