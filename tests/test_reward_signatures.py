@@ -292,8 +292,8 @@ def test_a_missing_column_is_named_with_the_function_and_the_columns():
     def graded(completions, solution, level, hint=None):
         return [1.0]
 
-    with pytest.raises(ValueError, match=r"graded\(completions, solution, level, hint=None\) needs 'solution', 'level'.*"
-                       "the columns are 'kind', 'target'"):  # fmt: skip
+    said = r"graded\(completions, solution, level, hint=None\) needs 'solution', 'level'.*columns are 'kind', 'target'"
+    with pytest.raises(ValueError, match=said):
         require_columns([reward, graded], ["kind"])
     require_columns([graded, lambda completions, **columns: []], ["level", "solution"])
     with pytest.raises(ValueError, match="positional-only: remove the /"):

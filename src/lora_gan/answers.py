@@ -3,10 +3,10 @@
     {"run": {"seed": 0, "base": "…", "rewards": ["judge"], "sources": {"judge": "digest of its source"}}}
     {"step": 12, "reward": "judge", "asked": "digest of the question", "occurrence": 0, "answer": 0.5}
 
-A run that goes on from its newest checkpoint takes the answers that were logged after the checkpoint in place of asking.
-A run that was taken back to an older checkpoint asks again, since there may have been a reason. Answers of a reward
-whose source has changed since are not taken, unless the run is told to. They stay in the file, with a `source` of their
-own, so that the next start can still take them. Answers from before the last checkpoint but one are dropped.
+A run that goes on from its newest checkpoint takes the answers that were logged after it and does not ask for them
+again. A run that was taken back to an older checkpoint asks again, since there may have been a reason. Answers of a
+reward whose source has changed since are not taken, unless the run is told to. They stay in the file with their
+`source`, so that the next start can still take them. Answers from before the last checkpoint but one are dropped.
 """
 
 from __future__ import annotations

@@ -479,7 +479,7 @@ class Stream:
         try:
             while len(self._read) < count:
                 self._read.append(self._to_row(*next(self._unread)))
-                self.columns |= self._read[-1].columns.keys()
+                self.columns.update(self._read[-1].columns)
         except BaseException:  # the place is lost: a row that is broken stays so, and none is passed over
             self._seek(position)
             raise
@@ -508,7 +508,7 @@ class Stream:
         keys = frozenset(values) if isinstance(values, Mapping) else None
         if keys is None or keys not in self._shapes:
             self._shapes |= set() if keys is None else {keys}
-            self.columns |= self._to_row(where, values).columns.keys()
+            self.columns.update(self._to_row(where, values).columns)
 
     def __iter__(self) -> Iterator[Row]:
         return (self._to_row(where, values) for where, values in self._source(0))

@@ -203,8 +203,8 @@ def measured(values: Mapping[str, Any]) -> dict[str, Any]:
 def logged_metrics(notes: Notes, taken: Collection[str] = ()) -> dict[str, float]:
     """What rewards logged by log_metric, by name: the mean of all values of that name, as TRL's.
 
-    A name of this library's own (`OWN`, or one of `taken`) is put behind the reward's name, REWARD/NAME: a record must not hold two things under
-    one name, and a reward that was written for TRL must run unchanged.
+    A name of this library's own (`OWN`, or one of `taken`) is put behind the reward's name, REWARD/NAME: a record must
+    not hold two things under one name, and a reward that was written for TRL must run unchanged.
     """
     values: dict[str, list[float]] = {}
     for (reward, name), logged in notes.metrics.items():
@@ -228,7 +228,7 @@ def logged_extras(notes: Notes, taken: Collection[str] = SAMPLE) -> dict[str, li
 
 
 def _prefix(reward: str) -> str:
-    """A reward's name in front of a name that it logged; a reward whose name would make it one of ours is told apart."""
+    """A reward's name in front of a name that it logged, so that the whole is none of ours."""
     return f"{reward}/" if not f"{reward}/".startswith(OWN_PREFIXES) else f"reward:{reward}/"
 
 

@@ -16,7 +16,7 @@ from ..wording import shown
 from .calling import Call, Caller, CallFailed
 from .messages import completion_text
 from .notes import Notes, Recorder
-from .signatures import BATCH_NAMES, pair_call, require_columns, reward_name, takes_completions, trl_call
+from .signatures import BATCH_NAMES, TrlCall, pair_call, require_columns, reward_name, takes_completions, trl_call
 
 PairReward = Callable[[str, str | None], Any]
 TrlReward = Callable[..., Any]
@@ -190,7 +190,9 @@ def score_parts(
             parts[name] = score_pairs(func, texts, targets, prompts=prompts, name=name, caller=caller)
             continue
 
-        def ask(call: Any = trl_call(func), func: Reward = func) -> Any:
+        call = trl_call(func)
+
+        def ask(func: Reward = func, call: TrlCall = call) -> Any:
             # Lists of its own for each call: one that sorts in place must not misalign the next.
             recorder = Recorder()
             values: dict[str, Any] = {"log_metric": recorder.log_metric, "log_extra": recorder.log_extra, **state}

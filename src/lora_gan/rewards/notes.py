@@ -96,14 +96,18 @@ def mean(values: list[float]) -> float:
 
 
 def _require_name(channel: str, name: Any) -> None:
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{channel}({shown(name)}, ...) is not accepted: the name must be a text that is not empty")
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ValueError(f"{channel}({shown(name)}, ...) is not accepted: the name must be a printable text")
 
 
 def _plain(value: Any) -> Any:
     """The value as JSON can hold it, independent of what its owner does to it later."""
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text to a tracker
+    if isinstance(value, int):
+        return int(value) if abs(value) < 2**63 else shown(value, 1000)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     try:

@@ -1,8 +1,8 @@
 """How a reward is called, read from its signature when the reward is given and not after hours.
 
-There are two forms. The pair form scores one response: its parameters are matched by name (`PAIR_NAMES`), or by position
-where no name is known. TRL's form scores all responses at once and gets keyword arguments: what TRL gives (`GIVEN`) and
-the columns of the data. A signature that does not say which value belongs where is refused with a ValueError.
+There are two forms. The pair form scores one response: its parameters are matched by name (`PAIR_NAMES`), or by
+position where no name is known. TRL's form scores all responses at once and gets keyword arguments: what TRL gives
+(`GIVEN`) and the columns of the data. A signature that does not say which value belongs where is refused.
 """
 
 import inspect

@@ -25,7 +25,8 @@ from typing import Any
 
 #: Settings of this library's rewards that leave the answers as they are, but for rounding.
 WITHOUT_EFFECT = {
-    "batch_size", "cache", "cache_size", "device", "log", "max_concurrency", "max_failures", "price_per_million", "usage",
+    "batch_size", "cache", "cache_size", "device", "log", "max_concurrency", "max_failures", "price_per_million",
+    "usage",
 }  # fmt: skip
 OPTIONS = "_lora_gan_options"  # the attribute where `from_spec` notes the options that it made an object with
 SECRETS = ("key", "token", "secret", "password")  # an option that is called so, or ends in _key, ..., changes no answer
