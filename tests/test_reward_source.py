@@ -5,6 +5,7 @@ import json
 import linecache
 import textwrap
 import warnings
+from unittest.mock import Mock
 
 import pytest
 from helpers import PROMPTS, python, reward, small_gan
@@ -187,18 +188,17 @@ def test_options_by_which_a_reward_was_made(tmp_path):
 
 
 def test_odd_callables_have_a_digest():
+    class Text(str):
+        def __repr__(self):
+            raise RuntimeError
+
     loop: list = []
     loop.append(loop)
-    for func in (
-        max,
-        len,
-        str.upper,
-        "".join,
-        functools.partial(max, loop),
-        functools.partial(reward, target=10**5000),
-    ):
-        assert len(source_digest(func)) == 32
-        assert source_digest(func) == source_digest(func)
+    given = [loop, 10**5000, Text("x"), reward, {1: loop}]
+    odd = [max, len, str.upper, str.lower, "".join, Mock(), *(functools.partial(max, value) for value in given)]
+    found = [source_digest(func) for func in odd]
+    assert found == [source_digest(func) for func in odd] and all(len(digest) == 32 for digest in found)
+    assert len(set(found[:6])) == 6
 
 
 # --- and the log of answers -------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_after_the_warning_it_is_not_too_late(broken_off, reuse):
             run(broken_off, paid(2.0, [], 1), 2)
         asked = []
         run(broken_off, paid(2.0 if reuse else 1.0, asked), 2, reuse_answers=reuse)
-    # Of the first step nothing is asked again. Where one of its answers is the new source's, the second step is another.
+    # No answer of the first step is asked for again. With one of the new source among them the second step is another.
     assert len(asked) == (4 if reuse else 2)
     lines = [json.loads(line) for line in (broken_off / FILE).read_text().splitlines()]
     assert all(len(digest) == 32 for digest in lines[0]["run"]["sources"].values())

@@ -62,6 +62,8 @@ def _parts(obj: Any, seen: set[int]) -> Iterator[str]:
         yield f"builtin {obj.__module__}.{obj.__qualname__}"
     else:
         yield from _class(type(obj), seen)
+        if isinstance(qualname := getattr(obj, "__qualname__", None), str):  # str.upper, and what is written in C
+            yield f"called {qualname}"
         yield from _settings(obj)
         if hasattr(type(obj), "__wrapped__") or "__wrapped__" in getattr(obj, "__dict__", {}):  # functools.lru_cache
             yield from _parts(obj.__wrapped__, seen)
@@ -171,7 +173,7 @@ def _text(obj: Any) -> str | None:
     """The source text of a code object or a class; None where there is none to read."""
     try:
         return textwrap.dedent(inspect.getsource(obj)).strip()
-    except (OSError, TypeError, SyntaxError, IndexError):
+    except Exception:  # OSError and TypeError without a file, others where the file has changed since
         return None
 
 
@@ -193,7 +195,7 @@ def _plain_repr(value: Any) -> str | None:
     """The repr of plain data, the same in every process; None for everything else."""
     try:
         return _repr_of(value)
-    except RecursionError:  # a list that holds itself
+    except Exception:  # a list that holds itself, or a stranger's __repr__
         return None
 
 
@@ -201,8 +203,8 @@ def _repr_of(value: Any) -> str | None:
     if value is None or value is Ellipsis or isinstance(value, bool | int | float | complex | str | bytes | PurePath):
         try:
             return repr(value)
-        except ValueError:  # a number of thousands of digits
-            return hex(value)
+        except ValueError:  # a whole number of thousands of digits
+            return hex(value)  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         parts = [(_repr_of(key), _repr_of(entry)) for key, entry in value.items()]
         return None if any(None in pair for pair in parts) else f"{{{', '.join(f'{k}: {v}' for k, v in parts)}}}"
