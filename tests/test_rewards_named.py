@@ -184,6 +184,124 @@ def test_a_file_that_cannot_be_imported_says_where(folder, source, said):
         sys.modules.pop("broken", None)
 
 
+FACTORIES = """
+from __future__ import annotations
+from collections.abc import Callable
+import typing
+
+
+def make(scale=2.0, shift=0.0):
+    def scaled(response):
+        return scale * len(response) + shift
+    return scaled
+
+
+def annotated(scale, shift=0.0) -> Callable[[str], float]:
+    return make(scale, shift)
+
+
+def annotated_by_typing(reference=None) -> typing.Callable:
+    return lambda completions, **columns: [float(text == reference) for text in completions]
+
+
+def of_trls_form(scale=2.0):
+    return lambda completions, **columns: [scale * len(text) for text in completions]
+
+
+def no_options():
+    return Object()
+
+
+class Object:
+    def __call__(self, prompt, response):
+        return float(len(prompt))
+
+
+def shared(n=1):
+    return module_level
+
+
+def module_level(response):
+    return 7.0
+
+
+def makes_nothing(n=1):
+    return n
+
+
+def makes_what_cannot_be_called_so(n=1):
+    return lambda prompt, answer: 1.0
+
+
+def either(reference=None):
+    return 1.0
+
+
+def either_too(scale=1.0, reference=None):
+    return 1.0
+
+
+def not_annotated(scale, shift):
+    return make(scale, shift)
+
+
+def by_position(text, scale):
+    return scale * len(text)
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("made.py:make", 6.0),
+        ({"name": "made.py:make", "scale": 3.0, "shift": 1}, 10.0),
+        ({"name": "made.py:annotated", "scale": 3.0}, 9.0),
+        ("made.py:annotated_by_typing", 0.0),
+        ({"name": "made.py:annotated_by_typing", "reference": "abc"}, 1.0),
+        ({"name": "made.py:of_trls_form", "scale": 4.0}, 12.0),
+        ("made.py:no_options", 1.0),
+        ({"name": "made.py:not_annotated", "scale": 3.0, "shift": 1}, 10.0),
+        ({"name": "made.py:by_position", "scale": 5.0}, 15.0),
+        ({"name": "made.py:shared", "as": "seven"}, 7.0),
+    ],
+    ids=str,
+)
+def test_a_function_that_makes_a_reward_is_called_with_its_options(folder, spec, expected):
+    (folder / "made.py").write_text(FACTORIES)
+    made = from_spec(spec)
+    assert list(score_parts([made], ["p"], ["abc"], {}).values()) == [[expected]]
+    if isinstance(spec, dict) and "as" in spec:
+        assert reward_name(made) == "seven" and reward_name(from_spec("made.py:module_level")) == "module_level"
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("made.py:annotated", r"needs scale: give it as {name: made.py:annotated, scale: ...}"),
+        ({"name": "made.py:annotated", "scales": 1}, r"no option 'scales' \(did you mean 'scale'\?\)"),
+        ({"name": "made.py:annotated", "shift": 1}, "needs scale"),
+        ("made.py:makes_nothing", "takes no response, so it was called to make a reward, and returned 1, which cannot"),
+        ("made.py:makes_what_cannot_be_called_so", "it is not known what answer beside prompt should get"),
+        ("made.py:either", "could be a reward, which gets a response as reference, or a function that makes one.*->"),
+        ("made.py:either_too", "could be a reward, which gets a response as reference"),
+        ({"name": "made.py:make", "scale": 1, "n": 3}, "no option 'n'; it takes scale, shift"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_reward_or_could_be_one_is_refused(folder, spec, said):
+    (folder / "made.py").write_text(FACTORIES)
+    with pytest.raises(ValueError, match=said) as error:
+        from_spec(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_without_its_options_is_noticed_when_it_is_asked(folder):
+    """By its names alone it looks like a reward of (response, target)."""
+    (folder / "made.py").write_text(FACTORIES.replace("make(scale, shift)", "make()"))
+    with pytest.raises(rewards.RewardError, match="A function that makes a reward is called first"):
+        score_parts([from_spec("made.py:not_annotated")], ["p"], ["abc"], {})
+
+
 def test_naming_rewards_brings_nothing_heavy():
     out = python(
         "import sys\n"

@@ -1,11 +1,12 @@
-"""answers.jsonl: what the true reward said, on the disk before it is used, so that a crash makes nobody pay twice.
+"""answers.jsonl: the answers of the true reward, on the disk before they are used: after a crash nobody pays twice.
 
-    {"run": {"seed": 0, "base": "…", "rewards": ["judge"]}}
+    {"run": {"seed": 0, "base": "…", "rewards": ["judge"], "sources": {"judge": "digest of its source"}}}
     {"step": 12, "reward": "judge", "asked": "digest of the question", "occurrence": 0, "answer": 0.5}
 
-A run that goes on from its newest checkpoint takes the answers that were logged after it in place of asking; one that
-was taken back to an older checkpoint asks anew, since there may have been a reason. What two checkpoints have gone
-past is dropped.
+A run that goes on from its newest checkpoint takes the answers that were logged after it and does not ask for them
+again. A run that was taken back to an older checkpoint asks again, since there may have been a reason. Answers of a
+reward whose source has changed since are not taken, unless the run is told to. They stay in the file with their
+`source`, so that the next start can still take them. Answers from before the last checkpoint but one are dropped.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ class Answers:
 
     Args:
         folder: where answers.jsonl stands.
-        run: what tells this run from another; the answers of another one are not taken.
+        run: what tells this run from another; the answers of another one are not taken. `rewards` holds the rewards'
+            names and `sources` {name: digest of the source}; they are compared for each reward on its own.
         step: the step that the run begins at.
         newest: the step of the newest complete checkpoint in the folder, 0 = none.
+        reuse: whether answers are taken although the reward's source has changed.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], *, step: int, newest: int) -> None:
+    def __init__(self, folder: Path, run: Mapping[str, Any], *, step: int, newest: int, reuse: bool = False) -> None:
         self.path, self.run = folder / FILE, dict(run)
-        self.step = step
+        self.step, self._reuse = step, reuse
         self._lines: list[dict[str, Any]] = []  # what the file is to hold
         self._known: dict[Key, Any] = {}
         self._asked: Counter[tuple[str, str]] = Counter()  # this step's questions so far
@@ -54,18 +57,45 @@ class Answers:
 
     def _take_over(self) -> None:
         header, *lines = open_lines(self.path) or [{}]
-        if header.get("run") != json.loads(json.dumps(self.run)):
+        before = header.get("run")
+        if not isinstance(before, dict) or _identity(before) != _identity(self.run):
             return
+        sources, then = self.run.get("sources", {}), before.get("sources")
+        then = then if isinstance(then, dict) else {}
+        changed: dict[Key, Any] = {}  # answers of rewards with another source
         for line in lines:
             key = (line.get("step"), line.get("reward"), line.get("asked"), line.get("occurrence"))
-            if "answer" in line and type(key[0]) is int and key[0] >= self.step:
+            if not ("answer" in line and type(key[0]) is int and key[0] >= self.step and isinstance(key[1], str)):
+                continue
+            source = line.pop("source", then.get(key[1]))
+            if source is not None and source == sources.get(key[1]):
                 self._known[key] = line["answer"]
-                self._lines.append(line)
+            else:
+                changed[key] = line["answer"]
+                line["source"] = source
+            self._lines.append(line)
+        self._say_what_is_taken(changed)
+
+    def _say_what_is_taken(self, changed: Mapping[Key, Any]) -> None:
+        names = ", ".join(sorted({repr(key[1]) for key in changed}))
+        kept = len(self._known)
+        if self._reuse:
+            self._known = {**changed, **self._known}
         if self._known:
+            added = len(self._known) - kept
+            other = f" ({added} of them from another source of {names}: reuse_answers)" if added else ""
             warnings.warn(
                 f"the run broke off after its newest checkpoint: {len(self._known)} answers of the true reward are "
-                f"taken from {self.path} and not asked for again; delete it to ask anew",
-                stacklevel=5,
+                f"taken from {self.path} and not asked for again; delete it to ask anew{other}",
+                stacklevel=6,
+            )
+        if changed and not self._reuse:
+            warnings.warn(
+                f"{len(changed)} answers of the true reward in {self.path} are not taken, and the reward is asked "
+                f"again: the source of {names} has changed since they were logged, or was not logged with them. Set "
+                "reuse_answers=True to take them all the same: they stay in the file until two further checkpoints "
+                "are written",
+                stacklevel=6,
             )
 
     def begin_step(self, step: int) -> None:
@@ -130,3 +160,8 @@ class Answers:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a run from another, without its rewards, as JSON gives it back."""
+    return json.loads(json.dumps({name: value for name, value in run.items() if name not in ("rewards", "sources")}))

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
-from . import checkpoint, durable, tracking
+from . import checkpoint, data, durable, tracking
 from .answers import Answers
 from .config import Config
 from .data import Row
@@ -105,7 +105,7 @@ class Run:
 
     def __init__(self, gan: LoraGAN, rows: Any, steps: int, *, evaluates: bool = False, progress: bool = True) -> None:
         config, last = gan.config, gan.global_step + steps
-        self.gan, self.first = gan, gan.global_step
+        self.gan, self.first, self._rows = gan, gan.global_step, rows
         self._epoch_length = len(rows) if hasattr(rows, "__len__") else None
         self._epoch_is_open = False
         self.args = Arguments(config, max_steps=last, evaluates=evaluates)
@@ -144,8 +144,9 @@ class Run:
         durable.tidy(folder)
         with ExitStack() as stack:
             self.answers = stack.enter_context(self._answers(folder))
-            self.gan.answers = self.answers
-            stack.callback(setattr, self.gan, "answers", None)
+            self.gan.answers, self.gan.trainer_state = self.answers, self.state
+            self.gan.data_columns = data.column_names(self._rows)
+            stack.callback(self._leave)
             self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
@@ -167,14 +168,19 @@ class Run:
                 self._end_epoch()
                 self._fire("on_train_end")
 
+    def _leave(self) -> None:
+        """The LoraGAN is on its own again."""
+        self.gan.answers, self.gan.trainer_state, self.gan.data_columns = None, None, ()
+
     def _answers(self, folder: Path) -> Answers:
         newest = max(map(checkpoint.step_of, checkpoint.complete(folder)), default=0)
         run = {
             "seed": self.gan.config.seed,
             "base": self.gan.players.base.fingerprint,
             "rewards": self.gan.reward_names,
+            "sources": self.gan.reward_sources,
         }
-        return Answers(folder, run, step=self.first, newest=newest)
+        return Answers(folder, run, step=self.first, newest=newest, reuse=self.gan.config.reuse_answers)
 
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
@@ -217,9 +223,10 @@ class Run:
         self._end_if_told()
 
     def evaluated(self, result: Mapping[str, Any]) -> None:
-        """What `gan.evaluate` found: its means are logged as eval_<name>."""
+        """What `gan.evaluate` found: its means, and what rewards gave log_metric, are logged as eval_<name>."""
         means = {name: metric["mean"] for name, metric in result["metrics"].items()}
-        metrics = {f"eval_{name}": value for name, value in (means | {"distinct_2": result["distinct_2"]}).items()}
+        means |= {"distinct_2": result["distinct_2"], **result.get("logged", {})}
+        metrics = {f"eval_{name}": value for name, value in means.items()}
         metrics = tracking.measured(metrics)
         self._evaluated_at = self.state.global_step
         if self._best_name not in metrics and (self._stops_early or self.args.save_best):

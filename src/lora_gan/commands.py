@@ -134,7 +134,8 @@ def train(
     total = None if isinstance(rows, data_module.Stream) else len(rows)
     print(preview.describe(gan, first, total=total, steps=steps), flush=True)
     if dry_run:
-        print(preview.try_reward(gan, first, calls=preview.calls(config, steps)), flush=True)
+        known = {"columns": data_module.column_names(rows), "max_steps": gan.global_step + steps}
+        print(preview.try_reward(gan, first, calls=preview.calls(config, steps), **known), flush=True)
         return
     for func in reward_funcs:
         if getattr(func, "interactive", False) and func.log is None:

@@ -186,6 +186,8 @@ class Config:
     on_reward_error: OnRewardError = "raise"
     """When the last try has failed: end the run, saved (raise), or leave the response's whole group out of what is
     learned from true rewards in this step (skip). Failures that depend on the response bias what is learned."""
+    reuse_answers: bool = False
+    """Whether a run that broke off takes answers from answers.jsonl although the reward's source has changed since."""
     multi_objective_aggregation: Aggregation = "sum"
     """Several rewards: sum (weighted, as they are), or normalize_then_sum (each in units of its own spread first)."""
 
@@ -313,7 +315,7 @@ class Config:
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
         for name in (
             "log_completions", "trust_remote_code", "greater_is_better", "save_best", "gradient_checkpointing",
-            "skip_special_tokens",
+            "skip_special_tokens", "reuse_answers",
         ):  # fmt: skip
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         self._require("apply_chat_template", self.apply_chat_template in (True, False, None), "True, False or None")

@@ -27,7 +27,8 @@ Prompt = str | Conversation
 Numbered = Iterator[tuple[str, Any]]  # where a row stands, for messages, and the row
 
 TARGET_NAMES = ("target", "target_text", "completion")
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state")  # what rewards get by these names is not data
+# Rewards get something else by these names (rewards.signatures.GIVEN).
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # reach the chat template of their row, as in TRL's SFTTrainer
 
 
@@ -565,11 +566,17 @@ class Stream:
     Elsewhere than onwards is reached by reading the rows before again, from the first epoch on. That costs their
     reading, and is exact for every source that yields the same again: also for a shuffled `IterableDataset` (with a
     seed), whose own state_dict() is not, since it holds no shuffling buffer.
+
+    Attributes:
+        columns: names of the columns of all rows read so far, also of those that were passed over on the way to a
+            position: a resumed run knows what the uninterrupted one knew.
     """
 
     def __init__(self, name: str, source: Callable[[int], Numbered], to_row: Callable[[str, Any], Row]) -> None:
         self._name, self._source, self._to_row = name, source, to_row
         self._keep: Callable[[Row], bool] | None = None
+        self.columns: set[str] = set()
+        self._shapes: set[frozenset[Any]] = set()  # the keys of the rows that were passed over, where they differ
         self._seek(0)
 
     def only(self, keep: Callable[[Row], bool]) -> None:
@@ -602,16 +609,25 @@ class Stream:
             before = passed
             for where, values in self._source(epoch):
                 if self._keep is None and passed < position:
-                    passed += 1  # counted without being parsed
+                    self._pass_over(where, values)
+                    passed += 1
                     continue
                 row = self._to_row(where, values)
                 if self._keep is not None and not self._keep(row):
                     continue
+                self.columns.update(row.columns)
                 passed += 1
                 if passed > position:
                     yield row
             if passed == before:
                 raise ValueError(_no_rows(self._name))
+
+    def _pass_over(self, where: str, values: Any) -> None:
+        """Learn the columns of a row that is not taken; rows of the same keys are not parsed again."""
+        keys = frozenset(values) if isinstance(values, Mapping) else None
+        if keys is None or keys not in self._shapes:
+            self._shapes |= set() if keys is None else {keys}
+            self.columns.update(self._to_row(where, values).columns)
 
     def __iter__(self) -> Iterator[Row]:
         rows = (self._to_row(where, values) for where, values in self._source(0))
@@ -671,7 +687,11 @@ def _given(prompt: Any) -> Prompt:
     return prompt if isinstance(prompt, str) else _messages(prompt, "prompt")
 
 
-def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
-    """Further columns of some rows, by name; None where a row lacks one."""
-    names = sorted(set().union(*(row.columns for row in rows)))
-    return {name: [row.columns.get(name) for row in rows] for name in names}
+def column_names(rows: list[Row] | Stream) -> set[str]:
+    """Names of the columns that some row has; of a stream the live set of those seen so far."""
+    return rows.columns if isinstance(rows, Stream) else set().union(*(row.columns for row in rows))
+
+
+def columns_of(rows: list[Row], names: Iterable[str] = ()) -> dict[str, list[Any]]:
+    """Further columns of some rows, by name, and those called `names`; None where a row lacks one."""
+    return {name: [row.columns.get(name) for row in rows] for name in sorted(column_names(rows).union(names))}

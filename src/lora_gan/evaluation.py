@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import randomness
+from . import randomness, tracking
 from .adapters import Player
 from .data import Row
-from .rewards import text
+from .rewards import Notes, text
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -44,13 +44,16 @@ def evaluate(
         true_reward, pred_reward, length (words); of several rewards each one, unweighted, as rewards/NAME; where rows
         have targets exact_match (0 or 1) and, with sacrebleu installed, chrf (0 to 100, mean over rows).
         distinct_2 (share of word pairs that differ, over all responses) as a plain number.
-        samples: prompt, target, response, true_reward, pred_reward of every row.
+        samples: prompt, target, response, true_reward, pred_reward of every row, and what rewards gave log_extra.
+        logged: name -> mean of what rewards gave log_metric.
     """
     rows = gan.as_meant(rows, apply_chat_template, follow=True)
     as_they_are = {"batch_size": batch_size, "apply_chat_template": False}
     responses = gan.generate(rows, best_of, temperature=temperature, seed=seed, player=player, **as_they_are)
     predicted = gan.score(rows, responses, **as_they_are)
-    true, parts = gan.ask(rows, responses)
+    notes = Notes()
+    ids = getattr(responses, "token_ids", None)  # a generate() of the user's own may return plain texts
+    true, parts = gan.ask(rows, responses, completion_ids=ids, notes=notes)
 
     columns: dict[str, list[float | None]] = {
         "true_reward": true,
@@ -68,8 +71,12 @@ def evaluate(
         {"prompt": row.prompt, "target": row.target, "response": response, "true_reward": t, "pred_reward": p}
         for row, response, t, p in zip(rows, responses, true, predicted, strict=True)
     ]
+    for column, values in tracking.logged_extras(notes, tuple(samples[0]) if samples else ()).items():
+        for sample, value in zip(samples, values, strict=True):
+            sample[column] = value
     metrics = {name: interval(values) for name, values in columns.items()}
-    return {"metrics": metrics, "distinct_2": text.distinct_n(responses, 2), "samples": samples}
+    logged = tracking.measured(tracking.logged_metrics(notes, (*metrics, "distinct_2")))
+    return {"metrics": metrics, "distinct_2": text.distinct_n(responses, 2), "samples": samples, "logged": logged}
 
 
 def table(judged: dict[str, dict[str, Any]]) -> str:
@@ -80,6 +87,9 @@ def table(judged: dict[str, dict[str, Any]]) -> str:
         cells = [result["metrics"][name] for result in judged.values()]
         lines.append([name, *map(_cell, cells)])
     lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
+    for name in next(iter(judged.values())).get("logged", {}):
+        values = [result.get("logged", {}).get(name) for result in judged.values()]
+        lines.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
     return "\n".join(aligned(lines))
 
 

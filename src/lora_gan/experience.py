@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .data import Row
+from .rewards.notes import Notes
 from .rollout import Rollout
 
 
@@ -30,6 +31,7 @@ class Experience:
     # What the predictions were read off, [B, H], with its graph; nothing where it was not kept. Who takes it out has
     # the only name for it, so that it is gone when it has served.
     features: list[Tensor] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)  # what rewards logged about the asked responses
 
     @property
     def predicted_B(self) -> np.ndarray:

@@ -9,14 +9,14 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from . import (
     checkpoint,
@@ -67,6 +67,14 @@ class BudgetSpent(ValueError):
     """The true reward was needed, and `reward_budget` allows no further call."""
 
 
+class Responses(list[str]):
+    """Texts that were generated: a list, with the token ids that were sampled, the end token included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_ids: list[list[int]] = []
+
+
 class LoraGAN:
     """A generator and a discriminator as two LoRA adapters on one frozen base, trained against any reward.
 
@@ -74,8 +82,9 @@ class LoraGAN:
         model: a hub id, a local folder, a GGUF file, "tiny" (the base that ships), "smollm2" (after `lora-gan
             fetch smollm2`), or a model in memory with `processing_class`.
         config: settings; or give them by name: `LoraGAN("tiny", learning_rate=1e-3)`.
-        reward: f(response, target) -> float, higher is better, or a function of TRL's form, f(prompts, completions,
-            **columns) -> list[float | None]. Default: cosine by all-MiniLM-L6-v2.
+        reward: f(response, target) or f(prompt, response, target) -> float, higher is better, matched by these names;
+            or a function of TRL's form, f(prompts, completions, **columns) -> list[float | None]. docs/rewards.md says
+            what each form receives. Default: cosine by all-MiniLM-L6-v2.
         reward_funcs: instead of `reward`, several functions of either form; their weighted sum is the true reward.
         reward_weights: one weight a function of `reward_funcs`; default 1 each.
         processing_class: the tokenizer, where it is not the base's own.
@@ -86,7 +95,8 @@ class LoraGAN:
         callbacks: transformers.TrainerCallback objects or classes, which fit() calls.
 
     Raises:
-        ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other.
+        ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other, a reward
+            whose signature does not say how to call it.
     """
 
     def __init__(
@@ -115,6 +125,9 @@ class LoraGAN:
         for func in reward_funcs or ([] if reward is None else [reward]):
             if not callable(func):
                 raise ValueError(f"the reward {func!r} is not a function: give one, or rewards.from_spec({func!r})")
+            rewards.check_reward(func)
+        if type(self).compute_reward is not LoraGAN.compute_reward:
+            rewards.check_reward(self.compute_reward)
         self.callbacks = check_callbacks(callbacks)
         self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
         base = load_base(model, processing_class, self.config, quantization_config=quantization_config)
@@ -128,6 +141,8 @@ class LoraGAN:
         self.prompt_kinds: set[str] = set()  # of the prompts trained on: "messages", "texts"
         self.reward_failures = 0  # responses on which a reward failed to the last try, since this object was made
         self.answers: Answers | None = None  # in fit(): the log of what the true reward said
+        self.trainer_state: TrainerState | None = None  # in fit(): the run's
+        self.data_columns: Collection[str] = ()  # in fit(): names of the columns of the data
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
         if reward is not None and rewards.takes_completions(reward):
@@ -139,6 +154,12 @@ class LoraGAN:
         for func in reward_funcs or [reward]:
             if hasattr(func, "bind"):  # one that asks the base itself, as Perplexity does
                 func.bind(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A reward that is assigned is checked as one that is given."""
+        if name == "compute_reward" and callable(value):
+            rewards.check_reward(value)
+        super().__setattr__(name, value)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -254,7 +275,7 @@ class LoraGAN:
         `learns`: the discriminator's update comes next, and begins from the predictions' own forward.
         """
         if asks:
-            self._require_comparable(rows)
+            self._require_answerable(rows, self.data_columns)
         prompts = self.players.encoder.prompts(rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         features: list[Tensor] = []
@@ -274,7 +295,8 @@ class LoraGAN:
             floor=self.config.query_floor,
             left=self.calls_left,
         )
-        true_B, parts, left_out = self._true_rewards(rows, sampled, queries.asked_B)
+        notes = rewards.Notes()
+        true_B, parts, left_out = self._true_rewards(rows, sampled, queries.asked_B, notes)
         self.reward_calls += int(queries.asked_B.sum())
         return Experience(
             self.global_step,
@@ -289,6 +311,7 @@ class LoraGAN:
             self.discriminator.gate,
             np.isin(sampled.group_B, list(left_out)) if left_out else None,
             features,
+            notes,
         )
 
     def _over_with_budget(self, signal: RewardSignal) -> bool:
@@ -308,22 +331,37 @@ class LoraGAN:
         it; where `reward_funcs`, or a reward of TRL's form, were given, those are asked instead."""
         return self._cosine(response, target)
 
+    def _require_answerable(self, rows: list[Row], columns: Collection[str] = (), *, read: str = "no row") -> None:
+        """Raise where a reward needs a target that a row lacks, or a column that is neither in the rows nor among
+        `columns`."""
+        self._require_comparable(rows)
+        rewards.require_columns(self._rewards, data.column_names(rows).union(columns), rows=read)
+
     def _require_comparable(self, rows: list[Row]) -> None:
+        """Raise where a reward needs a target that a row lacks."""
         comparing = [func for func in self._rewards if getattr(func, "needs_target", False)]
         if comparing:
             remedy = ": give target_text (target_column names its column in data), or another reward"
             _require_targets(rows, f"the reward {rewards.reward_name(comparing[0])!r} compares with a target", remedy)
 
     def _true_rewards(
-        self, rows: list[Row], sampled: rollout.Rollout, asked_B: np.ndarray
+        self, rows: list[Row], sampled: rollout.Rollout, asked_B: np.ndarray, notes: rewards.Notes
     ) -> tuple[np.ndarray, dict[str, np.ndarray], set[int]]:
         """True rewards of the asked responses, NaN elsewhere, float64 [B]; their parts by name; and the groups in which
-        a reward failed to the last try, of which all are NaN."""
+        a reward failed to the last try, of which all are NaN. What rewards log goes into `notes`."""
         asked = np.flatnonzero(asked_B)
         groups = sampled.group_B[asked].tolist()
         caller = self._caller()
+        ids = sampled.parts()[1] if any(map(rewards.takes_completions, self._rewards)) else None
         with self._interrupts.harmless():
-            parts = self._ask([rows[j] for j in groups], [sampled.texts[i] for i in asked], caller)
+            parts = self._ask(
+                [rows[j] for j in groups],
+                [sampled.texts[i] for i in asked],
+                caller,
+                completion_ids=None if ids is None else [ids[i] for i in asked],
+                columns=self.data_columns,
+                notes=notes,
+            )
         left_out = {groups[i] for i in caller.failed}
         if left_out:
             self._count_failures(len(caller.failed))
@@ -370,15 +408,48 @@ class LoraGAN:
             )
         self.reward_failures += count
 
-    def ask(self, rows: list[Row], responses: list[str]) -> tuple[list[float | None], rewards.Parts]:
-        """The true reward of one response to each row, and its parts by name; None = the reward gave no answer."""
-        parts = self._ask(rows, responses, Caller())
+    def ask(
+        self,
+        rows: list[Row],
+        responses: list[str],
+        *,
+        completion_ids: list[list[int]] | None = None,
+        columns: Collection[str] = (),
+        max_steps: int | None = None,
+        notes: rewards.Notes | None = None,
+    ) -> tuple[list[float | None], rewards.Parts]:
+        """The true reward of one response to each row, and its parts by name; None = the reward gave no answer.
+
+        Args:
+            rows: the row that each response answers.
+            responses: texts.
+            completion_ids: the token ids of the responses as they were generated, the end token included. None: the
+                texts are tokenized and closed as score() closes them, which can differ from the ids that a text was
+                generated with.
+            columns: names of columns beside those of the rows; rewards get None for them.
+            max_steps: of the run, for a trainer_state outside fit(); None: the config's, 0 where it has none.
+            notes: takes what rewards log by log_metric and log_extra.
+        """
+        parts = self._ask(
+            rows,
+            responses,
+            Caller(),
+            completion_ids=completion_ids,
+            columns=columns,
+            max_steps=max_steps,
+            notes=notes,
+        )
         return self._total(parts), parts
 
     @property
     def reward_names(self) -> list[str]:
         """What logs call the parts of the true reward."""
         return rewards.reward_names(self._rewards)
+
+    @property
+    def reward_sources(self) -> dict[str, str]:
+        """{name: digest of the reward's source}; answers are taken up again only where it is the same."""
+        return dict(zip(self.reward_names, map(rewards.source_digest, self._rewards), strict=True))
 
     @property
     def _rewards(self) -> list[Callable[..., Any]]:
@@ -389,16 +460,41 @@ class LoraGAN:
         overridden = assigned or type(self).compute_reward is not LoraGAN.compute_reward
         return [self.compute_reward if overridden else self._cosine]
 
-    def _ask(self, rows: list[Row], responses: list[str], caller: Caller) -> rewards.Parts:
+    def _ask(
+        self,
+        rows: list[Row],
+        responses: list[str],
+        caller: Caller,
+        *,
+        completion_ids: list[list[int]] | None,
+        columns: Collection[str],
+        max_steps: int | None = None,
+        notes: rewards.Notes | None = None,
+    ) -> rewards.Parts:
         """What each part of the true reward says of one response to each row."""
         if not responses:
             return {name: [] for name in self.reward_names}
-        columns = data.columns_of(rows)
-        if any(row.target is not None for row in rows):
-            columns["target"] = [row.target for row in rows]
         funcs = self._rewards
+        table = data.columns_of(rows, columns)
+        if "target" not in table or any(row.target is not None for row in rows):
+            table["target"] = [row.target for row in rows]
+        if completion_ids is None and any(map(rewards.takes_completions, funcs)):
+            encoder = self.players.encoder
+            completion_ids = [encoder.response(text, row) for text, row in zip(responses, rows, strict=True)]
+        state = self.trainer_state or TrainerState(
+            global_step=self.global_step, max_steps=max_steps or self.config.max_steps or 0
+        )
         with aside_for(funcs):
-            return rewards.score_parts(funcs, [row.prompt for row in rows], responses, columns, caller=caller)
+            return rewards.score_parts(
+                funcs,
+                [row.prompt for row in rows],
+                responses,
+                table,
+                caller=caller,
+                completion_ids=completion_ids,
+                trainer_state=state,
+                notes=notes,
+            )
 
     def _total(self, parts: rewards.Parts) -> list[float | None]:
         weights = self.reward_weights if self._rewards is self.reward_funcs else None
@@ -552,6 +648,9 @@ class LoraGAN:
             seed: another seed gives other responses; the config's where not given.
             player: "reference" answers with the untouched base.
             batch_size: prompts answered at once; None = all.
+
+        Returns:
+            The texts. The list's `token_ids` holds the ids that each one was sampled as, the end token included.
         """
         rows = self.as_meant(data.as_rows(prompts, tools, chat_template_kwargs), apply_chat_template, follow=True)
         if not isinstance(best_of, int) or best_of < 1:
@@ -560,15 +659,18 @@ class LoraGAN:
             return []
         encoded = self._encode(rows, max_completion_length)
         uniforms = self._uniforms(encoded, best_of, "generate", length=max_completion_length, seed=seed)
-        chosen: list[str] = []
+        responses = Responses()
         for part in rollout.chunks(len(rows), batch_size):
             draws = slice(part.start * best_of, part.stop * best_of)
             sampled = self._sample(encoded[part], uniforms[draws], temperature=temperature, top_p=top_p, player=player)
             best = np.zeros(len(encoded[part]), dtype=int)
             if best_of > 1:
                 best = self.discriminator.predict(sampled).mean(0).reshape(-1, best_of).argmax(-1)
-            chosen += [sampled.texts[j * best_of + int(i)] for j, i in enumerate(best)]
-        return chosen
+            chosen = [j * best_of + int(i) for j, i in enumerate(best)]
+            _, ids, _ = sampled.parts()
+            responses += [sampled.texts[row] for row in chosen]
+            responses.token_ids += [ids[row] for row in chosen]
+        return responses
 
     def score(
         self,
@@ -653,7 +755,18 @@ class LoraGAN:
                 encoder.target(row)
 
         drop_long = self.config.on_long_prompt == "drop"
-        return row_checks.checked(rows, check, drop_long=drop_long, progress=progress)
+        rows = row_checks.checked(rows, check, drop_long=drop_long, progress=progress)
+        if asks:
+            self._require_columns(rows, "evaluation data" if held_out else "data")
+        return rows
+
+    def _require_columns(self, rows: list[Row] | data.Stream, called: str) -> None:
+        """Raise where a reward needs a column that no row has; of a stream, none of the first step's."""
+        read = f"no row of the {called}"
+        if isinstance(rows, data.Stream) and rewards.needs_columns(self._rewards):
+            rows.take(self.config.prompts_per_step, self.position)
+            read = "no row read so far from the stream"
+        rewards.require_columns(self._rewards, data.column_names(rows), rows=read)
 
     def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
         names = {"prompt_column": self.config.prompt_column, "target_column": self.config.target_column}

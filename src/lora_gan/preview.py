@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -133,23 +134,29 @@ def _size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
+def try_reward(
+    gan: LoraGAN, rows: list[Row], *, calls: int, columns: Collection[str] = (), max_steps: int | None = None
+) -> str:
     """Ask the true reward for a few responses of the generator as it stands, and for targets; say what it can teach.
 
     Args:
         rows: the first rows of the data; PROMPTS of them are used.
         calls: true-reward calls the run would make, for the time they would take.
+        columns: names of all columns of the data; rewards get None for those that these rows lack.
+        max_steps: steps of the run, for the trainer_state that rewards get.
     """
+    options: dict[str, Any] = {"columns": columns, "max_steps": max_steps}
     rows = gan.as_meant(rows[:PROMPTS])
-    responses = gan.generate(
-        [row for row in rows for _ in range(RESPONSES)]
-    )  # equal prompts are told apart: RESPONSES different draws each
+    # Equal prompts are told apart: each gets RESPONSES different draws.
+    responses = gan.generate([row for row in rows for _ in range(RESPONSES)])
     if any(getattr(func, "interactive", False) for func in gan.reward_funcs or ()):
         print(
             f"Now you are asked about up to {len(responses) + 2 * len(rows)} responses, to try the reward.", flush=True
         )
     began = time.perf_counter()
-    answers, parts = gan.ask([row for row in rows for _ in range(RESPONSES)], responses)
+    ids = getattr(responses, "token_ids", None)
+    repeated = [row for row in rows for _ in range(RESPONSES)]
+    answers, parts = gan.ask(repeated, responses, completion_ids=ids, **options)
     first = time.perf_counter() - began
     reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), RESPONSES)
 
@@ -167,8 +174,8 @@ def try_reward(gan: LoraGAN, rows: list[Row], *, calls: int) -> str:
     paired = [row for row in rows if row.target]
     if len(paired) > 1:
         began = time.perf_counter()
-        own, _ = gan.ask(paired, [row.target or "" for row in paired])
-        others, _ = gan.ask(paired, [row.target or "" for row in paired[1:] + paired[:1]])
+        own, _ = gan.ask(paired, [row.target or "" for row in paired], **options)
+        others, _ = gan.ask(paired, [row.target or "" for row in paired[1:] + paired[:1]], **options)
         own_mean, other_mean = (float(np.mean([x for x in xs if x is not None] or [np.nan])) for xs in (own, others))
         if not np.isnan(own_mean + other_mean):
             lines.append(

@@ -12,7 +12,7 @@ import difflib
 import importlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .config import Config
 from .data import Row
 from .discriminator import fresh_metrics
 from .experience import Experience
+from .rewards.notes import Notes, mean
 
 
 def step_record(
@@ -40,7 +41,8 @@ def step_record(
 ) -> dict[str, Any]:
     """The dict that step() returns: six keys in their order, all K responses, then metrics, as plain Python values.
 
-    `step` and `reward_calls` count this step in.
+    `step` and `reward_calls` count this step in. What rewards logged comes last: each metric under its name, and
+    `extra`, {column: values shaped as the rewards are}, where there is any.
     """
     responses, true, predicted = _by_group(experience, len(rows))
 
@@ -82,20 +84,42 @@ def step_record(
         for name, part_B in experience.parts.items():
             record |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
     record |= {k: v for k, v in (gen | disc).items() if k not in record}
-    return record | {"alarms": list(alarms)}
+    record |= {"alarms": list(alarms)}
+    if experience is not None:
+        record |= logged_metrics(experience.notes)
+        extras = logged_extras(experience.notes)
+        if extras:
+            record["extra"] = {
+                column: shaped(_grouped(_spread(values, experience.asked_B), len(rows)))
+                for column, values in extras.items()
+            }
+    return record
 
 
 def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], ...]:
     """Responses, true and predicted rewards, each P lists of K; None for what there is not."""
     if experience is None:
         return tuple([None] * prompts for _ in range(3))
-    per_prompt = len(experience.rollout) // prompts
     columns = (
         experience.rollout.texts,
         [None if math.isnan(value) else value for value in experience.true_B.tolist()],
         [None if math.isnan(value) else value for value in experience.predicted_B.tolist()],
     )
-    return tuple([column[j * per_prompt : (j + 1) * per_prompt] for j in range(prompts)] for column in columns)
+    return tuple(_grouped(column, prompts) for column in columns)
+
+
+def _grouped(column_B: list[Any], prompts: int) -> list[list[Any]]:
+    """P lists of K."""
+    per_prompt = len(column_B) // prompts
+    return [column_B[j * per_prompt : (j + 1) * per_prompt] for j in range(prompts)]
+
+
+def _spread(values: list[Any], asked_B: np.ndarray) -> list[Any]:
+    """The values of the asked responses in their places, None elsewhere."""
+    whole_B: list[Any] = [None] * len(asked_B)
+    for i, value in zip(np.flatnonzero(asked_B), values, strict=True):
+        whole_B[i] = value
+    return whole_B
 
 
 def _mean(values_B: np.ndarray) -> float | None:
@@ -133,7 +157,9 @@ def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
 
 # --- what is logged ---------------------------------------------------------------------------------------------------
 
-TEXTS = {"prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards", "alarms"}
+TEXTS = {
+    "prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards", "alarms", "extra",
+}  # fmt: skip
 LOGGED_AS = {
     "reward_mean": "reward",
     "pred_reward_mean": "pred_reward",
@@ -143,6 +169,15 @@ LOGGED_AS = {
     "completion_length": "completions/mean_length",
     "kl": "kl_per_response",
 }
+#: Names of this library's records and logs; a reward that logs one of them gets another, see `logged_metrics`.
+OWN = {
+    *TEXTS, *LOGGED_AS, *LOGGED_AS.values(), "step", "epoch", "num_tokens", "step_tokens", "step_time", "reward_calls",
+    "reward_std", "asked", "reward_failures", "unanswered", "frac_asked", "frac_reward_zero_std", "kl_per_token",
+    "entropy", "beta", "gate", "imitation_loss", "calibration_slope", "uncertainty_correlation", "rank_correlation",
+    "rank_correlation_within",
+}  # fmt: skip
+OWN_PREFIXES = ("rewards/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
+SAMPLE = ("step", "prompt", "completion", "true_reward", "pred_reward", "target")  # the columns of a sample
 LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # the others: means
 
 
@@ -151,7 +186,9 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in record.items() if name not in TEXTS}
     if record.get("kl") is not None and record.get("completion_length"):
         values["kl_per_token"] = record["kl"] / record["completion_length"]
-    names = LOGGED_AS | {name: f"{name}/mean" for name in values if f"{name}/std" in values and "/" in name}
+    names = LOGGED_AS | {
+        name: f"{name}/mean" for name in values if name.startswith("rewards/") and f"{name}/std" in values
+    }
     logged = {names.get(name, name): value for name, value in values.items()}
     if "kl_per_token" in logged:
         logged["kl"] = logged.pop("kl_per_token")  # TRL's kl counts a token
@@ -161,6 +198,38 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
 def measured(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are numbers: None, NaN and infinities cannot stand in JSON, nor in every tracker."""
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def logged_metrics(notes: Notes, taken: Collection[str] = ()) -> dict[str, float]:
+    """What rewards logged by log_metric, by name: the mean of all values of that name, as TRL's.
+
+    A name of this library's own (`OWN`, or one of `taken`) is put behind the reward's name, REWARD/NAME: a record must
+    not hold two things under one name, and a reward that was written for TRL must run unchanged.
+    """
+    values: dict[str, list[float]] = {}
+    for (reward, name), logged in notes.metrics.items():
+        is_own = name in OWN or name in taken or name.startswith(OWN_PREFIXES)
+        values.setdefault(f"{_prefix(reward)}{name}" if is_own else name, []).extend(logged)
+    return {name: mean(logged) for name, logged in values.items()}
+
+
+def logged_extras(notes: Notes, taken: Collection[str] = SAMPLE) -> dict[str, list[Any]]:
+    """What rewards logged by log_extra, by column.
+
+    A column that has the name of a sample's own, or the name but not the values of another reward's, becomes
+    REWARD/COLUMN.
+    """
+    columns: dict[str, list[Any]] = {}
+    for (reward, column), values in notes.extras.items():
+        if column in taken or columns.get(column, values) != values:
+            column = f"{_prefix(reward)}{column}"
+        columns[column] = values
+    return columns
+
+
+def _prefix(reward: str) -> str:
+    """A reward's name in front of a name that it logged, so that the whole is none of ours."""
+    return f"{reward}/" if not f"{reward}/".startswith(OWN_PREFIXES) else f"reward:{reward}/"
 
 
 class Window:
@@ -198,6 +267,9 @@ def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str,
                 "pred_reward": predicted if predicted is not None and math.isfinite(predicted) else None,
             }
             samples.append(sample if row.target is None else sample | {"target": row.target})
+        for column, groups in record.get("extra", {}).items():
+            for sample, value in zip(samples[len(samples) - len(groups[j]) :], groups[j], strict=True):
+                sample[column] = value
     return samples
 
 
@@ -255,8 +327,11 @@ class Trackers:
 
     def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
         """As a table; TensorBoard has none, and gets it as Markdown."""
-        columns = ["step", "prompt", "completion", "true_reward", "pred_reward", "target"]
-        data = [[sample.get(column) for column in columns] for sample in samples]
+        extras = sorted({column for sample in samples for column in sample} - set(SAMPLE))
+        columns = [*SAMPLE, *extras]
+        cells = [[sample.get(column) for sample in samples] for column in SAMPLE]
+        cells += [_alike([sample.get(column) for sample in samples]) for column in extras]
+        data = [list(row) for row in zip(*cells, strict=True)]
         for tracker in self.trackers:
             if tracker.name == "wandb":
                 tracker.log_table("completions", columns=columns, data=data, step=step)
@@ -296,6 +371,14 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in settings.items()
         if value is not None
     }
+
+
+def _alike(values: list[Any]) -> list[Any]:
+    """A column as every tracker takes it: numbers, or texts, or truth values; a mixture as texts."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or kinds in ({str}, {bool}):
+        return values
+    return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
 
 
 def _markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:

@@ -7,18 +7,19 @@ from .base import Perplexity
 from .combine import (
     RewardError,
     RewardUnavailable,
-    reward_name,
     reward_names,
     score_pairs,
     score_parts,
     score_trl,
-    takes_completions,
     weighted_total,
 )
 from .model import Classifier, Entailment
 from .named import from_spec, from_specs
+from .notes import Notes
 from .scales import Scales
 from .shaping import Length, repetition
+from .signatures import check_reward, needs_columns, require_columns, reward_name, takes_completions
+from .source import source_digest
 from .text import bleu, chrf, corpus_chrf, distinct_n, exact_match, meteor, rouge
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ __all__ = [
     "Human",
     "Judge",
     "Length",
+    "Notes",
     "Perplexity",
     "RewardError",
     "RewardUnavailable",
     "Scales",
     "bleu",
+    "check_reward",
     "chrf",
     "corpus_chrf",
     "distinct_n",
@@ -45,13 +48,16 @@ __all__ = [
     "from_spec",
     "from_specs",
     "meteor",
+    "needs_columns",
     "repetition",
+    "require_columns",
     "reward_name",
     "reward_names",
     "rouge",
     "score_pairs",
     "score_parts",
     "score_trl",
+    "source_digest",
     "takes_completions",
     "weighted_total",
 ]

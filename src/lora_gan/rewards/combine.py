@@ -1,9 +1,10 @@
-"""Where what a user's reward returns becomes numbers. Pure functions without state.
+"""Where the return values of a user's reward become numbers. Pure functions without state.
 
-Two forms are understood everywhere, told apart by signature: f(response, target) -> float, and TRL's
+Two forms are understood everywhere (`signatures` tells them apart): f(response, target) -> float, and TRL's
 f(prompts=, completions=, **columns) -> list. In both, a score is any one real number (Python, NumPy or PyTorch; a bool
-counts as 0 or 1), or None: "not answered" in the first form, "does not apply to this row" in the second. Departure
-from TRL: NaN is refused, not read as None, since it is more often a bug in a reward than a decision.
+counts as 0 or 1), or None: "not answered" in the first form, "does not apply to this row" in the second. Two departures
+from TRL: NaN is refused, not read as None, since it is more often a bug in a reward than a decision; and a function
+without **kwargs gets the arguments that it names, where TRL passes all of them and the function raises.
 """
 
 import inspect
@@ -14,6 +15,8 @@ from typing import Any
 from ..wording import shown
 from .calling import Call, Caller, CallFailed
 from .messages import completion_text
+from .notes import Notes, Recorder
+from .signatures import BATCH_NAMES, TrlCall, pair_call, require_columns, reward_name, takes_completions, trl_call
 
 PairReward = Callable[[str, str | None], Any]
 TrlReward = Callable[..., Any]
@@ -31,68 +34,65 @@ class RewardUnavailable(RuntimeError):
     """A reward cannot run here at all, whatever it is asked to score: its model or its data is not to be had."""
 
 
-def takes_completions(func: Reward) -> bool:
-    """Whether a reward is of TRL's form: it takes the keyword `completions`, by name or through **kwargs.
-
-    f(response, target, **kwargs) takes its first two by position and is of the pair form. What has no signature to
-    read (some builtins) is of the pair form, too.
-    """
-    if hasattr(func, "batch"):
-        return False
-    try:
-        parameters = inspect.signature(func).parameters
-    except (TypeError, ValueError):
-        return False
-    kinds = [parameter.kind for parameter in parameters.values()]
-    if "completions" in parameters:
-        return True
-    by_position = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, _EITHER) for kind in kinds)
-    return inspect.Parameter.VAR_KEYWORD in kinds and (by_position < 2 or "prompts" in parameters)
-
-
-_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-
 def score_pairs(
     fn: PairReward,
     responses: Sequence[str],
     targets: Sequence[str | None],
     *,
+    prompts: Sequence[Any] | None = None,
     name: str | None = None,
     caller: Caller | None = None,
 ) -> list[float | None]:
-    """Score response i against target i by f(response, target); `name` is what errors call it, its own if None.
+    """Score response i by a function of the pair form; `name` is what errors call it, its own if None.
 
-    A function that has a method `batch(responses, targets) -> list` is asked once for all rows, as CosineReward is.
-    `caller` says how: how often, how long, how many at once; None = once, one after the other.
+    Prompt, response and target are matched by the names of the parameters, see `signatures`; a function with none of
+    these names gets (response, target). A function that has a method `batch(responses, targets) -> list` is asked once
+    for all rows, as CosineReward is; it may name `prompts`, too. `caller` says how: how often, how long, how many at
+    once; None = once, one after the other.
 
     Returns:
         for each row a finite float, or None where the reward did not answer.
 
     Raises:
         RewardError: the function raised, or a value is not a score.
+        ValueError: lists of different lengths, a signature that does not say how to call the function, or a function
+            that takes the prompt and no `prompts`.
         RewardUnavailable, ImportError: passed on as they are; the reward cannot run here, and no row is at fault.
     """
     if len(responses) != len(targets):
         raise ValueError(f"{len(responses)} responses but {len(targets)} targets; give one target (or None) for each")
     name, caller = name or reward_name(fn), caller or Caller()
+    in_batch = hasattr(fn, "batch")
+    call = pair_call(fn.batch, BATCH_NAMES, name=f"{name}.batch") if in_batch else pair_call(fn, name=name)
+    if call.takes_prompt and (prompts is None or len(prompts) != len(responses)):
+        given = "none were given" if prompts is None else f"{len(prompts)} were given"
+        raise ValueError(f"the reward {name!r} takes the prompt: give {len(responses)} prompts; {given}")
+    asked_about = [responses, targets, prompts] if call.takes_prompt else [responses, targets]
 
     def row(i: int) -> str:
         return f"row {i} (response {_excerpt(responses[i])}, target {_excerpt(targets[i])})"
 
-    if hasattr(fn, "batch"):
+    if in_batch:
         where = f"{len(responses)} rows, the first of them {row(0)}" if responses else "no rows"
-        ask = lambda: fn.batch(list(responses), list(targets))  # noqa: E731
-        return _asked_once(caller, name, where, [list(responses), list(targets)], ask, row)
+
+        def ask() -> Any:
+            lists = {"prompt": list(prompts or ()), "response": list(responses), "target": list(targets)}
+            return call(fn.batch, **lists)
+
+        return _asked_once(caller, name, where, [list(values) for values in asked_about], ask, row)
+
+    def one(i: int) -> Any:
+        return call(fn, prompt=None if prompts is None else prompts[i], response=responses[i], target=targets[i])
+
     return _called(
         caller,
         name,
         where=row,
         calls=[
             (
-                [responses[i], targets[i]],
+                [values[i] for values in asked_about],
                 [i],
-                lambda i=i: fn(responses[i], targets[i]),
+                lambda i=i: one(i),
                 lambda value, i=i: _score(name, value, row(i)),
             )
             for i in range(len(responses))
@@ -128,25 +128,33 @@ def score_parts(
     columns: Mapping[str, Sequence[Any]],
     *,
     caller: Caller | None = None,
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    trainer_state: Any = None,
+    notes: Notes | None = None,
 ) -> Parts:
     """What each reward says of each row, unweighted.
 
     Args:
-        funcs: rewards of either form. TRL's is called as f(prompts=..., completions=..., **columns), so it must accept
-            the columns it does not use (**kwargs); the other as f(response, target), its target the column `target`,
-            None where there is none.
+        funcs: rewards of either form. TRL's is called with prompts, completions, completion_ids, trainer_state,
+            log_metric, log_extra and the columns, all by keyword; a function without **kwargs gets those that it names.
+            The pair form gets the response, and the prompt and the column `target` (None where there is none) as its
+            parameters say.
         prompts: one for each row, text or chat messages, handed on as they are.
         completions: the responses, text or chat messages. Where the prompt is chat messages, a function of TRL's form
             gets a text as [{"role": "assistant", "content": text}], as from TRL; the pair form always gets text.
         columns: the dataset's other columns, each with one entry for each row.
         caller: how often, how long and how many at once they are asked; None = once, one after the other.
+        completion_ids: the token ids of each completion, the end token included; None = functions get none.
+        trainer_state: a transformers.TrainerState; None = functions get none.
+        notes: takes what functions log by log_metric and log_extra; None = it is dropped.
 
     Returns:
         {name of the function: its scores}, in the order of `funcs`.
 
     Raises:
         RewardError: a function raised, or returned what is not one score a row.
-        ValueError: no functions, completions or a column of the wrong length, or a column named as an argument is.
+        ValueError: no functions, completions or a column of the wrong length, a column named as an argument is, or a
+            function that names a column that is not there.
         RewardUnavailable, ImportError: passed on as they are; the reward cannot run here, and no row is at fault.
     """
     rows = len(prompts)
@@ -155,27 +163,48 @@ def score_parts(
     for column in ("prompts", "completions"):
         if column in columns:
             raise ValueError(f"a column must not be called {column!r}: rewards get the rows' own {column} by that name")
-    for column, entries in {"completions": completions, **columns}.items():
+    given = {} if completion_ids is None else {"completion_ids": completion_ids}
+    for column, entries in {"completions": completions, **given, **columns}.items():
         if len(entries) != rows:
             raise ValueError(f"{len(entries)} {column} for {rows} prompts; give one for each prompt")
+    state = {} if trainer_state is None else {"trainer_state": trainer_state}
+    named = ("prompts", "completions", "log_metric", "log_extra", *given, *state)
+    require_columns(funcs, columns, given=named, rows="no row")
 
     def row(i: int) -> str:
         return f"row {i} (prompt {_excerpt(prompts[i])}, completion {_excerpt(completions[i])})"
 
     where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
+    # An answer is known by prompts, completions and columns. A column without a value for these rows counts as none, so
+    # that it does not matter what other rows have. The ids follow from the completions, the state from the step.
+    question: dict[str, Any] = {
+        column: list(entries) for column, entries in columns.items() if any(entry is not None for entry in entries)
+    }
+    question |= {"prompts": list(prompts), "completions": _as_answers(prompts, completions)}
     parts: Parts = {}
-    caller = caller or Caller()
+    caller, notes = caller or Caller(), notes or Notes()
     for name, func in zip(reward_names(funcs), funcs, strict=True):
         if not takes_completions(func):
             texts = [completion_text(completion) for completion in completions]
-            parts[name] = score_pairs(func, texts, columns.get("target") or [None] * rows, name=name, caller=caller)
+            targets = columns.get("target") or [None] * rows
+            parts[name] = score_pairs(func, texts, targets, prompts=prompts, name=name, caller=caller)
             continue
-        # Lists of its own for each function: one that sorts in place must not misalign the next.
-        arguments: dict[str, Any] = {column: list(entries) for column, entries in columns.items()}
-        arguments["prompts"] = list(prompts)
-        arguments["completions"] = [_as_answer(*pair) for pair in zip(prompts, completions, strict=True)]
-        ask = lambda f=func, given=arguments: f(**given)  # noqa: E731
-        parts[name] = _asked_once(caller, name, where, arguments, ask, row)
+
+        call = trl_call(func)
+
+        def ask(func: Reward = func, call: TrlCall = call) -> Any:
+            # Lists of its own for each call: one that sorts in place must not misalign the next.
+            recorder = Recorder()
+            values: dict[str, Any] = {"log_metric": recorder.log_metric, "log_extra": recorder.log_extra, **state}
+            values |= {column: list(map(list, entries)) for column, entries in given.items()}
+            values |= {column: list(entries) for column, entries in columns.items()}
+            values |= {"prompts": list(prompts), "completions": _as_answers(prompts, completions)}
+            return _with(recorder, func(**call.arguments(values)))
+
+        def take(recorder: Recorder, name: str = name) -> None:
+            notes.take(name, recorder, rows)
+
+        parts[name] = _asked_once(caller, name, where, question, ask, row, take)
     return parts
 
 
@@ -202,14 +231,24 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return weights
 
 
+def _as_answers(prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+    return [_as_answer(*pair) for pair in zip(prompts, completions, strict=True)]
+
+
 def _as_answer(prompt: Any, completion: Any) -> Any:
     conversational = isinstance(prompt, list | tuple) and isinstance(completion, str)
     return [{"role": "assistant", "content": completion}] if conversational else completion
 
 
-def reward_name(func: Callable[..., Any]) -> str:
-    """The function's __name__, or its class's where it has none (functools.partial, an object with __call__)."""
-    return getattr(func, "__name__", None) or type(func).__name__
+def _with(recorder: Recorder, values: Any) -> Any:
+    """(what the function returned, its recorder); awaitable where the function's value is."""
+    if not inspect.isawaitable(values):
+        return values, recorder
+
+    async def wait() -> Any:
+        return await values, recorder
+
+    return wait()
 
 
 def reward_names(funcs: Sequence[Callable[..., Any]]) -> list[str]:
@@ -238,12 +277,27 @@ def _called(caller: Caller, name: str, *, where: Callable[[int], str], calls: Se
 
 
 def _asked_once(
-    caller: Caller, name: str, where: str, question: Any, ask: Callable[[], Any], row: Callable[[int], str]
+    caller: Caller,
+    name: str,
+    where: str,
+    question: Any,
+    ask: Callable[[], Any],
+    row: Callable[[int], str],
+    take: Callable[[Recorder], None] | None = None,
 ) -> list[float | None]:
-    """Scores of all rows by one call."""
+    """Scores of all rows by one call. With `take`, `ask` returns the values and a recorder, which `take` gets once the
+    values are scores."""
     rows = _rows_of(question)
-    calls = [(question, range(rows), ask, lambda values: _scores(name, values, rows, row))]
-    (scores,) = _called(caller, name, where=lambda _: where, calls=calls)
+
+    def read(values: Any) -> list[float | None]:
+        if take is None:
+            return _scores(name, values, rows, row)
+        values, recorder = values
+        scores = _scores(name, values, rows, row)
+        take(recorder)
+        return scores
+
+    (scores,) = _called(caller, name, where=lambda _: where, calls=[(question, range(rows), ask, read)])
     return [None] * rows if scores is None else scores
 
 
@@ -259,7 +313,7 @@ def _scores(name: str, values: Any, rows: int, row: Callable[[int], str]) -> lis
     if not isinstance(values, list | tuple):
         raise RewardError(
             f"the reward {name!r} returned {_excerpt(values)} ({type(values).__name__}) for {rows} rows; "
-            "it must return a list with one score for each row"
+            f"it must return a list with one score for each row{_is_factory(values)}"
         )
     if len(values) != rows:
         last = f"; nothing for {row(len(values))}" if len(values) < rows else ""
@@ -282,9 +336,13 @@ def _score(name: str, value: Any, where: str) -> float | None:
     if not math.isfinite(result):
         raise RewardError(
             f"the reward {name!r} returned {_excerpt(value)} ({type(value).__name__}) for {where}; "
-            f"a score is {ACCEPTED}"
+            f"a score is {ACCEPTED}{_is_factory(value)}"
         )
     return result
+
+
+def _is_factory(value: Any) -> str:
+    return ". A function that makes a reward is called first: give what it returns" if callable(value) else ""
 
 
 def _excerpt(value: Any, length: int = 80) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from .combine import RewardUnavailable
 from .loading import local_folder, undisturbed
 from .messages import completion_text
+from .signatures import GIVEN
 
 Reads = Literal["response", "pair", "text", "chat"]
 Output = Literal["probability", "logit"]
@@ -239,7 +240,7 @@ class Entailment(_SequenceClassifier):
         if self.premise != "prompt" and self.premise not in columns:
             raise ValueError(
                 f"there is no column {self.premise!r} to take the premise from; the columns: "
-                f"{', '.join(['prompt', *columns])} (premise= names another)"
+                f"{', '.join(['prompt', *(name for name in columns if name not in GIVEN)])} (premise= names another)"
             )
         premises = list(prompts if self.premise == "prompt" else columns[self.premise])
         for premise in premises:

@@ -3,9 +3,15 @@
 from_spec("chrf")
 from_spec("my_reward.py:score")                                     # a function, or a class, in a file
 from_spec({"name": "rouge", "kind": "rouge2"})                      # options go to the function or class
+from_spec({"name": "trl.rewards:get_repetition_penalty_reward", "ngram_size": 2})   # or to a function that makes one
 from_specs(["chrf", {"name": "length", "target_words": 30, "weight": 0.2}])
+
+A function makes a reward (a factory) where its return annotation is Callable, or where nothing is left in its signature
+that could take a response: it has none of the names that rewards know, and the options and default values fill all of
+its parameters. It is then called with the options. Every other function is a reward itself.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -14,12 +20,14 @@ import inspect
 import math
 import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .combine import reward_name, takes_completions
+from .signatures import GIVEN, PAIR_NAMES, check_reward, returns_function, reward_name, takes_completions
+from .source import OPTIONS
 
 READY = {  # name: the file of this folder it is in, and what it is called there
     "exact_match": ("text", "exact_match"),
@@ -44,12 +52,14 @@ def from_spec(spec: Spec) -> Callable[..., Any]:
     """The reward that a specification names.
 
     Args:
-        spec: the name of a ready-made reward (`READY`), "path/to/file.py:function" or "package.module:function", a
-            class in the function's place being called without arguments; or a mapping with such a `name`, options for
-            the function or class, and if wanted `as`, the name that logs shall show. A callable is returned as it is.
+        spec: the name of a ready-made reward (`READY`), "path/to/file.py:function" or "package.module:function". A
+            class, or a function that makes a reward, is called in the function's place. Or a mapping with such a
+            `name`, options for the function or class, and if wanted `as`, the name that logs shall show. A callable is
+            returned as it is.
 
     Raises:
-        ValueError: no such reward, file, module or function; one that cannot be imported or called; unknown options.
+        ValueError: no such reward, file, module or function; one that cannot be imported or called; unknown options; a
+            function that could be a reward or make one; a signature that does not say how to call the reward.
         ImportError: the reward needs a library that is not installed.
     """
     reward, _ = _read(spec)
@@ -74,6 +84,7 @@ def _read(spec: Any) -> tuple[Callable[..., Any], float]:
         return _build(spec, {}, None), 1.0
     if not isinstance(spec, Mapping):
         if callable(spec):
+            check_reward(spec)
             return spec, 1.0
         raise ValueError(f"{spec!r} names no reward: give a name, file.py:function, or a mapping with 'name'")
     options = dict(spec)
@@ -88,43 +99,100 @@ def _read(spec: Any) -> tuple[Callable[..., Any], float]:
 
 
 def _build(name: str, options: dict[str, Any], shown: str | None) -> Callable[..., Any]:
-    """A class called with its options; a function with its options bound, under its own name."""
+    """A class or a factory called with its options; a function with its options bound, under its own name."""
     found = _find(name)
     if not callable(found):
         raise ValueError(
             f"{name!r} is of type {type(found).__name__}, not a function: a reward is called with a response"
         )
     is_class = isinstance(found, type)
-    _check_options(name, found, options, is_class)
-    if is_class:
-        try:
-            reward = found(**options)
-        except (TypeError, AttributeError, LookupError) as error:  # an option of the wrong type, mostly
-            raise ValueError(f"the reward {name!r} cannot be made with {options!r:.200}: {error}") from error
-        if not callable(reward):
-            raise ValueError(f"{name!r} is a class whose objects cannot be called: give it __call__(response, target)")
+    makes_one = is_class or _is_factory(name, found, options)
+    _check_options(name, found, options, makes_one)
+    if makes_one:
+        reward = _made(name, found, options)
     elif options or shown:
-        reward = functools.partial(found, **options)
-        reward.__name__ = reward_name(found)  # type: ignore[attr-defined]
-        reward.needs_target = getattr(found, "needs_target", False)  # type: ignore[attr-defined]
+        reward = _bound(found, options)
     else:
         reward = found
+    try:
+        check_reward(reward)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if shown:
         reward.__name__ = shown
     return reward
 
 
-def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any], is_class: bool) -> None:
+def _made(name: str, found: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """What a class or a factory makes of its options."""
+    try:
+        reward = found(**options)
+    except (TypeError, AttributeError, LookupError) as error:  # an option of the wrong type, mostly
+        raise ValueError(f"the reward {name!r} cannot be made with {options!r:.200}: {error}") from error
+    if not callable(reward) and isinstance(found, type):
+        raise ValueError(f"{name!r} is a class whose objects cannot be called: give it __call__(response, target)")
+    if not callable(reward):
+        raise ValueError(
+            f"{name!r} takes no response, so it was called to make a reward, and returned {reward!r:.60}, which cannot "
+            f"be called. A reward names what it takes: {', '.join(PAIR_NAMES)}; or, in TRL's form, {', '.join(GIVEN)}"
+        )
+    if isinstance(reward, types.FunctionType):  # a name and options of its own: others may hold the same function
+        reward = _bound(reward, {})
+    with contextlib.suppress(AttributeError, TypeError):  # an object with __slots__
+        setattr(reward, OPTIONS, options)
+    return reward
+
+
+def _bound(func: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    reward = functools.partial(func, **options)
+    reward.__name__ = reward_name(func)  # type: ignore[attr-defined]
+    reward.needs_target = getattr(func, "needs_target", False)  # type: ignore[attr-defined]
+    return reward
+
+
+def _is_factory(name: str, found: Callable[..., Any], options: dict[str, Any]) -> bool:
+    """Whether a function makes a reward, by the rule that the module names.
+
+    Raises:
+        ValueError: it could be either: it has none of the names that rewards know, and parameters whose default is None
+            are left that could take a response.
+    """
+    if not isinstance(found, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        return False  # an object is a reward
+    if returns_function(found):
+        return True
+    try:
+        parameters = list(inspect.signature(found).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if any(parameter.kind in VARIADIC for parameter in parameters):
+        return False
+    if any(parameter.name in (*PAIR_NAMES, *GIVEN) for parameter in parameters):
+        return False
+    left = [parameter for parameter in parameters if parameter.name not in options]
+    if any(parameter.default is parameter.empty for parameter in left):
+        return False
+    if open_ones := [parameter.name for parameter in left if parameter.default is None]:
+        raise ValueError(
+            f"{name!r} could be a reward, which gets a response as {open_ones[0]}, or a function that makes one: name "
+            f"the parameter response, or annotate the function with -> Callable, or give {open_ones[0]} as an option"
+        )
+    return True
+
+
+VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any], makes_one: bool) -> None:
     """Every option is one that the function or class takes beside what a reward is called with; none is missing."""
     try:
         parameters = dict(inspect.signature(found).parameters)
     except (TypeError, ValueError):
         return
-    if not is_class:
-        called_with = ("prompts", "completions") if "completions" in parameters else list(parameters)[:2]
+    if not makes_one:
+        called_with = _called_with(found, list(parameters), options)
         parameters = {key: value for key, value in parameters.items() if key not in called_with}
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    accepted = [key for key, value in parameters.items() if value.kind not in variadic]
+    accepted = [key for key, value in parameters.items() if value.kind not in VARIADIC]
     if not any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values()):
         for option in options:
             if option not in accepted:
@@ -134,10 +202,21 @@ def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any]
                 takes = ", ".join(known)
                 raise ValueError(f"the reward {name!r} has no option {option!r}{hint}; it takes {takes}")
     required = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in options]
-    if required and (is_class or not takes_completions(found)):  # TRL's form may ask for columns
+    if required and (makes_one or not takes_completions(found)):  # TRL's form may ask for columns
+        known = "" if makes_one else (
+            f". Its signature is {inspect.signature(found)!s:.200}; a reward is called with {', '.join(PAIR_NAMES)}"
+        )  # fmt: skip
         raise ValueError(
-            f"the reward {name!r} needs {', '.join(required)}: give it as {{name: {name}, {required[0]}: ...}}"
+            f"the reward {name!r} needs {', '.join(required)}: give it as {{name: {name}, {required[0]}: ...}}{known}"
         )
+
+
+def _called_with(found: Callable[..., Any], names: list[str], options: dict[str, Any]) -> list[str]:
+    """The parameters that a call of the reward fills; the others are options."""
+    if takes_completions(found):
+        return [name for name in names if name in GIVEN]
+    known = [name for name in names if name in PAIR_NAMES]
+    return known or [*names[:1], *(name for name in names[1:2] if name not in options)]
 
 
 def _find(name: str) -> Any:
