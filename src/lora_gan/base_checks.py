@@ -255,14 +255,14 @@ def fitted_tokenizer(
         why = needed[first]
         if first not in vocabulary.values():
             raise ValueError(
-                f"{called} cannot be the base: id {first} ({why}) is neither a token nor a row of its embedding; of the "
-                f"tokenizer {sizes}: correct model.generation_config.eos_token_id"
+                f"{called} cannot be the base: id {first} ({why}) is neither a token nor a row of its embedding; of "
+                f"the tokenizer {sizes}: correct model.generation_config.eos_token_id"
             )
         token = tokenizer.convert_ids_to_tokens(first)
         raise ValueError(
-            f"the tokenizer does not fit {called}: {sizes}, and {token!r} (id {first}, {why}) has none ({len(needed)} such "
-            f"tokens). Call model.resize_token_embeddings({size}) and save the base before it is opened here, or give the "
-            "tokenizer that belongs to the base"
+            f"the tokenizer does not fit {called}: {sizes}, and {token!r} (id {first}, {why}) has none ({len(needed)} "
+            f"such tokens). Call model.resize_token_embeddings({size}) and save the base before it is opened here, or "
+            "give the tokenizer that belongs to the base"
         )
     return _without(tokenizer, outside) if outside else tokenizer
 
