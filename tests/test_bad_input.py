@@ -226,10 +226,12 @@ def test_what_the_other_commands_refuse(there, capsys):
     generate = ["generate", "--checkpoint", "run"]
     refused(capsys, generate, "--prompt", "--data")
     refused(capsys, [*generate, "--prompt", ""], "prompt")
+    refused(capsys, [*generate, "--prompt", "a\udcff"], "prompt 1", "half a surrogate pair")
     refused(capsys, [*generate, "--prompt", "a", "--data", "good.jsonl"], "one of the two")
     refused(capsys, [*generate, "--prompt", "a", "--temperature", "-1"], "temperature=-1")
     refused(capsys, [*generate, "--prompt", "a", "--best_of", "0"], "--best_of", "0")
     refused(capsys, ["score", "--checkpoint", "run", "--prompt", "a"], "--response")
+    refused(capsys, ["score", "--checkpoint", "run", "--prompt", "a", "--response", "\udcff"], "response 1")
     refused(capsys, ["score", "--checkpoint", "run", "--data", "good.jsonl"], "completion", "--response_column")
     refused(capsys, ["eval", "--checkpoint", "run"], "--data")
     refused(capsys, ["trian"], "trian", "train")

@@ -250,9 +250,8 @@ def _opening(name: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError ...
         reason = " ".join(str(error).split())[:600] or type(error).__name__
-        if not isinstance(
-            error, (OSError, ValueError, ImportError, RuntimeError)
-        ):  # a KeyError's text is its key alone
+        tells = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+        if not tells:  # the text of a KeyError is its key alone
             reason = f"{type(error).__name__}: {reason}"
         remedy = "; save it there, or pass processing_class=" if what == "tokenizer" else ""
         raise ValueError(f"the {what} of the base {name!r} could not be opened: {reason}{remedy}") from error

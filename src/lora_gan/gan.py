@@ -520,7 +520,8 @@ class LoraGAN:
         """Run `steps` further steps over a dataset's rows, `config.prompts_per_step` a step, in shuffled epochs.
 
         Args:
-            dataset: rows of prompt / target, as `data.read_rows` takes them: mappings, a file, a `datasets.Dataset`.
+            dataset: rows of prompt / target, as `data.read_rows` takes them: mappings, a file, a `datasets.Dataset`, a
+                pandas data frame.
             steps: how many more steps; None: up to `config.max_steps` in all, or for `config.num_train_epochs`.
             eval_dataset: held-out rows, judged every `config.eval_steps`, and at the end.
             train_gen, train_disc: as in `step()`.
