@@ -12,6 +12,7 @@ import torch
 from helpers import copies, differences, player_state, reward, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_bases import base_weights
+from test_rewards_trl import OF_TRL, Recorder, of_trl, trl_rewards
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -216,3 +217,28 @@ def test_it_learns_to_stop_where_its_template_does(smollm2):
     for _ in range(6):
         gan.step(QUESTION, "Lyon, says the parrot.", train_disc=False)
     assert gan.generate(QUESTION, temperature=0) == ["Lyon, says the parrot."]
+
+
+def test_five_rewards_of_trl_see_what_grpo_would_show_them(smollm2):
+    """Every part of the reward is what GRPOTrainer computes of the same completions and ids."""
+    names = list(OF_TRL)[:3] + ["accuracy_reward", "get_cosine_scaled_reward"]
+    funcs = [of_trl(name) for name in names]
+    seen = Recorder()
+    gan = small_gan(
+        "smollm2", reward_funcs=[*funcs, seen], max_completion_length=24, num_generations=4, temperature=0.7
+    )
+    prompts = [QUESTION, [{"role": "user", "content": "What is one half? Answer in \\boxed{}."}]]
+    solutions = [r"\frac{1}{3}", r"\frac{1}{2}"]
+    out = gan.step(prompts, solution=solutions, train_gen=False)
+    (call,) = seen.calls
+    assert [completion[0]["content"] for completion in call["completions"]] == sum(out["responses"], [])
+    assert call["prompts"] == [prompt for prompt in prompts for _ in range(4)]
+    inputs = [
+        {"prompt": prompt, "solution": right} for prompt, right in zip(call["prompts"], call["solution"], strict=True)
+    ]
+    expected, _, _ = trl_rewards(funcs, inputs, call["completions"], call["completion_ids"])
+    for name, scores in zip(gan.reward_names, zip(*expected, strict=True), strict=False):
+        known = [score for score in scores if score is not None]
+        assert out[f"rewards/{name}"] == pytest.approx(sum(known) / len(known), abs=1e-6), name
+    spread = {name: len(set(scores)) for name, scores in zip(names, zip(*expected, strict=True), strict=True)}
+    assert max(spread.values()) > 1, f"nothing differs: {spread}"
