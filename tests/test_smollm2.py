@@ -12,6 +12,7 @@ import torch
 from helpers import copies, differences, player_state, reward, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_bases import base_weights
+from test_quickstart import CHAT, run_blocks
 from test_rewards_trl import OF_TRL, Recorder, of_trl, trl_rewards
 from transformers import (
     AutoConfig,
@@ -242,3 +243,13 @@ def test_five_rewards_of_trl_see_what_grpo_would_show_them(smollm2):
         assert out[f"rewards/{name}"] == pytest.approx(sum(known) / len(known), abs=1e-6), name
     spread = {name: len(set(scores)) for name, scores in zip(names, zip(*expected, strict=True), strict=True)}
     assert max(spread.values()) > 1, f"nothing differs: {spread}"
+
+
+def test_the_quickstarts_path_of_a_chat_model(smollm2, tmp_path):
+    """docs/quickstart.md, its second path, as it stands."""
+    fetched, rows, _, look, train, used, stock = run_blocks(CHAT, tmp_path)
+    assert str(smollm2) in fetched and '"role": "user"' in rows
+    assert "chat messages, answered up to '<|im_end|>'" in look and "brief: asked for 100%" in look
+    assert "step 12" in train and (tmp_path / "runs" / "chat" / "step-12").is_dir()
+    answer = stock.splitlines()[-1]
+    assert answer and answer in used.splitlines(), "stock transformers and lora-gan generate say the same"

@@ -60,8 +60,10 @@ class _SequenceClassifier:
     @property
     def _limit(self) -> int | None:
         """Most tokens the model reads; None where neither it nor its tokenizer names a limit."""
-        config = self._lm.config.get_text_config()
-        limits = (self.max_length, self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+        from ..base_checks import context_of
+
+        context = context_of(self._lm.config.get_text_config())
+        limits = (self.max_length, self._tokenizer.model_max_length, context)
         known = [limit for limit in limits if limit is not None and 0 < limit < 10**9]  # "no limit" is 10**30
         return min(known) if known else None
 
