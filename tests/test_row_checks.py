@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import pytest
+from families import family_gan
 from helpers import PROMPTS, SMALL, base_folder, differences, player_state, small_gan
 from test_chat_prompts import said
 from transformers import AutoTokenizer
@@ -205,3 +206,26 @@ def test_what_a_resume_is_recommended_for_can_succeed(tmp_path):
     code, told = run([*go_on, "--on_long_prompt", "drop"])
     assert code == 0, told
     assert (tmp_path / "run" / "step-6").is_dir()
+
+
+def test_held_out_prompts_are_checked_in_the_form_that_they_will_have(tmp_path):
+    """After training on messages a plain prompt is sent as one, and then it is longer."""
+    gan = family_gan("smollm2", output_dir=str(tmp_path))
+    room = gan.players.base.context - gan.config.max_completion_length
+    plain = "cat " * (room // len(gan._encode(["cat cat"])[0]))
+    while len(gan._encode([plain])[0]) > room:
+        plain = plain[4:]
+    with pytest.raises(ValueError, match="row 1: a prompt of"):
+        gan.fit([{"prompt": chat("why")}], steps=1, eval_dataset=[{"prompt": plain}], progress=False)
+    assert gan.global_step == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gan.fit([{"prompt": "why"}], steps=1, eval_dataset=[{"prompt": plain}], progress=False)
+    assert gan.global_step == 1
+
+
+def test_a_step_that_failed_remembers_no_kind_of_prompt():
+    gan = family_gan("smollm2", reward=lambda response, target: 1 / 0)
+    with pytest.raises(ValueError, match="raised ZeroDivisionError"):
+        gan.step(chat("why"))
+    assert gan.prompt_kinds == set()

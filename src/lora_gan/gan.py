@@ -208,7 +208,8 @@ class LoraGAN:
         single: bool = False,
     ) -> dict[str, Any]:
         """The step on rows, as step() and fit() both take it: play, then one update of each player that learns."""
-        self._notice_kinds(rows)
+        kinds = self._kinds(rows)
+        self._notice_plain_prompts(kinds)
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         imitation_weight, reinforce = self._teaching(rows, train_gen)
 
@@ -242,6 +243,7 @@ class LoraGAN:
             for words in alarms:
                 warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
         self.global_step += 1
+        self.prompt_kinds |= kinds
         nonfinite.require_progress(self, gen, disc)
         return tracking.step_record(
             rows,
@@ -544,7 +546,11 @@ class LoraGAN:
         rows = self.check_rows(dataset, train_gen=train_gen, asks=asks, progress=progress)
         held_out = None
         if eval_dataset is not None:
-            held_out = self.check_rows(eval_dataset, split="test", train_gen=False, progress=progress)
+            first = rows.take(1, self.position) if isinstance(rows, data.Stream) else rows
+            chats = self._follows(self.prompt_kinds | self._kinds(first))  # as it will be when they are judged
+            held_out = self.check_rows(
+                eval_dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats
+            )
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
@@ -713,7 +719,9 @@ class LoraGAN:
 
         See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size, apply_chat_template).
         """
-        return evaluation.evaluate(self, self.check_rows(dataset, split="test", train_gen=False), **options)
+        chats = options.get("apply_chat_template")
+        rows = self.check_rows(dataset, split="test", train_gen=False, apply_chat_template=chats)
+        return evaluation.evaluate(self, rows, **options)
 
     def check_rows(
         self,
@@ -723,6 +731,7 @@ class LoraGAN:
         train_gen: bool = True,
         asks: bool = True,
         progress: bool = True,
+        apply_chat_template: bool | None = None,
     ) -> list[Row] | data.Stream:
         """The rows of a data set, checked as fit() does before its first step; rows of a stream when they are read.
 
@@ -731,6 +740,7 @@ class LoraGAN:
             train_gen: whether the generator learns from these rows, which imitation needs targets for.
             asks: whether the true reward is asked, which may need targets.
             progress: show a bar where the check takes long.
+            apply_chat_template: as in `generate()`.
 
         Raises:
             ValueError: a prompt that is empty, that the chat template does not take, or that leaves no room for a
@@ -746,7 +756,7 @@ class LoraGAN:
         compares = self.config.disc_objective == "real_vs_generated" or self.config.disc_anchor_reward is not None
 
         def check(row: Row) -> None:
-            (row,) = self.as_meant([row], follow=held_out)
+            (row,) = self.as_meant([row], apply_chat_template, follow=held_out)
             encoder.prompt(row)
             if asks:
                 self._require_comparable([row])
@@ -782,16 +792,23 @@ class LoraGAN:
         """
         wanted = self.config.apply_chat_template if apply_chat_template is None else apply_chat_template
         if wanted is None and follow:
-            wanted = self.prompt_kinds == {"messages"} and self.players.encoder.has_template
+            wanted = self._follows(self.prompt_kinds)
         return self.players.encoder.as_chat(rows) if wanted else rows
 
-    def _notice_kinds(self, rows: list[Row]) -> None:
-        """Remember which kinds of prompts train the generator; tell once of plain ones that bypass a chat template."""
-        encoder = self.players.encoder
-        kinds = {"messages" if encoder.is_chat(row) else "texts" for row in rows}
-        if "texts" in kinds - self.prompt_kinds and encoder.has_template and self.config.apply_chat_template is None:
+    def _follows(self, kinds: set[str]) -> bool | None:
+        """Whether plain prompts beside training prompts of these kinds are sent as messages; None: the setting says."""
+        if self.config.apply_chat_template is not None:
+            return None
+        return kinds == {"messages"} and self.players.encoder.has_template
+
+    def _kinds(self, rows: list[Row]) -> set[str]:
+        return {"messages" if self.players.encoder.is_chat(row) else "texts" for row in rows}
+
+    def _notice_plain_prompts(self, kinds: set[str]) -> None:
+        """Tell once of plain prompts that bypass a chat template."""
+        bypasses = self.players.encoder.has_template and self.config.apply_chat_template is None
+        if bypasses and "texts" in kinds - self.prompt_kinds:
             warnings.warn(PLAIN_PROMPTS, stacklevel=4)
-        self.prompt_kinds |= kinds
 
     def _encode(self, prompts: Iterable[Prompt | Row], length: int | None = None) -> list[list[int]]:
         if length is not None and length < 1:
