@@ -212,9 +212,9 @@ def test_held_out_prompts_are_checked_in_the_form_that_they_will_have(tmp_path):
     """After training on messages a plain prompt is sent as one, and then it is longer."""
     gan = family_gan("smollm2", output_dir=str(tmp_path))
     room = gan.players.base.context - gan.config.max_completion_length
-    plain = "cat " * (room // len(gan._encode(["cat cat"])[0]))
-    while len(gan._encode([plain])[0]) > room:
-        plain = plain[4:]
+    tokenizer, plain = gan.players.base.tokenizer, "cat"
+    while len(tokenizer(plain + " cat")["input_ids"]) <= room:
+        plain += " cat"
     with pytest.raises(ValueError, match="row 1: a prompt of"):
         gan.fit([{"prompt": chat("why")}], steps=1, eval_dataset=[{"prompt": plain}], progress=False)
     assert gan.global_step == 0
