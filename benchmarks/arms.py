@@ -31,7 +31,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lora_gan import LoraGAN, tiny
+from lora_gan.adapters import Base
 from lora_gan.config import Config
 
 DEFAULTS = Config()
@@ -260,8 +261,14 @@ class LoraGanArm:
                     layers_to_transform=list(range(layers - upper_layers, layers)),
                     target_modules=linear_names(workload.folder),
                 )
+        tokenizer = None
+        if "endings" in {known.name for known in fields(Base)}:  # commits before it open the folder as it is
+            # NEVER has no row in the embedding, and the library refuses such an end token: the last word replaces it.
+            tokenizer = AutoTokenizer.from_pretrained(workload.folder)
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids(NEVER) - 1)
         self.gan = LoraGAN(
             str(workload.folder),
+            processing_class=tokenizer,
             reward=lambda response, target=None: self.reward(response),
             disc_peft_config=disc_peft_config,
             device=str(workload.device),
@@ -271,6 +278,8 @@ class LoraGanArm:
             micro_batch_size=workload.micro_batch,
             **settings,
         )
+        if tokenizer is not None:
+            _let_nothing_end(self.gan)
 
     def step(self) -> Wrote:
         prompts = self.workload.prompts_at(self.gan.global_step)
@@ -290,6 +299,16 @@ class LoraGanArm:
 
     def close(self) -> None:
         pass
+
+
+def _let_nothing_end(gan: LoraGAN) -> None:
+    """Every response has all its tokens, as those of the other arms."""
+    from lora_gan.endings import Endings
+
+    base = gan.players.base
+    beyond = base.model.get_input_embeddings().weight.shape[0]
+    endless = replace(base, endings=Endings(base.tokenizer, (beyond,)))
+    gan.players.base = gan.players.encoder.base = endless
 
 
 class TwoModels:

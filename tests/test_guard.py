@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, TARGETS, differences, player_state, small_gan
+from helpers import PROMPTS, TARGETS, differences, player_state, response_ids, small_gan
 
 from lora_gan import data, estimate, objectives, rollout
 from lora_gan.discriminator import Group, Replay
@@ -220,7 +220,10 @@ def test_a_prompt_that_stands_twice_has_each_rows_own_target_as_its_anchor():
     gan = small_gan(disc_anchor_reward=1.0, num_generations=2)
     gan.step([PROMPTS[0], PROMPTS[0]], TARGETS[:2])
     anchors = [group.responses[-1] for group in gan.discriminator.replay.groups]
-    assert anchors == [gan.discriminator._target_ids(text) for text in TARGETS[:2]] and anchors[0] != anchors[1]
+    assert (
+        anchors == [response_ids(gan, text)[: gan.config.max_completion_length] for text in TARGETS[:2]]
+        and anchors[0] != anchors[1]
+    )
 
 
 def test_the_reservoir_keeps_an_even_sample():
