@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import copies, differences, player_state, reward, small_gan
+from helpers import copies, differences, player_state, reward, rollout_of, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_bases import base_weights
 from test_quickstart import CHAT, run_blocks
@@ -140,7 +140,7 @@ def chat(smollm2, tmp_path_factory):
     """A run on messages: predictions, scores and exports come from it. The reward has the order of 1."""
     folder = tmp_path_factory.mktemp("chat")
     gan = small_gan(
-        "smollm2", output_dir=str(folder), reward=reward, max_completion_length=16, num_generations=8, temperature=0.7,
+        "smollm2", output_dir=str(folder), reward=reward, max_completion_length=32, num_generations=8, temperature=0.5,
         disc_learning_rate=2e-4, learning_rate=2e-5,
     )  # fmt: skip
     gan.fit(ROWS, steps=2, progress=False)
@@ -148,18 +148,19 @@ def chat(smollm2, tmp_path_factory):
 
 
 def test_scores_are_the_predictions_of_training(chat):
+    """For responses that ended, and whose text tokenizes back to the ids that were sampled."""
     gan, _ = chat
-    compared = 0
+    prompts, compared = [row["prompt"] for row in ROWS], 0
     for _ in range(3):
-        out = gan.step([row["prompt"] for row in ROWS], train_gen=False, train_disc=False)
-        for row, responses, predicted in zip(ROWS, out["responses"], out["pred_rewards"], strict=True):
-            scores = gan.score([row["prompt"]] * len(responses), responses)
-            single = gan.score(row["prompt"], responses[0])
-            for text, ours, trained in zip(responses, scores, predicted, strict=True):
-                if len(gan.players.encoder.response(text, Row(row["prompt"]))) <= 16:  # it ended, and is not cut
-                    assert ours == pytest.approx(trained, abs=1e-4)
+        _, sampled, _ = rollout_of(gan, prompts, 8).parts()
+        out = gan.step(prompts, train_gen=False, train_disc=False)
+        for j, (prompt, responses) in enumerate(zip(prompts, out["responses"], strict=True)):
+            together, alone = gan.score([prompt] * 8, responses), gan.score(prompt, responses[0])
+            assert alone == pytest.approx(together[:1], abs=1e-4)
+            for i, text in enumerate(responses):
+                if sampled[8 * j + i] == gan.players.encoder.response(text, Row(prompt)):
+                    assert together[i] == pytest.approx(out["pred_rewards"][j][i], abs=1e-4)
                     compared += 1
-            assert single == pytest.approx(scores[:1], abs=1e-4)
     assert compared >= 20
 
 
