@@ -1,7 +1,7 @@
 """What a base must hold when it is opened: whole finite weights, a vocabulary that fits, a known context.
 
 Each fault is one line that names what is wrong. Oracles: numbers that overflow by arithmetic; tokenizers made here,
-whose tokens are known one by one; checkpoints that load to the bit.
+whose tokens are known one by one; checkpoints that load bitwise equal.
 """
 
 import copy

@@ -86,7 +86,7 @@ class Answers:
             other = f" ({added} of them from another source of {names}: reuse_answers)" if added else ""
             warnings.warn(
                 f"the run broke off after its newest checkpoint: {len(self._known)} answers of the true reward are "
-                f"taken from {self.path} and not asked for again; delete it to ask anew{other}",
+                f"taken from {self.path} and not asked for again; delete it to ask again{other}",
                 stacklevel=6,
             )
         if changed and not self._reuse:

@@ -1,4 +1,4 @@
-"""Rows of a data frame, without importing the library that made it: whoever holds one has imported it."""
+"""Rows of a data frame, without importing the library that made it: it is imported already if a frame exists."""
 
 from __future__ import annotations
 
