@@ -12,7 +12,7 @@ from families import FAMILIES, family_folder, family_gan
 from helpers import base_folder, differences, player_state, reward, small_gan
 from transformers import AutoTokenizer
 
-from lora_gan import LoraGAN
+from lora_gan import LoraGAN, preview
 from lora_gan.base import load_base
 from lora_gan.cli import main
 from lora_gan.config import Config
@@ -180,6 +180,16 @@ def test_the_dry_run_says_how_prompts_reach_the_model(tmp_path, capsys):
         "chat messages, answered up to '<end_of_turn>'" in told and "!" not in told.split("prompts")[1].split("\n")[0]
     )
     assert "set apply_chat_template" not in dry("llama-3-base", "--max_completion_length", "6")
+
+
+def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypatch):
+    """A chat run that goes on with plain prompts sends them as they are."""
+    gan = family_gan("gemma-3")
+    gan.step(OTHER)
+    seen, prompt = [], Encoder.prompt
+    monkeypatch.setattr(Encoder, "prompt", lambda self, row, *_: seen.append(row.prompt) or prompt(self, row, *_))
+    preview.try_reward(gan, [Row(QUESTION)], calls=1)
+    assert seen and set(map(str, seen)) == {QUESTION}
 
 
 # --- messages as they were written ------------------------------------------------------------------------------------

@@ -161,9 +161,10 @@ class Encoder:
         """
         encoded = [self.response(text, row) for text, row in zip(responses, rows, strict=True)]
         if self.config.on_long_prompt == "truncate_left":
-            # Where training cut a prompt, its responses are read behind the cut one.
+            # Where training cut a prompt, its responses are read behind the cut one. The closing id of a response of
+            # max_completion_length tokens has no place there: sampling stopped before an end.
             least = self.config.max_completion_length
-            prompts = [self.prompt(row, max(least, len(ids))) for row, ids in zip(rows, encoded, strict=True)]
+            prompts = [self.prompt(row, max(least, len(ids) - 1)) for row, ids in zip(rows, encoded, strict=True)]
         else:
             prompts = self.prompts(rows, 0)
         for row, prompt, response in zip(rows, prompts, encoded, strict=True):

@@ -544,13 +544,7 @@ class LoraGAN:
         """
         asks = train_disc or self.config.signal(self.config.adversarial) != "predicted"
         rows = self.check_rows(dataset, train_gen=train_gen, asks=asks, progress=progress)
-        held_out = None
-        if eval_dataset is not None:
-            first = rows.take(1, self.position) if isinstance(rows, data.Stream) else rows
-            chats = self._follows(self.prompt_kinds | self._kinds(first))  # as it will be when they are judged
-            held_out = self.check_rows(
-                eval_dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats
-            )
+        held_out = None if eval_dataset is None else self.check_held_out(eval_dataset, rows, progress=progress)
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
@@ -770,6 +764,18 @@ class LoraGAN:
         if asks:
             self._require_columns(rows, "evaluation data" if held_out else "data")
         return rows
+
+    def check_held_out(
+        self, dataset: Dataset, training: list[Row] | data.Stream, *, progress: bool = True
+    ) -> list[Row] | data.Stream:
+        """Held-out rows, checked in the form that their prompts will have when fit() on these training rows judges them.
+
+        Raises:
+            ValueError: as `check_rows`.
+        """
+        first = training.take(1, self.position) if isinstance(training, data.Stream) else training
+        chats = self._follows(self.prompt_kinds | self._kinds(first))
+        return self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
 
     def _require_columns(self, rows: list[Row] | data.Stream, called: str) -> None:
         """Raise where a reward needs a column that no row has; of a stream, none of the first step's."""
