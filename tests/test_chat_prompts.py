@@ -84,6 +84,23 @@ def test_the_commands_follow_the_run(chat_run, capsys, tmp_path):
     assert judged != printed("eval", "--data", str(tmp_path / "rows.jsonl"), "--reward", "length", *off)
 
 
+def test_a_generator_that_is_swapped_in_brings_what_its_prompts_were(chat_run, tmp_path):
+    gan, folder = chat_run
+    for path in (folder / "step-2", folder / "step-2" / "generator"):
+        other = family_gan("gemma-3")
+        other.load_generator(path)
+        assert other.generate(QUESTION, seed=5) == other.generate(USER, seed=5)
+    other.load_discriminator(folder / "step-2")
+    assert other.score(QUESTION, "the rain") == gan.score(USER, "the rain")
+    state = folder / "step-2" / "generator" / "adapter_model.bin"
+    alone = tmp_path / "generator"  # of a checkpoint that is not there: it says nothing, and nothing changes
+    alone.mkdir()
+    for file in state.parent.iterdir():
+        (alone / file.name).write_bytes(file.read_bytes())
+    other.load_generator(alone)
+    assert other.prompt_kinds == {"messages"}
+
+
 @pytest.mark.parametrize("prompts", [[QUESTION], [QUESTION, USER]], ids=["texts", "both"])
 def test_a_run_that_saw_plain_prompts_leaves_them_plain(prompts, tmp_path):
     gan = family_gan("gemma-3", apply_chat_template=None)
@@ -252,6 +269,14 @@ def test_nulls_that_json_holds_stay_where_they_are():
     call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Paris", "zone": None}}}
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}, USER[0]]
     assert read_rows([{"prompt": prompt}])[0].prompt == prompt
+
+
+def test_options_about_the_form_of_the_ids_change_no_ids():
+    """They are for who calls the tokenizer: a run's options with them read as those without."""
+    encoder = Encoder(load_base(family_folder("gemma-3"), None, Config()), Config())
+    options = {"tokenize": False, "return_dict": False, "return_tensors": "pt"}
+    (asked,) = encoder.prompts([Row(USER, None, {"chat_template_kwargs": options})])
+    assert asked == encoder.prompts([Row(USER)])[0]
 
 
 def test_columns_reach_the_template_of_their_row():

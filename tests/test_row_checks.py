@@ -260,6 +260,25 @@ def test_the_command_checks_held_out_prompts_in_that_form_too(tmp_path, capsys):
             assert folder.exists() == (code == 0), "before the first step"
 
 
+def test_the_error_of_a_long_prompt_names_settings_that_help():
+    others = {
+        "raise": "or set on_long_prompt to drop or truncate_left",
+        "drop": "or set on_long_prompt to truncate_left",
+    }
+    for setting, said_then in others.items():
+        with pytest.raises(ValueError, match=f"{said_then}$"):
+            small_gan(on_long_prompt=setting).generate(LONG)
+    with pytest.raises(ValueError, match="or set a smaller max_completion_length$"):
+        small_gan(on_long_prompt="truncate_left").generate(LONG, max_completion_length=96)
+
+
+def test_whatever_a_template_raises_names_the_row():
+    gan = family_gan("gemma-3")
+    rows = [{"prompt": chat("why"), "chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}]
+    with pytest.raises(ValueError, match="row 1: the base's chat template does not take the prompt 'why': division by"):
+        gan.check_rows(rows)
+
+
 def test_the_eval_command_counts_the_rows_that_were_judged(tmp_path, capsys):
     family_gan("smollm2", on_long_prompt="drop").save_checkpoint(ckpt_dir=tmp_path / "run")
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "why"}, {"prompt": LONG * 4}, {"prompt": "where"}])

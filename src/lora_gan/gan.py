@@ -768,7 +768,7 @@ class LoraGAN:
     def check_held_out(
         self, dataset: Dataset, training: list[Row] | data.Stream, *, progress: bool = True
     ) -> list[Row] | data.Stream:
-        """Held-out rows, checked in the form that their prompts will have when fit() on these training rows judges them.
+        """Held-out rows, checked in the form in which fit() on these training rows will send their prompts.
 
         Raises:
             ValueError: as `check_rows`.
@@ -884,7 +884,8 @@ class LoraGAN:
 
     def load_generator(self, path: str | os.PathLike[str]) -> None:
         """Swap the generator for a saved one (a step's folder or its generator/), its optimizer included where it is
-        there; the discriminator and its optimizer stay bitwise as they were."""
+        there; the discriminator and its optimizer stay bitwise as they were. Where the checkpoint says whether the
+        generator was trained on messages, plain prompts are sent accordingly from now on."""
         checkpoint.load_generator(self, Path(path))
 
     def load_discriminator(self, path: str | os.PathLike[str]) -> None:
