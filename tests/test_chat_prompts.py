@@ -209,6 +209,19 @@ def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypa
     assert seen and set(map(str, seen)) == {QUESTION}
 
 
+def test_one_message_is_no_list_of_prompts():
+    gan = small_gan()
+    for call in (lambda: gan.generate(USER[0]), lambda: gan.score(USER[0], ["a", "b"])):
+        with pytest.raises(ValueError, match=r"prompts must be texts or chat messages, not .*one message.*\[message\]"):
+            call()
+
+
+@pytest.mark.parametrize("response", [None, 5, [{"role": "assistant", "content": "a"}], ["a"]])
+def test_a_response_to_be_scored_is_a_text(response):
+    with pytest.raises(ValueError, match="response 2 must be a text, not "):
+        small_gan().score(["a", "b"], ["a", response])
+
+
 # --- messages as they were written ------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ from .guard import Monitor
 from .interrupts import Interrupted, Interrupts
 from .rewards.calling import Caller
 from .saving import Saver
+from .wording import shown
 
 RewardFunction = Callable[[str, str | None], float]
 BatchedRewardFunction = Callable[..., list[float | None]]
@@ -698,6 +699,8 @@ class LoraGAN:
         if len(rows) != len(responses):
             raise ValueError(f"{len(rows)} prompts and {len(responses)} responses: give one response to each prompt")
         for number, response in enumerate(responses, 1):
+            if not isinstance(response, str):
+                raise ValueError(f"response {number} must be a text, not {shown(response)}")
             data.require_unicode(response, f"response {number}")
         if not rows:
             return []
