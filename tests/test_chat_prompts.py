@@ -209,6 +209,16 @@ def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypa
     assert seen and set(map(str, seen)) == {QUESTION}
 
 
+@pytest.mark.parametrize("setting", [True, None])
+def test_a_card_says_how_plain_prompts_were_sent(setting, tmp_path):
+    gan = family_gan("gemma-3", apply_chat_template=setting)
+    gan.step(QUESTION if setting else USER)
+    gan.export(tmp_path / "exported", parts=["discriminator"])
+    text = (tmp_path / "exported" / "discriminator" / "README.md").read_text()
+    assert ("A prompt that is plain text was sent as one user message" in text) == bool(setting)
+    assert ("A prompt that is plain text is tokenized by `tokenizer(prompt)`" in text) == (not setting)
+
+
 def test_one_message_is_no_list_of_prompts():
     gan = small_gan()
     for call in (lambda: gan.generate(USER[0]), lambda: gan.score(USER[0], ["a", "b"])):
