@@ -12,7 +12,7 @@ from families import FAMILIES, family_folder, family_gan
 from helpers import base_folder, differences, player_state, reward, small_gan
 from transformers import AutoTokenizer
 
-from lora_gan import LoraGAN
+from lora_gan import LoraGAN, preview
 from lora_gan.base import load_base
 from lora_gan.cli import main
 from lora_gan.config import Config
@@ -82,6 +82,23 @@ def test_the_commands_follow_the_run(chat_run, capsys, tmp_path):
     assert line["completion"] == gan.generate(USER)[0]
     judged = printed("eval", "--data", str(tmp_path / "rows.jsonl"), "--reward", "length")
     assert judged != printed("eval", "--data", str(tmp_path / "rows.jsonl"), "--reward", "length", *off)
+
+
+def test_a_generator_that_is_swapped_in_brings_what_its_prompts_were(chat_run, tmp_path):
+    gan, folder = chat_run
+    for path in (folder / "step-2", folder / "step-2" / "generator"):
+        other = family_gan("gemma-3")
+        other.load_generator(path)
+        assert other.generate(QUESTION, seed=5) == other.generate(USER, seed=5)
+    other.load_discriminator(folder / "step-2")
+    assert other.score(QUESTION, "the rain") == gan.score(USER, "the rain")
+    state = folder / "step-2" / "generator" / "adapter_model.bin"
+    alone = tmp_path / "generator"  # of a checkpoint that is not there: it says nothing, and nothing changes
+    alone.mkdir()
+    for file in state.parent.iterdir():
+        (alone / file.name).write_bytes(file.read_bytes())
+    other.load_generator(alone)
+    assert other.prompt_kinds == {"messages"}
 
 
 @pytest.mark.parametrize("prompts", [[QUESTION], [QUESTION, USER]], ids=["texts", "both"])
@@ -182,6 +199,39 @@ def test_the_dry_run_says_how_prompts_reach_the_model(tmp_path, capsys):
     assert "set apply_chat_template" not in dry("llama-3-base", "--max_completion_length", "6")
 
 
+def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypatch):
+    """A chat run that goes on with plain prompts sends them as they are."""
+    gan = family_gan("gemma-3")
+    gan.step(OTHER)
+    seen, prompt = [], Encoder.prompt
+    monkeypatch.setattr(Encoder, "prompt", lambda self, row, *_: seen.append(row.prompt) or prompt(self, row, *_))
+    preview.try_reward(gan, [Row(QUESTION)], calls=1)
+    assert seen and set(map(str, seen)) == {QUESTION}
+
+
+@pytest.mark.parametrize("setting", [True, None])
+def test_a_card_says_how_plain_prompts_were_sent(setting, tmp_path):
+    gan = family_gan("gemma-3", apply_chat_template=setting)
+    gan.step(QUESTION if setting else USER)
+    gan.export(tmp_path / "exported", parts=["discriminator"])
+    text = (tmp_path / "exported" / "discriminator" / "README.md").read_text()
+    assert ("A prompt that is plain text was sent as one user message" in text) == bool(setting)
+    assert ("A prompt that is plain text is tokenized by `tokenizer(prompt)`" in text) == (not setting)
+
+
+def test_one_message_is_no_list_of_prompts():
+    gan = small_gan()
+    for call in (lambda: gan.generate(USER[0]), lambda: gan.score(USER[0], ["a", "b"])):
+        with pytest.raises(ValueError, match=r"prompts must be texts or chat messages, not .*one message.*\[message\]"):
+            call()
+
+
+@pytest.mark.parametrize("response", [None, 5, [{"role": "assistant", "content": "a"}], ["a"]])
+def test_a_response_to_be_scored_is_a_text(response):
+    with pytest.raises(ValueError, match="response 2 must be a text, not "):
+        small_gan().score(["a", "b"], ["a", response])
+
+
 # --- messages as they were written ------------------------------------------------------------------------------------
 
 
@@ -242,6 +292,14 @@ def test_nulls_that_json_holds_stay_where_they_are():
     call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Paris", "zone": None}}}
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}, USER[0]]
     assert read_rows([{"prompt": prompt}])[0].prompt == prompt
+
+
+def test_options_about_the_form_of_the_ids_change_no_ids():
+    """They are for who calls the tokenizer: a run's options with them read as those without."""
+    encoder = Encoder(load_base(family_folder("gemma-3"), None, Config()), Config())
+    options = {"tokenize": False, "return_dict": False, "return_tensors": "pt"}
+    (asked,) = encoder.prompts([Row(USER, None, {"chat_template_kwargs": options})])
+    assert asked == encoder.prompts([Row(USER)])[0]
 
 
 def test_columns_reach_the_template_of_their_row():

@@ -129,6 +129,20 @@ MATCHED = [
     (functools.partial(three, "x"), ("x", P, R)),
     (functools.partial(three, prefix="y"), ("y", P, R)),
     (functools.partial(lambda text, scale: raises(text, scale), scale=2), (R, 2)),
+    # what partial binds stays bound, whatever it is called
+    (functools.partial(lambda response, target: raises(response, target), target="bound"), (R, "bound")),
+    (functools.partial(lambda prompt, response: raises(prompt, response), prompt="bound"), ("bound", R)),
+    (
+        functools.partial(lambda response, target=None, *, prompt: raises(response, target, prompt), prompt="bound"),
+        (R, T, "bound"),
+    ),
+    (
+        functools.partial(
+            functools.partial(lambda response, target, prompt: raises(response, target, prompt), target=1), prompt=2
+        ),
+        (R, 1, 2),
+    ),
+    (functools.partial(lambda text, reference: raises(text, reference), reference="bound"), (R, "bound")),
     (wrapping(lambda prompt, response: raises(prompt, response)), (P, R)),
     (InBatch(), (P, R)),
     (InBatchByPosition(), (R, T)),

@@ -9,12 +9,12 @@ import sys
 import warnings
 
 import pytest
-from families import family_gan
+from families import family_folder, family_gan
 from helpers import PROMPTS, SMALL, base_folder, differences, player_state, small_gan
 from test_chat_prompts import said
 from transformers import AutoTokenizer
 
-from lora_gan import LoraGAN, tiny
+from lora_gan import LoraGAN, data, tiny
 from lora_gan.cli import main
 from lora_gan.data import read_rows
 from lora_gan.row_checks import CheckedRows
@@ -168,6 +168,23 @@ def test_a_score_reads_a_cut_prompt_as_training_did():
     assert equal >= 3
 
 
+def test_a_score_of_a_response_without_an_end_reads_the_cut_prompt_as_training_did():
+    gan = small_gan(
+        base_folder("gpt2", words=True), on_long_prompt="truncate_left", max_completion_length=20, num_generations=24
+    )
+    for _ in range(2):
+        gan.step([LONG])
+    rows, encoder = data.as_rows([LONG]), gan.players.encoder
+    prompts = encoder.prompts(rows)
+    sampled = gan._sample(prompts, gan._uniforms(prompts, 24, "test"))
+    trained, whole = gan.discriminator.predict(sampled).mean(0), 0
+    for text, ids, predicted in zip(sampled.texts, sampled.parts()[1], trained, strict=True):
+        if len(ids) == 20 and encoder.response(text, rows[0])[:-1] == ids:  # cut, and tokenized as it was sampled
+            assert gan.score(LONG, text) == [pytest.approx(predicted, abs=1e-5)]
+            whole += 1
+    assert whole >= 1
+
+
 def test_nothing_is_left():
     gan = small_gan(on_long_prompt="drop")
     with pytest.raises(ValueError, match="no row is left.*row 1: a prompt of"):
@@ -222,6 +239,54 @@ def test_held_out_prompts_are_checked_in_the_form_that_they_will_have(tmp_path):
         warnings.simplefilter("ignore")
         gan.fit([{"prompt": "why"}], steps=1, eval_dataset=[{"prompt": plain}], progress=False)
     assert gan.global_step == 1
+
+
+def test_the_command_checks_held_out_prompts_in_that_form_too(tmp_path, capsys):
+    gan = family_gan("smollm2")
+    tokenizer, plain = gan.players.base.tokenizer, "cat"
+    while len(tokenizer(plain + " cat")["input_ids"]) <= gan.players.base.context - 8:
+        plain += " cat"
+    held_out = write(tmp_path / "held_out.jsonl", [{"prompt": plain}])
+    command = ["train", "--model", str(family_folder("smollm2")), "--data", "", "--eval_data", str(held_out)]
+    command += ["--reward", "repetition", "--max_steps", "1", "--num_generations", "2", "--max_completion_length", "8"]
+    for kind, prompt, code in (("chat", chat("why"), 2), ("plain", "why", 0)):
+        command[4] = str(write(tmp_path / f"{kind}.jsonl", [{"prompt": prompt}]))
+        for streams in ([], ["--streaming"]):
+            folder = tmp_path / f"{kind}{len(streams)}"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert main([*command, "--output_dir", str(folder), *streams]) == code
+            assert code == 0 or f"{held_out}, line 1: a prompt of" in capsys.readouterr().err
+            assert folder.exists() == (code == 0), "before the first step"
+
+
+def test_the_error_of_a_long_prompt_names_settings_that_help():
+    others = {
+        "raise": "or set on_long_prompt to drop or truncate_left",
+        "drop": "or set on_long_prompt to truncate_left",
+    }
+    for setting, said_then in others.items():
+        with pytest.raises(ValueError, match=f"{said_then}$"):
+            small_gan(on_long_prompt=setting).generate(LONG)
+    with pytest.raises(ValueError, match="or set a smaller max_completion_length$"):
+        small_gan(on_long_prompt="truncate_left").generate(LONG, max_completion_length=96)
+
+
+def test_whatever_a_template_raises_names_the_row():
+    gan = family_gan("gemma-3")
+    rows = [{"prompt": chat("why"), "chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}]
+    with pytest.raises(ValueError, match="row 1: the base's chat template does not take the prompt 'why': division by"):
+        gan.check_rows(rows)
+
+
+def test_the_eval_command_counts_the_rows_that_were_judged(tmp_path, capsys):
+    family_gan("smollm2", on_long_prompt="drop").save_checkpoint(ckpt_dir=tmp_path / "run")
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "why"}, {"prompt": LONG * 4}, {"prompt": "where"}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = ["--checkpoint", str(tmp_path / "run"), "--data", str(rows), "--reward", "repetition"]
+        assert main(["eval", *words]) == 0
+    assert capsys.readouterr().out.startswith("2 rows, step 0;")
 
 
 def test_a_step_that_failed_remembers_no_kind_of_prompt():

@@ -242,6 +242,9 @@ print(score([{prompt}], ["a response"]))
 CHAT = """
 
 A prompt that is plain text is tokenized by `tokenizer(prompt)` instead, and {end} ({token}) closes a response to it."""
+AS_MESSAGES = """
+
+A prompt that is plain text was sent as one user message in training: give `[{"role": "user", "content": prompt}]`."""
 TRL = """
 
 As a reward of [TRL](https://huggingface.co/docs/trl)'s trainers:
@@ -298,7 +301,9 @@ def _loading(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase)
     else:
         code = SCORE.format(name=name, tokens=tokens, prompt=prompt, end=end, token=_token(base, end))
     said = "```python\n" + "\n".join(lines) + code + "```"
-    if chats:
+    if chats and run.config.apply_chat_template:
+        said += AS_MESSAGES
+    elif chats:
         said += CHAT.format(end=base.endings.text_id, token=_token(base, base.endings.text_id))
     if part == "discriminator-merged":
         lacking = []

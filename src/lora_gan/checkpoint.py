@@ -531,6 +531,16 @@ def _copy(source: dict[str, Tensor], destination: dict[str, Tensor]) -> None:
 
 def load_generator(gan: LoraGAN, path: Path) -> None:
     _read_generator(gan, _player_folder(path, "generator"))()
+    gan.prompt_kinds = _prompt_kinds_beside(path) or gan.prompt_kinds
+
+
+def _prompt_kinds_beside(path: Path) -> set[str]:
+    """Kinds of the prompts that a saved generator was trained on; empty where no readable checkpoint says so."""
+    whole = path if (path / STATE).is_file() else path.parent
+    try:
+        return set(_read_state(Folder(whole, manifest=True))["prompt_kinds"])
+    except Damaged:
+        return set()
 
 
 def load_discriminator(gan: LoraGAN, path: Path) -> None:

@@ -126,7 +126,7 @@ def train(
         _say_if_changed(folder, reward)
     rows = gan.check_rows(rows)
     if held_out is not None:
-        held_out = gan.check_rows(held_out, split="test", train_gen=False)
+        held_out = gan.check_held_out(held_out, rows)
     steps = gan.steps_left(rows)
     if steps == 0:
         raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
@@ -326,7 +326,8 @@ def evaluate(
     judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
     if reference:
         judged["reference"] = gan.evaluate(rows, player="reference", **options)
-    print(f"{len(rows)} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(judged)}")
+    count = len(judged["generator"]["samples"])  # on_long_prompt may have dropped some
+    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(judged)}")
     if output is not None:
         Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
 

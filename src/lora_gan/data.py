@@ -308,8 +308,9 @@ def as_rows(
     prompts: Any, tools: list[Any] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[Row]:
     """One prompt or several as rows; tools and template options are those of every prompt. Rows stay as they are."""
-    if not is_prompt(prompts) and not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts must be texts or chat messages, not {shown(prompts)}")
+    if isinstance(prompts, Mapping) or not (is_prompt(prompts) or isinstance(prompts, Iterable)):
+        remedy = ": give a prompt of one message as [message]" if isinstance(prompts, Mapping) else ""
+        raise ValueError(f"prompts must be texts or chat messages, not {shown(prompts)}{remedy}")
     columns = dict(zip(TEMPLATE_COLUMNS, (tools, chat_template_kwargs), strict=True))
     columns = {name: value for name, value in columns.items() if value is not None}
     rows = []

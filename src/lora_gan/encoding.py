@@ -11,11 +11,16 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
-
 from .base import Base
 from .config import Config
 from .data import Conversation, Row, RowError, as_user_message, excerpt, is_conversation
+
+#: What else helps against a prompt that is too long, by the setting on_long_prompt.
+REMEDIES = {
+    "raise": "set a smaller max_completion_length, or set on_long_prompt to drop or truncate_left",
+    "drop": "set a smaller max_completion_length, or set on_long_prompt to truncate_left",
+    "truncate_left": "or set a smaller max_completion_length",
+}
 
 
 class Encoder:
@@ -63,8 +68,8 @@ class Encoder:
         raise TooLong(
             row,
             f"a prompt of {len(ids)} tokens and a response of up to {length} do not fit into this base's "
-            f"{self.base.context} tokens: shorten the prompt {excerpt(row.prompt)}, set a smaller "
-            "max_completion_length, or set on_long_prompt to drop or truncate_left",
+            f"{self.base.context} tokens: shorten the prompt {excerpt(row.prompt)}, "
+            f"{REMEDIES[self.config.on_long_prompt]}",
         )
 
     def _text_ids(self, row: Row) -> list[int]:
@@ -99,10 +104,17 @@ class Encoder:
         self._require_template(row, options)
         continues = messages[-1]["role"] == "assistant"
         options = {"add_generation_prompt": not continues, "continue_final_message": continues, **options}
-        options |= {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
+        options |= {
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": None,
+            "tokenizer_kwargs": {"verbose": False},
+        }
         try:
             return list(self.base.tokenizer.apply_chat_template(messages, **options)["input_ids"])
-        except (TemplateError, TypeError, ValueError) as error:
+        except ImportError:  # of jinja2: no row is at fault
+            raise
+        except Exception as error:  # a template may raise anything
             raise RowError(
                 row, f"the base's chat template does not take the prompt {excerpt(messages)}: {error}"
             ) from error
@@ -161,9 +173,10 @@ class Encoder:
         """
         encoded = [self.response(text, row) for text, row in zip(responses, rows, strict=True)]
         if self.config.on_long_prompt == "truncate_left":
-            # Where training cut a prompt, its responses are read behind the cut one.
+            # Where training cut a prompt, its responses are read behind the cut one. The closing id of a response of
+            # max_completion_length tokens has no place there: sampling stopped before an end.
             least = self.config.max_completion_length
-            prompts = [self.prompt(row, max(least, len(ids))) for row, ids in zip(rows, encoded, strict=True)]
+            prompts = [self.prompt(row, max(least, len(ids) - 1)) for row, ids in zip(rows, encoded, strict=True)]
         else:
             prompts = self.prompts(rows, 0)
         for row, prompt, response in zip(rows, prompts, encoded, strict=True):

@@ -46,6 +46,7 @@ from .guard import Monitor
 from .interrupts import Interrupted, Interrupts
 from .rewards.calling import Caller
 from .saving import Saver
+from .wording import shown
 
 RewardFunction = Callable[[str, str | None], float]
 BatchedRewardFunction = Callable[..., list[float | None]]
@@ -544,13 +545,7 @@ class LoraGAN:
         """
         asks = train_disc or self.config.signal(self.config.adversarial) != "predicted"
         rows = self.check_rows(dataset, train_gen=train_gen, asks=asks, progress=progress)
-        held_out = None
-        if eval_dataset is not None:
-            first = rows.take(1, self.position) if isinstance(rows, data.Stream) else rows
-            chats = self._follows(self.prompt_kinds | self._kinds(first))  # as it will be when they are judged
-            held_out = self.check_rows(
-                eval_dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats
-            )
+        held_out = None if eval_dataset is None else self.check_held_out(eval_dataset, rows, progress=progress)
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
@@ -704,6 +699,8 @@ class LoraGAN:
         if len(rows) != len(responses):
             raise ValueError(f"{len(rows)} prompts and {len(responses)} responses: give one response to each prompt")
         for number, response in enumerate(responses, 1):
+            if not isinstance(response, str):
+                raise ValueError(f"response {number} must be a text, not {shown(response)}")
             data.require_unicode(response, f"response {number}")
         if not rows:
             return []
@@ -770,6 +767,18 @@ class LoraGAN:
         if asks:
             self._require_columns(rows, "evaluation data" if held_out else "data")
         return rows
+
+    def check_held_out(
+        self, dataset: Dataset, training: list[Row] | data.Stream, *, progress: bool = True
+    ) -> list[Row] | data.Stream:
+        """Held-out rows, checked in the form in which fit() on these training rows will send their prompts.
+
+        Raises:
+            ValueError: as `check_rows`.
+        """
+        first = training.take(1, self.position) if isinstance(training, data.Stream) else training
+        chats = self._follows(self.prompt_kinds | self._kinds(first))
+        return self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
 
     def _require_columns(self, rows: list[Row] | data.Stream, called: str) -> None:
         """Raise where a reward needs a column that no row has; of a stream, none of the first step's."""
@@ -878,7 +887,8 @@ class LoraGAN:
 
     def load_generator(self, path: str | os.PathLike[str]) -> None:
         """Swap the generator for a saved one (a step's folder or its generator/), its optimizer included where it is
-        there; the discriminator and its optimizer stay bitwise as they were."""
+        there; the discriminator and its optimizer stay bitwise as they were. Where the checkpoint says whether the
+        generator was trained on messages, plain prompts are sent accordingly from now on."""
         checkpoint.load_generator(self, Path(path))
 
     def load_discriminator(self, path: str | os.PathLike[str]) -> None:

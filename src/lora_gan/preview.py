@@ -148,7 +148,7 @@ def try_reward(
     options: dict[str, Any] = {"columns": columns, "max_steps": max_steps}
     rows = gan.as_meant(rows[:PROMPTS])
     # Equal prompts are told apart: each gets RESPONSES different draws.
-    responses = gan.generate([row for row in rows for _ in range(RESPONSES)])
+    responses = gan.generate([row for row in rows for _ in range(RESPONSES)], apply_chat_template=False)
     if any(getattr(func, "interactive", False) for func in gan.reward_funcs or ()):
         print(
             f"Now you are asked about up to {len(responses) + 2 * len(rows)} responses, to try the reward.", flush=True

@@ -5,6 +5,7 @@ position where no name is known. TRL's form scores all responses at once and get
 (`GIVEN`) and the columns of the data. A signature that does not say which value belongs where is refused.
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -124,6 +125,8 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
     parameters = _parameters(func)
     if parameters is None:
         return PairCall(("response", "target"))
+    if isinstance(func, functools.partial):  # what it binds by name stays bound, also where the name is known
+        parameters = [parameter for parameter in parameters if parameter.name not in func.keywords]
 
     def refused(why: str) -> ValueError:
         known = ", ".join(names)
