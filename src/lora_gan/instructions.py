@@ -1,10 +1,10 @@
 """The task of `lora-gan demo-chat`: instructions that code can check, generated from templates and word lists.
 
-A prompt asks for a short text about a topic and states one or two constraints: "Describe the sea. Write in lower case only.
-Use between 3 and 6 words." A constraint is a short string, "lower" or "between:3-6", which `met` checks and `graded` grades.
+A prompt asks for a short text about a topic and states one or two constraints: "Describe the sea. Do not use commas.
+Use at most 8 words." A constraint is a short string, "no_comma" or "at_most:8", which `met` checks and `graded` grades.
 
-The splits share neither topics nor pairs of kinds: every held-out prompt is about a topic that training never names, and two
-constraints that meet in a held-out prompt never meet in training. This module needs neither torch nor NumPy.
+The splits share neither topics nor pairs of kinds: every held-out prompt is about a topic that training never names,
+and two constraints that meet in a held-out prompt never meet in training. This module needs neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -18,28 +18,25 @@ from typing import Any, Literal, NamedTuple
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 
-TASKS = (
-    "Describe {}.",
-    "Say something about {}.",
-    "Tell me about {}.",
-    "Write a line about {}.",
-    "What do you think of {}?",
-)
+TASKS = ("Describe {}.", "Say something about {}.", "Write about {}.", "What is special about {}?")
 TOPICS = (
-    "the sea", "a winter morning", "coffee", "old books", "a train ride", "the moon", "bread", "cats", "a quiet village",
-    "thunder", "the first day of school", "bicycles", "a good friend", "the desert", "music", "apples", "a long walk", "snow",
-    "the city at night", "dogs", "a small garden", "honey", "the wind", "chess", "a busy market", "horses", "autumn leaves",
-    "tea", "an old clock", "the forest", "football", "a birthday party", "rain", "bridges", "a lighthouse", "soup",
-    "the stars", "a kitchen", "elephants", "summer", "a sailing boat", "cheese", "mountains", "a library", "owls",
-    "the sunrise", "painting", "a campfire", "oranges", "rivers", "a museum", "penguins", "spring", "chocolate",
-    "a country road", "whales", "dancing", "an airport", "tigers", "sleep",
+    "the sea", "a winter morning", "coffee", "old books", "a train ride", "the moon", "bread", "cats", "a quiet
+    village", "thunder", "the first day of school", "bicycles", "a good friend", "the desert", "music", "apples", "a
+    long walk", "snow", "the city at night", "dogs", "a small garden", "honey", "the wind", "chess", "a busy market",
+    "horses", "autumn leaves", "tea", "an old clock", "the forest", "football", "a birthday party", "rain", "bridges",
+    "a lighthouse", "soup", "the stars", "a kitchen", "elephants", "summer", "a sailing boat", "cheese", "mountains",
+    "a library", "owls", "the sunrise", "painting", "a campfire", "oranges", "rivers", "a museum", "penguins",
+    "spring", "chocolate", "a country road", "whales", "dancing", "an airport", "tigers", "sleep",
 )  # fmt: skip
 WORDS = (
-    "quiet", "golden", "always", "simple", "together", "bright", "slowly", "gentle", "people", "morning", "wonder", "little",
+    "quiet", "golden", "always", "simple", "together", "bright", "slowly", "gentle", "people", "morning",
+    "wonder", "little",
 )  # fmt: skip
-OPENINGS = ("Well", "Surely", "Today", "Imagine", "Indeed", "Perhaps", "Often", "Yes")
-ENDINGS = ("thank you", "the end", "my friend", "good night", "every day")
-RANGES = ((2, 4), (3, 6), (4, 7), (5, 8), (6, 10))
+OPENINGS = ("Today", "Well", "Surely", "Imagine", "Often", "Here", "Every", "Yes")
+ENDINGS = ("the end", "thank you", "my friend", "every day", "in the world")
+LIMITS = ("5", "6", "8", "10")
+LEADS = ("Name three things", "Write three words", "Give three answers")  # to a list
+EXAMPLES = (("red", "green", "blue"), ("north", "south", "east"), ("one", "two", "three"))
 
 TERMINATORS = re.compile(r"[.!?]+(?=[\s\"”']|$)")
 
@@ -47,8 +44,9 @@ TERMINATORS = re.compile(r"[.!?]+(?=[\s\"”']|$)")
 class Kind(NamedTuple):
     """One kind of constraint.
 
-    `values` fill {} in the phrasings. `met(answer, value)` is strict. `partial(answer, value)` in [0, 1] says how close
-    an answer is that does not meet the constraint; None: there is no degree. Both get a stripped answer with a letter in it.
+    `values` fill {} in the phrasings. `met(answer, value)` is strict. `partial(answer, value)`, from 0 to 1, says how
+    close an answer is that does not meet the constraint; None: there is no degree. Both get a stripped answer that has
+    a letter.
     """
 
     phrasings: tuple[str, ...]
@@ -57,24 +55,9 @@ class Kind(NamedTuple):
     partial: Callable[[str, str], float] | None = None
 
 
-def _bounds(value: str) -> tuple[int, int]:
-    low, high = map(int, value.split("-"))
-    return low, high
-
-
-def _between(answer: str, value: str) -> bool:
-    low, high = _bounds(value)
-    return low <= len(answer.split()) <= high
-
-
-def _near_between(answer: str, value: str) -> float:
-    low, high = _bounds(value)
-    words = len(answer.split())
-    return max(0.0, 1 - (max(low - words, words - high) / high))
-
-
-def _share(letters: Sequence[bool]) -> float:
-    return sum(letters) / len(letters) if letters else 0.0
+def _near(answer: str, limit: str) -> float:
+    over = len(answer.split()) - int(limit)
+    return max(0.0, 1 - over / int(limit)) if over > 0 else 0.0
 
 
 def _plain_words(text: str) -> list[str]:
@@ -87,82 +70,82 @@ def _list_lines(answer: str) -> list[str]:
 
 
 def _is_item(line: str) -> bool:
-    return re.match(r"- *\w", line) is not None
+    """Whether the line is "- " and some words of the answer's own, not those of a phrasing's example."""
+    words = _plain_words(line)
+    copied = len(words) == 1 and any(words[0] in example for example in EXAMPLES)
+    return line.startswith("- ") and bool(words) and not copied
+
+
+def _is_list(answer: str) -> bool:
+    lines = _list_lines(answer)
+    return len(lines) == 3 and all(map(_is_item, lines))
+
+
+def _is_sentence(answer: str) -> bool:
+    """Whether the answer's only end of a sentence is its own end; a closing quotation mark may follow."""
+    answer = answer.rstrip("\"”'")
+    return [found.end() for found in TERMINATORS.finditer(answer)] == [len(answer)]
+
+
+def _ends(answer: str, words: str) -> bool:
+    wanted = _plain_words(words)
+    return _plain_words(answer)[-len(wanted) :] == wanted
 
 
 KINDS: dict[str, Kind] = {
-    "between": Kind(
-        ("Use {} words.", "Your answer must have {} words.", "Answer in {} words."),
-        tuple(f"{low}-{high}" for low, high in RANGES),
-        _between,
-        _near_between,
-    ),
-    "lower": Kind(
-        ("Write in lower case only.", "Use only lowercase letters.", "Do not use capital letters."),
-        ("",),
-        lambda answer, _: answer == answer.lower(),
-        lambda answer, _: _share([word == word.lower() for word in answer.split()]) / 2,
-    ),
-    "upper": Kind(
-        ("Write in capital letters only.", "Use only UPPERCASE letters.", "ANSWER IN CAPITAL LETTERS."),
-        ("",),
-        lambda answer, _: answer == answer.upper(),
-        lambda answer, _: _share([letter.isupper() for letter in answer if letter.isalpha()]),
+    "at_most": Kind(
+        ("Use at most {} words.", "Use 2 to {} words.", "Your answer has at most {} words."),
+        LIMITS,
+        lambda answer, value: 2 <= len(answer.split()) <= int(value),
+        _near,
     ),
     "contains": Kind(
-        ('Use the word "{}".', 'Include the word "{}".', 'The word "{}" must appear in your answer.'),
+        ('Use the word "{}".', 'Include the word "{}".', 'Write a sentence with the word "{}".'),
         WORDS,
         lambda answer, value: value.lower() in _plain_words(answer),
     ),
-    "starts": Kind(
-        ('Begin with the word "{}".', 'Start your answer with "{}".', 'The first word must be "{}".'),
-        OPENINGS,
-        lambda answer, value: _plain_words(answer)[:1] == [value.lower()],
-    ),
     "ends": Kind(
-        ('End with the words "{}".', 'Finish your answer with "{}".', 'The last words must be "{}".'),
+        ('End with "{}".', "Your last words are: {}.", 'Finish with "{}".'),
         ENDINGS,
-        lambda answer, value: _plain_words(answer)[-2:] == value.lower().split(),
-        lambda answer, value: 0.5 * (" ".join(value.lower().split()) in " ".join(_plain_words(answer))),
-    ),
-    "list": Kind(
-        (
-            'Give a list of three lines that begin with "- ".',
-            'Answer with three bullet points, each on a line that starts with "- ".',
-            'Write three items, one per line, each after "- ".',
-        ),
-        ("",),
-        lambda answer, _: len(_list_lines(answer)) == 3 and all(map(_is_item, _list_lines(answer))),
-        lambda answer, _: min(3, sum(map(_is_item, _list_lines(answer)))) / 4,
-    ),
-    "no_comma": Kind(
-        ("Do not use commas.", "Use no comma.", "Write without any commas."),
-        ("",),
-        lambda answer, _: "," not in answer,
-    ),
-    "sentence": Kind(
-        ("Answer in one sentence.", "Write exactly one sentence.", "Use a single full sentence."),
-        ("",),
-        lambda answer, _: [found.end() for found in TERMINATORS.finditer(answer.rstrip("\"”'"))]
-        == [len(answer.rstrip("\"”'"))],
-    ),
-    "question": Kind(
-        ("Answer with a question.", "Your answer must be a question.", "Reply with a question only."),
-        ("",),
-        lambda answer, _: answer.endswith("?"),
-        lambda answer, _: 0.5 * ("?" in answer),
+        _ends,
+        lambda answer, value: 0.5 * (" ".join(_plain_words(value)) in " ".join(_plain_words(answer))),
     ),
     "exclaim": Kind(
-        ("End with an exclamation mark.", 'The last character must be "!".', "Finish with an exclamation mark."),
+        ("End with an exclamation mark.", "Finish with an exclamation mark, like this: We like it!", 'End with "!".'),
         ("",),
         lambda answer, _: answer.endswith("!"),
         lambda answer, _: 0.5 * ("!" in answer),
     ),
-    "quoted": Kind(
-        ("Put your answer in double quotes.", "Wrap the whole answer in double quotation marks.", 'Write it in "quotes".'),
+    "list": Kind(
+        tuple(
+            f"{lead}, as a list like this:\n" + "\n".join(f"- {word}" for word in example)
+            for lead, example in zip(LEADS, EXAMPLES, strict=True)
+        ),
         ("",),
-        lambda answer, _: len(answer) > 2 and answer[0] in '"“' and answer[-1] in '"”',
-        lambda answer, _: 0.5 * (answer[0] in '"“'),
+        lambda answer, _: _is_list(answer),
+        lambda answer, _: min(3, sum(map(_is_item, _list_lines(answer)))) / 4,
+    ),
+    "no_comma": Kind(
+        ("Do not use commas.", "Use no commas.", "Write without any commas."),
+        ("",),
+        lambda answer, _: "," not in answer,
+        lambda answer, _: 1 / (1 + answer.count(",")),
+    ),
+    "question": Kind(
+        ('Write it as a question that ends with "?".', "Answer with a question.", "End with a question mark."),
+        ("",),
+        lambda answer, _: answer.endswith("?"),
+        lambda answer, _: 0.5 * ("?" in answer),
+    ),
+    "sentence": Kind(
+        ("Answer in one sentence.", "Write one short sentence.", "One full sentence only."),
+        ("",),
+        lambda answer, _: _is_sentence(answer),
+    ),
+    "starts": Kind(
+        ('Begin with "{}".', 'Start like this: "{} ..."', 'The first word is "{}".'),
+        OPENINGS,
+        lambda answer, value: _plain_words(answer)[:1] == [value.lower()],
     ),
 }  # fmt: skip
 
@@ -170,9 +153,8 @@ KINDS: dict[str, Kind] = {
 CONTRADICTIONS = {
     frozenset(pair)
     for pair in (
-        ("lower", "upper"), ("ends", "question"), ("ends", "exclaim"), ("ends", "quoted"), ("question", "exclaim"), ("question", "quoted"),
-        ("exclaim", "quoted"), ("list", "between"), ("list", "sentence"), ("list", "question"), ("list", "exclaim"),
-        ("list", "quoted"), ("list", "starts"), ("list", "ends"), ("sentence", "quoted"),
+        ("ends", "question"), ("ends", "exclaim"), ("question", "exclaim"), ("list", "at_most"), ("list", "sentence"),
+        ("list", "question"), ("list", "exclaim"), ("list", "starts"), ("list", "ends"),
     )
 }  # fmt: skip
 
@@ -255,7 +237,8 @@ def _part(split: Split, count: int) -> slice:
 def rows(split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """`count` different rows of a split, each {"prompt": chat messages, "constraints": one or two strings}.
 
-    Half of them state one constraint, half state two. Kinds and pairs come around evenly. Equal arguments give equal rows.
+    Half of them state one constraint, half state two. Kinds and pairs occur equally often. Equal arguments give equal
+    rows.
 
     Raises:
         ValueError: an unknown split, or more rows than are found.
@@ -276,9 +259,7 @@ def rows(split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
         constraints, texts = [], [draw.choice(TASKS).format(draw.choice(topics))]
         for name in chosen:
             value = draw.choice(KINDS[name].values)
-            words = value.replace("-", " to ") if name == "between" else value
-            phrase = draw.choice(KINDS[name].phrasings).format(words)
-            texts.append(phrase)
+            texts.append(draw.choice(KINDS[name].phrasings).format(value))
             constraints.append(f"{name}:{value}" if value else name)
         text = " ".join(texts)
         if text not in seen:
