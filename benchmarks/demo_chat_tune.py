@@ -1,6 +1,6 @@
 """One setting of `lora-gan demo-chat`, judged on the validation split; appends a line to --out.
 
-    python benchmarks/demo_chat_tune.py --out docs/results/demo_chat_tried.jsonl --steps 16 --set learning_rate=5e-4 beta=0.001
+    python benchmarks/demo_chat_tune.py --steps 16 --set learning_rate=5e-4 beta=0.001
 
 The held-out split is never read here.
 """
@@ -32,9 +32,7 @@ def main() -> None:
     validation = instructions.rows("validation", arguments.rows)
     with tempfile.TemporaryDirectory() as folder:
         options = {**demo_chat.RECIPE, "max_steps": arguments.steps, "save_steps": None, **changed}
-        gan = LoraGAN(
-            "smollm2", reward_funcs=[instructions.reward], seed=arguments.seed, output_dir=folder, **options
-        )
+        gan = LoraGAN("smollm2", reward_funcs=[instructions.reward], seed=arguments.seed, output_dir=folder, **options)
         judged = [demo_chat.judge(gan, validation, "base", player="reference")]
         train = instructions.rows("train", max(64, arguments.steps * gan.config.prompts_per_step), seed=arguments.seed)
         began = time.monotonic()

@@ -20,17 +20,18 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 
 TASKS = ("Describe {}.", "Say something about {}.", "Write about {}.", "What is special about {}?")
 TOPICS = (
-    "the sea", "a winter morning", "coffee", "old books", "a train ride", "the moon", "bread", "cats", "a quiet
-    village", "thunder", "the first day of school", "bicycles", "a good friend", "the desert", "music", "apples", "a
-    long walk", "snow", "the city at night", "dogs", "a small garden", "honey", "the wind", "chess", "a busy market",
-    "horses", "autumn leaves", "tea", "an old clock", "the forest", "football", "a birthday party", "rain", "bridges",
-    "a lighthouse", "soup", "the stars", "a kitchen", "elephants", "summer", "a sailing boat", "cheese", "mountains",
-    "a library", "owls", "the sunrise", "painting", "a campfire", "oranges", "rivers", "a museum", "penguins",
-    "spring", "chocolate", "a country road", "whales", "dancing", "an airport", "tigers", "sleep",
+    "the sea", "a winter morning", "coffee", "old books", "a train ride", "the moon", "bread", "cats",
+    "a quiet village", "thunder", "the first day of school", "bicycles", "a good friend", "the desert", "music",
+    "apples", "a long walk", "snow", "the city at night", "dogs", "a small garden", "honey", "the wind", "chess",
+    "a busy market", "horses", "autumn leaves", "tea", "an old clock", "the forest", "football", "a birthday party",
+    "rain", "bridges", "a lighthouse", "soup", "the stars", "a kitchen", "elephants", "summer", "a sailing boat",
+    "cheese", "mountains", "a library", "owls", "the sunrise", "painting", "a campfire", "oranges", "rivers",
+    "a museum", "penguins", "spring", "chocolate", "a country road", "whales", "dancing", "an airport", "tigers",
+    "sleep",
 )  # fmt: skip
 WORDS = (
-    "quiet", "golden", "always", "simple", "together", "bright", "slowly", "gentle", "people", "morning",
-    "wonder", "little",
+    "quiet", "golden", "always", "simple", "together", "bright", "slowly", "gentle", "people", "morning", "wonder",
+    "little",
 )  # fmt: skip
 OPENINGS = ("Today", "Well", "Surely", "Imagine", "Often", "Here", "Every", "Yes")
 ENDINGS = ("the end", "thank you", "my friend", "every day", "in the world")
