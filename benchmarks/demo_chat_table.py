@@ -3,8 +3,8 @@
     python benchmarks/demo_chat_table.py --seeds 0 1 2
 
 Each run is `lora-gan demo-chat --seed N --output-dir OUT/seed-N`. Its result is appended to --results; a seed that is
-there already is not run again. The table is made from this file alone. Intervals are 95 % percentiles of a bootstrap over
-seeds and over held-out prompts.
+there already is not run again. The table is made from this file alone. Intervals are 95 % percentiles of a bootstrap
+over seeds and over held-out prompts.
 """
 
 from __future__ import annotations
