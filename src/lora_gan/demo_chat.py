@@ -30,12 +30,12 @@ RECIPE: dict[str, Any] = dict(
     prompts_per_step=4,
     num_generations=4,
     max_completion_length=24,
-    temperature=0.7,
-    learning_rate=1e-3,
+    temperature=1.0,
+    learning_rate=5e-4,
     disc_learning_rate=1e-3,
     disc_layers=6,
     disc_updates=1,
-    beta=0.002,
+    beta=0.01,
     reward_budget=256,
 )
 STEPS = 16
