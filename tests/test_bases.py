@@ -118,8 +118,8 @@ HYBRIDS = {  # with a recurrent or convolution state; their matrix is test_hybri
     ),
     "bamba": ("bamba", GROUPED | SSM | {"attn_layer_indices": [1]}),
     "lfm2_moe": ("lfm2_moe", GROUPED | EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
-    "mamba": ("mamba", {"state_size": 4}),
-    "falcon_mamba": ("falcon_mamba", {"state_size": 4}),
+    "mamba": ("mamba", {"state_size": 8}),
+    "falcon_mamba": ("falcon_mamba", {"state_size": 8}),
     "kimi_linear": (
         "kimi_linear",
         {
@@ -257,8 +257,13 @@ def test_stock_peft_opens_the_generator(trained):
     with torch.no_grad():
         batched = stock(**right_padded(prompts, gan.players.base.pad_on_disk)).logits
     for row, (ids, theirs) in enumerate(zip(prompts, logits_alone(stock, prompts), strict=True)):
-        assert (ours[row, -len(ids) :] - theirs).abs().max() < 1e-5
-        assert (ours[row, -len(ids) :] - batched[row, : len(ids)]).abs().max() < 1e-5
+        # Padding moves a recurrence's chunks, and dividing by the length of a short vector magnifies its rounding.
+        limit = 1e-5 * (float(theirs.abs().max()) if name in HYBRIDS else 1)
+        assert (ours[row, -len(ids) :] - theirs).abs().max() < limit
+        assert (ours[row, -len(ids) :] - batched[row, : len(ids)]).abs().max() < limit
+        with torch.no_grad(), gan.players.playing("generator"):
+            alone = gan.players.logits(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), keep=len(ids))
+        assert (alone[0] - theirs).abs().max() < 1e-5
         assert (theirs - untrained[row]).abs().max() > 1e-2, "training moved nothing: this would show nothing"
 
 

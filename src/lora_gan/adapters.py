@@ -35,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from . import packing, randomness
+from . import composite, packing, randomness
 from .base import Base, load_base, positions
 from .cache import cache_inputs, has_other_than_full_attention
 from .config import Config
@@ -147,7 +147,7 @@ class Players:
 
     def _stock_classifier_lacks(self, places: list[str]) -> str | None:
         """What stock sequence classification has not, of what discriminator/ needs of it; None where it has all."""
-        config = copy.deepcopy(self.lm.config)
+        config = copy.deepcopy(self.base.composite or self.lm.config)
         kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
         if kind is None:
             return f"transformers has no sequence classification for the model type {config.model_type!r}"
@@ -159,6 +159,8 @@ class Players:
         if not isinstance(score, nn.Linear) or score.in_features != width:
             return f"{kind.__name__} has no score head of width {width}"
         there = dict(stock.named_modules())
+        if self.base.composite is not None:
+            places = list(map(composite.stock_name, places))
         lacking = [name for name in places if name not in there]
         return f"{kind.__name__} has no {lacking[0]}" if lacking else None
 
@@ -565,26 +567,27 @@ def lora_config(
             )
         wanted = copy.deepcopy(given)
     if model is not None:
-        _leave_out_refused(wanted, model)
+        _exclude_not_adapted(wanted, model)
     wanted.task_type = TaskType.CAUSAL_LM  # both adapters stand on the causal LM; a checkpoint says SEQ_CLS
     wanted.fan_in_fan_out = transposed
     wanted.base_model_name_or_path, wanted.revision, wanted.inference_mode = None, None, False
     return wanted
 
 
-# Model types whose output projection PEFT refuses to adapt: Mamba's kernels read its weight past the adapter. PEFT does
-# so even where a target is meant by "all-linear".
-REFUSED_BY_PEFT = {
-    kind: ("out_proj",) for kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# Linear layers that "all-linear" leaves out, by model type. PEFT refuses `out_proj`, whose weight Mamba's kernels read
+# past the adapter; transformers reads the weight of `dt_proj` so, and an adapter there would never do anything.
+NOT_ADAPTED = {
+    "falcon_h1": ("out_proj",), "mamba2": ("out_proj",), "nemotron_h": ("out_proj",), "mamba": ("out_proj", "dt_proj"),
+    "falcon_mamba": ("out_proj", "dt_proj"), "jamba": ("dt_proj",),
 }  # fmt: skip
 
 
-def _leave_out_refused(wanted: LoraConfig, model: PreTrainedModel) -> None:
-    """Let "all-linear" mean all linear layers that PEFT adapts. Modules that are named one by one stay named."""
-    refused = REFUSED_BY_PEFT.get(model.config.model_type, ())
+def _exclude_not_adapted(wanted: LoraConfig, model: PreTrainedModel) -> None:
+    """Let "all-linear" mean all linear layers that can be adapted. Modules that are named one by one stay named."""
+    left_out = NOT_ADAPTED.get(model.config.model_type, ())
     excluded = wanted.exclude_modules
-    if refused and wanted.target_modules == "all-linear" and not isinstance(excluded, str):  # a pattern is the user's
-        wanted.exclude_modules = {*(excluded or ()), *refused}
+    if left_out and wanted.target_modules == "all-linear" and not isinstance(excluded, str):  # a pattern is the user's
+        wanted.exclude_modules = {*(excluded or ()), *left_out}
 
 
 def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
@@ -620,12 +623,12 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
             "disc_target_modules"
         )
     (name, found), first = named, count - layers
-    refused = REFUSED_BY_PEFT.get(model.config.model_type, ())
+    left_out = NOT_ADAPTED.get(model.config.model_type, ())
     return sorted(
         f"{name}.{first + i}.{inner}"
         for i, layer in enumerate(found[first:])
         for inner, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and inner.rpartition(".")[2] not in refused
+        if isinstance(module, (nn.Linear, Conv1D)) and inner.rpartition(".")[2] not in left_out
     )
 
 

@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from . import base_checks, gguf_files, named_bases
 from .cache import cache_argument, cache_inputs, roomy_cache
+from .composite import opens_as_text
 from .config import Config
 from .endings import Endings
 
@@ -38,7 +39,6 @@ DECIDED_ELSEWHERE = {
     "output_loading_info": "nothing: the library reads it itself",
 }  # fmt: skip
 OF_THE_REPOSITORY = ("revision", "token", "cache_dir", "subfolder")  # which concern the tokenizer's files too
-OPENS_AS_TEXT = ("qwen3_5",)  # multimodal model types that AutoModelForCausalLM opens as their text model
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -54,6 +54,9 @@ class Base:
     pad_on_disk: int | None
     endings: Endings  # the ids that end a response
     fingerprint: str
+    # The config that stock clients find under `path`, where it is not the model's own: of a multimodal base that is
+    # opened as its text model alone.
+    composite: Any = None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -108,6 +111,7 @@ def load_base(
         tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, called)
         endings = Endings.of(model.model, tokenizer, config.chat_template_kwargs)
         return replace(model, tokenizer=tokenizer, endings=endings)
+    composite = None
     if isinstance(model, PreTrainedModel):
         lm, name = model, str(model.config._name_or_path or "")
         path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -116,7 +120,7 @@ def load_base(
         name = os.fspath(model)
         if not name:
             raise ValueError(f"the base has no name: give a hub id, a local folder, a GGUF file, or {_own_names()}")
-        lm, tokenizer, path = _open(name, tokenizer, config, quantization_config, local_files_only)
+        lm, tokenizer, path, composite = _open(name, tokenizer, config, quantization_config, local_files_only)
     else:
         raise ValueError(
             f"the base is a {type(model).__name__}: it must be a hub id, a local folder, a GGUF file, {_own_names()}, "
@@ -133,7 +137,7 @@ def load_base(
     endings = Endings.of(lm, tokenizer, config.chat_template_kwargs)
     _require_causal(lm, called)
     pad_on_disk = base_checks.pad_with_a_row(lm.config.get_text_config().pad_token_id, rows)
-    return Base(lm, tokenizer, name, path, pad_on_disk, endings, _fingerprint(lm))
+    return Base(lm, tokenizer, name, path, pad_on_disk, endings, _fingerprint(lm), composite)
 
 
 def _own_names() -> str:
@@ -200,8 +204,8 @@ def _open(
     config: Config,
     quantization_config: Any,
     local_files_only: bool,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Load model and tokenizer by name; the third is the path that stock clients load it by."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Any]:
+    """Model, tokenizer, the path that stock clients load the model by, and its config there if it is multimodal."""
     extra = dict(config.model_init_kwargs or {})
     for key in extra.keys() & DECIDED_ELSEWHERE.keys():
         raise ValueError(f"model_init_kwargs has {key!r}, which is decided by {DECIDED_ELSEWHERE[key]}: drop it there")
@@ -242,7 +246,7 @@ def _open(
     if tokenizer is None:
         with _opening(name, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    return lm, tokenizer, path
+    return lm, tokenizer, path, lm_config if lm_config.get_text_config() is not lm_config else None
 
 
 @contextmanager
@@ -366,7 +370,7 @@ def _require_supported(config: Any, kind: type | None) -> None:
         reason = "it is an encoder-decoder, and both players are one stack that reads prompt and response"
     elif kind is None and not is_remote:
         reason = "transformers knows no causal language model of its type"
-    elif config.get_text_config() is not config and not _opens_as_text(config, kind):
+    elif config.get_text_config() is not config and not opens_as_text(config, kind):
         reason = (
             "it is multimodal: its other towers would get adapters that nothing trains, and stock PEFT would look for "
             "them; use the text model alone, saved from it"
@@ -378,12 +382,6 @@ def _require_supported(config: Any, kind: type | None) -> None:
     raise ValueError(
         f"{name} cannot be the base, it is not a causal language model of the kind that is needed: {reason}"
     )
-
-
-def _opens_as_text(config: Any, kind: type | None) -> bool:
-    """Whether AutoModelForCausalLM makes the text model alone of this multimodal config, as shown by the tests."""
-    text = config.sub_configs.get("text_config")
-    return config.model_type in OPENS_AS_TEXT and text is not None and getattr(kind, "config_class", None) is text
 
 
 def _require_bare(lm: PreTrainedModel) -> None:

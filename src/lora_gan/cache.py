@@ -76,7 +76,10 @@ def state_tensors(layer: Any) -> list[Tensor]:
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return []
     return [
-        state for states in (layer.conv_states, layer.recurrent_states) for state in states.values() if state is not None
+        state
+        for states in (layer.conv_states, layer.recurrent_states)
+        for state in states.values()
+        if state is not None
     ]
 
 
