@@ -30,13 +30,14 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from . import packing, randomness
+from . import composite, packing, randomness
 from .base import Base, load_base, positions
+from .cache import cache_inputs, has_other_than_full_attention
 from .config import Config
 from .encoding import Encoder
 from .linear import quicken
@@ -67,7 +68,7 @@ class Players:
         self.encoder = Encoder(base, config)
         transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
         lora = {
-            "generator": lora_config("generator", peft_config, config, transposed),
+            "generator": lora_config("generator", peft_config, config, transposed, base.model),
             "discriminator": lora_config("discriminator", disc_peft_config, config, transposed, base.model),
         }
         # Which adapters a peft_config describes, and not the settings: a checkpoint says so.
@@ -146,7 +147,7 @@ class Players:
 
     def _stock_classifier_lacks(self, places: list[str]) -> str | None:
         """What stock sequence classification has not, of what discriminator/ needs of it; None where it has all."""
-        config = copy.deepcopy(self.lm.config)
+        config = copy.deepcopy(self.base.composite or self.lm.config)
         kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
         if kind is None:
             return f"transformers has no sequence classification for the model type {config.model_type!r}"
@@ -158,6 +159,8 @@ class Players:
         if not isinstance(score, nn.Linear) or score.in_features != width:
             return f"{kind.__name__} has no score head of width {width}"
         there = dict(stock.named_modules())
+        if self.base.composite is not None:
+            places = list(map(composite.stock_name, places))
         lacking = [name for name in places if name not in there]
         return f"{kind.__name__} has no {lacking[0]}" if lacking else None
 
@@ -249,6 +252,10 @@ class Players:
         """Positions counted from the first real token, for bases that take them: rows are padded on the left."""
         return {"position_ids": positions(mask_BL)} if "position_ids" in self._takes else {}
 
+    def cached(self, cache: DynamicCache, mask_BL: Tensor | None = None) -> dict[str, Any]:
+        """The cache under the name that this base takes it by, and the mask of a cached step, where it takes one."""
+        return cache_inputs(self._takes, cache, mask_BL)
+
     def embed(self, ids: Tensor) -> Tensor:
         """The frozen input embeddings both players share, as the body receives them."""
         return self.lm.get_input_embeddings()(ids)
@@ -274,6 +281,8 @@ class Players:
         # A trial of a few tokens does not reach the end of a window, and not every attention is told of its own.
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         if any(windows) or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+            return False
+        if has_other_than_full_attention(config):  # a recurrent state runs along the row, over all of its texts
             return False
         ids = [1 + i % (self.lm.get_input_embeddings().weight.shape[0] - 1) for i in range(11)]
         trial = [ids[:2], ids[2:5]], [ids[5:8], ids[8:9], ids[9:]], np.array([0, 0, 1])
@@ -385,7 +394,7 @@ class Players:
         active = [(layer, layer._active_adapter) for layer in self._layers] if reference else []
         try:
             one = torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
-            setattr(self.lm, name, _Given(hidden_RH[None]))
+            setattr(self.lm, name, _Given(hidden_RH[None], body))
             for layer, _ in active:  # what stands behind the body may be adapted, too
                 layer._active_adapter = []
             logits_1RV = self.lm(input_ids=one, attention_mask=one, use_cache=False).logits
@@ -457,11 +466,16 @@ class _Begin(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands in a body's place, and says what it is told."""
+    """Stands in a body's place, and returns the hidden states that it was given."""
 
-    def __init__(self, hidden_BLH: Tensor) -> None:
+    def __init__(self, hidden_BLH: Tensor, body: nn.Module | None) -> None:
         super().__init__()
         self.output = _Output(last_hidden_state=hidden_BLH)
+        self.__dict__["body"] = body  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the real body: Falcon-H1's causal LM asks for a multiplier."""
+        return getattr(self.__dict__["body"], name)
 
     @property
     def decoder(self) -> _Given:
@@ -552,10 +566,28 @@ def lora_config(
                 f"{name} has task_type={str(given.task_type)!r}: it must be {' or '.join(TASKS[player])}, or None"
             )
         wanted = copy.deepcopy(given)
+    if model is not None:
+        _exclude_not_adapted(wanted, model)
     wanted.task_type = TaskType.CAUSAL_LM  # both adapters stand on the causal LM; a checkpoint says SEQ_CLS
     wanted.fan_in_fan_out = transposed
     wanted.base_model_name_or_path, wanted.revision, wanted.inference_mode = None, None, False
     return wanted
+
+
+# Linear layers that "all-linear" leaves out, by model type. PEFT refuses `out_proj`, whose weight Mamba's kernels read
+# past the adapter; transformers reads the weight of `dt_proj` so, and an adapter there would never do anything.
+NOT_ADAPTED = {
+    "falcon_h1": ("out_proj",), "mamba2": ("out_proj",), "nemotron_h": ("out_proj",), "mamba": ("out_proj", "dt_proj"),
+    "falcon_mamba": ("out_proj", "dt_proj"), "jamba": ("dt_proj",),
+}  # fmt: skip
+
+
+def _exclude_not_adapted(wanted: LoraConfig, model: PreTrainedModel) -> None:
+    """Let "all-linear" mean all linear layers that can be adapted. Modules that are named one by one stay named."""
+    left_out = NOT_ADAPTED.get(model.config.model_type, ())
+    excluded = wanted.exclude_modules
+    if left_out and wanted.target_modules == "all-linear" and not isinstance(excluded, str):  # a pattern is the user's
+        wanted.exclude_modules = {*(excluded or ()), *left_out}
 
 
 def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
@@ -591,11 +623,12 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
             "disc_target_modules"
         )
     (name, found), first = named, count - layers
+    left_out = NOT_ADAPTED.get(model.config.model_type, ())
     return sorted(
         f"{name}.{first + i}.{inner}"
         for i, layer in enumerate(found[first:])
         for inner, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(module, (nn.Linear, Conv1D)) and inner.rpartition(".")[2] not in left_out
     )
 
 

@@ -25,6 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from . import base_checks, gguf_files, named_bases
+from .cache import cache_argument, cache_inputs, roomy_cache
+from .composite import opens_as_text
 from .config import Config
 from .endings import Endings
 
@@ -52,6 +54,9 @@ class Base:
     pad_on_disk: int | None
     endings: Endings  # the ids that end a response
     fingerprint: str
+    # The config that stock clients find under `path`, where it is not the model's own: of a multimodal base that is
+    # opened as its text model alone.
+    composite: Any = None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -106,6 +111,7 @@ def load_base(
         tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, called)
         endings = Endings.of(model.model, tokenizer, config.chat_template_kwargs)
         return replace(model, tokenizer=tokenizer, endings=endings)
+    composite = None
     if isinstance(model, PreTrainedModel):
         lm, name = model, str(model.config._name_or_path or "")
         path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -114,7 +120,7 @@ def load_base(
         name = os.fspath(model)
         if not name:
             raise ValueError(f"the base has no name: give a hub id, a local folder, a GGUF file, or {_own_names()}")
-        lm, tokenizer, path = _open(name, tokenizer, config, quantization_config, local_files_only)
+        lm, tokenizer, path, composite = _open(name, tokenizer, config, quantization_config, local_files_only)
     else:
         raise ValueError(
             f"the base is a {type(model).__name__}: it must be a hub id, a local folder, a GGUF file, {_own_names()}, "
@@ -131,7 +137,7 @@ def load_base(
     endings = Endings.of(lm, tokenizer, config.chat_template_kwargs)
     _require_causal(lm, called)
     pad_on_disk = base_checks.pad_with_a_row(lm.config.get_text_config().pad_token_id, rows)
-    return Base(lm, tokenizer, name, path, pad_on_disk, endings, _fingerprint(lm))
+    return Base(lm, tokenizer, name, path, pad_on_disk, endings, _fingerprint(lm), composite)
 
 
 def _own_names() -> str:
@@ -198,8 +204,8 @@ def _open(
     config: Config,
     quantization_config: Any,
     local_files_only: bool,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Load model and tokenizer by name; the third is the path that stock clients load it by."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Any]:
+    """Model, tokenizer, the path that stock clients load the model by, and its config there if it is multimodal."""
     extra = dict(config.model_init_kwargs or {})
     for key in extra.keys() & DECIDED_ELSEWHERE.keys():
         raise ValueError(f"model_init_kwargs has {key!r}, which is decided by {DECIDED_ELSEWHERE[key]}: drop it there")
@@ -240,7 +246,7 @@ def _open(
     if tokenizer is None:
         with _opening(name, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    return lm, tokenizer, path
+    return lm, tokenizer, path, lm_config if lm_config.get_text_config() is not lm_config else None
 
 
 @contextmanager
@@ -364,15 +370,13 @@ def _require_supported(config: Any, kind: type | None) -> None:
         reason = "it is an encoder-decoder, and both players are one stack that reads prompt and response"
     elif kind is None and not is_remote:
         reason = "transformers knows no causal language model of its type"
-    elif config.get_text_config() is not config:
+    elif config.get_text_config() is not config and not opens_as_text(config, kind):
         reason = (
             "it is multimodal: its other towers would get adapters that nothing trains, and stock PEFT would look for "
             "them; use the text model alone, saved from it"
         )
-    elif getattr(kind, "_is_stateful", False):
-        reason = "it carries a recurrent state, which neither padded rows nor a prompt shared by a group leave right"
-    elif kind is not None and "past_key_values" not in inspect.signature(kind.forward).parameters:
-        reason = "it has no key-value cache to sample with"
+    elif kind is not None and cache_argument(inspect.signature(kind.forward).parameters) is None:
+        reason = "it has no key-value cache to sample with (its forward takes neither past_key_values nor cache_params)"
     else:
         return
     raise ValueError(
@@ -385,44 +389,82 @@ def _require_bare(lm: PreTrainedModel) -> None:
         raise ValueError("this model has adapters already: pass the base as it was loaded, one object a LoraGAN")
 
 
+TRIAL = 8, 3  # tokens of the trial's text, and the padding in front of it
+
+
 @torch.no_grad()
 def _require_causal(lm: PreTrainedModel, called: str) -> None:
-    """Run the base on one text twice: alone, and shifted right by padding and without its last token.
+    """Run the base on one text: alone; behind padding and without its last tokens; and those with the cache.
 
-    A causal model that leaves padding alone says the same of the tokens both rows have.
+    A causal model that leaves padding alone says the same of the tokens both rows have. One whose cache can be sampled
+    with says the same of the last tokens, after its rows were repeated and selected as sampling does.
+
+    Raises:
+        ValueError: it names the base and the difference that was found.
     """
     rows = lm.get_input_embeddings().num_embeddings
-    ids = (torch.arange(6) * 7 + 3) % rows
-    batch = torch.stack([ids, ids.roll(1)]).to(next(lm.parameters()).device)  # the second begins with a pad
+    tokens, pads = TRIAL
+    short = tokens - pads
+    ids = (torch.arange(tokens) * 7 + 3) % rows
+    batch = torch.stack([ids, ids.roll(pads)]).to(next(lm.parameters()).device)  # the second begins with padding
     mask = torch.ones_like(batch)
-    mask[1, 0] = 0
-    takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+    mask[1, :pads] = 0
+    takes = inspect.signature(lm.forward).parameters
     # Far above rounding, far below what another context does; quantized products round like bfloat16.
     exact = lm.dtype == torch.float32 and getattr(lm, "hf_quantizer", None) is None
-    allowed = 1e-3 if exact else 0.05
 
-    def agree(ids_BL: Tensor, mask_BL: Tensor, first: slice, second: slice) -> bool:
-        more = {"position_ids": positions(mask_BL)} if takes_positions else {}
+    def run(ids_BL: Tensor, mask_BL: Tensor, **cache: Any) -> Tensor:
+        place = positions(mask_BL)[:, -ids_BL.shape[1] :]
+        more = {"position_ids": place} if "position_ids" in takes else {}
         with base_checks.trial(called):
-            logits = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **more).logits.float()
+            logits = lm(input_ids=ids_BL, **{"attention_mask": mask_BL, **more, **cache}).logits.float()
         base_checks.require_finite(lm, logits, called)
-        logits = logits.masked_fill(logits == -torch.inf, 0.0)  # tokens that the base forbids
-        difference = logits[0, first] - logits[1, second]
-        return bool(difference.square().mean().sqrt() <= allowed * logits.std())
+        return logits.masked_fill(logits == -torch.inf, 0.0)  # tokens that the base forbids
 
-    if agree(batch, mask, slice(0, 5), slice(1, 6)):
-        return
-    other_end = batch[:1].repeat(2, 1)
-    other_end[1, -1] = (other_end[1, -1] + 1) % rows
-    if agree(other_end, torch.ones_like(mask), slice(0, 5), slice(0, 5)):
+    def agree(one: Tensor, other: Tensor, allowed: float) -> bool:
+        return bool((one - other).square().mean().sqrt() <= allowed * other.std())
+
+    whole = run(batch, mask, use_cache=False)
+    allowed = 1e-3 if exact else 0.05
+    if not agree(whole[1, pads:], whole[0, :short], allowed):
+        other_end = batch[:1].repeat(2, 1)
+        other_end[1, -1] = (other_end[1, -1] + 1) % rows
+        ends = run(other_end, torch.ones_like(mask), use_cache=False)
+        if agree(ends[1, :-1], ends[0, :-1], allowed):
+            raise ValueError(
+                f"{called} cannot be the base: padding on the left changes what it says of a text, and rows of "
+                "different lengths could not stand in one batch"
+            )
         raise ValueError(
-            f"{called} cannot be the base: padding on the left changes what it says of a text, and rows of "
-            "different lengths could not stand in one batch"
+            f"{called} cannot be the base, it is not a causal language model: what it says of a token depends "
+            "on the tokens after it"
         )
-    raise ValueError(
-        f"{called} cannot be the base, it is not a causal language model: what it says of a token depends "
-        "on the tokens after it"
-    )
+
+    def decoded() -> Tensor:
+        """Logits of the second row's text, its last tokens read one by one; its cache is that of a group's row."""
+        with base_checks.trial(called):
+            cache = roomy_cache(lm.config, 2 * tokens)
+        said = [run(batch, mask, use_cache=True, **cache_inputs(takes, cache))[1, pads:]]
+        with base_checks.trial(called):
+            cache.batch_repeat_interleave(2)
+        seen, fed = mask.repeat_interleave(2, 0), torch.stack([ids.flip(0), ids.flip(0), ids, ids.flip(0)])
+        for place in range(short, tokens):
+            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
+            inputs = {"attention_mask": None, **cache_inputs(takes, cache, seen)}
+            logits = run(fed[:, place : place + 1].to(batch.device), seen, use_cache=True, **inputs)
+            said.append(logits[-2])
+            if place == short:  # the first prompt's rows leave
+                keep = torch.tensor([0, 2, 3], device=batch.device)
+                cache.batch_select_indices(keep)
+                seen, fed = seen[keep], fed[keep.cpu()]
+        return torch.cat(said)
+
+    # Cached steps run other kernels than a whole text does, and a router may choose another expert.
+    if not agree(decoded(), whole[0], 1e-3 if exact else 0.2):
+        raise ValueError(
+            f"{called} cannot be the base: read token by token with its cache, as sampling reads it, a text gets other "
+            "logits than in one forward"
+        )
 
 
 def positions(mask_BL: Tensor) -> Tensor:

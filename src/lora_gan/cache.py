@@ -1,22 +1,91 @@
-"""Keys and values of the tokens so far, in room that is taken once.
+"""The decode cache: preallocated keys and values, and recurrent states that follow their rows.
 
-transformers' cache grows by copying itself at each token: over a response that is the square of its length. A layer
-that sees all of the past is given its room when the group's rows are made of the prompt's; others (windows, recurrent
-states) stay as transformers has them.
+transformers' cache copies itself at each token to grow. Over a response, this cost is quadratic in its length. So a
+layer with full attention gets room for all tokens when the rows of the groups are made from the prompts. Other layers
+(sliding windows, convolution and recurrent states) stay as transformers has them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+# The argument of a model's forward that takes the cache. Mamba swallows `past_key_values` and decodes without a state.
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
 
-def roomy_cache(config: PretrainedConfig, places: int) -> DynamicCache:
+def cache_argument(takes: Collection[str]) -> str | None:
+    """The name of the argument that takes the cache, from the parameters of a model's forward; None without one."""
+    return next((name for name in CACHE_ARGUMENTS if name in takes), None)
+
+
+def cache_inputs(takes: Collection[str], cache: DynamicCache, mask_BL: Tensor | None = None) -> dict[str, Any]:
+    """The arguments of a forward that hand over the cache.
+
+    Args:
+        takes: the parameters of the model's forward.
+        mask_BL: for a cached step, the mask of all tokens so far. Models that take `cache_params` get none: they keep
+            no keys that a mask could hide, and would read it as the mask of the new tokens alone. transformers' own
+            generate() leaves it out, too.
+    """
+    name = cache_argument(takes)
+    assert name is not None  # a base without one is refused when it is opened
+    mask = {} if mask_BL is None or name == "cache_params" else {"attention_mask": mask_BL}
+    return {name: cache, **mask}
+
+
+def has_other_than_full_attention(config: PretrainedConfig) -> bool:
+    """Whether the model keeps anything but all keys and values: sliding windows, convolution or recurrent states."""
+    return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+class RowCache(DynamicCache):
+    """transformers' cache with `batch_repeat_interleave` and `batch_select_indices` for all kinds of layers.
+
+    transformers 5.23 has neither for layers with a recurrent state. A layer with both attention and a recurrent state
+    (Falcon-H1) inherits those of attention, which leave the state as it is. `reorder_cache` moves all tensors of every
+    kind of layer.
+    """
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                states = state_tensors(layer)
+                if states:
+                    rows = torch.arange(len(states[0]), device=states[0].device)
+                    layer.reorder_cache(rows.repeat_interleave(repeats))
+            else:
+                layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(indices)
+            else:
+                layer.batch_select_indices(indices)
+
+
+def state_tensors(layer: Any) -> list[Tensor]:
+    """The convolution and recurrent states of a cache layer, each [rows, ...]; empty before the first forward, and for
+    layers that keep keys and values alone."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return []
+    return [
+        state
+        for states in (layer.conv_states, layer.recurrent_states)
+        for state in states.values()
+        if state is not None
+    ]
+
+
+def roomy_cache(config: PretrainedConfig, places: int) -> RowCache:
     """A cache for rows of at most `places` tokens."""
-    cache = DynamicCache(config=config)
+    cache = RowCache(config=config)
     cache.layers = [_Roomy(places) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
@@ -67,3 +136,6 @@ class _Roomy(DynamicLayer):
             rooms.append(kept)
         self.room = rooms
         self._fill(tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)

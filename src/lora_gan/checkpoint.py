@@ -31,7 +31,7 @@ from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import durable, gguf_files, named_bases, untrusted
+from . import composite, durable, gguf_files, named_bases, untrusted
 from .adapters import ACCEPTED, Players
 from .base import load_base
 from .base_checks import UNLIMITED
@@ -152,6 +152,10 @@ def adapter_content(players: Players, player: str) -> tuple[dict[str, Any], dict
         config.task_type = TaskType.SEQ_CLS
         config.modules_to_save = ["classifier", "score"]
         state[SCORE] = players.score_MH.detach().mean(0, keepdim=True)  # heads folded into the one that scores
+        if players.base.composite is not None:
+            state = composite.stock_tensors(state)
+            if not isinstance(config.target_modules, str):
+                config.target_modules = composite.targets_of_both(config.target_modules)
     # A set's order would change with PYTHONHASHSEED.
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     return dict(sorted(values.items())), state
@@ -467,7 +471,8 @@ def _read_discriminator(gan: LoraGAN, folder: Folder) -> Callable[[], None]:
     """The same for a discriminator's; one without state.pt gives all heads the one that scores, and no replay."""
     heads_MH = gan.players.heads_MH
     _require_same_scaling(folder, gan.players.peft.peft_config["discriminator"])
-    weights = untrusted.read_weights(folder, {**adapter_state(gan.players, "discriminator"), SCORE: heads_MH[:1]})
+    expected = {**adapter_state(gan.players, "discriminator"), SCORE: heads_MH[:1]}
+    weights = untrusted.read_weights(folder, expected, called=composite.plain_name)
     score_1H = weights.pop(SCORE)
     state = _read_discriminator_state(gan, folder) if folder.has("state.pt") else None
     optimizer = untrusted.read_optimizer(folder, gan.discriminator.optimizer) if state else None

@@ -159,8 +159,8 @@ def sample(
     mask = prompt.mask_BL[:, :places]
     cache = roomy_cache(players.lm.config, places + length)
     logits = players.lm(
-        input_ids=prompt.ids_BL[:, :places], attention_mask=mask, past_key_values=cache, use_cache=True,
-        **players.keep(1), **players.positions(mask),
+        input_ids=prompt.ids_BL[:, :places], attention_mask=mask, use_cache=True,
+        **players.cached(cache), **players.keep(1), **players.positions(mask),
     ).logits[:, -1]  # fmt: skip
     if per_prompt > 1:
         cache.batch_repeat_interleave(per_prompt)
@@ -188,7 +188,7 @@ def sample(
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
             position = {name: value[:, -1:] for name, value in players.positions(mask).items()}
             logits = players.lm(
-                input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, **position
+                input_ids=token[:, None], use_cache=True, **players.cached(cache, mask), **position
             ).logits[:, -1]
 
     if not finite:  # asked once: every question makes a GPU wait

@@ -56,8 +56,14 @@ def read_tensors(folder: Folder, name: str, *, limit: int) -> Any:
     return value
 
 
-def read_weights(folder: Folder, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's weights, refused where a name, a shape, a type or a value cannot be this adapter's."""
+def read_weights(
+    folder: Folder, expected: Mapping[str, Tensor], *, called: Callable[[str], str] = str
+) -> dict[str, Tensor]:
+    """The adapter's weights, refused where a name, a shape, a type or a value cannot be this adapter's.
+
+    Args:
+        called: what a tensor is called here, from its name in the file.
+    """
     names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if folder.has(name)]
     if not names:
         raise ValueError(
@@ -77,6 +83,9 @@ def read_weights(folder: Folder, expected: Mapping[str, Tensor]) -> dict[str, Te
     strange = [name for name, tensor in weights.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
     if strange:
         raise Damaged(f"{file} holds something else than tensors by their names: {str(strange[0])[:80]!r}")
+    if len({called(name) for name in weights}) < len(weights):
+        raise Damaged(f"{file} holds a tensor twice, under two names")
+    weights = {called(name): tensor for name, tensor in weights.items()}
     differing = sorted(
         name
         for name in expected.keys() | weights.keys()
