@@ -24,6 +24,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from lora_gan import LoraGAN
+from lora_gan.data import Row
 from lora_gan.export import export
 
 ALL = list(FAMILIES)
@@ -215,15 +216,16 @@ def test_only_the_end_that_the_tokenizer_appends_is_removed(name):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS)
-def test_a_rendered_prompt_begins_as_its_messages_do(name, kwargs):
-    """A text that the template rendered gets no second begin-of-text token."""
+def test_a_rendered_prompt_begins_and_ends_as_its_messages_do(name, kwargs):
+    """A text that the template rendered gets no second begin-of-text token, and the end of a chat turn: also one that
+    ends within the assistant's answer."""
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
     gan = family_gan(name, chat_template_kwargs=kwargs)
     prompts = prompts_of(family, "chat")
-    messages, texts = (
-        gan._encode(prompts),
-        gan._encode([rendered(tokenizer, prompt, tokenize=False, **kwargs) for prompt in prompts]),
-    )
+    written = [rendered(tokenizer, prompt, tokenize=False, **kwargs) for prompt in prompts]
+    messages, texts = gan._encode(prompts), gan._encode(written)
+    for prompt, text in zip(prompts, written, strict=True):
+        assert gan.players.encoder.closing_id(Row(text)) == gan.players.encoder.closing_id(Row(prompt))
     assert messages == texts == [rendered(tokenizer, prompt, **kwargs) for prompt in prompts]
     if family.adds_bos:
         assert all(ids[0] == tokenizer.bos_token_id != ids[1] for ids in texts)

@@ -38,7 +38,7 @@ class Endings:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     _closing: dict[str, int | None] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _tails: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _tails: dict[str, tuple[str, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -103,12 +103,9 @@ class Endings:
 
     def is_rendered(self, text: str, options: Mapping[str, Any]) -> bool:
         """Whether a plain prompt is chat messages that a template has rendered already."""
-        tails = {self._tail(options), self._tail({})} - {""}
-        specials = self.tokenizer.all_special_tokens
-        return any(
-            text.rstrip().endswith(tail) or (any(token in tail for token in specials) and tail in text)
-            for tail in tails
-        )
+        tails = {self._tail(options), self._tail({})} - {("", False)}
+        # No other text has a special token in it, so that an answer may have begun behind the tail.
+        return any(text.rstrip().endswith(tail) or (is_special and tail in text) for tail, is_special in tails)
 
     def _find_closing(self, options: Mapping[str, Any]) -> int | None:
         question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
@@ -132,16 +129,20 @@ class Endings:
             first = next((id for id, token in added.items() if text.strip().startswith(token.content)), None)
         return first
 
-    def _tail(self, options: Mapping[str, Any]) -> str:
-        """What the template writes after a user's last message, up to where the response begins, without space."""
+    def _tail(self, options: Mapping[str, Any]) -> tuple[str, bool]:
+        """What the template writes after a user's last message, up to where the response begins, without space; and
+        whether a special token is in it. Those that only an added token's flag calls special count too: Gemma's
+        <end_of_turn> has no role in the tokenizer."""
         template = _resolved(self.tokenizer, options)
         if template is None:
-            return ""
+            return "", False
         key = template + repr(sorted((name, repr(value)) for name, value in options.items()))
         if key not in self._tails:
             written = self._render([{"role": "user", "content": USER}], options, add_generation_prompt=True)
             tail = "" if written is None else written.rpartition(USER)[2].strip()
-            self._tails[key] = tail if len(tail) >= 5 else ""  # ": " would be found in any text
+            tail = tail if len(tail) >= 5 else ""  # ": " would be found in any text
+            special = base_checks.special_tokens(self.tokenizer).values()
+            self._tails[key] = tail, any(token in tail for token in special)
         return self._tails[key]
 
     def _render(
