@@ -293,19 +293,20 @@ def test_what_is_exported_says_in_stock_clients_what_the_players_say(name, tmp_p
     rows = [ids[:6] for ids in gan._encode(MANY)]
     with torch.no_grad(), gan.players.playing("generator"):
         ours = [gan.players.logits(torch.tensor([row]), torch.ones(1, len(row)).long(), len(row))[0] for row in rows]
-    for stock in (
-        AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval(),
-        AutoModelForCausalLM.from_pretrained(folder / "generator-merged").eval(),
-    ):
+    adapter = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "generator-merged").eval()
+    # Weights that are one rounding apart move the logits of these small bases by up to 8e-5: short vectors are divided
+    # by their length.
+    for stock, limit in ((adapter, 1e-5), (merged, 5e-5)):
         for one, other in zip(ours, logits_alone(stock, rows), strict=True):
-            assert (one - other).abs().max() < 1e-5 * one.abs().max()
+            assert (one - other).abs().max() < limit * one.abs().max()
     if judged:
         prompts, answers = gan.players.encoder.pairs(list(map(Row, MANY)), ["the cat"] * len(MANY))
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         scores = torch.tensor(gan.score(MANY, ["the cat"] * len(MANY)))
         assert scores.std() > 1e-3
-        for stock in (
-            AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval(),
-            AutoModelForSequenceClassification.from_pretrained(folder / "discriminator-merged").eval(),
-        ):
-            assert (scores - torch.stack([logits[0] for logits in logits_alone(stock, texts)])).abs().max() < 1e-5
+        adapter = AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval()
+        merged = AutoModelForSequenceClassification.from_pretrained(folder / "discriminator-merged").eval()
+        for stock, limit in ((adapter, 1e-5), (merged, 5e-5)):
+            theirs = torch.stack([logits[0] for logits in logits_alone(stock, texts)])
+            assert (scores - theirs).abs().max() < limit
