@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 # The argument of a model's forward that takes the cache. Mamba swallows `past_key_values` and decodes without a state.
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
@@ -44,6 +44,16 @@ def has_other_than_full_attention(config: PretrainedConfig) -> bool:
     return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
+def has_state(layer: Any) -> bool:
+    """Whether a cache layer keeps convolution or recurrent states."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def attention_layers(config: PretrainedConfig) -> int:
+    """The layers of a model that keep keys and values."""
+    return sum(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+
 class RowCache(DynamicCache):
     """transformers' cache with `batch_repeat_interleave` and `batch_select_indices` for all kinds of layers.
 
@@ -54,7 +64,7 @@ class RowCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
+            if has_state(layer):
                 states = state_tensors(layer)
                 if states:
                     rows = torch.arange(len(states[0]), device=states[0].device)
@@ -64,7 +74,7 @@ class RowCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
+            if has_state(layer):
                 layer.reorder_cache(indices)
             else:
                 layer.batch_select_indices(indices)
@@ -73,7 +83,7 @@ class RowCache(DynamicCache):
 def state_tensors(layer: Any) -> list[Tensor]:
     """The convolution and recurrent states of a cache layer, each [rows, ...]; empty before the first forward, and for
     layers that keep keys and values alone."""
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+    if not has_state(layer):
         return []
     return [
         state

@@ -10,8 +10,10 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from .adapters import Players
+from .cache import attention_layers, has_state, roomy_cache, state_tensors
 from .checkpoint import PLAYERS
 from .config import Config
 from .data import Row
@@ -82,9 +84,13 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
     packed rows. The generator has 6 float32 arrays as large as the logits that are held at one time, the discriminator
     none, but as many responses of replay beside this step's. So many as meet the peaks that benchmarks/memory.py
     measured at GPT-2's size to a quarter, with micro-batches and without.
+
+    A layer with a recurrent state has no pairs of tokens. The state is counted exactly. What such a layer's scan holds
+    during an update was not measured, and is left out.
     """
     model, text = players.base.model, players.base.model.config.get_text_config()
-    heads = text.num_attention_heads
+    attending = attention_layers(model.config)
+    heads = getattr(text, "num_attention_heads", None) or 1  # Mamba has no attention, and no such setting
     per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -102,11 +108,13 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
             pairs = prompts * prompt**2 + responses * response * length
         else:
             tokens, pairs = responses * length, responses * length**2
-        layer = 17 * tokens * text.hidden_size + 2.5 * heads * pairs
+        layer, attention = 17 * tokens * text.hidden_size, 2.5 * heads * pairs
         if config.gradient_checkpointing:  # of all but one at a time what it was given
-            return number * (text.num_hidden_layers * tokens * text.hidden_size + layer)
-        return number * text.num_hidden_layers * layer
+            largest = layer + (attention if attending else 0.0)
+            return number * (text.num_hidden_layers * tokens * text.hidden_size + largest)
+        return number * (text.num_hidden_layers * layer + attending * attention)
 
+    state = _state_bytes(players)
     together = min(config.micro_batch_size or sampled, sampled)
     logits = 6.0 * 4 * min(together * response, players.tokens_at_once) * vocabulary
     judged = round(sampled * config.query_rate) * (2 if config.disc_replay_groups else 1)
@@ -114,9 +122,21 @@ def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[
     return {
         "base": float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)),
         "adapters, their gradients and AdamW's moments": 4.0 * trained,
-        "cache while sampling": 2.0 * number * sampled * length * text.num_hidden_layers * kv_heads * per_head,
+        "cache while sampling": sampled * (2.0 * number * length * attending * kv_heads * per_head + state),
         "an update": max(body(together) + logits, body(min(config.micro_batch_size or judged, judged))),
     }
+
+
+@torch.no_grad()
+def _state_bytes(players: Players) -> int:
+    """Bytes of one row's convolution and recurrent states, from a forward on one token; 0 without such layers."""
+    cache = roomy_cache(players.lm.config, 1)
+    if not any(map(has_state, cache.layers)):
+        return 0
+    one = torch.ones(1, 1, dtype=torch.long, device=players.device)
+    with players.playing("reference"):
+        players.lm(input_ids=one, attention_mask=one, use_cache=True, **players.cached(cache), **players.positions(one))
+    return sum(state.nbytes for layer in cache.layers for state in state_tensors(layer))
 
 
 def _in_words(parts: dict[str, float]) -> str:
