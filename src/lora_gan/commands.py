@@ -162,7 +162,7 @@ def train(
         if (folder / name).is_file() and (folder / name).stat().st_size
     ]
     print(
-        f"Done: step {gan.global_step}, {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
+        f"{gan.ending}. {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
         f"{', '.join(files)}\n"
         f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
         f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
