@@ -26,7 +26,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
-from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
 from . import checkpoint, data, durable, tracking
@@ -35,6 +34,7 @@ from .config import Config
 from .data import Row
 from .display import Display
 from .json_lines import JsonLines
+from .run_ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -122,7 +122,7 @@ class Run:
         self._stops_early = any(_is_a(callback, EarlyStoppingCallback) for callback in own)
         if self._stops_early and not evaluates:
             raise ValueError("EarlyStoppingCallback watches an evaluation: give fit() an eval_dataset")
-        self.handler = CallbackHandler(
+        self.handler = StopWatchingHandler(
             [DefaultFlowCallback, *own],
             gan.players.peft,
             gan.players.base.tokenizer,
@@ -265,6 +265,13 @@ class Run:
         if path.name == f"step-{self.state.best_global_step}":
             self.state.best_model_checkpoint = str(path)
         self._fire("on_save")
+
+    def ends(self, reason: str | None = None) -> None:
+        """The last step was taken. None: a callback said so, or all steps are done."""
+        stopped = self.control.should_training_stop
+        if reason is None:
+            reason = reason_of(self.handler.stopped_by, self.state, self._best_name) if stopped else ALL_STEPS
+        self.gan.ending = self.display.ending = Ending(self.gan.global_step, self.args.max_steps, reason)
 
     # --- what follows from it
 

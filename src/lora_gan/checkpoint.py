@@ -335,6 +335,11 @@ def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any
     return gan
 
 
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings that a complete checkpoint was made with; empty where there is no such folder."""
+    return _read_state(Folder(path, manifest=True))["config"] if path.is_dir() else {}
+
+
 def _read_state(folder: Folder) -> dict[str, Any]:
     """A checkpoint's trainer_state.json, with every value of the kind that it must be."""
     state, where = folder.read_json(STATE), str(folder.path / STATE)

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
@@ -22,6 +23,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from . import __version__, commands
 from .config import Config
 from .interrupts import Terminated
+from .resuming import in_moved_folder
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": commands.demo,
@@ -119,9 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     Parser.line = spelled
     chosen = _parser().parse_args(spelled)
     values = chosen[chosen.command].as_dict()
-    values.pop("config", None)
+    files = values.pop("config", None) or []
     try:
         if chosen.command == "train":
+            if values["resume"] and files:
+                given = any(word.partition("=")[0] == "--output_dir" for word in spelled)
+                values, said = in_moved_folder(values, Path(str(files[-1])), folder_is_given=given)
+                if said:
+                    print(said, file=sys.stderr)
             settings = {name: values.pop(name) for name in Config.__dataclass_fields__}
             values["config"] = Config.from_dict(settings)
         COMMANDS[chosen.command](**values)

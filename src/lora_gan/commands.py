@@ -15,6 +15,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from .config import Config
 from .options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
+from .resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 
 
 def demo(
@@ -94,6 +95,7 @@ def train(
     disc_peft_config: dict[str, Any] | None = None,
     quantization_config: dict[str, Any] | None = None,
     resume: bool = False,
+    allow_other_data: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Train a generator and a discriminator on rows of prompts.
@@ -112,7 +114,9 @@ def train(
         peft_config: The generator's adapter, by fields of peft.LoraConfig, such as {use_rslora: true}.
         disc_peft_config: The same for the discriminator's.
         quantization_config: Fields of transformers.BitsAndBytesConfig, such as {load_in_4bit: true}.
-        resume: Go on from the newest complete checkpoint in output_dir.
+        resume: Go on from the newest complete checkpoint in output_dir. Settings that differ from the checkpoint's are
+            listed, a line each.
+        allow_other_data: With resume, go on although the rows of data are other ones than before.
         dry_run: Train nothing: print what would be trained, its memory and its true-reward calls, and try the reward on
             a few responses.
     """
@@ -129,8 +133,13 @@ def train(
     rows = data_module.read_rows(data, split=split, streaming=streaming, **_columns(config))
     held_out = data_module.read_rows(eval_data, split="test", **_columns(config)) if eval_data else None
 
+    identities = {"data": identity(data, rows), "eval_data": eval_data and identity(eval_data, held_out)}
+    if resume:
+        for line in say_if_other_data(kept_identities(folder), identities, allowed=allow_other_data):
+            print(line, file=sys.stderr)
+
     from . import preview
-    from .checkpoint import complete
+    from .checkpoint import complete, settings_of
     from .gan import LoraGAN
     from .plots import plot_run
     from .tracking import trackers_of
@@ -148,6 +157,10 @@ def train(
     if resume:
         gan.load_checkpoint()
         _say_if_changed(folder, reward)
+        for line in changed_settings(
+            settings_of(folder / f"step-{gan.global_step}"), config.to_file(), gan.global_step
+        ):
+            print(line, file=sys.stderr)
     rows = gan.check_rows(rows)
     if held_out is not None:
         held_out = gan.check_held_out(held_out, rows)
@@ -169,6 +182,7 @@ def train(
     def keep(record: dict[str, Any]) -> None:
         if not settings:
             settings.append(keep_options(folder, options))
+            keep_identities(folder, identities)
 
     try:
         gan.fit(rows, eval_dataset=held_out, on_step=keep)
@@ -186,7 +200,7 @@ def train(
         if (folder / name).is_file() and (folder / name).stat().st_size
     ]
     print(
-        f"Done: step {gan.global_step}, {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
+        f"{gan.ending}. {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
         f"{', '.join(files)}\n"
         f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
         f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
@@ -486,7 +500,8 @@ def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
 
 def _say_if_changed(folder: Path, reward: Any) -> None:
     """A discriminator that learned one reward begins by predicting it for another."""
-    before = kept_options(folder).get("reward")
+    kept = kept_options(folder)
+    before = moved_paths(kept.get("reward"), str(kept.get("output_dir")), folder.resolve())
     if before is not None and before != with_full_paths(reward):
         print(f"The reward is another one than before: {before} up to here, {reward} from now on.", file=sys.stderr)
 

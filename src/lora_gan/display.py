@@ -20,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .run_ending import Ending
+
 PLAIN_SECONDS = 10.0  # between plain lines
 WATCHED = {
     "reward": "reward",
@@ -103,6 +105,7 @@ class Display:
         self.step = first
         self.series: dict[str, Series] = {}
         self.latest: list[Mapping[str, Any]] = []  # the last samples
+        self.ending: Ending | None = None  # set when the run has taken its last step
         self._live: ExitStack | None = None
         self._began = self._said_at = time.monotonic()
         self._said = first  # the step of the last plain line
@@ -115,13 +118,15 @@ class Display:
             _current = self
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         global _current
         self._stop()
         if _current is self:
             _current = None
         if self.shown and not self.is_live and self.step > self._said:
             self._say_step()
+        if self.shown and kind is None and self.ending is not None and self.ending.is_early:
+            self._say(str(self.ending))
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """A step was taken, or (`eval_…`) an evaluation made at it."""
@@ -168,8 +173,10 @@ class Display:
         sys.stderr.flush()
 
     def _time_left(self) -> str:
+        if self.ending is not None and self.ending.is_early:
+            return "ended early"
         done, left = self.step - self.first, self.last - self.step
-        if done <= 0 or not left:  # below nought where the run went back to before it began
+        if done <= 0 or not left:  # below 0 where the run went back to before it began
             return "done" if not left else "time left unknown"
         return f"about {duration((time.monotonic() - self._began) / done * left)} left"
 

@@ -45,6 +45,7 @@ from .generator import Generator
 from .guard import Monitor
 from .interrupts import Interrupted, Interrupts
 from .rewards.calling import Caller
+from .run_ending import Ending
 from .saving import Saver
 from .wording import shown
 
@@ -143,6 +144,7 @@ class LoraGAN:
         self.reward_failures = 0  # responses on which a reward failed to the last try, since this object was made
         self.answers: Answers | None = None  # in fit(): the log of what the true reward said
         self.trainer_state: TrainerState | None = None  # in fit(): the run's
+        self.ending: Ending | None = None  # how the last fit() ended
         self.data_columns: Collection[str] = ()  # in fit(): names of the columns of the data
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
@@ -320,6 +322,11 @@ class LoraGAN:
     def _over_with_budget(self, signal: RewardSignal) -> bool:
         """Whether reward_budget is spent and nothing can teach the generator without another call."""
         return self.calls_left == 0 and (self.config.after_budget == "stop" or signal == "true")
+
+    def _budget_is_spent(self, signal: RewardSignal) -> str:
+        """Why a run ends whose reward_budget is spent."""
+        why = "after_budget is 'stop'" if self.config.after_budget == "stop" else f"reward_signal {signal!r} needs more"
+        return f"all {self.config.reward_budget:,} calls of reward_budget are spent, and {why}"
 
     @property
     def calls_left(self) -> int | None:
@@ -534,7 +541,7 @@ class LoraGAN:
         Returns:
             The steps' records, the last 500 where there are more. In output_dir stand metrics.jsonl,
             completions.jsonl, and checkpoints step-N: every `config.save_steps`, and at the end. After loading a
-            checkpoint, fit() goes on with the next rows.
+            checkpoint, fit() goes on with the next rows. `self.ending` says why the run ended (`run_ending.Ending`).
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
@@ -553,6 +560,7 @@ class LoraGAN:
             raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
         records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         last = self.global_step + steps
+        self.ending, signal = None, self.config.signal(self.config.adversarial)
         folder, beside = Path(self.config.output_dir), not self.callbacks
         with (
             lock.writing_alone(folder, self),
@@ -594,20 +602,26 @@ class LoraGAN:
                             saver.save(keep=run.best_steps)
                         if run.control.should_training_stop:
                             break
-                        if self._over_with_budget(self.config.signal(self.config.adversarial)):
+                        if self._over_with_budget(signal):
+                            run.ends(self._budget_is_spent(signal))
                             break
                         if record["alarms"] and self.config.on_exploit == "stop":
+                            run.ends(f"alarm, and on_exploit is 'stop': {'; '.join(record['alarms'])}")
                             break
                         self._interrupts.check()
+                    if self.ending is None:
+                        run.ends()
             except (Interrupted, ValueError, rewards.RewardUnavailable) as stop:
                 # A person, or a row or a reward that is not as it should be: the last step is whole.
                 saved = saver.finish(run.best_steps) if records else None
                 if not isinstance(stop, Interrupted):
                     raise
-                why = f"{stop}: " if str(stop) else ""
+                why = str(stop) or f"stopped by {stop.cause}"
+                run.ends(why)
+                why += f" after {self.global_step} of {last} steps"
                 if not records:
-                    raise stop.ending(f"{why}no step was done, so there is nothing new to save") from None
-                raise stop.ending(f"{why}step {self.global_step} is saved in {saved}") from None
+                    raise stop.ending(f"{why}: no step was done, so there is nothing new to save") from None
+                raise stop.ending(f"{why}: step {self.global_step} is saved in {saved}") from None
             if records:
                 saver.finish(run.best_steps)
         return list(records)

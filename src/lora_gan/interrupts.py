@@ -24,6 +24,11 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(*args)
         self.number = number
 
+    @property
+    def cause(self) -> str:
+        """The signal, as a person calls it."""
+        return "SIGTERM" if self.number == signal.SIGTERM else "Ctrl-C"
+
     def ending(self, message: str) -> BaseException:
         """What fit() ends with: KeyboardInterrupt after Ctrl-C, Terminated after SIGTERM."""
         return Terminated(message) if self.number == signal.SIGTERM else KeyboardInterrupt(message)
