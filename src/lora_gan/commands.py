@@ -48,7 +48,7 @@ def demo_chat(
     model: str = "smollm2",
     output_dir: str | None = None,
 ) -> None:
-    """Tune a chat model to follow instructions by reward alone: about 20 minutes on two cores.
+    """Tune a chat model to follow instructions by reward alone: about 10 minutes on two cores.
 
     Prompts state one or two constraints that code can check, such as a number of words or no comma. The base is
     SmolLM2-135M-Instruct: run `lora-gan fetch smollm2` first.
