@@ -120,6 +120,7 @@ HYBRIDS = {  # with a recurrent or convolution state; their matrix is test_hybri
     "lfm2_moe": ("lfm2_moe", GROUPED | EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "mamba": ("mamba", {"state_size": 8}),
     "falcon_mamba": ("falcon_mamba", {"state_size": 8}),
+    "qwen3_5_moe-composite": ("qwen3_5_moe", GROUPED | DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}),
     "kimi_linear": (
         "kimi_linear",
         {
@@ -138,7 +139,7 @@ WITHOUT_CLASSIFIER = {
 HYBRIDS_WITHOUT_CLASSIFIER = {
     name: f"transformers has no sequence classification for the model type {HYBRIDS[name][0]!r}"
     for name in ("lfm2", "falcon_h1", "granite-hybrid", "mamba2", "olmo_hybrid", "bamba", "lfm2_moe", "mamba",
-                 "falcon_mamba", "kimi_linear")
+                 "falcon_mamba", "kimi_linear", "qwen3_5_moe-composite")
 }  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def model_of(name: str, vocabulary: int, pad_id: int | None, seed: int = 0, **ch
     """A random causal LM; biases and norms are moved too, where one that is lost would not show."""
     kind, own = (BASES | OTHERS | HYBRIDS)[name]
     settings = COMMON | {"vocab_size": vocabulary, "eos_token_id": 0, "pad_token_id": pad_id} | own | changes
-    composite = kind == "qwen3_5"
+    composite = kind in ("qwen3_5", "qwen3_5_moe")
     if composite:
         tied = {"tie_word_embeddings": settings.get("tie_word_embeddings", False)}
         config = AutoConfig.for_model(kind, text_config=settings, vision_config=VISION_35, **tied)

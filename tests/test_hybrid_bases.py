@@ -16,12 +16,9 @@ from helpers import TARGETS, differences, player_state, rollout_of, small_gan, w
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from test_bases import (  # noqa: F401, collected here with the bases of this file
     COMMON,
-    DELTA,
-    EXPERTS,
     GROUPED,
     HYBRIDS,
     HYBRIDS_WITHOUT_CLASSIFIER,
-    VISION_35,
     folder_of,
     gan_of,
     logits_alone,
@@ -271,10 +268,9 @@ def test_a_multimodal_model_in_memory_and_one_that_was_not_shown_are_refused(tmp
     model = AutoModelForImageTextToText.from_pretrained(folder_of("qwen3_5-composite"))
     with pytest.raises(ValueError, match="Qwen3_5ForConditionalGeneration cannot be the base.*multimodal"):
         small_gan(model, processing_class=word_tokenizer("own"))
-    text = COMMON | GROUPED | DELTA | EXPERTS | {"vocab_size": 30, "shared_expert_intermediate_size": 16}
-    AutoConfig.for_model("qwen3_5_moe", text_config=text, vision_config=VISION_35).save_pretrained(tmp_path)
+    AutoConfig.for_model("llama4", text_config=COMMON | GROUPED | {"vocab_size": 30}).save_pretrained(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="Qwen3_5MoeForCausalLM cannot be the base.*multimodal"):
+    with pytest.raises(ValueError, match="Llama4ForCausalLM cannot be the base.*multimodal"):
         small_gan(tmp_path, processing_class=word_tokenizer("own"))
 
 
