@@ -305,7 +305,7 @@ def test_no_target_where_the_reward_needs_none():
         {"learning_rate": float("nan")}, {"beta": -1.0}, {"gradient_path": "reinforce"}, {"adversarial": "yes"},
         {"gradient_checkpointing": "false"},
         {"num_generations": 2.5}, {"beta": float("inf")}, {"learning_rate": float("inf")}, {"seed": "one"},
-        {"lr_scheduler_type": "zigzag"}, {"lr_scheduler_type": "cosine", "max_steps": None},
+        {"lr_scheduler_type": "zigzag"},
         {"leanring_rate": 1e-3},
     ],
     ids=str,

@@ -23,6 +23,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from . import __version__, commands
 from .config import Config
 from .interrupts import Terminated
+from .notices import one_line_each
 from .resuming import in_moved_folder
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -131,7 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
                     print(said, file=sys.stderr)
             settings = {name: values.pop(name) for name in Config.__dataclass_fields__}
             values["config"] = Config.from_dict(settings)
-        COMMANDS[chosen.command](**values)
+        with one_line_each():
+            COMMANDS[chosen.command](**values)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what is left to write at exit goes nowhere
     except (ValueError, RuntimeError, ArithmeticError, ImportError, OSError) as error:

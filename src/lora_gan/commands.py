@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from .config import Config
 from .options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 from .resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
+from .runs import require_run
 
 
 def demo(
@@ -140,7 +142,7 @@ def train(
 
     from . import preview
     from .checkpoint import complete, settings_of
-    from .gan import LoraGAN
+    from .gan import NO_GROUP, LoraGAN
     from .plots import plot_run
     from .tracking import trackers_of
 
@@ -171,6 +173,8 @@ def train(
     total = None if isinstance(rows, data_module.Stream) else len(rows)
     print(preview.describe(gan, first, total=total, steps=steps), flush=True)
     if dry_run:
+        if config.num_generations == 1:
+            warnings.warn(NO_GROUP, stacklevel=1)
         known = {"columns": data_module.column_names(rows), "max_steps": gan.global_step + steps}
         print(preview.try_reward(gan, first, calls=preview.calls(config, steps), **known), flush=True)
         return
@@ -419,6 +423,7 @@ def _open(
     path = Path(checkpoint)
     if not path.is_dir():
         raise ValueError(f"there is no folder {checkpoint}: --checkpoint takes a run's output_dir, or one step-N in it")
+    require_run(path)
     from .gan import LoraGAN
     from .rewards import named
 

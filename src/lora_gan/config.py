@@ -113,7 +113,8 @@ class Config:
     prompts_per_step: int = 4
     """Prompts that fit() takes a step."""
     num_generations: int = 8
-    """Responses sampled for each prompt: the group."""
+    """Responses sampled for each prompt: the group. With 1 there is no group to compare with: the baseline is then a
+    running mean of rewards."""
     max_completion_length: int = 64
     """Most tokens of a response, the end-of-text token included."""
     temperature: float = 1.0
@@ -125,7 +126,8 @@ class Config:
     learning_rate: float = 2e-4
     """Of AdamW, a step; LoRA wants about ten times that of full fine-tuning."""
     lr_scheduler_type: SchedulerName = "constant"
-    """As in transformers, for both players; linear, cosine and polynomial need max_steps."""
+    """As in transformers, for both players. linear, cosine and polynomial end at max_steps, or where fit() ends by
+    num_train_epochs; step() alone needs max_steps for them."""
     warmup_steps: int = 0
     """Steps over which both learning rates rise from nought."""
     max_grad_norm: float = 1.0
@@ -309,8 +311,6 @@ class Config:
             self._require(name, getattr(self, name) in accepted, "one of " + ", ".join(accepted))
         if self.disc_layers is not None and self.disc_target_modules != "all-linear":
             raise ValueError("disc_layers and disc_target_modules both say what gets an adapter: give one of them")
-        if self.lr_scheduler_type in ("linear", "cosine", "polynomial") and self.max_steps is None:
-            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} needs max_steps: say where it ends")
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
         for name in (

@@ -65,6 +65,13 @@ PLAIN_PROMPTS = (
 )
 
 
+#: What a run is told that has one response per prompt.
+NO_GROUP = (
+    "num_generations=1: a prompt's one response has no group to be compared with, so the baseline is a running mean of "
+    "rewards, and the discriminator learns no ranking within groups; set num_generations to 2 or more"
+)
+
+
 class BudgetSpent(ValueError):
     """The true reward was needed, and `reward_budget` allows no further call."""
 
@@ -146,6 +153,7 @@ class LoraGAN:
         self.trainer_state: TrainerState | None = None  # in fit(): the run's
         self.ending: Ending | None = None  # how the last fit() ended
         self.data_columns: Collection[str] = ()  # in fit(): names of the columns of the data
+        self._told_of_no_group = False
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
         if reward is not None and rewards.takes_completions(reward):
@@ -211,10 +219,17 @@ class LoraGAN:
         single: bool = False,
     ) -> dict[str, Any]:
         """The step on rows, as step() and fit() both take it: play, then one update of each player that learns."""
+        for player, learns in ((self.generator, train_gen), (self.discriminator, train_disc)):
+            if learns:
+                player.optimizer.require_end()
         kinds = self._kinds(rows)
         self._notice_plain_prompts(kinds)
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         imitation_weight, reinforce = self._teaching(rows, train_gen)
+
+        if reinforce and self.config.num_generations == 1 and not self._told_of_no_group:
+            self._told_of_no_group = True
+            warnings.warn(NO_GROUP, stacklevel=3)
 
         experience, gen, disc, failures = None, {}, {}, self.reward_failures
         if reinforce or train_disc or not train_gen:
@@ -561,6 +576,9 @@ class LoraGAN:
         records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         last = self.global_step + steps
         self.ending, signal = None, self.config.signal(self.config.adversarial)
+        if steps:
+            for player in (self.generator, self.discriminator):
+                player.optimizer.plan(self.config.max_steps or last)
         folder, beside = Path(self.config.output_dir), not self.callbacks
         with (
             lock.writing_alone(folder, self),

@@ -12,6 +12,9 @@ from transformers import get_scheduler
 from . import distributed
 from .config import Config
 
+#: Schedules that fall to the run's end.
+ENDS = ("linear", "cosine", "polynomial")
+
 
 class PlayerOptimizer:
     def __init__(
@@ -20,7 +23,31 @@ class PlayerOptimizer:
         self.parameters = parameters
         self.config, self.first_learning_rate, self.updates_per_step = config, learning_rate, updates_per_step
         self.largest_micro_batch: int | None = None  # responses that fitted into memory; None: it never ran out
+        self.total_steps = config.max_steps  # of the run, where the schedule ends; None: not known yet
         self.restart(None)
+
+    @property
+    def knows_its_end(self) -> bool:
+        """Whether updates can be made: a schedule that ends has to know where."""
+        return self.total_steps is not None or self.config.lr_scheduler_type not in ENDS
+
+    def require_end(self) -> None:
+        """Raise where the schedule does not know its end.
+
+        Raises:
+            ValueError: `max_steps` is None, and no fit() has counted the steps.
+        """
+        if not self.knows_its_end:
+            raise ValueError(
+                f"lr_scheduler_type={self.config.lr_scheduler_type!r} has to know where it ends, and max_steps is "
+                "None: set max_steps, or train with fit(), which counts the steps of num_train_epochs"
+            )
+
+    def plan(self, total_steps: int) -> None:
+        """Set the steps of the whole run, where the schedule ends; the optimizer's state stays."""
+        if self.config.lr_scheduler_type in ENDS and total_steps != self.total_steps:
+            self.total_steps = total_steps
+            self.restart(self.state_dict())
 
     def restart(self, state: dict[str, Any] | None) -> None:
         """Begin anew, or from a saved state."""
@@ -29,7 +56,8 @@ class PlayerOptimizer:
             self.config.lr_scheduler_type,
             self.adamw,
             num_warmup_steps=self.config.warmup_steps * self.updates_per_step,
-            num_training_steps=self.config.max_steps and self.config.max_steps * self.updates_per_step,
+            # 1 stands for an end that is not known yet; no update is made until it is.
+            num_training_steps=(self.total_steps or 1) * self.updates_per_step,
         )
         self.skipped = 0  # updates in a row, up to now
         self.scale = 1.0  # of the learning rate; halved where a run went back
@@ -39,7 +67,8 @@ class PlayerOptimizer:
             self.skipped, self.scale = state.get("skipped", 0), state.get("scale", 1.0)  # older ones have neither
             self.largest_micro_batch = state.get("micro_batch_size")
             self._multiply_learning_rate(self.first_learning_rate * self.scale / self.schedule.base_lrs[0])
-            self._follow_schedule()
+            if self.knows_its_end:
+                self._follow_schedule()
 
     def rescale(self, scale: float) -> None:
         """Set the share of the configured learning rate that updates are made with from now on."""
