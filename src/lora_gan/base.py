@@ -403,7 +403,9 @@ def _require_causal(lm: PreTrainedModel, called: str) -> None:
         ValueError: it names the base and the difference that was found.
     """
     rows = lm.get_input_embeddings().num_embeddings
-    tokens, pads = TRIAL
+    # The whole text is read, and then as many tokens as the other row is padded with: all of them need a position.
+    tokens = min(TRIAL[0], max(2, base_checks.context_of(lm.config.get_text_config()) - TRIAL[1]))
+    pads = min(TRIAL[1], tokens // 2)
     short = tokens - pads
     ids = (torch.arange(tokens) * 7 + 3) % rows
     batch = torch.stack([ids, ids.roll(pads)]).to(next(lm.parameters()).device)  # the second begins with padding
