@@ -457,7 +457,8 @@ def _require_causal(lm: PreTrainedModel, called: str) -> None:
             said.append(logits[-2])
             if place == short:  # the first prompt's rows leave
                 keep = torch.tensor([0, 2, 3], device=batch.device)
-                cache.batch_select_indices(keep)
+                with base_checks.trial(called):
+                    cache.batch_select_indices(keep)
                 seen, fed = seen[keep], fed[keep.cpu()]
         return torch.cat(said)
 
