@@ -104,7 +104,7 @@ def test_other_data_asks_for_a_flag(there, capsys):
     assert not (there / "run" / "step-2").exists()
     assert train("--resume", "--allow_other_data", max_steps=2, data="others.csv") == 0
     assert said(capsys) == [f"{line} from now on."]
-    assert "allow_other_data" not in (there / "run" / "train.yaml").read_text(), "said anew each time"
+    assert "allow_other_data" not in (there / "run" / "train.yaml").read_text(), "asked for again each time"
     assert train("--resume", max_steps=3, data="others.csv") == 0 and said(capsys) == []
 
 

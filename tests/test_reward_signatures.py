@@ -129,7 +129,7 @@ MATCHED = [
     (functools.partial(three, "x"), ("x", P, R)),
     (functools.partial(three, prefix="y"), ("y", P, R)),
     (functools.partial(lambda text, scale: raises(text, scale), scale=2), (R, 2)),
-    # what partial binds stays bound, whatever it is called
+    # a parameter that partial binds stays bound, under any name
     (functools.partial(lambda response, target: raises(response, target), target="bound"), (R, "bound")),
     (functools.partial(lambda prompt, response: raises(prompt, response), prompt="bound"), ("bound", R)),
     (
