@@ -155,9 +155,9 @@ def test_saving_beside_the_steps_gives_the_same_checkpoints(tmp_path, monkeypatc
         write(final, files)
 
     monkeypatch.setattr(durable, "write_folder", slowly)
-    beside = small_gan(output_dir=str(tmp_path / "beside"), save_steps=1)
+    beside = small_gan(output_dir=str(tmp_path / "beside"), save_steps=1, save_total_limit=None)
     beside.fit(ROWS, steps=4, progress=False)
-    waiting = small_gan(output_dir=str(tmp_path / "waiting"), save_steps=1, callbacks=[_Idle()])
+    waiting = small_gan(output_dir=str(tmp_path / "waiting"), save_steps=1, save_total_limit=None, callbacks=[_Idle()])
     waiting.fit(ROWS, steps=4, progress=False)
     for step in range(1, 5):
         one, other = (tmp_path / name / f"step-{step}" / durable.MANIFEST for name in ("beside", "waiting"))

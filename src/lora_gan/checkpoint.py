@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
 STATE = "trainer_state.json"
 PLAYERS = ("generator", "discriminator")
+BY_HAND = "save_checkpoint"  # what trainer_state.json says of a checkpoint that was not fit()'s own
 FILES = (
     STATE, "generator/adapter_config.json", "generator/optimizer.pt", "generator/monitor.pt",
     "discriminator/adapter_config.json", "discriminator/optimizer.pt", "discriminator/state.pt",
@@ -60,17 +61,22 @@ Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to
 # --- saving
 
 
-def save(gan: LoraGAN, folder: Path, step: int, *, keep: Collection[int] = ()) -> Path:
-    """Write folder/step-N so that a reader sees all of it or nothing; then drop the oldest over save_total_limit.
+def save(gan: LoraGAN, folder: Path, step: int) -> Path:
+    """Write folder/step-N so that a reader sees all of it or nothing, and delete nothing.
 
     Raises:
         OSError: it could not be written; what was there before is there still.
     """
-    return write(snapshot(gan), folder, step, limit=gan.config.save_total_limit, keep=keep)
+    return write(snapshot(gan, by_hand=True), folder, step)
 
 
-def snapshot(gan: LoraGAN) -> Content:
-    """Copies of all that a checkpoint holds: training may go on while they are written."""
+def snapshot(gan: LoraGAN, *, by_hand: bool = False) -> Content:
+    """Copies of all that a checkpoint holds: training may go on while they are written.
+
+    Args:
+        gan: whose checkpoint.
+        by_hand: whether `save_checkpoint()` was called: save_total_limit then never deletes it.
+    """
     content: Content = {}
     for player, carries in zip(PLAYERS, (gan.generator, gan.discriminator), strict=True):
         with gan.discriminator.scoring():
@@ -80,20 +86,35 @@ def snapshot(gan: LoraGAN) -> Content:
         content[f"{player}/optimizer.pt"] = carries.optimizer.state_dict()
     content["discriminator/state.pt"] = gan.discriminator.state_dict()
     content["generator/monitor.pt"] = gan.monitor.state_dict()
-    content[STATE] = _trainer_state(gan)
+    content[STATE] = _trainer_state(gan) | {"saved_by": BY_HAND if by_hand else "fit"}
     return copied(content)
 
 
 def write(content: Content, folder: Path, step: int, *, limit: int | None = None, keep: Collection[int] = ()) -> Path:
-    """Write a snapshot as folder/step-N, then remove the oldest beyond `limit`, but none of the steps in `keep`."""
+    """Write a snapshot as folder/step-N, then remove fit()'s oldest beyond `limit`, but none of the steps in `keep`."""
     final = folder / f"step-{step}"
     durable.write_folder(final, {name: _serialized(name, value) for name, value in content.items()})
     if limit:
         spared = {final.name, *(f"step-{kept}" for kept in keep)}
-        for old in complete(folder)[:-limit]:
+        there = complete(folder)
+        automatic = [path for path in there if not _is_by_hand(path)] if len(there) > limit else []
+        for old in automatic[:-limit]:
             if old.name not in spared:
                 durable.remove_folder(old)
     return final
+
+
+def size_of(content: Content) -> int:
+    """Bytes that a snapshot takes on the disk."""
+    return sum(len(_serialized(name, value)) for name, value in content.items())
+
+
+def _is_by_hand(path: Path) -> bool:
+    """Whether `save_checkpoint()` made a complete checkpoint; one that cannot be read counts so, and stays."""
+    try:
+        return _read_state(Folder(path, manifest=True))["saved_by"] == BY_HAND
+    except Damaged:
+        return True
 
 
 def _serialized(name: str, value: Any) -> bytes:
@@ -345,11 +366,12 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     state, where = folder.read_json(STATE), str(folder.path / STATE)
     if isinstance(state, dict):
         state.setdefault("prompt_kinds", [])  # checkpoints of earlier versions do not say
+        state.setdefault("saved_by", "fit")
     untrusted.require_keys(
         state,
         (
             "format", "global_step", "position", "reward_calls", "prompt_kinds", "beta_scale", "baseline",
-            "reward_scales", "config", "by_peft_config", "base", "versions", "machine",
+            "reward_scales", "config", "by_peft_config", "base", "versions", "machine", "saved_by",
         ),
         where,
     )  # fmt: skip
@@ -378,6 +400,8 @@ def _read_state(folder: Folder) -> dict[str, Any]:
             raise Damaged(f"{where}: base: {name} is no text")
     untrusted.require_list(state["by_peft_config"], f"{where}: by_peft_config", lambda *_: None)
     untrusted.require_list(state["prompt_kinds"], f"{where}: prompt_kinds", _require_kind)
+    if state["saved_by"] not in ("fit", BY_HAND):
+        raise Damaged(f"{where}: saved_by is {str(state['saved_by'])[:60]!r}: it must be fit or {BY_HAND}")
     return state
 
 

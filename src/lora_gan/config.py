@@ -45,8 +45,9 @@ class Config:
     """Passes over the data, where max_steps is None."""
     save_steps: int | None = 100
     """Steps between checkpoints in fit(); None saves at the end only."""
-    save_total_limit: int | None = None
-    """Checkpoints kept, the newest ones; None keeps all."""
+    save_total_limit: int | None = 3
+    """Checkpoints of fit() that are kept, the newest ones; None keeps all. save_checkpoint() called by hand deletes
+    none, and its checkpoints are never deleted."""
     save_best: bool = False
     """Whether an evaluation that is the best so far, by metric_for_best_model, is saved, and its checkpoint kept beside
     the newest ones."""

@@ -897,7 +897,9 @@ class LoraGAN:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> Path:
-        """Write everything to ckpt_dir/step-N (default: output_dir, and the number of steps taken)."""
+        """Write everything to ckpt_dir/step-N (default: output_dir, and the number of steps taken).
+
+        Nothing is deleted, whatever save_total_limit says, and fit() never deletes this checkpoint."""
         folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
         with lock.writing_alone(folder, self):
             return checkpoint.save(self, folder, self.global_step if step is None else step)

@@ -17,6 +17,7 @@ from .cache import attention_layers, has_state, roomy_cache, state_tensors
 from .checkpoint import PLAYERS
 from .config import Config
 from .data import Row
+from .disk import needed
 from .display import one_line
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
     sizes = {player: sum(p.numel() for p in players.parameters(player)) for player in PLAYERS}
     frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    lengths = [len(ids) for ids in players.encoder.prompts(rows)]
     lines = {
         "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {players.device})",
         "generator": f"{sizes['generator']:,} parameters in its adapter",
@@ -48,7 +50,8 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         f"{config.max_completion_length} tokens" + (f", after {gan.global_step:,}" if gan.global_step else ""),
         "true reward": f"{', '.join(gan.reward_names)}: asked for {config.query_rate:.0%} of the responses, "
         f"{calls(config, steps):,} calls",
-        "memory": _in_words(memory(players, config, [len(ids) for ids in players.encoder.prompts(rows)])),
+        "memory": _in_words(memory(players, config, lengths)),
+        "disk": _disk(gan, steps, max(lengths)),
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
 
@@ -144,6 +147,18 @@ def _in_words(parts: dict[str, float]) -> str:
     *always, sampling, update = parts.values()
     whole = sum(always) + max(sampling, update)
     return f"about {_size(whole)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+
+
+def _disk(gan: LoraGAN, steps: int, prompt_tokens: int) -> str:
+    """What the run will write."""
+    disk = needed(gan, steps=steps, prompt_tokens=prompt_tokens, calls=calls(gan.config, steps))
+    limit = gan.config.save_total_limit
+    kept = f"{disk.kept:,} checkpoint{'' if disk.kept == 1 else 's'} of {_size(disk.each)}"
+    if disk.kept < disk.saved:
+        kept += f" ({disk.saved:,} are saved, save_total_limit={limit} keeps the newest; one more while one is saved)"
+    elif disk.saved > 3:
+        kept += " (save_total_limit keeps fewer)"
+    return f"about {_size(disk.total)}: {kept}, logs {_size(disk.logs)}"
 
 
 def _size(count: float) -> str:

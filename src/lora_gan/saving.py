@@ -44,10 +44,12 @@ class Saver:
     def _begin(self, keep: Collection[int]) -> None:
         self.settle()
         content, step = checkpoint.snapshot(self.gan), self.gan.global_step
+        limit = self.gan.config.save_total_limit
+        if self.gan.generator.optimizer.skipped or self.gan.discriminator.optimizer.skipped:
+            limit = None  # an older one may be the last good one, which on_nonfinite="rollback" goes back to
 
         def write() -> None:
             try:
-                limit = self.gan.config.save_total_limit
                 self._outcome = checkpoint.write(content, self.folder, step, limit=limit, keep=keep)
             except Exception as error:  # told in the thread that trains
                 self._outcome = error
