@@ -442,6 +442,7 @@ class LoraGAN:
         columns: Collection[str] = (),
         max_steps: int | None = None,
         notes: rewards.Notes | None = None,
+        caller: Caller | None = None,
     ) -> tuple[list[float | None], rewards.Parts]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer.
 
@@ -454,11 +455,12 @@ class LoraGAN:
             columns: names of columns beside those of the rows; rewards get None for them.
             max_steps: of the run, for a trainer_state outside fit(); None: the config's, 0 where it has none.
             notes: takes what rewards log by log_metric and log_extra.
+            caller: how often, how long and how many at once the reward is asked; None: once, one after the other.
         """
         parts = self._ask(
             rows,
             responses,
-            Caller(),
+            caller or Caller(),
             completion_ids=completion_ids,
             columns=columns,
             max_steps=max_steps,
