@@ -169,9 +169,7 @@ def made(name: str, folder: Path) -> str:
 def report(lines: list[dict[str, Any]]) -> str:
     """The newest line of each shape, as a Markdown table."""
     newest = {line["shape"]: line for line in lines}
-    text = [
-        "| shape | memory said, MB | measured, MB | said / measured | seconds per step said | measured | said / measured |"
-    ]
+    text = ["| shape | memory said, MB | measured | said / measured | seconds per step said | measured | ratio |"]
     text.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, line in newest.items():
         memory, seconds = (line["memory_said"], line["memory"]), (line["seconds_said"], line["seconds"])

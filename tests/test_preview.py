@@ -271,8 +271,14 @@ def holding(judge, how):
         return judge
     if how == "in a sum of its own":
         return lambda prompts, completions, **columns: judge(prompts, completions, **columns)
-    return type("Half", (), {"__init__": lambda self: setattr(self, "judge", judge),
-                             "__call__": lambda self, prompts, completions: self.judge(prompts, completions)})()  # fmt: skip
+    half = Half()
+    half.judge = judge
+    return half
+
+
+class Half:
+    def __call__(self, prompts, completions):
+        return self.judge(prompts, completions)
 
 
 @pytest.mark.parametrize("how", ["itself", "in a sum of its own", "in an object"])
@@ -379,6 +385,21 @@ def test_libraries_are_what_the_process_held_beside_weights():
     assert found.always["Python and its libraries"] == pytest.approx(4e8 - weights)
     assert found.always["the reward"] == 1e8
     assert found.always["adapters, their gradients and AdamW's moments"] == 4 * footprint._trained_bytes(gan.players)
+
+
+def test_what_the_allocator_keeps_is_measured_and_scaled():
+    """An update of two groups that took 1.5 times what it uses, beside the copies of the weights."""
+    gan = small_gan(prompts_per_step=4)
+    lengths = Lengths.at_most(10, 6)
+    small = footprint.device_memory(gan.players, small_gan().config, lengths)
+    in_use = max(small.in_turn["the generator's update"], small.in_turn["the discriminator's update"])
+    grew = 1.5 * in_use + 2.5 * footprint._trained_bytes(gan.players)
+    share = footprint.spare_share(gan.players, gan.config, lengths, groups=2, responses=8, grew=grew)
+    assert share == pytest.approx(0.5)
+    found = footprint.host(gan.players, gan.config, lengths, spare=share)
+    largest = max(footprint.device_memory(gan.players, gan.config, lengths).in_turn.values())
+    assert found.always["freed memory that the C library keeps"] == pytest.approx(0.5 * largest)
+    assert footprint.spare_share(gan.players, gan.config, lengths, groups=2, responses=8, grew=0.0) == 0
 
 
 def test_memory_of_another_device_holds_no_libraries():

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,7 @@ def host(
     *,
     opened: float = 0.0,
     reward_model: float = 0.0,
+    spare: float = 0.0,
     checkpoint: float = 0.0,
     saves_beside: bool = False,
     least: float = 0.0,
@@ -106,6 +107,7 @@ def host(
         lengths: tokens of a step's texts.
         opened: bytes that the process held when the base and the adapters were there; 0: not known.
         reward_model: bytes that the reward took when it was asked first.
+        spare: bytes that the process holds beside each byte of an update (`spare_share`).
         checkpoint: bytes of one checkpoint on the disk.
         saves_beside: whether checkpoints are written while steps are taken.
         least: most bytes that the process has held so far.
@@ -121,9 +123,39 @@ def host(
         device = device_memory(players, config, lengths)
         always |= device.always
         in_turn |= device.in_turn
+        if spare:
+            always["freed memory that the C library keeps"] = spare * max(in_turn.values())
     # A snapshot of all tensors, and the bytes of all its files, which are written together (checkpoint.py).
     (always if saves_beside else in_turn)["saving a checkpoint"] = 2.0 * checkpoint
     return Memory(always, in_turn, least)
+
+
+def spare_share(
+    players: Players, config: Config, lengths: Lengths, *, groups: int, responses: int, grew: float
+) -> float:
+    """Bytes that a process holds beside each byte of an update that is in use.
+
+    The C library's allocator keeps blocks that were freed, and cannot fill every gap between those in use: on glibc a
+    process holds up to half as much again. With MALLOC_MMAP_THRESHOLD_=131072 in the environment, where blocks go back
+    to the system at once, the terms of `device_memory` alone meet the peak to 1 % (docs/performance.md).
+
+    Args:
+        lengths: tokens of the texts of an update that was tried.
+        groups, responses: its size; the true reward of all responses was known.
+        grew: bytes by which the process grew during this update, which was made on copies of the weights (`trial`).
+    """
+    if not grew or players.device.type != "cpu":
+        return 0.0
+    tried = replace(
+        config,
+        prompts_per_step=groups,
+        num_generations=responses // groups,
+        query_rate=1.0,
+    )
+    in_use = max(value for name, value in device_memory(players, tried, lengths).in_turn.items() if "update" in name)
+    # The copies of both adapters, and one's gradient and moments; the adapters are of about one size.
+    copies = 2.5 * _trained_bytes(players)
+    return max(0.0, (grew - copies) / in_use - 1)
 
 
 def device_memory(players: Players, config: Config, lengths: Lengths, *, least: float = 0.0) -> Memory:
@@ -260,8 +292,9 @@ def _head_bytes(players: Players, together: int, lengths: Lengths) -> float:
 
 
 def _sampling_bytes(players: Players, sampled: int, places: int) -> float:
-    """Keys and values of all responses, for as many places as they may have, and recurrent states; the logits, probabilities and distribution function of their
-    next token (two arrays in float32, two in float64); and the weights that are merged while a small base decodes."""
+    """Keys and values of all responses, for as many places as they may have, and recurrent states; the logits,
+    probabilities and distribution function of their next token (two arrays in float32, two in float64); and the weights
+    that are merged while a small base decodes."""
     model = players.lm
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1  # Mamba has no attention, and no such setting

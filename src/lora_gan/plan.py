@@ -1,4 +1,4 @@
-"""The true-reward calls that a run will make, for `lora-gan train --dry_run`: training, evaluations, the dry run itself.
+"""The true-reward calls that a run will make, for `lora-gan train --dry_run`: in training and in evaluations.
 
 A call is one question about one response, whatever the number of reward functions.
 """

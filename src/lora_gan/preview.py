@@ -72,7 +72,8 @@ def describe(
     else:
         at_most = Lengths.at_most(max(lengths), config.max_completion_length)
         of_memory = _memory(gan, at_most, steps, max(lengths), opened=opened)
-        lines["memory"] = "\n".join([*of_memory, "what the reward loads is not counted"])
+        known = "without what the reward loads and what the C library keeps of freed memory, which --dry-run measures"
+        lines["memory"] = "\n".join([*of_memory, known])
     return "\n".join(_named(name, text) for name, text in lines.items())
 
 
@@ -116,8 +117,11 @@ def _memory(gan: LoraGAN, lengths: Lengths, steps: int, prompt_tokens: int, **ho
     config, players = gan.config, gan.players
     disk = needed(gan, steps=steps, prompt_tokens=prompt_tokens, calls=0)
     beside = disk.saved > 1 and not gan.callbacks
+    on_cpu = players.device.type == "cpu"
+    if not on_cpu:  # the base passed through the host when it was opened
+        host["least"] = resident(peak=True)
     of_host = footprint.host(players, config, lengths, checkpoint=disk.each, saves_beside=beside, **host)
-    if players.device.type == "cpu":
+    if on_cpu:
         return [_in_words(of_host)]
     least = float(torch.cuda.max_memory_allocated(players.device))
     of_device = footprint.device_memory(players, config, lengths, least=least)
@@ -210,11 +214,13 @@ def dry_run(
     yield "\n" + _named("time", "\n".join(_time(gan, seconds, tried, plan, steps)))
     prompts = list(map(len, trial.prompts))
     now = Lengths(float(np.mean(prompts)), max(prompts), seconds.tokens, seconds.longest)
-    of_memory = _memory(
-        gan, now, steps, max(prompts), opened=opened, reward_model=reward_model, least=resident(peak=True)
+    spare = footprint.spare_share(
+        gan.players, gan.config, now, groups=seconds.groups, responses=seconds.responses, grew=seconds.grew
     )
+    known = {"opened": opened, "reward_model": reward_model, "spare": spare}
+    of_memory = _memory(gan, now, steps, max(prompts), **known)
     longest = Lengths.at_most(max(prompts), gan.config.max_completion_length)
-    at_most = _memory(gan, longest, steps, max(prompts), opened=opened, reward_model=reward_model)
+    at_most = _memory(gan, longest, steps, max(prompts), **known)
     upper, lower = (" and ".join(words.partition(":")[0] for words in lines) for lines in (at_most, of_memory))
     if upper != lower:
         of_memory.append(f"{upper} when every response has {gan.config.max_completion_length} tokens")

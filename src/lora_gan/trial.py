@@ -24,6 +24,7 @@ from .config import Config
 from .data import Row
 from .discriminator import Discriminator, answered_groups
 from .experience import Experience
+from .footprint import resident
 from .generator import Generator
 from .plan import calls_per_step
 from .rollout import Rollout
@@ -47,6 +48,8 @@ class Seconds:
         tokens: mean length of the responses, in tokens.
         longest: length of the longest.
         whole: whether everything was timed at its full size, and not on a part of it.
+        groups, responses: what the updates were timed on.
+        grew: bytes by which the process grew at most during these updates; 0: not known.
     """
 
     sampling: float
@@ -56,6 +59,9 @@ class Seconds:
     tokens: float
     longest: int
     whole: bool
+    groups: int = 0
+    responses: int = 0
+    grew: float = 0.0
 
     @property
     def updating(self) -> float:
@@ -131,15 +137,20 @@ class Trial:
         tokens, longest = float(sampled.lengths_B.mean()), int(sampled.lengths_B.max())
         in_step = _tokens(sampled) * responses / len(sampled)
 
+        before = resident()
         # One group first. It also warms up what is only done once.
         group = sampled.rows(np.flatnonzero(sampled.group_B == sampled.group_B[0]))
         updates = self._timed_updates(group, rows[:1])
         share = _tokens(group) / in_step
         if sum(updates) / share <= AFFORDED:
+            group = sampled
             updates, share = self._timed_updates(sampled, rows), _tokens(sampled) / in_step
+        grew = max(0.0, resident(peak=True) - before)
         whole = share == 1 and len(sampled) == responses
         generator, predicting, discriminator = (seconds / share for seconds in updates)
-        return Seconds(sampling, generator, predicting, discriminator * _asked_share(config), tokens, longest, whole)
+        discriminator *= _asked_share(config)
+        groups = len(np.unique(group.group_B))
+        return Seconds(sampling, generator, predicting, discriminator, tokens, longest, whole, groups, len(group), grew)
 
     def _timed_updates(self, sampled: Rollout, rows: list[Row]) -> tuple[float, float, float]:
         """Seconds of the generator's updates, of predictions, and of the discriminator's updates if the true reward of
