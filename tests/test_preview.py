@@ -366,6 +366,15 @@ def test_measuring_a_graph_leaves_no_trace():
         assert differences(state, player_state(gan, player)) == []
 
 
+def test_measuring_a_graph_frees_it():
+    gan = LoraGAN("tiny", reward=lambda response: 1.0)
+    footprint._measured(gan.players, "generator")
+    with footprint.Growth() as growth:
+        for _ in range(30):  # of 3 MB each
+            footprint._measured(gan.players, "generator")
+    assert growth.bytes < 25e6
+
+
 def test_upper_layers_keep_less():
     gan = small_gan(disc_layers=1)
     whole, upper = (footprint.graph_of(gan.players, player).per_token for player in ("generator", "discriminator"))
@@ -400,6 +409,16 @@ def test_what_the_allocator_keeps_is_measured_and_scaled():
     largest = max(footprint.device_memory(gan.players, gan.config, lengths).in_turn.values())
     assert found.always["freed memory that the C library keeps"] == pytest.approx(0.5 * largest)
     assert footprint.spare_share(gan.players, gan.config, lengths, groups=2, responses=8, grew=0.0) == 0
+
+
+def test_growth_is_the_peak_within_the_block():
+    filler = np.ones(30_000_000 // 8)
+    with footprint.Growth() as growth:
+        for _ in range(2):
+            block = np.ones(80_000_000 // 8)
+            time.sleep(0.05)
+            del block
+    assert 75e6 < growth.bytes < 100e6 and filler.any()
 
 
 def test_memory_of_another_device_holds_no_libraries():

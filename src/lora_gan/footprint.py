@@ -8,12 +8,15 @@ take turns need is not added up: the larger one counts.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,7 +30,9 @@ from .linear import merged_bytes
 from .recompute import without_recomputing
 
 LOGITS_HELD = 6  # float32 arrays as large as the logits at hand: see `_head_bytes`
-PROBES = ((2, 2), (6, 2), (2, 6), (6, 6))  # prompt and response tokens of the texts that a graph is measured on
+# Prompt and response tokens of the texts that a graph is measured on.
+PROBES = ((2, 2), (6, 2), (2, 6), (6, 6))
+LONG_PROBES = ((64, 64), (192, 64), (64, 192), (192, 192))  # recurrent layers pad texts to chunks
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def host(
     on_host = players.device.type == "cpu"
     held = base + trained if on_host else 0.0
     always = {"Python and its libraries": max(0.0, opened - held)}
-    if reward_model:
+    if reward_model > 1e6:  # less is noise
         always["the reward"] = reward_model
     in_turn = {}
     if on_host:
@@ -204,16 +209,62 @@ def resident(peak: bool = False) -> float:
     return 0.0
 
 
+class Growth:
+    """How many bytes the process grows by within a block; a context manager.
+
+    Memory that was freed before goes back to the system first (glibc's malloc_trim), or the block would grow into it
+    unseen. A thread looks every few milliseconds: the system's own peak may be from before the block.
+
+    Attributes:
+        bytes: the growth at its peak; 0 where the system does not say.
+    """
+
+    INTERVAL = 0.004  # seconds
+
+    def __init__(self) -> None:
+        self.bytes = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lora-gan memory", daemon=True)
+
+    def __enter__(self) -> Growth:
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+        self._before = resident()
+        if self._before:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._before:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.INTERVAL):
+            self.bytes = max(self.bytes, resident() - self._before)
+
+
 def graph_of(players: Players, player: Player) -> Graph:
-    """Measure what autograd keeps of a player's forward, on four short texts.
+    """Measure what autograd keeps of a player's forward, on four short texts; once per object and player.
 
     What it keeps grows with tokens, with places of keys and values, and with pairs of tokens where attention keeps its
     weights; four measured sizes give these three factors and a constant. Weights are not counted. Under
     gradient_checkpointing layers are measured as if it were off.
     """
+    known = _graphs.setdefault(players, {})
+    if (player, players.packs) not in known:
+        known[player, players.packs] = _measured(players, player)
+    return known[player, players.packs]
+
+
+_graphs: WeakKeyDictionary[Players, dict[tuple[Player, bool], Graph]] = WeakKeyDictionary()
+
+
+def _measured(players: Players, player: Player) -> Graph:
+    recurrent = bool(_state_bytes(players))
     measured, features = [], []
     with without_recomputing(players.lm):
-        for prompt, response in PROBES:
+        for prompt, response in LONG_PROBES if recurrent else PROBES:
             prompts, responses = [_text(players, prompt)], [_text(players, response)] * 2
             batch = players.batch(prompts, responses, np.zeros(2, dtype=int))
             with _counting(players) as kept, players.playing(player):
@@ -248,7 +299,7 @@ class _Kept:
         if storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that keeps its own output would keep itself, and nothing would be freed
 
 
 @contextmanager
@@ -292,18 +343,22 @@ def _head_bytes(players: Players, together: int, lengths: Lengths) -> float:
 
 
 def _sampling_bytes(players: Players, sampled: int, places: int) -> float:
-    """Keys and values of all responses, for as many places as they may have, and recurrent states; the logits,
-    probabilities and distribution function of their next token (two arrays in float32, two in float64); and the weights
-    that are merged while a small base decodes."""
-    model = players.lm
-    text = model.config.get_text_config()
+    """Caches of all responses, for as many places as they may have; the logits, probabilities and distribution function
+    of their next token (two arrays in float32, two in float64); and the weights that are merged while a small base
+    decodes."""
+    vocabulary = players.lm.get_output_embeddings().weight.shape[0]
+    return sampled * (cache_bytes(players, places) + 24.0 * vocabulary) + merged_bytes(players.lm)
+
+
+def cache_bytes(players: Players, places: int) -> float:
+    """One response's keys and values at so many places, and its recurrent states."""
+    text = players.lm.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1  # Mamba has no attention, and no such setting
     per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    number = next(model.parameters()).element_size()
-    keys = 2.0 * number * places * attention_layers(model.config) * kv_heads * per_head
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    return sampled * (keys + _state_bytes(players) + 24.0 * vocabulary) + merged_bytes(model)
+    number = next(players.lm.parameters()).element_size()
+    keys = 2.0 * number * places * attention_layers(players.lm.config) * kv_heads * per_head
+    return keys + _state_bytes(players)
 
 
 @torch.no_grad()

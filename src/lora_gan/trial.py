@@ -24,7 +24,7 @@ from .config import Config
 from .data import Row
 from .discriminator import Discriminator, answered_groups
 from .experience import Experience
-from .footprint import resident
+from .footprint import Growth
 from .generator import Generator
 from .plan import calls_per_step
 from .rollout import Rollout
@@ -137,19 +137,19 @@ class Trial:
         tokens, longest = float(sampled.lengths_B.mean()), int(sampled.lengths_B.max())
         in_step = _tokens(sampled) * responses / len(sampled)
 
-        before = resident()
         # One group first. It also warms up what is only done once.
         group = sampled.rows(np.flatnonzero(sampled.group_B == sampled.group_B[0]))
-        updates = self._timed_updates(group, rows[:1])
+        with Growth() as growth:
+            updates = self._timed_updates(group, rows[:1])
         share = _tokens(group) / in_step
         if sum(updates) / share <= AFFORDED:
             group = sampled
-            updates, share = self._timed_updates(sampled, rows), _tokens(sampled) / in_step
-        grew = max(0.0, resident(peak=True) - before)
+            with Growth() as growth:
+                updates, share = self._timed_updates(sampled, rows), _tokens(sampled) / in_step
         whole = share == 1 and len(sampled) == responses
         generator, predicting, discriminator = (seconds / share for seconds in updates)
         discriminator *= _asked_share(config)
-        groups = len(np.unique(group.group_B))
+        groups, grew = len(np.unique(group.group_B)), growth.bytes
         return Seconds(sampling, generator, predicting, discriminator, tokens, longest, whole, groups, len(group), grew)
 
     def _timed_updates(self, sampled: Rollout, rows: list[Row]) -> tuple[float, float, float]:
