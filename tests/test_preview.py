@@ -220,6 +220,18 @@ def test_calls_in_words():
     assert plan.Plan(8).in_words() == "8 calls in training, 0 in evaluations (no eval_data)"
 
 
+def test_the_plan_names_the_budget_that_limits_it():
+    rows = [Row(prompt) for prompt in PROMPTS[:2]]
+    lines = preview.describe(small_gan(reward_budget=30), rows, total=2, steps=10, held_out=5, dry_run=True)
+    wanted = (
+        "30 calls in training (all that reward_budget leaves), 5 in 1 evaluation of 5 rows, up to 8 in this dry run"
+    )
+    assert wanted in lines and "memory" not in lines
+    lines = preview.describe(small_gan(reward_retries=2), rows, total=2, steps=10)
+    wanted = "80 calls in training, 0 in evaluations (no eval_data); a call that fails is made up to 2 more times"
+    assert wanted in lines and "in this dry run" not in lines and "which --dry-run measures" in lines
+
+
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 10, 12, 13, 20, 24, 25, None])
 @pytest.mark.parametrize("prompts", [1, 2, 4, 6])
 def test_a_dry_run_asks_no_more_than_it_says_and_the_budget_allows(budget, prompts):

@@ -89,7 +89,10 @@ def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bo
     share = f"asked for {config.query_rate:.0%} of the responses"
     if config.disc_objective == "real_vs_generated":
         share = "not asked in training (disc_objective='real_vs_generated')"
-    said = f"{', '.join(gan.reward_names)}: {share}: {plan.in_words()}"
+    of_plan = plan.in_words()
+    if plan.training < round(steps * calls_per_step(config)):
+        of_plan = of_plan.replace("calls in training", "calls in training (all that reward_budget leaves)", 1)
+    said = f"{', '.join(gan.reward_names)}: {share}: {of_plan}"
     if dry_run:
         said += f", up to {dry_run_calls(config, rows, gan.calls_left)} in this dry run"
     if config.reward_retries:
@@ -298,7 +301,7 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     calls = len(responses) + 2 * len(paired)
     each = seconds / rounds
     together = f", {at_once} calls at once (reward_workers)" if at_once > 1 else ""
-    lines.append(f"  {_each(each)} per call{together}; {_each(first)} for the first {len(responses)}, with its start")
+    lines.append(f"  {_each(each)} per call{together}; {_each(first)} for the first {len(responses)}, loading included")
     for log in filter(None, (getattr(func, "log", None) for func in people)):
         lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
     return Tried("\n".join(lines), calls, each, at_once)
@@ -366,7 +369,7 @@ def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
 
 def _duration(seconds: float) -> str:
     if seconds < 10:
-        return f"{seconds:.2g} s" if seconds >= 0.001 else "0 s"
+        return f"{seconds:.2g} s" if seconds >= 0.01 or not seconds else "under 0.01 s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
