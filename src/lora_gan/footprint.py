@@ -142,7 +142,7 @@ def spare_share(
 
     The C library's allocator keeps blocks that were freed, and cannot fill every gap between those in use: on glibc a
     process holds up to half as much again. With MALLOC_MMAP_THRESHOLD_=131072 in the environment, where blocks go back
-    to the system at once, the terms of `device_memory` alone meet the peak to 1 % (docs/performance.md).
+    to the system at once, the terms of `device_memory` alone meet the peak to 5 % (docs/performance.md).
 
     Args:
         lengths: tokens of the texts of an update that was tried.
