@@ -220,7 +220,7 @@ def test_with_the_corrected_reward_a_failed_response_that_was_certain_to_be_aske
 
 
 def test_the_corrected_reward_is_unbiased_when_calls_fail():
-    """Over draws of who is asked and of calls that fail by chance, its mean is the true reward (estimated probability)."""
+    """Over draws of who is asked and of calls that fail by chance, its mean is the true reward."""
     rng = np.random.default_rng(0)
     true_B, predicted_B = rng.normal(size=400), rng.normal(size=400)
     group_B = np.repeat(np.arange(100), 4)

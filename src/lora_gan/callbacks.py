@@ -279,8 +279,9 @@ class Run:
         return self._evaluated_at == self.state.global_step
 
     def stops(self, reason: str | None) -> None:
-        """The run ends after this step for a reason of its own, evaluated and saved; None: it goes on."""
-        if reason is not None:
+        """The run ends after this step for a reason of its own, evaluated and saved. None: it goes on. A run that ends
+        already keeps its first reason."""
+        if reason is not None and not self.control.should_training_stop:
             self.control.should_training_stop = True
             self.ends(reason)
             if self.window.steps:

@@ -171,7 +171,7 @@ class Config:
     query_floor: float = 0.25
     """Of the uncertain design: least probability of being asked, as a share of query_rate; it bounds the correction."""
     reward_budget: int | None = None
-    """Most true-reward calls of training in the whole run; None: no limit. One call is the true reward of one response."""
+    """Most true-reward calls of training in the whole run, one per response; None: no limit."""
     reward_budget_total: int | None = None
     """Most true-reward calls of the whole run, with evaluations and retries; None: no limit. Training leaves enough for
     the evaluation at the end; other evaluations are left out when too few calls are left."""

@@ -151,7 +151,8 @@ class LoraGAN:
         self.monitor = Monitor(self.config)
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
-        self.budget = Budget(self.config.reward_budget, self.config.reward_budget_total)  # counts calls of the true reward
+        # Counts of reward calls by purpose.
+        self.budget = Budget(self.config.reward_budget, self.config.reward_budget_total)
         self.prompt_kinds: set[str] = set()  # of the prompts trained on: "messages", "texts"
         self.reward_failures = 0  # responses on which a reward failed to the last try, since this object was made
         self.answers: Answers | None = None  # in fit(): the log of what the true reward said
@@ -476,8 +477,8 @@ class LoraGAN:
     ) -> tuple[list[float | None], rewards.Parts]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer.
 
-        It is asked as in a step: with reward_workers, reward_timeout and reward_retries, and with on_reward_error="skip"
-        a failure leaves None.
+        It is asked as in a step: with reward_workers, reward_timeout and reward_retries. A failure leaves None where
+        on_reward_error is "skip".
 
         Args:
             rows: the row that each response answers.
@@ -572,8 +573,9 @@ class LoraGAN:
             return parts
         for cause in dict.fromkeys(caller.failed.values()):
             self._tell_cause(
-                f"a reward failed to the last try on {len(caller.failed)} of {len(responses)} responses ({cause}): they "
-                "are left out (on_reward_error='skip'), which is unbiased only if failures do not depend on the response"
+                f"a reward failed to the last try on {len(caller.failed)} of {len(responses)} responses ({cause}): "
+                "they are left out (on_reward_error='skip'), which is unbiased only if failures do not depend on the "
+                "response"
             )
         return {
             name: [None if i in caller.failed else answer for i, answer in enumerate(part)]
@@ -671,10 +673,10 @@ class LoraGAN:
                         run.end_step(record, batch)
                         if on_step is not None:
                             on_step(record)
-                        if not run.control.should_training_stop:
-                            run.stops(self._reason_to_stop(record, signal))
+                        run.stops(self._reason_to_stop(record, signal))
                         if run.control.should_evaluate and held_out is not None:
                             self._evaluate(held_out, run)
+                            run.stops(self._reason_to_stop(record, signal))  # the evaluation may have spent the budget
                         due = run.control.should_save  # before looking: on_save of an earlier one takes it back
                         if saver.look() or due:
                             saver.save(keep=run.best_steps)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Purpose = Literal["training", "evaluation", "retries", "dry_run", "other"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
-KEPT = ("evaluation", "retries", "other", "cached")  # what a checkpoint holds beside the calls of training
+OTHERS: tuple[Purpose, ...] = ("evaluation", "retries", "other")  # what a checkpoint holds beside training
+KEPT = (*OTHERS, "cached")
 
 
 class Budget:
@@ -128,33 +129,37 @@ class Budget:
         return named | {"reward_calls/total": self.total}
 
     def in_words(self) -> str:
-        """For example: 64 true rewards asked for in training, 20 in evaluation, 3 retries (12 of them cached)."""
-        others = {"evaluation": "in evaluation", "retries": "retries", "dry_run": "in this dry run", "other": "by hand"}
-        said = [f"{self.counts['training']:,} true rewards asked for in training"]
-        said += [f"{self.counts[name]:,} {words}" for name, words in others.items() if self.counts[name]]  # type: ignore[index]
+        """For example: 64 in training, 20 in evaluation, 3 retries."""
+        others: dict[Purpose, str] = {
+            "evaluation": "in evaluation",
+            "retries": "retries",
+            "dry_run": "in this dry run",
+            "other": "by hand",
+        }
+        said = [f"{self.counts['training']:,} in training"]
+        said += [f"{self.counts[name]:,} {words}" for name, words in others.items() if self.counts[name]]
         cached = f"; {self.cached:,} of them came from the reward's own cache" if self.cached else ""
         return ", ".join(said) + cached
 
     def state_dict(self) -> dict[str, int]:
         """The counts beside those of training, which a checkpoint keeps as `reward_calls`."""
-        return {name: self.cached if name == "cached" else self.counts[name] for name in KEPT}  # type: ignore[index]
+        return {**{name: self.counts[name] for name in OTHERS}, "cached": self.cached}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on counting from there."""
-        for name in KEPT:
-            value = state.get(name, 0)
-            if name == "cached":
-                self.cached = value
-            else:
-                self.counts[name] = value  # type: ignore[index]
+        for name in OTHERS:
+            self.counts[name] = state[name]
+        self.cached = state["cached"]
 
-    def catch_up(self, metrics: Mapping[str, float]) -> None:
+    def catch_up(self, metrics: Mapping[str, Any]) -> None:
         """Take over counts of a line of metrics that are higher: those calls were made after the checkpoint."""
-        state = self.state_dict()
-        for name, value in state.items():
-            logged = metrics.get(f"reward_calls/{name}", 0)
-            state[name] = max(value, int(logged) if isinstance(logged, (int, float)) else 0)
-        self.load_state_dict(state)
+        logged = {name: metrics.get(f"reward_calls/{name}") for name in KEPT}
+        self.load_state_dict(
+            {
+                name: max(now, logged[name]) if isinstance(logged[name], int) else now
+                for name, now in self.state_dict().items()
+            }
+        )
 
 
 def _usage(func: Any) -> dict[str, int] | None:

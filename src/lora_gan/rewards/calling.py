@@ -157,7 +157,7 @@ def cause_of(error: BaseException) -> str:
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether a function, a method or an object's __call__ is an `async def`."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _at_once(answer: Callable[[int], Answer], count: int, workers: int) -> list[Answer]:

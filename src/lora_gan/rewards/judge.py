@@ -332,8 +332,8 @@ class Judge:
     def usage(self) -> dict[str, float | None]:
         """Counts so far, and the cost.
 
-        requests: HTTP requests that were made; calls: answers of the server; retries: requests the client repeated; cached: rows that needed no question;
-        failed, unparsed: rows whose reward is None; prompt_tokens, completion_tokens: as the server counted them;
+        requests: HTTP requests that were made; calls: answers of the server; retries: requests the client repeated;
+        cached: rows that needed no question; failed, unparsed: rows whose reward is None; prompt_tokens, completion_tokens: as the server counted them;
         cost: by `price_per_million`, None without.
         """
         counts = self.state_dict()
