@@ -116,6 +116,8 @@ def test_every_name_that_is_logged_is_documented(tmp_path):
         pytest.skip("docs/ is not part of this copy")
     documented = set(re.findall(r"`([\w/<>]+)`", table.read_text(encoding="utf-8")))
     gan = small_gan(output_dir=str(tmp_path), imitation_weight=0.1)
+    gan.budget.counts |= {"retries": 1, "other": 2}
+    gan.budget.cached = 3
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
     logged = {name for line in lines_of(tmp_path / "metrics.jsonl") for name in line}
     assert {"reward", "kl", "imitation_loss", "rank_correlation_within", "eval_true_reward"} <= logged
@@ -153,6 +155,10 @@ def test_a_resumed_run_leaves_the_lines_of_one_that_never_stopped(tmp_path):
     again.load_checkpoint(2)
     again.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
     found, expected = (without_time(lines_of(folder / "metrics.jsonl")) for folder in (broken, whole))
+    # The evaluation of step 3 was paid for before the run broke off.
+    assert [line.pop("reward_calls/evaluation") for line in found[2:]] == [2, 4, 4, 6, 6, 8]
+    assert [line.pop("reward_calls/evaluation") for line in expected[2:]] == [2, 2, 2, 4, 4, 6]
+    assert all(line.pop("reward_calls/total") for line in found + expected)
     assert found == expected
     assert [line["step"] for line in found] == [1, 2, 2, 3, 4, 4, 5, 5]
     assert lines_of(broken / "completions.jsonl") == lines_of(whole / "completions.jsonl")
@@ -366,7 +372,7 @@ def shown_on(shown: display.Display) -> str:
 def test_a_series_knows_where_it_began_and_where_it_is():
     values, series = np.random.default_rng(0).normal(size=1000).tolist(), display.Series()
     for count, value in enumerate(values, 1):
-        series.add(value)
+        series.add(value, count)
         window = max(1, min(10, count // 2))
         assert series.now == pytest.approx(np.mean(values[max(0, count - window) : count]))
         if count > 1:

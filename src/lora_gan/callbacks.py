@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +34,7 @@ from .answers import Answers
 from .config import Config
 from .data import Row
 from .display import Display
-from .json_lines import JsonLines
+from .json_lines import JsonLines, read_lines
 from .run_ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Run:
             self.gan.answers, self.gan.trainer_state = self.answers, self.state
             self.gan.data_columns = data.column_names(self._rows)
             stack.callback(self._leave)
+            self._catch_up_with_calls(folder / "metrics.jsonl")
             self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
@@ -182,6 +184,12 @@ class Run:
         }
         return Answers(folder, run, step=self.first, newest=newest, reuse=self.gan.config.reuse_answers)
 
+    def _catch_up_with_calls(self, file: Path) -> None:
+        """Count calls that were made after the checkpoint which the run goes on from: they were paid for."""
+        if self.first and file.is_file():
+            for line in read_lines(file):
+                self.gan.budget.catch_up(line)
+
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
         self.state.log_history = self.metrics.kept[-LOG_HISTORY:]
@@ -204,7 +212,7 @@ class Run:
         """A step was taken on these rows: its numbers are kept, and logged where it is time."""
         seconds = time.perf_counter() - self._began
         epoch = self._epoch
-        values = tracking.summary(record) | {"step_time": seconds}
+        values = tracking.summary(record) | {"step_time": seconds, **self.gan.budget.metrics()}
         self.num_tokens += values.pop("step_tokens", 0)
         values |= {"num_tokens": self.num_tokens} | ({"epoch": epoch} if self._epoch_length else {})
         ended = int(epoch) > int(self.state.epoch)
@@ -235,7 +243,8 @@ class Run:
                 f"{', '.join(name.removeprefix('eval_') for name in metrics)}"
             )
         self.display.update(self.state.global_step, metrics)
-        self._log({"step": self.state.global_step} | ({"epoch": self._epoch} if self._epoch_length else {}) | metrics)
+        epoch = {"epoch": self._epoch} if self._epoch_length else {}
+        self._log({"step": self.state.global_step, **epoch, **metrics, **self.gan.budget.metrics()})
         self._fire("on_evaluate", metrics=dict(metrics))
         if self._keep_best(metrics, self.state.global_step) and self.args.save_best:
             self.control.should_save = True
@@ -258,6 +267,26 @@ class Run:
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._go_on()
+
+    def evaluation_left_out(self, why: str) -> None:
+        """An evaluation that was due is not made."""
+        self.control.should_evaluate = False
+        warnings.warn(why, stacklevel=4)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the generator as it stands was evaluated."""
+        return self._evaluated_at == self.state.global_step
+
+    def stops(self, reason: str | None) -> None:
+        """The run ends after this step for a reason of its own, evaluated and saved. None: it goes on. A run that ends
+        already keeps its first reason."""
+        if reason is not None and not self.control.should_training_stop:
+            self.control.should_training_stop = True
+            self.ends(reason)
+            if self.window.steps:
+                self._log(self.window.take())
+            self._end_if_told()
 
     def saved(self, path: Path) -> None:
         self.saved_steps.add(checkpoint.step_of(path))

@@ -37,6 +37,7 @@ from .base import load_base
 from .base_checks import UNLIMITED
 from .config import Config
 from .durable import MANIFEST, Damaged, Folder
+from .rewards import budget
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -134,6 +135,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "global_step": gan.global_step,
         "position": gan.position,
         "reward_calls": gan.reward_calls,
+        "other_calls": gan.budget.state_dict(),
         "prompt_kinds": sorted(gan.prompt_kinds),
         "beta_scale": gan.generator.beta_scale,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
@@ -311,7 +313,8 @@ def load(gan: LoraGAN, path: Path) -> None:
     put_discriminator()
     gan.monitor.load_state_dict(monitor)
     gan.global_step, gan.position = state["global_step"], state["position"]
-    gan.reward_calls = state["reward_calls"]
+    gan.budget.counts["training"] = state["reward_calls"]
+    gan.budget.load_state_dict(state["other_calls"])
     gan.prompt_kinds = set(state["prompt_kinds"])
     gan.generator.beta_scale = state["beta_scale"]
     gan.generator.baseline.total = state["baseline"]["total"]
@@ -367,11 +370,12 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     if isinstance(state, dict):
         state.setdefault("prompt_kinds", [])  # checkpoints of earlier versions do not say
         state.setdefault("saved_by", "fit")
+        state.setdefault("other_calls", dict.fromkeys(budget.KEPT, 0))
     untrusted.require_keys(
         state,
         (
             "format", "global_step", "position", "reward_calls", "prompt_kinds", "beta_scale", "baseline",
-            "reward_scales", "config", "by_peft_config", "base", "versions", "machine", "saved_by",
+            "reward_scales", "config", "by_peft_config", "base", "versions", "machine", "saved_by", "other_calls",
         ),
         where,
     )  # fmt: skip
@@ -379,6 +383,9 @@ def _read_state(folder: Folder) -> dict[str, Any]:
         raise Damaged(f"{where} is of format {str(state['format'])[:20]}; this version reads format 1")
     for name in ("global_step", "position", "reward_calls"):
         untrusted.require_whole(state[name], f"{where}: {name}")
+    untrusted.require_keys(state["other_calls"], budget.KEPT, f"{where}: other_calls")
+    for name, value in state["other_calls"].items():
+        untrusted.require_whole(value, f"{where}: other_calls: {name}")
     state["beta_scale"] = untrusted.require_float(state["beta_scale"], f"{where}: beta_scale", least=0.0)
     untrusted.require_keys(state["baseline"], ("total", "weight"), f"{where}: baseline")
     for name, value in state["baseline"].items():

@@ -204,7 +204,7 @@ def train(
         if (folder / name).is_file() and (folder / name).stat().st_size
     ]
     print(
-        f"{gan.ending}. {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
+        f"{gan.ending}. True-reward calls: {gan.budget.in_words()}. In {folder}: checkpoints, "
         f"{', '.join(files)}\n"
         f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
         f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"

@@ -176,7 +176,7 @@ OWN = {
     "entropy", "beta", "gate", "imitation_loss", "calibration_slope", "uncertainty_correlation", "rank_correlation",
     "rank_correlation_within",
 }  # fmt: skip
-OWN_PREFIXES = ("rewards/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
+OWN_PREFIXES = ("rewards/", "reward_calls/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
 SAMPLE = ("step", "prompt", "completion", "true_reward", "pred_reward", "target")  # the columns of a sample
 LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # the others: means
 
@@ -232,6 +232,10 @@ def _prefix(reward: str) -> str:
     return f"{reward}/" if not f"{reward}/".startswith(OWN_PREFIXES) else f"reward:{reward}/"
 
 
+def _is_latest(name: str) -> bool:
+    return name in LATEST or name.startswith("reward_calls/")
+
+
 class Window:
     """The steps since the last line of metrics: means, or the latest of what is a total or a setting."""
 
@@ -249,7 +253,7 @@ class Window:
                 columns.setdefault(name, []).append(value)
         self.steps = []
         return {
-            name: column[-1] if name in LATEST or len(column) == 1 else sum(column) / len(column)
+            name: column[-1] if _is_latest(name) or len(column) == 1 else sum(column) / len(column)
             for name, column in columns.items()
         }
 
