@@ -104,7 +104,8 @@ HYBRIDS = {  # with a recurrent or convolution state; their matrix is test_hybri
         GROUPED | DELTA | EXPERTS | {
             "shared_expert_intermediate_size": 16, "hc_lowrank": 8, "ple_layer_ids": [1], "ngram_vocab_size_base": 50,
             "make_ngram_vocab_size_divisible_by": 2, "heads_per_ngram": 2, "split_ngram_parts": 1,
-            "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 12, "indexer_compress_ratio": 4,
+            "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 12,
+            "indexer_compress_ratio": 4,
         },
     ),
     "lfm2": ("lfm2", GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),

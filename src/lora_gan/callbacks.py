@@ -156,6 +156,7 @@ class Run:
             settings = {"model": self.gan.players.base.name, **config.to_file()}
             self.trackers = stack.enter_context(tracking.Trackers(config, settings, after=self.first))
             self._go_on()
+            self._logged_calls = _counts(self.gan.budget.metrics())
             stack.enter_context(self.display)
             self._fire("on_init_end")
             self._fire("on_train_begin")
@@ -166,9 +167,16 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
+            self._log_late_calls()
             if kind is None:
                 self._end_epoch()
                 self._fire("on_train_end")
+
+    def _log_late_calls(self) -> None:
+        """Log counts that changed since the last line, as in a step that failed: a resumed run goes on from them."""
+        counts = _counts(self.gan.budget.metrics())
+        if counts != self._logged_calls:
+            self.metrics.write({"step": self.gan.global_step, **counts})
 
     def _leave(self) -> None:
         """The LoraGAN is on its own again."""
@@ -316,6 +324,7 @@ class Run:
         if self.gan.config.log_completions:
             self.completions.begin()  # so that none of another run, or of steps that come again, stand beside
         self.metrics.write(line)
+        self._logged_calls = _counts(line)
         self.trackers.log(values, self.state.global_step)
         self.state.log_history.append(line)
         del self.state.log_history[:-LOG_HISTORY]
@@ -367,3 +376,8 @@ class Run:
 
 def _is_a(callback: Callback, kind: type[TrainerCallback]) -> bool:
     return isinstance(callback, kind) or (isinstance(callback, type) and issubclass(callback, kind))
+
+
+def _counts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a line of metrics, the counts of reward calls beside those of training."""
+    return {name: value for name, value in values.items() if name.startswith("reward_calls/")}

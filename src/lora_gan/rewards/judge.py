@@ -333,7 +333,8 @@ class Judge:
         """Counts so far, and the cost.
 
         requests: HTTP requests that were made; calls: answers of the server; retries: requests the client repeated;
-        cached: rows that needed no question; failed, unparsed: rows whose reward is None; prompt_tokens, completion_tokens: as the server counted them;
+        cached: rows that needed no question; failed, unparsed: rows whose reward is None; prompt_tokens,
+        completion_tokens: as the server counted them;
         cost: by `price_per_million`, None without.
         """
         counts = self.state_dict()
