@@ -218,8 +218,11 @@ class Run:
         self._fire("on_step_end")
         if ended or self.control.should_training_stop:
             self._end_epoch()  # here, so that what it asks for is done
+        notices = [*record["alarms"], *record["notices"]]
         if self.control.should_log:
-            self._log(self.window.take())
+            self._log(self.window.take(), notices)
+        elif notices:  # a line of their own, at once: the next line of numbers may never come
+            self._write({"step": record["step"], "notices": notices})
         self._end_if_told()
 
     def evaluated(self, result: Mapping[str, Any]) -> None:
@@ -282,15 +285,20 @@ class Run:
                 "a callback set should_epoch_stop, but fit() cuts no epoch short: should_training_stop ends"
             )
 
-    def _log(self, values: dict[str, Any]) -> None:
+    def _log(self, values: dict[str, Any], notices: Sequence[str] = ()) -> None:
+        """Log these numbers; callbacks and trackers get no notices."""
         line = {"step": self.state.global_step, **values}
+        self._write(line | ({"notices": list(notices)} if notices else {}))
+        self.trackers.log(values, self.state.global_step)
+        self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, also in the state's history."""
         if self.gan.config.log_completions:
             self.completions.begin()  # so that none of another run, or of steps that come again, stand beside
         self.metrics.write(line)
-        self.trackers.log(values, self.state.global_step)
         self.state.log_history.append(line)
         del self.state.log_history[:-LOG_HISTORY]
-        self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
 
     def _log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         if samples:

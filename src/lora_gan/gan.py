@@ -43,6 +43,7 @@ from .display import aside_for
 from .experience import Experience
 from .generator import Generator
 from .guard import Monitor
+from .health import Health, prediction_counts
 from .interrupts import Interrupted, Interrupts
 from .rewards.calling import Caller
 from .run_ending import Ending
@@ -144,6 +145,7 @@ class LoraGAN:
         self.generator = Generator(self.players, self.config)
         self.discriminator = Discriminator(self.players, self.config)
         self.monitor = Monitor(self.config)
+        self.health = Health(self.config)
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
         self.reward_calls = 0  # true rewards asked for by step()
@@ -263,7 +265,7 @@ class LoraGAN:
         self.global_step += 1
         self.prompt_kinds |= kinds
         nonfinite.require_progress(self, gen, disc)
-        return tracking.step_record(
+        record = tracking.step_record(
             rows,
             experience,
             gen,
@@ -275,6 +277,11 @@ class LoraGAN:
             single=single,
             alarms=alarms,
         )
+        learns_to_predict = train_disc and prediction_counts(self.config, signal, train_gen=train_gen)
+        record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
+        for words in record["notices"]:
+            warnings.warn(f"step {self.global_step}: {words}", stacklevel=3)
+        return record
 
     def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
         """Weight of imitation, and whether the reward teaches the generator in this step."""
