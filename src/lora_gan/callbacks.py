@@ -133,6 +133,7 @@ class Run:
         self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
         self.window, self.num_tokens = tracking.Window(), 0
         self._evaluated_at: int | None = None
+        self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, where they still must go
         self.saved_steps: set[int] = set()  # of the checkpoints that this run has written
         self._stack = ExitStack()
         self._began = time.perf_counter()
@@ -164,6 +165,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
+            self._keep_last()
             if kind is None:
                 self._end_epoch()
                 self._fire("on_train_end")
@@ -212,9 +214,8 @@ class Run:
         self.state.num_input_tokens_seen = self.num_tokens
         self.window.add(values)
         self.display.update(record["step"], values)
-        config = self.gan.config
-        if config.log_completions and record["step"] % config.completions_steps == 0:
-            self._log_samples(tracking.samples_of(record, rows))
+        if self.gan.config.log_completions:
+            self._keep_samples(record["step"], tracking.samples_of(record, rows))
         self._fire("on_step_end")
         if ended or self.control.should_training_stop:
             self._end_epoch()  # here, so that what it asks for is done
@@ -258,6 +259,7 @@ class Run:
             gan.generator.optimizer.schedule,
         )
         self.window, self.num_tokens, self._evaluated_at = tracking.Window(), 0, None
+        self._last_samples = {}
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._go_on()
@@ -300,11 +302,26 @@ class Run:
         self.state.log_history.append(line)
         del self.state.log_history[:-LOG_HISTORY]
 
-    def _log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        if samples:
-            self.completions.write(*samples)
-            self.trackers.log_samples(samples, self.state.global_step)
-            self.display.show(samples)
+    def _keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """A step's responses go where it is time; `_keep_last` makes up for the last step of a run that ends early."""
+        config, at_an_end = self.gan.config, step in (self.first + 1, self.args.max_steps)
+        self._last_samples = {"file": samples, "display": samples} if samples else {}
+        if not samples:
+            return
+        if at_an_end or step % config.log_completions_steps == 0:
+            self.completions.write(*self._last_samples.pop("file"))
+        if at_an_end or step % config.completions_steps == 0:
+            self.display.show(self._last_samples.pop("display"))
+        if step % config.completions_steps == 0:
+            self.trackers.log_samples(samples, step)
+
+    def _keep_last(self) -> None:
+        """The last step's responses are written and shown, however the run ends."""
+        left, self._last_samples = self._last_samples, {}
+        if "file" in left:
+            self.completions.write(*left["file"])
+        if "display" in left:
+            self.display.show(left["display"])
 
     def _end_if_told(self) -> None:
         """A run that ends, for whatever reason, is evaluated and saved as it is then."""
