@@ -56,14 +56,14 @@ def test_a_constant_reward_is_said_once_with_its_value():
     assert told([record(i, **constant) for i in range(9)]) == [
         (
             3,
-            "the true reward was 0.25 for all 24 responses of the last 3 steps, so the generator learns nothing: check "
+            "the true reward was 0.25 for all 24 responses of the last 3 steps, so it teaches nothing: check "
             "what the reward returns for different responses; use a reward with finer levels, or raise num_generations "
             "(now 4) or temperature (now 0.7)",
         )
     ]
     broken = [record(i, **(constant if i % 3 else {})) for i in range(9)]
     assert told(broken) == [], "never three steps in a row"
-    assert told([record(i, **constant, asked=2) for i in range(12)])[0][0] == 10, "20 answers, not 6"
+    assert told([record(i, **constant, asked=2) for i in range(12)])[0][0] == 8, "16 answers, not 6"
     alone = dict(constant, frac_reward_zero_std=None)
     assert told([record(i, **alone) for i in range(9)], num_generations=1)[0][0] == 3, "groups of one have no spread"
 
@@ -72,7 +72,7 @@ def test_rewards_that_are_equal_within_every_group_are_said():
     equal = dict(reward_mean=0.5, reward_std=0.5, frac_reward_zero_std=1.0)
     ((step, words),) = told([record(i, **equal) for i in range(9)])
     assert step == 3 and words.startswith(
-        "the true reward was equal within every group of the last 3 steps (24 responses), so the generator learns "
+        "the true reward was equal within every group of the last 3 steps (24 responses), so it teaches "
         "nothing: use a reward with finer levels, or raise num_generations (now 4)"
     )
     between = dict(equal, frac_reward_zero_std=0.9)
@@ -107,7 +107,7 @@ def test_responses_that_are_cut_are_said_with_their_share():
     ]
     assert told([record(i, **{"completions/clipped_ratio": 0.49}) for i in range(9)]) == []
     one = [{**record(i, **{"completions/clipped_ratio": 1.0}), "responses": ["a", "b"]} for i in range(12)]
-    assert told(one)[0][0] == 10, "20 responses of one prompt, two at a time"
+    assert told(one)[0][0] == 8, "16 responses of one prompt, two at a time"
 
 
 def test_empty_responses_are_said_and_not_called_equal_besides():
@@ -126,7 +126,7 @@ def test_equal_responses_are_said_and_their_equal_rewards_are_not():
     ((step, words),) = told([record(i, **equal, responses=[["a"] * 4, ["b"] * 4]) for i in range(9)])
     assert (step, words) == (
         3,
-        "all responses to a prompt were the same text in the last 3 steps, so the generator learns nothing: raise "
+        "all responses to a prompt were the same text in the last 3 steps, so there is nothing to compare: raise "
         "temperature (now 0.7) or entropy_weight (now 0); if responses became equal in training, raise beta (now 0.03) "
         "or lower learning_rate (now 0.0002)",
     )

@@ -16,8 +16,8 @@ from typing import Any
 from .config import Config, RewardSignal
 
 #: Steps in a row, and responses in these, before anything is said of rewards or responses. Three steps are early enough
-#: to stop a run; 20 responses keep small steps from being judged on chance: two equal answers of two happen often.
-STEPS, RESPONSES = 3, 20
+#: to stop a run; 16 responses keep small steps from being judged on chance: two equal answers of two happen often.
+STEPS, RESPONSES = 3, 16
 
 #: Share of responses that are cut, or empty, from which on it is said: then that is what most of a step looks like.
 SHARE = 0.5
@@ -213,7 +213,7 @@ class Health:
         if streak is self.streaks["groups"] and self._has_risen(streak):
             return None
         return (
-            f"{where} in the last {streak['steps']} steps, so the generator learns nothing: raise temperature (now "
+            f"{where} in the last {streak['steps']} steps, so there is nothing to compare: raise temperature (now "
             f"{self.config.temperature:g}) or entropy_weight (now {self.config.entropy_weight:g}); if responses became "
             f"equal in training, {self._hold_back}"
         )
@@ -233,7 +233,7 @@ class Health:
             said = f"the true reward was equal within every group of the last {steps} steps ({responses} responses)"
             check = ""
         return (
-            f"{said}, so the generator learns nothing: {check}use a reward with finer levels, or raise num_generations "
+            f"{said}, so it teaches nothing: {check}use a reward with finer levels, or raise num_generations "
             f"(now {self.config.num_generations}) or temperature (now {self.config.temperature:g})"
         )
 
