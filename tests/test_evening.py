@@ -184,8 +184,12 @@ def test_an_evening(evening):
     assert "The run was moved" in output
     assert "all 52 calls of reward_budget are spent" in output
     assert "Done at step 9 of 9: all steps are done" in output
-    counts = dict((name or "in training", int(n)) for n, name in re.findall(
-        r"(\d+) (in training|in evaluation|retries)", output.split("True-reward calls:")[1].split("In runs")[0]))
+    counts = dict(
+        (name or "in training", int(n))
+        for n, name in re.findall(
+            r"(\d+) (in training|in evaluation|retries)", output.split("True-reward calls:")[1].split("In runs")[0]
+        )
+    )
     cached = re.search(r"(\d+) of them came from", output)
     assert counts["in training"] == 52
     assert sum(counts.values()) - (int(cached[1]) if cached else 0) == total

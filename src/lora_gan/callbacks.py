@@ -134,6 +134,7 @@ class Run:
         self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
         self.window, self.num_tokens = tracking.Window(), 0
         self._evaluated_at: int | None = None
+        self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, where they still must go
         self.saved_steps: set[int] = set()  # of the checkpoints that this run has written
         self._stack = ExitStack()
         self._began = time.perf_counter()
@@ -167,6 +168,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
+            self._keep_last()
             self._log_late_calls()
             if kind is None:
                 self._end_epoch()
@@ -228,14 +230,16 @@ class Run:
         self.state.num_input_tokens_seen = self.num_tokens
         self.window.add(values)
         self.display.update(record["step"], values)
-        config = self.gan.config
-        if config.log_completions and record["step"] % config.completions_steps == 0:
-            self._log_samples(tracking.samples_of(record, rows))
+        if self.gan.config.log_completions:
+            self._keep_samples(record["step"], tracking.samples_of(record, rows))
         self._fire("on_step_end")
         if ended or self.control.should_training_stop:
             self._end_epoch()  # here, so that what it asks for is done
+        notices = [*record["alarms"], *record["notices"]]
         if self.control.should_log:
-            self._log(self.window.take())
+            self._log(self.window.take(), notices)
+        elif notices:  # a line of their own, at once: the next line of numbers may never come
+            self._write({"step": record["step"], "notices": notices})
         self._end_if_told()
 
     def evaluated(self, result: Mapping[str, Any]) -> None:
@@ -272,6 +276,7 @@ class Run:
             gan.generator.optimizer.schedule,
         )
         self.window, self.num_tokens, self._evaluated_at = tracking.Window(), 0, None
+        self._last_samples = {}
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._go_on()
@@ -279,7 +284,8 @@ class Run:
     def evaluation_left_out(self, why: str) -> None:
         """An evaluation that was due is not made."""
         self.control.should_evaluate = False
-        warnings.warn(why, stacklevel=4)
+        self._write({"step": self.state.global_step, "notices": [why]})
+        warnings.warn(f"step {self.state.global_step}: {why}", stacklevel=4)
 
     @property
     def is_evaluated(self) -> bool:
@@ -319,22 +325,42 @@ class Run:
                 "a callback set should_epoch_stop, but fit() cuts no epoch short: should_training_stop ends"
             )
 
-    def _log(self, values: dict[str, Any]) -> None:
+    def _log(self, values: dict[str, Any], notices: Sequence[str] = ()) -> None:
+        """Log these numbers; callbacks and trackers get no notices."""
         line = {"step": self.state.global_step, **values}
+        self._write(line | ({"notices": list(notices)} if notices else {}))
+        self.trackers.log(values, self.state.global_step)
+        self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, also in the state's history."""
         if self.gan.config.log_completions:
             self.completions.begin()  # so that none of another run, or of steps that come again, stand beside
         self.metrics.write(line)
-        self._logged_calls = _counts(line)
-        self.trackers.log(values, self.state.global_step)
+        self._logged_calls = _counts(line) or self._logged_calls
         self.state.log_history.append(line)
         del self.state.log_history[:-LOG_HISTORY]
-        self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
 
-    def _log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        if samples:
-            self.completions.write(*samples)
-            self.trackers.log_samples(samples, self.state.global_step)
-            self.display.show(samples)
+    def _keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """A step's responses go where it is time; `_keep_last` makes up for the last step of a run that ends early."""
+        config, at_an_end = self.gan.config, step in (self.first + 1, self.args.max_steps)
+        self._last_samples = {"file": samples, "display": samples} if samples else {}
+        if not samples:
+            return
+        if at_an_end or step % config.log_completions_steps == 0:
+            self.completions.write(*self._last_samples.pop("file"))
+        if at_an_end or step % config.completions_steps == 0:
+            self.display.show(self._last_samples.pop("display"))
+        if step % config.completions_steps == 0:
+            self.trackers.log_samples(samples, step)
+
+    def _keep_last(self) -> None:
+        """The last step's responses are written and shown, however the run ends."""
+        left, self._last_samples = self._last_samples, {}
+        if "file" in left:
+            self.completions.write(*left["file"])
+        if "display" in left:
+            self.display.show(left["display"])
 
     def _end_if_told(self) -> None:
         """A run that ends, for whatever reason, is evaluated and saved as it is then."""
@@ -379,5 +405,6 @@ def _is_a(callback: Callback, kind: type[TrainerCallback]) -> bool:
 
 
 def _counts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a line of metrics, the counts of reward calls beside those of training."""
-    return {name: value for name, value in values.items() if name.startswith("reward_calls/")}
+    """Of a line of metrics, the counts of reward calls beside those of training and the total."""
+    other = (name for name in values if name.startswith("reward_calls/") and name != "reward_calls/total")
+    return {name: values[name] for name in other}

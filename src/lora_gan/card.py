@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 # Settings that say nothing of the weights, or may hold a token; and those that `peft_config=` may have overruled.
 NOT_SHOWN = (
     "output_dir", "weights_format", "save_steps", "save_total_limit", "logging_steps", "log_completions",
-    "completions_steps", "num_completions_to_print", "report_to", "run_name", "project", "device", "model_init_kwargs",
+    "log_completions_steps", "completions_steps", "num_completions_to_print", "report_to", "run_name", "project",
+    "device", "model_init_kwargs",
     "lora_r", "lora_alpha", "target_modules", "disc_lora_r", "disc_lora_alpha", "disc_target_modules",
 )  # fmt: skip
 COUNTS = ("step", "seconds")  # told elsewhere in the card, or of no interest in it; so are all counts of reward calls

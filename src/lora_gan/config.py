@@ -65,10 +65,13 @@ class Config:
     """Whether more of it is better."""
     log_completions: bool = True
     """Whether sampled responses are shown, and written to completions.jsonl, with true and predicted reward."""
+    log_completions_steps: int = 1
+    """Steps between the steps of which completions.jsonl gets every response; 1: all steps. The first and the last step
+    of a run are always there. The dry run says how large logs become."""
     completions_steps: int = 25
-    """Steps between samples, where log_completions is on."""
+    """Steps between samples on the display and in trackers. The display shows the first and the last step, too."""
     num_completions_to_print: int = 2
-    """Responses shown each time; completions.jsonl has all of the step's."""
+    """Responses that the display shows of a step."""
     report_to: str | tuple[str, ...] = "none"
     """Trackers beside metrics.jsonl: "tensorboard", "wandb", "trackio", several, "all" installed ones, or "none"."""
     run_name: str | None = None
@@ -254,9 +257,9 @@ class Config:
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for name in (
-            "logging_steps", "completions_steps", "prompts_per_step", "num_generations", "max_completion_length",
-            "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates", "num_iterations",
-            "monitor_window", "max_skipped_updates",
+            "logging_steps", "log_completions_steps", "completions_steps", "prompts_per_step", "num_generations",
+            "max_completion_length", "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads",
+            "disc_updates", "num_iterations", "monitor_window", "max_skipped_updates",
         ):  # fmt: skip
             self._require(name, self._is_whole(name, 1), "a whole number from 1")
         for name in (

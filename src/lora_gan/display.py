@@ -31,6 +31,7 @@ WATCHED = {
     "kl_per_response": "KL",
     "imitation_loss": "imitation",
     "completions/mean_length": "tokens",
+    "completions/clipped_ratio": "clipped",
     "reward_calls": "calls",
 }
 #: Further counts of calls, shown behind those of training.

@@ -43,6 +43,7 @@ from .display import aside_for
 from .experience import Experience
 from .generator import Generator
 from .guard import Monitor
+from .health import Health, prediction_counts
 from .interrupts import Interrupted, Interrupts
 from .rewards.budget import Budget, Purpose
 from .rewards.calling import Caller
@@ -149,6 +150,7 @@ class LoraGAN:
         self.generator = Generator(self.players, self.config)
         self.discriminator = Discriminator(self.players, self.config)
         self.monitor = Monitor(self.config)
+        self.health = Health(self.config)
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
         # Counts of reward calls by purpose.
@@ -161,6 +163,7 @@ class LoraGAN:
         self.data_columns: Collection[str] = ()  # in fit(): names of the columns of the data
         self._told_of_no_group = False
         self._causes: set[str] = set()  # of failed reward calls, already told
+        self._causes_told: list[str] = []  # of these, those that are not in a step's notices yet
         self._told_of_spent_budget = False
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
@@ -270,10 +273,8 @@ class LoraGAN:
                 warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
         self.global_step += 1
         self.prompt_kinds |= kinds
-        if experience is not None and not self._over_with_budget(signal):
-            self._tell_of_spent_budget()
         nonfinite.require_progress(self, gen, disc)
-        return tracking.step_record(
+        record = tracking.step_record(
             rows,
             experience,
             gen,
@@ -285,6 +286,15 @@ class LoraGAN:
             single=single,
             alarms=alarms,
         )
+        learns_to_predict = train_disc and prediction_counts(self.config, signal, train_gen=train_gen)
+        record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
+        if experience is not None and not self._over_with_budget(signal):
+            record["notices"] += self._end_of_budget()
+        for words in record["notices"]:
+            warnings.warn(f"step {self.global_step}: {words}", stacklevel=3)
+        record["notices"] += self._causes_told  # warned of when they occurred
+        self._causes_told = []
+        return record
 
     def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
         """Weight of imitation, and whether the reward teaches the generator in this step."""
@@ -353,11 +363,11 @@ class LoraGAN:
         why = "after_budget is 'stop'" if self.config.after_budget == "stop" else f"reward_signal {signal!r} needs more"
         return f"{self.budget.spent_setting}, and {why}"
 
-    def _tell_of_spent_budget(self) -> None:
-        """Say once that the budget is spent, and whether the discriminator is fit to teach alone."""
+    def _end_of_budget(self) -> list[str]:
+        """One notice, given once: the budget is spent, and whether the discriminator is fit to teach alone."""
         spent = self.budget.spent_setting
         if spent is None or self._told_of_spent_budget:
-            return
+            return []
         self._told_of_spent_budget = True
         measured = self.discriminator.fresh_correlation
         if measured is None:
@@ -370,11 +380,7 @@ class LoraGAN:
                 ", which does not show that it orders responses better than chance: stop here "
                 "(after_budget='stop'), or allow more calls"
             )
-        warnings.warn(
-            f"step {self.global_step}: {spent}. The generator learns on from the discriminator's prediction alone. "
-            f"{known}{advice}",
-            stacklevel=4,
-        )
+        return [f"{spent}. The generator learns on from the discriminator's prediction alone. {known}{advice}"]
 
     @property
     def reward_calls(self) -> int:
@@ -462,6 +468,7 @@ class LoraGAN:
         """Warn of a failed reward call, each cause once, at most CAUSES of them."""
         if words not in self._causes and len(self._causes) < CAUSES:
             self._causes.add(words)
+            self._causes_told.append(words)
             warnings.warn(words, stacklevel=2)
 
     def ask(
@@ -716,7 +723,7 @@ class LoraGAN:
         left = self.budget.left("evaluation")
         if left is not None and left - (0 if is_last else self.budget.reserved) < len(held_out):
             run.evaluation_left_out(
-                f"step {self.global_step}: the evaluation is left out: it needs {len(held_out):,} calls of the true "
+                f"the evaluation is left out: it needs {len(held_out):,} calls of the true "
                 f"reward, and reward_budget_total leaves {left:,}"
                 + ("" if is_last else f", of which {self.budget.reserved:,} are for the evaluation at the end")
             )

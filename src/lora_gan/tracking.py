@@ -84,7 +84,7 @@ def step_record(
         for name, part_B in experience.parts.items():
             record |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
     record |= {k: v for k, v in (gen | disc).items() if k not in record}
-    record |= {"alarms": list(alarms)}
+    record |= {"alarms": list(alarms), "notices": []}  # notices: what `health` says of the step
     if experience is not None:
         record |= logged_metrics(experience.notes)
         extras = logged_extras(experience.notes)
@@ -159,6 +159,7 @@ def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
 
 TEXTS = {
     "prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards", "alarms", "extra",
+    "notices",
 }  # fmt: skip
 LOGGED_AS = {
     "reward_mean": "reward",
