@@ -99,6 +99,15 @@ HYBRIDS = {  # with a recurrent or convolution state; their matrix is test_hybri
     "qwen3_5": ("qwen3_5_text", GROUPED | DELTA),
     "qwen3_5-composite": ("qwen3_5", GROUPED | DELTA),  # its text model is the base, its vision tower is not opened
     "qwen3_next": ("qwen3_next", GROUPED | DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "qwen4_exp": (
+        "qwen4_exp_text",
+        GROUPED | DELTA | EXPERTS | {
+            "shared_expert_intermediate_size": 16, "hc_lowrank": 8, "ple_layer_ids": [1], "ngram_vocab_size_base": 50,
+            "make_ngram_vocab_size_divisible_by": 2, "heads_per_ngram": 2, "split_ngram_parts": 1,
+            "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 12,
+            "indexer_compress_ratio": 4,
+        },
+    ),
     "lfm2": ("lfm2", GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "falcon_h1": ("falcon_h1", GROUPED | SSM | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5}),  # both in each layer
     "granite-hybrid": (
@@ -139,7 +148,7 @@ WITHOUT_CLASSIFIER = {
 HYBRIDS_WITHOUT_CLASSIFIER = {
     name: f"transformers has no sequence classification for the model type {HYBRIDS[name][0]!r}"
     for name in ("lfm2", "falcon_h1", "granite-hybrid", "mamba2", "olmo_hybrid", "bamba", "lfm2_moe", "mamba",
-                 "falcon_mamba", "kimi_linear", "qwen3_5_moe-composite")
+                 "falcon_mamba", "kimi_linear", "qwen3_5_moe-composite", "qwen4_exp")
 }  # fmt: skip
 
 

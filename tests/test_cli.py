@@ -376,7 +376,40 @@ def test_a_run_leaves_its_curves(there, capsys):
     pytest.importorskip("matplotlib", reason="curves are drawn by matplotlib, which is not installed")
     assert train("--max_steps", "2") == 0
     assert (there / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert "metrics.jsonl, training.png" in capsys.readouterr().out  # no completions before completions_steps
+    assert "metrics.jsonl, completions.jsonl, training.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        "signal.raise_signal(signal.SIGINT)",
+        "signal.raise_signal(signal.SIGTERM)",
+        "raise KeyboardInterrupt('stopped at response 4 of 8 to rate')",  # q of the human reward
+        "raise ConnectionError('no service')",
+    ],
+)
+def test_a_run_that_was_stopped_leaves_its_curves(there, stops, monkeypatch):
+    pytest.importorskip("matplotlib", reason="curves are drawn by matplotlib, which is not installed")
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    (there / "mine.py").write_text(
+        "import signal\ncalls = []\ndef length(response, target):\n    calls.append(1)\n"
+        f"    if len(calls) == 20:\n        {stops}\n    return float(len(response))\n"
+    )
+    assert train("--max_steps", "4", "--run_name", "my run") != 0
+    assert (there / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert figures[0].get_suptitle() == "my run"
+    (calls,) = next(axes for axes in figures[0].axes if "calls" in axes.get_title()).lines
+    assert list(calls.get_ydata()) == [8, 16], "the steps that were whole"
+
+
+def test_a_picture_that_cannot_be_drawn_hides_nothing(there, capsys, monkeypatch):
+    monkeypatch.setattr("lora_gan.plots.plot_run", lambda *_, **__: 1 / 0)
+    assert train("--max_steps", "1") == 0
+    said = capsys.readouterr()
+    assert "warning: training.png could not be drawn: division by zero" in said.err and "Done at step 1" in said.out
 
 
 def test_what_a_reader_does_not_take_is_no_error(there):

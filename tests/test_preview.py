@@ -209,7 +209,7 @@ def test_calls_are_at_most_the_budget_and_none_where_no_reward_is_asked():
     settings = {"prompts_per_step": 2, "num_generations": 4, "query_rate": 0.5}
     assert preview.calls(Config(**settings), 10) == 40
     assert preview.calls(Config(**settings, reward_budget=25), 10) == 25
-    assert preview.calls(Config(**settings, reward_budget=25), 10, spent=20) == 5
+    assert preview.calls(Config(**settings, reward_budget=25), 10, left=5) == 5
     unasked = Config(**settings, adversarial=True, disc_objective="real_vs_generated")
     assert preview.calls(unasked, 10) == 0
 
@@ -223,9 +223,7 @@ def test_calls_in_words():
 def test_the_plan_names_the_budget_that_limits_it():
     rows = [Row(prompt) for prompt in PROMPTS[:2]]
     lines = preview.describe(small_gan(reward_budget=30), rows, total=2, steps=10, held_out=5, dry_run=True)
-    wanted = (
-        "30 calls in training (all that reward_budget leaves), 5 in 1 evaluation of 5 rows, up to 8 in this dry run"
-    )
+    wanted = "30 calls in training (all that the budget leaves), 5 in 1 evaluation of 5 rows, up to 8 in this dry run"
     assert wanted in lines and "memory" not in lines
     lines = preview.describe(small_gan(reward_retries=2), rows, total=2, steps=10)
     wanted = "80 calls in training, 0 in evaluations (no eval_data); a call that fails is made up to 2 more times"
@@ -241,17 +239,24 @@ def test_a_dry_run_asks_no_more_than_it_says_and_the_budget_allows(budget, promp
         reward_budget=budget, prompts_per_step=prompts,
     )  # fmt: skip
     rows = [Row(row["prompt"], row["target"]) for row in ROWS[:prompts]]
-    most = preview.dry_run_calls(gan.config, rows, gan.calls_left)
-    preview.try_reward(gan, trial.Trial(gan, rows, gan.calls_left))
+    most = preview.dry_run_calls(gan.config, rows, preview._allowed(gan))
+    preview.try_reward(gan, trial.Trial(gan, rows, preview._allowed(gan)))
     assert 0 < len(asked) == most <= (24 if budget is None else budget)
+
+
+def test_the_total_budget_limits_the_dry_run_too():
+    asked = []
+    gan = small_gan(reward=lambda response: asked.append(response) or float(len(asked)), reward_budget_total=5)
+    said(gan)
+    assert len(asked) == gan.budget.counts["dry_run"] == 4, "two responses to each of two prompts"
 
 
 def test_a_budget_that_is_spent_is_not_overspent():
     asked = []
     gan = small_gan(reward=lambda response: asked.append(response) or 1.0, reward_budget=4)
-    gan.reward_calls = 4
+    gan.budget.counts["training"] = 4
     out = said(gan)
-    assert asked == [] and "reward_budget is spent" in out and "per step" in out
+    assert asked == [] and "reward_budget or reward_budget_total is spent" in out and "per step" in out
 
 
 # --- what a judge costs

@@ -100,7 +100,7 @@ def test_prompt_and_response_are_shown_as_text_and_nothing_else_of_the_row(rich,
         monkeypatch.setitem(sys.modules, "rich", None)
         monkeypatch.setitem(sys.modules, "rich.console", None)
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello [bold]you[/bold]?"}]
-    reward = human("7 8")
+    reward = human("7 8", show_target=False)
     columns = {"target": ["SECRET", "SECRET"], "model": ["gpt", "gpt"]}
     reward([chat, "q"], [[{"role": "assistant", "content": "Héllo \x1b[31m\x00 {x}"}], ""], **columns)
     text = shown(reward)
@@ -110,11 +110,27 @@ def test_prompt_and_response_are_shown_as_text_and_nothing_else_of_the_row(rich,
     assert ("╭" in text) == rich and ("--- prompt ---" in text) == (not rich)
 
 
-def test_the_target_is_shown_when_asked_for_and_a_rating_holds_for_it():
-    reward = human("7 8 9", show_target=True)
+def test_the_target_is_shown_where_there_is_one_and_a_rating_holds_for_it():
+    reward = human("7 8 9 4")
     assert reward(["p"] * 3, ["r"] * 3, target=["Bonjour", None, "Salut"]) == [0.7, 0.8, 0.9]
     text = shown(reward)
     assert text.count("Bonjour") == 1 and text.count("Salut") == 1 and text.count(" target ") == 2
+    assert reward(["p"] * 2, ["r"] * 2, target=["Bonsoir", "Salut"]) == [0.4, 0.9], "another target is another question"
+    blind = human("6", show_target=False)
+    assert blind(["p"] * 2, ["r"] * 2, target=["Bonjour", "Salut"]) == [0.6, 0.6] and "Bonjour" not in shown(blind)
+
+
+def test_ratings_of_runs_that_showed_no_target_are_not_asked_for_again(tmp_path):
+    log = tmp_path / "log.jsonl"
+    earlier = human("2 u 7 s 3", log=log, show_target=False)
+    assert earlier(["p"] * 3, ["a", "b", "c"], target=["x", "y", "z"]) == [0.7, None, 0.3]
+    assert not any("target" in entry for entry in lines_of(log))
+    now = human("9", log=log)
+    assert now(["p"] * 4, ["a", "b", "c", "d"], target=["x", "y", "z", "z"]) == [0.7, None, 0.3, 0.9]
+    assert shown(now).count("response 1 of 1") == 1 and " d " in shown(now)
+    assert human("", log=log)(["p"], ["a"], target=["another"]) == [0.7]
+    again = human("1", log=log)  # what was rated beside a target holds for that one alone
+    assert again(["p"] * 2, ["d", "d"], target=["z", "another"]) == [0.9, 0.1]
 
 
 def test_a_terminal_that_cannot_show_a_letter_gets_it_escaped(monkeypatch):

@@ -259,7 +259,7 @@ def test_too_many_requests_are_repeated_when_the_server_says(serve):
     assert judge(["p"], ["r"]) == [0.4]
     assert len(server.requests) == 3 and server.pauses[0] == 7 and 0 < server.pauses[1] <= 1
     assert judge.usage == {
-        "calls": 1, "retries": 2, "cached": 0, "failed": 0, "unparsed": 0,
+        "requests": 3, "calls": 1, "retries": 2, "cached": 0, "failed": 0, "unparsed": 0,
         "prompt_tokens": 100, "completion_tokens": 10, "cost": None,
     }  # fmt: skip
 
@@ -479,7 +479,7 @@ def test_cost_and_counts_go_on_after_a_resume(serve):
     resumed(["p"], ["c"])
     assert resumed.usage["calls"] == 3 and resumed.usage["prompt_tokens"] == 3003
     assert resumed.usage["cost"] == pytest.approx((3003 * 0.5 + 60 * 2) / 1e6, rel=1e-12)
-    with pytest.raises(ValueError, match="keys calls, retries"):
+    with pytest.raises(ValueError, match="keys requests, calls, retries"):
         resumed.load_state_dict({"calls": 1})
 
 

@@ -105,8 +105,8 @@ def test_a_display_names_no_time_left_once_the_run_has_ended(capsys):
 
 @pytest.mark.parametrize(
     ("budget", "words"),
-    [("4", "Ended at step 1 of 2: all 4 calls of reward_budget are spent, and after_budget is 'stop'. 4 true rewards"),
-     ("99", "Done at step 2 of 2: all steps are done. 8 true rewards")],
+    [("4", "Ended at step 1 of 2: all 4 calls of reward_budget are spent, and after_budget is 'stop'. True-reward"),
+     ("99", "Done at step 2 of 2: all steps are done. True-reward")],
 )  # fmt: skip
 def test_the_command_says_it(tmp_path, monkeypatch, capsys, budget, words):
     monkeypatch.chdir(tmp_path)
@@ -117,4 +117,4 @@ def test_the_command_says_it(tmp_path, monkeypatch, capsys, budget, words):
         "after_budget": "stop",
     }  # fmt: skip
     assert cli.main(["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
-    assert f"{words} asked for. In run" in capsys.readouterr().out
+    assert f"{words} calls: {min(int(budget), 8)} in training. In run" in capsys.readouterr().out

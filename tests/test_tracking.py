@@ -116,6 +116,8 @@ def test_every_name_that_is_logged_is_documented(tmp_path):
         pytest.skip("docs/ is not part of this copy")
     documented = set(re.findall(r"`([\w/<>]+)`", table.read_text(encoding="utf-8")))
     gan = small_gan(output_dir=str(tmp_path), imitation_weight=0.1)
+    gan.budget.counts |= {"retries": 1, "other": 2}
+    gan.budget.cached = 3
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
     logged = {name for line in lines_of(tmp_path / "metrics.jsonl") for name in line}
     assert {"reward", "kl", "imitation_loss", "rank_correlation_within", "eval_true_reward"} <= logged
@@ -153,18 +155,26 @@ def test_a_resumed_run_leaves_the_lines_of_one_that_never_stopped(tmp_path):
     again.load_checkpoint(2)
     again.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
     found, expected = (without_time(lines_of(folder / "metrics.jsonl")) for folder in (broken, whole))
+    # The evaluation of step 3 was paid for before the run broke off.
+    assert [line.pop("reward_calls/evaluation") for line in found[2:]] == [2, 4, 4, 6, 6, 8]
+    assert [line.pop("reward_calls/evaluation") for line in expected[2:]] == [2, 2, 2, 4, 4, 6]
+    assert all(line.pop("reward_calls/total") for line in found + expected)
     assert found == expected
     assert [line["step"] for line in found] == [1, 2, 2, 3, 4, 4, 5, 5]
     assert lines_of(broken / "completions.jsonl") == lines_of(whole / "completions.jsonl")
 
 
-def test_completions_are_every_response_with_its_rewards(tmp_path):
-    gan = small_gan(output_dir=str(tmp_path), completions_steps=2, query_rate=0.5)
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({}, (1, 2, 3, 4, 5)), ({"log_completions_steps": 2}, (1, 2, 4, 5)), ({"log_completions_steps": 99}, (1, 5))],
+)
+def test_completions_are_every_response_with_its_rewards(settings, steps, tmp_path):
+    gan = small_gan(output_dir=str(tmp_path), query_rate=0.5, **settings)
     rows = [ROWS[0], {"prompt": "no target"}]
     records = gan.fit(rows, steps=5, progress=False)
     found = lines_of(tmp_path / "completions.jsonl")
     expected = []
-    for record in (records[1], records[3]):
+    for record in (records[step - 1] for step in steps):
         for j, prompt in enumerate(record["prompt"]):
             for i in range(4):
                 sample = {
@@ -174,6 +184,29 @@ def test_completions_are_every_response_with_its_rewards(tmp_path):
                 expected.append(sample if prompt == "no target" else sample | {"target": ROWS[0]["target"]})
     assert found == expected
     assert any(sample["true_reward"] is None for sample in found), "half were not asked for"
+
+
+def test_the_last_step_of_a_run_that_ends_early_is_there(tmp_path, capsys):
+    def stops(record):
+        if record["step"] == 3:
+            raise ValueError("a reward that is not as it should be")
+
+    gan = small_gan(output_dir=str(tmp_path), log_completions_steps=99, num_completions_to_print=1)
+    with pytest.raises(ValueError):
+        gan.fit(ROWS, steps=5, on_step=stops)
+    assert [line["step"] for line in lines_of(tmp_path / "completions.jsonl")] == [1] * 8 + [3] * 8
+    shown_steps = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if "→" in line]
+    assert shown_steps == ["step 1", "step 3"]
+
+
+def test_lines_of_steps_that_come_again_are_cut(tmp_path):
+    """Thinned, too: a run that goes on from step 2 drops what was written of step 3 when it ended there."""
+    options = {"output_dir": str(tmp_path), "log_completions_steps": 2, "save_steps": 2}
+    small_gan(**options).fit(ROWS, steps=3, progress=False)
+    again = small_gan(**options)
+    again.load_checkpoint(2)
+    again.fit(ROWS, steps=4, progress=False)
+    assert [line["step"] for line in lines_of(tmp_path / "completions.jsonl")[::8]] == [1, 2, 3, 4, 6]
 
 
 def test_no_completions_where_they_are_off(tmp_path):
@@ -256,7 +289,7 @@ def test_tensorboard_has_every_number_at_its_step(tmp_path):
     assert [event.step for event in events.Scalars("eval/true_reward")] == []  # step 3's was after the checkpoint
     (texts,) = [tag for tag in events.Tags()["tensors"] if "completions" in tag]
     table = events.Tensors(texts)[0].tensor_proto.string_val[0].decode()
-    first = next(line for line in lines_of(tmp_path / "completions.jsonl"))
+    first = next(line for line in lines_of(tmp_path / "completions.jsonl") if line["step"] == 2)  # completions_steps
     assert f"| {first['step']} | {first['prompt']} |" in table
     settings = list((tmp_path / "tensorboard" / "mine").glob("*/hparams.yml"))
     assert settings and "num_generations: 4" in settings[0].read_text()
@@ -366,7 +399,7 @@ def shown_on(shown: display.Display) -> str:
 def test_a_series_knows_where_it_began_and_where_it_is():
     values, series = np.random.default_rng(0).normal(size=1000).tolist(), display.Series()
     for count, value in enumerate(values, 1):
-        series.add(value)
+        series.add(value, count)
         window = max(1, min(10, count // 2))
         assert series.now == pytest.approx(np.mean(values[max(0, count - window) : count]))
         if count > 1:
@@ -516,12 +549,12 @@ def test_plain_whole_lines_without_a_terminal(environment, tmp_path, monkeypatch
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2])
     lines = capsys.readouterr().err.splitlines()
     assert not any("\x1b" in line or "\r" in line for line in lines)
-    assert [line.partition(":")[0] for line in lines] == ["step 1", "step 2", "step 2", "step 3", "step 3"]
+    assert [line.partition(":")[0] for line in lines] == [f"step {step}" for step in (1, 1, 2, 2, 3, 3, 3)]
     reward_1 = lines_of(tmp_path / "metrics.jsonl")[0]["reward"]
     assert lines[0].startswith(f"step 1: reward {reward_1:.3f}, predicted 0.000") and lines[0].endswith(" left")
-    sample = lines_of(tmp_path / "completions.jsonl")[0]
-    assert sample["prompt"] in lines[2] and f"(true {sample['true_reward']:.3f}" in lines[2]
-    assert lines[3].endswith("done") and lines[4].startswith("step 3: held-out reward ")
+    sample = lines_of(tmp_path / "completions.jsonl")[8]
+    assert sample["prompt"] in lines[3] and f"(true {sample['true_reward']:.3f}" in lines[3]
+    assert lines[4].endswith("done") and lines[6].startswith("step 3: held-out reward ")
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
@@ -570,17 +603,50 @@ def test_the_picture_draws_what_was_logged(funcs, tmp_path, monkeypatch):
 
     assert drawn["reward", "true"] == logged("reward")
     assert drawn["reward", "true, held out"] == logged("eval_true_reward")
-    titles = {title for title, _ in drawn}
-    assert "length, tokens" in titles and ("parts of the true reward" in titles) == (funcs == 2)
+    titles = [axes.get_title() for axes in figures[0].axes]
+    parts = ["parts of the true reward"] if funcs == 2 else []
+    assert titles == [
+        "reward", *parts, "true-reward calls so far", "rank correlation in the group, fresh",
+        "KL to the base, nats per response", "length, tokens", "share of responses cut at the limit",
+        "generator loss, in units of the reward", "discriminator loss",
+    ]  # fmt: skip
+    assert figures[0].get_suptitle() == tmp_path.name
+    for title, name in (
+        ("true-reward calls so far", "reward_calls"),
+        ("share of responses cut at the limit", "completions/clipped_ratio"),
+        ("generator loss, in units of the reward", "loss"), ("discriminator loss", "disc_loss"),
+    ):  # fmt: skip
+        (values,) = [values for (panel, _), values in drawn.items() if panel == title]
+        assert values == logged(name) != {}
     if funcs == 2:
         assert drawn["parts of the true reward", "letters"] == logged("rewards/letters/mean")
+
+
+def test_a_total_has_no_running_mean_and_what_was_not_measured_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    from matplotlib.figure import Figure
+
+    lines = [{"step": i, "reward": float(i % 2), "reward_calls": 8 * i} for i in range(1, 41)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "run.png", title="mine")
+    assert figures[0].get_suptitle() == "mine"
+    by_title = {axes.get_title(): axes for axes in figures[0].axes}
+    (calls,) = by_title["true-reward calls so far"].lines
+    assert list(calls.get_ydata()) == [8 * i for i in range(1, 41)]
+    pale, mean = by_title["reward"].lines
+    assert len(pale.get_ydata()) == 40 and list(mean.get_ydata()) == pytest.approx([0.5] * 33)
+    assert [text.get_text() for text in by_title["discriminator loss"].texts] == ["not measured"]
+    assert len({axes.get_xlim() for axes in figures[0].axes if axes.lines}) == 1, "steps stand below each other"
 
 
 def test_samples_of_another_run_do_not_stay(tmp_path):
     """Nor of steps that come again: both files begin together."""
     small_gan(output_dir=str(tmp_path), completions_steps=1).fit(ROWS, steps=3, progress=False)
-    small_gan(output_dir=str(tmp_path), completions_steps=100).fit(ROWS, steps=1, progress=False)
-    assert (tmp_path / "completions.jsonl").read_text() == ""
+    records = small_gan(output_dir=str(tmp_path), completions_steps=100).fit(ROWS[:1], steps=1, progress=False)
+    samples = lines_of(tmp_path / "completions.jsonl")
+    assert [sample["completion"] for sample in samples] == sum(records[0]["responses"], [])
 
 
 def test_a_token_for_the_hub_reaches_no_tracker(tmp_path, monkeypatch):

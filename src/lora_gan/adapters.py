@@ -576,9 +576,10 @@ def lora_config(
 
 # Linear layers that "all-linear" leaves out, by model type. PEFT refuses `out_proj`, whose weight Mamba's kernels read
 # past the adapter; transformers reads the weight of `dt_proj` so, and an adapter there would never do anything.
+# Qwen4-Exp's `index_qk_proj` only ranks tokens for its sparse attention, which passes no gradient.
 NOT_ADAPTED = {
     "falcon_h1": ("out_proj",), "mamba2": ("out_proj",), "nemotron_h": ("out_proj",), "mamba": ("out_proj", "dt_proj"),
-    "falcon_mamba": ("out_proj", "dt_proj"), "jamba": ("dt_proj",),
+    "falcon_mamba": ("out_proj", "dt_proj"), "jamba": ("dt_proj",), "qwen4_exp_text": ("index_qk_proj",),
 }  # fmt: skip
 
 

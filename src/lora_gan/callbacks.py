@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +34,7 @@ from .answers import Answers
 from .config import Config
 from .data import Row
 from .display import Display
-from .json_lines import JsonLines
+from .json_lines import JsonLines, read_lines
 from .run_ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Run:
         self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
         self.window, self.num_tokens = tracking.Window(), 0
         self._evaluated_at: int | None = None
+        self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, where they still must go
         self.saved_steps: set[int] = set()  # of the checkpoints that this run has written
         self._stack = ExitStack()
         self._began = time.perf_counter()
@@ -147,6 +149,7 @@ class Run:
             self.gan.answers, self.gan.trainer_state = self.answers, self.state
             self.gan.data_columns = data.column_names(self._rows)
             stack.callback(self._leave)
+            self._catch_up_with_calls(folder / "metrics.jsonl")
             self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
@@ -154,6 +157,7 @@ class Run:
             settings = {"model": self.gan.players.base.name, **config.to_file()}
             self.trackers = stack.enter_context(tracking.Trackers(config, settings, after=self.first))
             self._go_on()
+            self._logged_calls = _counts(self.gan.budget.metrics())
             stack.enter_context(self.display)
             self._fire("on_init_end")
             self._fire("on_train_begin")
@@ -164,9 +168,17 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
+            self._keep_last()
+            self._log_late_calls()
             if kind is None:
                 self._end_epoch()
                 self._fire("on_train_end")
+
+    def _log_late_calls(self) -> None:
+        """Log counts that changed since the last line, as in a step that failed: a resumed run goes on from them."""
+        counts = _counts(self.gan.budget.metrics())
+        if counts != self._logged_calls:
+            self.metrics.write({"step": self.gan.global_step, **counts})
 
     def _leave(self) -> None:
         """The LoraGAN is on its own again."""
@@ -181,6 +193,12 @@ class Run:
             "sources": self.gan.reward_sources,
         }
         return Answers(folder, run, step=self.first, newest=newest, reuse=self.gan.config.reuse_answers)
+
+    def _catch_up_with_calls(self, file: Path) -> None:
+        """Count calls that were made after the checkpoint which the run goes on from: they were paid for."""
+        if self.first and file.is_file():
+            for line in read_lines(file):
+                self.gan.budget.catch_up(line)
 
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
@@ -204,7 +222,7 @@ class Run:
         """A step was taken on these rows: its numbers are kept, and logged where it is time."""
         seconds = time.perf_counter() - self._began
         epoch = self._epoch
-        values = tracking.summary(record) | {"step_time": seconds}
+        values = tracking.summary(record) | {"step_time": seconds, **self.gan.budget.metrics()}
         self.num_tokens += values.pop("step_tokens", 0)
         values |= {"num_tokens": self.num_tokens} | ({"epoch": epoch} if self._epoch_length else {})
         ended = int(epoch) > int(self.state.epoch)
@@ -212,14 +230,16 @@ class Run:
         self.state.num_input_tokens_seen = self.num_tokens
         self.window.add(values)
         self.display.update(record["step"], values)
-        config = self.gan.config
-        if config.log_completions and record["step"] % config.completions_steps == 0:
-            self._log_samples(tracking.samples_of(record, rows))
+        if self.gan.config.log_completions:
+            self._keep_samples(record["step"], tracking.samples_of(record, rows))
         self._fire("on_step_end")
         if ended or self.control.should_training_stop:
             self._end_epoch()  # here, so that what it asks for is done
+        notices = [*record["alarms"], *record["notices"]]
         if self.control.should_log:
-            self._log(self.window.take())
+            self._log(self.window.take(), notices)
+        elif notices:  # a line of their own, at once: the next line of numbers may never come
+            self._write({"step": record["step"], "notices": notices})
         self._end_if_told()
 
     def evaluated(self, result: Mapping[str, Any]) -> None:
@@ -235,7 +255,8 @@ class Run:
                 f"{', '.join(name.removeprefix('eval_') for name in metrics)}"
             )
         self.display.update(self.state.global_step, metrics)
-        self._log({"step": self.state.global_step} | ({"epoch": self._epoch} if self._epoch_length else {}) | metrics)
+        epoch = {"epoch": self._epoch} if self._epoch_length else {}
+        self._log({"step": self.state.global_step, **epoch, **metrics, **self.gan.budget.metrics()})
         self._fire("on_evaluate", metrics=dict(metrics))
         if self._keep_best(metrics, self.state.global_step) and self.args.save_best:
             self.control.should_save = True
@@ -255,9 +276,31 @@ class Run:
             gan.generator.optimizer.schedule,
         )
         self.window, self.num_tokens, self._evaluated_at = tracking.Window(), 0, None
+        self._last_samples = {}
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._go_on()
+
+    def evaluation_left_out(self, why: str) -> None:
+        """An evaluation that was due is not made."""
+        self.control.should_evaluate = False
+        self._write({"step": self.state.global_step, "notices": [why]})
+        warnings.warn(f"step {self.state.global_step}: {why}", stacklevel=4)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the generator as it stands was evaluated."""
+        return self._evaluated_at == self.state.global_step
+
+    def stops(self, reason: str | None) -> None:
+        """The run ends after this step for a reason of its own, evaluated and saved. None: it goes on. A run that ends
+        already keeps its first reason."""
+        if reason is not None and not self.control.should_training_stop:
+            self.control.should_training_stop = True
+            self.ends(reason)
+            if self.window.steps:
+                self._log(self.window.take())
+            self._end_if_told()
 
     def saved(self, path: Path) -> None:
         self.saved_steps.add(checkpoint.step_of(path))
@@ -282,21 +325,42 @@ class Run:
                 "a callback set should_epoch_stop, but fit() cuts no epoch short: should_training_stop ends"
             )
 
-    def _log(self, values: dict[str, Any]) -> None:
+    def _log(self, values: dict[str, Any], notices: Sequence[str] = ()) -> None:
+        """Log these numbers; callbacks and trackers get no notices."""
         line = {"step": self.state.global_step, **values}
+        self._write(line | ({"notices": list(notices)} if notices else {}))
+        self.trackers.log(values, self.state.global_step)
+        self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, also in the state's history."""
         if self.gan.config.log_completions:
             self.completions.begin()  # so that none of another run, or of steps that come again, stand beside
         self.metrics.write(line)
-        self.trackers.log(values, self.state.global_step)
+        self._logged_calls = _counts(line) or self._logged_calls
         self.state.log_history.append(line)
         del self.state.log_history[:-LOG_HISTORY]
-        self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
 
-    def _log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        if samples:
-            self.completions.write(*samples)
-            self.trackers.log_samples(samples, self.state.global_step)
-            self.display.show(samples)
+    def _keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """A step's responses go where it is time; `_keep_last` makes up for the last step of a run that ends early."""
+        config, at_an_end = self.gan.config, step in (self.first + 1, self.args.max_steps)
+        self._last_samples = {"file": samples, "display": samples} if samples else {}
+        if not samples:
+            return
+        if at_an_end or step % config.log_completions_steps == 0:
+            self.completions.write(*self._last_samples.pop("file"))
+        if at_an_end or step % config.completions_steps == 0:
+            self.display.show(self._last_samples.pop("display"))
+        if step % config.completions_steps == 0:
+            self.trackers.log_samples(samples, step)
+
+    def _keep_last(self) -> None:
+        """The last step's responses are written and shown, however the run ends."""
+        left, self._last_samples = self._last_samples, {}
+        if "file" in left:
+            self.completions.write(*left["file"])
+        if "display" in left:
+            self.display.show(left["display"])
 
     def _end_if_told(self) -> None:
         """A run that ends, for whatever reason, is evaluated and saved as it is then."""
@@ -338,3 +402,9 @@ class Run:
 
 def _is_a(callback: Callback, kind: type[TrainerCallback]) -> bool:
     return isinstance(callback, kind) or (isinstance(callback, type) and issubclass(callback, kind))
+
+
+def _counts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a line of metrics, the counts of reward calls beside those of training and the total."""
+    other = (name for name in values if name.startswith("reward_calls/") and name != "reward_calls/total")
+    return {name: values[name] for name in other}

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 # Settings that say nothing of the weights, or may hold a token; and those that `peft_config=` may have overruled.
 NOT_SHOWN = (
     "output_dir", "weights_format", "save_steps", "save_total_limit", "logging_steps", "log_completions",
-    "completions_steps", "num_completions_to_print", "report_to", "run_name", "project", "device", "model_init_kwargs",
+    "log_completions_steps", "completions_steps", "num_completions_to_print", "report_to", "run_name", "project",
+    "device", "model_init_kwargs",
     "lora_r", "lora_alpha", "target_modules", "disc_lora_r", "disc_lora_alpha", "disc_target_modules",
 )  # fmt: skip
-COUNTS = ("step", "reward_calls", "seconds")  # told elsewhere in the card, or of no interest in it
+COUNTS = ("step", "seconds")  # told elsewhere in the card, or of no interest in it; so are all counts of reward calls
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Run:
     config: Config
     prompt_kinds: frozenset[str]  # of the prompts trained on: "messages", "texts"
     steps: int
-    reward_calls: int
+    calls: str  # of the true reward, by purpose
     adapters: dict[str, LoraConfig]  # of each player
     scores: bool  # whether the discriminator's heads have learned anything
     reward: str | None  # the true reward
@@ -69,7 +70,7 @@ class Run:
             config=gan.config,
             prompt_kinds=frozenset(gan.prompt_kinds),
             steps=gan.global_step,
-            reward_calls=gan.reward_calls,
+            calls=gan.budget.in_words(),
             adapters=gan.players.peft.peft_config,
             scores=bool(gan.players.heads_MH.any()),
             reward=_reward(gan, options, metrics),
@@ -94,7 +95,7 @@ def _last_metrics(gan: LoraGAN) -> dict[str, float]:
     if last["step"] == gan.global_step and last["reward_calls"] != gan.reward_calls:
         return {}
     numbers = {name: value for name, value in last.items() if isinstance(value, (int, float))}
-    return {name: value for name, value in numbers.items() if name not in COUNTS}
+    return {name: n for name, n in numbers.items() if name not in COUNTS and not name.startswith("reward_calls")}
 
 
 def _options(gan: LoraGAN) -> dict[str, Any]:
@@ -374,7 +375,7 @@ def _training(run: Run, part: str) -> str:
         "true reward": run.reward,
         "data": None if run.data is None else f"`{_data_name(run.data)}`",
         "steps": f"{run.steps:,}",
-        "true rewards asked for": f"{run.reward_calls:,}",
+        "calls of the true reward": run.calls,
         "the generator was set to learn from": learns,
         "responses to a prompt": f"{config.num_generations}, of up to {config.max_completion_length} tokens, at "
         f"temperature {config.temperature:g}",

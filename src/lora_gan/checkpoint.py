@@ -31,12 +31,13 @@ from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import composite, durable, gguf_files, named_bases, untrusted
+from . import composite, durable, gguf_files, health, named_bases, untrusted
 from .adapters import ACCEPTED, Players
 from .base import load_base
 from .base_checks import UNLIMITED
 from .config import Config
 from .durable import MANIFEST, Damaged, Folder
+from .rewards import budget
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -134,10 +135,12 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         "global_step": gan.global_step,
         "position": gan.position,
         "reward_calls": gan.reward_calls,
+        "other_calls": gan.budget.state_dict(),
         "prompt_kinds": sorted(gan.prompt_kinds),
         "beta_scale": gan.generator.beta_scale,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
         "reward_scales": gan.reward_scales.state_dict(),
+        "health": gan.health.state_dict(),
         "config": gan.config.to_file(),
         "by_peft_config": list(gan.players.by_peft_config),  # whose adapters the settings do not describe
         "base": {
@@ -311,12 +314,14 @@ def load(gan: LoraGAN, path: Path) -> None:
     put_discriminator()
     gan.monitor.load_state_dict(monitor)
     gan.global_step, gan.position = state["global_step"], state["position"]
-    gan.reward_calls = state["reward_calls"]
+    gan.budget.counts["training"] = state["reward_calls"]
+    gan.budget.load_state_dict(state["other_calls"])
     gan.prompt_kinds = set(state["prompt_kinds"])
     gan.generator.beta_scale = state["beta_scale"]
     gan.generator.baseline.total = state["baseline"]["total"]
     gan.generator.baseline.weight = state["baseline"]["weight"]
     gan.reward_scales.load_state_dict(state["reward_scales"])
+    gan.health.load_state_dict(state["health"])
     _warn_of_another_machine(gan, state)
 
 
@@ -367,11 +372,14 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     if isinstance(state, dict):
         state.setdefault("prompt_kinds", [])  # checkpoints of earlier versions do not say
         state.setdefault("saved_by", "fit")
+        state.setdefault("other_calls", dict.fromkeys(budget.KEPT, 0))
+        state.setdefault("health", health.EMPTY)
     untrusted.require_keys(
         state,
         (
             "format", "global_step", "position", "reward_calls", "prompt_kinds", "beta_scale", "baseline",
-            "reward_scales", "config", "by_peft_config", "base", "versions", "machine", "saved_by",
+            "reward_scales", "health", "config", "by_peft_config", "base", "versions", "machine", "saved_by",
+            "other_calls",
         ),
         where,
     )  # fmt: skip
@@ -379,6 +387,9 @@ def _read_state(folder: Folder) -> dict[str, Any]:
         raise Damaged(f"{where} is of format {str(state['format'])[:20]}; this version reads format 1")
     for name in ("global_step", "position", "reward_calls"):
         untrusted.require_whole(state[name], f"{where}: {name}")
+    untrusted.require_keys(state["other_calls"], budget.KEPT, f"{where}: other_calls")
+    for name, value in state["other_calls"].items():
+        untrusted.require_whole(value, f"{where}: other_calls: {name}")
     state["beta_scale"] = untrusted.require_float(state["beta_scale"], f"{where}: beta_scale", least=0.0)
     untrusted.require_keys(state["baseline"], ("total", "weight"), f"{where}: baseline")
     for name, value in state["baseline"].items():
@@ -393,6 +404,7 @@ def _read_state(folder: Folder) -> dict[str, Any]:
             untrusted.require_whole(part[key], f"{inside}: {key}")
         untrusted.require_float(part["mean"], f"{inside}: mean")
         untrusted.require_float(part["squares"], f"{inside}: squares", least=0.0)
+    _require_health(state["health"], f"{where}: health")
     if not isinstance(state["base"].get("fingerprint"), str):
         raise Damaged(f"{where}: base: fingerprint is no text")
     for name in ("name", "path"):
@@ -403,6 +415,43 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     if state["saved_by"] not in ("fit", BY_HAND):
         raise Damaged(f"{where}: saved_by is {str(state['saved_by'])[:60]!r}: it must be fit or {BY_HAND}")
     return state
+
+
+def _require_health(state: Any, where: str) -> None:
+    """What `Health.state_dict()` gives: plain numbers, in lists that are no longer than it keeps."""
+
+    def numbers(*kinds: str) -> Callable[[Any, str], None]:
+        """A list of so many numbers; those called "float_or_none" may be missing."""
+
+        def check(value: Any, inside: str) -> None:
+            untrusted.require_list(value, inside, lambda *_: None, len(kinds))
+            for kind, number in zip(kinds, value, strict=True):
+                if number is not None or kind != "float_or_none":
+                    untrusted.require_float(number, inside)
+
+        return check
+
+    untrusted.require_keys(state, health.EMPTY, where)
+    untrusted.require_list(state["told"], f"{where}: told", _require_notice)
+    untrusted.require_whole(state["labels"], f"{where}: labels")
+    numbers("float", "float")(state["earlier"], f"{where}: earlier")
+    numbers("float", "float", "float")(state["correlation"], f"{where}: correlation")
+    untrusted.require_keys(state["streaks"], health.EMPTY["streaks"], f"{where}: streaks")
+    for name, streak in state["streaks"].items():
+        untrusted.require_keys(streak, health.STREAK, f"{where}: streaks: {name}")
+        for key, number in streak.items():
+            untrusted.require_float(number, f"{where}: streaks: {name}: {key}")
+    untrusted.require_keys(state["series"], health.SERIES, f"{where}: series")
+    for name, (kinds, most) in health.SERIES.items():
+        inside = f"{where}: series: {name}"
+        untrusted.require_list(state["series"][name], inside, numbers(*kinds))
+        if len(state["series"][name]) > most:
+            raise Damaged(f"{inside} has more than {most} entries")
+
+
+def _require_notice(value: Any, where: str) -> None:
+    if value not in health.KINDS:
+        raise Damaged(f"{where} is {str(value)[:60]!r}: it must be one of {', '.join(health.KINDS)}")
 
 
 def _require_kind(value: Any, where: str) -> None:

@@ -143,7 +143,6 @@ def train(
     from . import preview
     from .checkpoint import complete, settings_of
     from .gan import NO_GROUP, LoraGAN
-    from .plots import plot_run
     from .tracking import trackers_of
 
     trackers_of(config.report_to)
@@ -200,19 +199,32 @@ def train(
             go_on = f"{first}go on with: lora-gan train --config {settings[0]} --resume"
             stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
         raise
-    plot_run(folder / "metrics.jsonl", folder / "training.png")
+    finally:
+        if settings:  # a step was taken
+            _draw(gan)
     files = [
         name
         for name in ("metrics.jsonl", "completions.jsonl", "training.png")
         if (folder / name).is_file() and (folder / name).stat().st_size
     ]
     print(
-        f"{gan.ending}. {gan.reward_calls:,} true rewards asked for. In {folder}: checkpoints, "
+        f"{gan.ending}. True-reward calls: {gan.budget.in_words()}. In {folder}: checkpoints, "
         f"{', '.join(files)}\n"
         f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
         f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
         f"  lora-gan export --checkpoint {folder} --output_dir FOLDER"
     )
+
+
+def _draw(gan: Any) -> None:
+    """training.png of a run, however it ended. What goes wrong here hides nothing that ended the run."""
+    from .plots import plot_run
+
+    folder = Path(gan.config.output_dir)
+    try:
+        plot_run(folder / "metrics.jsonl", folder / "training.png", title=gan.config.run_name)
+    except Exception as error:
+        warnings.warn(f"training.png could not be drawn: {error}", stacklevel=2)
 
 
 def generate(

@@ -65,10 +65,13 @@ class Config:
     """Whether more of it is better."""
     log_completions: bool = True
     """Whether sampled responses are shown, and written to completions.jsonl, with true and predicted reward."""
+    log_completions_steps: int = 1
+    """Steps between the steps of which completions.jsonl gets every response; 1: all steps. The first and the last step
+    of a run are always there. The dry run says how large logs become."""
     completions_steps: int = 25
-    """Steps between samples, where log_completions is on."""
+    """Steps between samples on the display and in trackers. The display shows the first and the last step, too."""
     num_completions_to_print: int = 2
-    """Responses shown each time; completions.jsonl has all of the step's."""
+    """Responses that the display shows of a step."""
     report_to: str | tuple[str, ...] = "none"
     """Trackers beside metrics.jsonl: "tensorboard", "wandb", "trackio", several, "all" installed ones, or "none"."""
     run_name: str | None = None
@@ -171,9 +174,12 @@ class Config:
     query_floor: float = 0.25
     """Of the uncertain design: least probability of being asked, as a share of query_rate; it bounds the correction."""
     reward_budget: int | None = None
-    """True-reward calls of the whole run, kept to exactly; None: no limit."""
+    """Most true-reward calls of training in the whole run, one per response; None: no limit."""
+    reward_budget_total: int | None = None
+    """Most true-reward calls of the whole run, with evaluations and retries; None: no limit. Training leaves enough for
+    the evaluation at the end; other evaluations are left out when too few calls are left."""
     after_budget: AfterBudget = "predicted"
-    """When reward_budget is spent: go on by the predicted reward alone, or stop (fit() ends, step() raises)."""
+    """When the budget is spent: go on by the predicted reward alone, or stop (fit() ends, step() raises)."""
     gradient_path: GradientPath = "policy_gradient"
     """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
     straight_through_weight: float = 1.0
@@ -184,11 +190,13 @@ class Config:
     """Further tries after a call of a reward that raised, or took too long."""
     reward_backoff: float = 1.0
     """Seconds before the first further try; twice as many before each next one, 60 at most."""
-    reward_workers: int = 1
-    """Calls of a reward f(response, target) at once, in threads; an async one is awaited. The numbers are the same."""
+    reward_workers: int | None = None
+    """Calls of a reward f(response, target) at once, in threads; an async one is awaited. The numbers are the same.
+    None: 1, and 16 of an `async def` reward."""
     on_reward_error: OnRewardError = "raise"
-    """When the last try has failed: end the run, saved (raise), or leave the response's whole group out of what is
-    learned from true rewards in this step (skip). Failures that depend on the response bias what is learned."""
+    """When the last try has failed: end the run, saved (raise), or leave the response out of what is learned from true
+    rewards in this step (skip). This assumes that failures do not depend on the response; else what is learned is
+    biased."""
     reuse_answers: bool = False
     """Whether a run that broke off takes answers from answers.jsonl although the reward's source has changed since."""
     multi_objective_aggregation: Aggregation = "sum"
@@ -249,14 +257,14 @@ class Config:
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for name in (
-            "logging_steps", "completions_steps", "prompts_per_step", "num_generations", "max_completion_length",
-            "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads", "disc_updates", "num_iterations",
-            "monitor_window", "reward_workers", "max_skipped_updates",
+            "logging_steps", "log_completions_steps", "completions_steps", "prompts_per_step", "num_generations",
+            "max_completion_length", "lora_r", "lora_alpha", "disc_lora_r", "disc_lora_alpha", "disc_heads",
+            "disc_updates", "num_iterations", "monitor_window", "max_skipped_updates",
         ):  # fmt: skip
             self._require(name, self._is_whole(name, 1), "a whole number from 1")
         for name in (
             "max_steps", "save_steps", "eval_steps", "save_total_limit", "micro_batch_size", "reward_budget",
-            "imitation_decay_steps", "disc_layers",
+            "imitation_decay_steps", "disc_layers", "reward_budget_total", "reward_workers",
         ):  # fmt: skip
             ok = getattr(self, name) is None or self._is_whole(name, 1)
             self._require(name, ok, "None, or a whole number from 1")

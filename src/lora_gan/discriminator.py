@@ -155,6 +155,14 @@ class Discriminator:
             return 0.0 if self.knows_unit else 1.0
         return min(max(self.correlation / self.correlated / self.config.gate_correlation, 0.0), 1.0)
 
+    @property
+    def fresh_correlation(self) -> tuple[float, float] | None:
+        """The fresh rank correlation within groups over the last steps, and its standard error were it zero; None where
+        it was never measured. Older steps count less, as in `gate`."""
+        if self.correlated <= 0:
+            return None
+        return self.correlation / self.correlated, self.correlated**-0.5
+
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Inside the block the players hold the weights that score: the averaged ones, where there is an average."""

@@ -62,8 +62,15 @@ def needed(gan: LoraGAN, *, steps: int, prompt_tokens: int, calls: int) -> Disk:
     sampled = config.prompts_per_step * config.num_generations
     logs = LINE * (steps // config.logging_steps) + (ANSWER + texts) * calls
     if config.log_completions:
-        logs += (ANSWER + texts + CHARACTERS * prompt_tokens) * sampled * (steps // config.completions_steps)
+        logs += (ANSWER + texts + CHARACTERS * prompt_tokens) * sampled * written(config, gan.global_step, steps)
     return Disk(saved, kept, _checkpoint_bytes(gan, steps, prompt_tokens), logs)
+
+
+def written(config: Config, first: int, steps: int) -> int:
+    """Of so many steps after step `first`, those whose responses completions.jsonl gets."""
+    every, last = config.log_completions_steps, first + steps
+    ends = {step for step in (first + 1, last) if steps and step % every}
+    return last // every - first // every + len(ends)
 
 
 def saves(config: Config, first: int, steps: int) -> int:

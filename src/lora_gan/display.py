@@ -31,7 +31,15 @@ WATCHED = {
     "kl_per_response": "KL",
     "imitation_loss": "imitation",
     "completions/mean_length": "tokens",
+    "completions/clipped_ratio": "clipped",
     "reward_calls": "calls",
+}
+#: Further counts of calls, shown behind those of training.
+OTHER_CALLS = {
+    "reward_calls/evaluation": "evaluation",
+    "reward_calls/retries": "retries",
+    "reward_calls/other": "by hand",
+    "reward_calls/cached": "from a cache",
 }
 _current: Display | None = None  # there is one terminal
 
@@ -51,13 +59,15 @@ class Series:
 
     def __init__(self) -> None:
         self.count = 0
+        self.step = 0  # at which it was measured last
         self.first: list[float] = []
         self.last: deque[float] = deque(maxlen=10)
         self.points: list[float] = []
         self._stride, self._pending = 1, 0.0
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, step: int) -> None:
         self.count += 1
+        self.step = step
         self.last.append(value)
         if len(self.first) < 10:
             self.first.append(value)
@@ -104,6 +114,7 @@ class Display:
         self.is_live = shown and tty and self.console.is_interactive and not self.console.is_jupyter
         self.step = first
         self.series: dict[str, Series] = {}
+        self._calls: dict[str, int] = {}  # of the true reward, beside those of training
         self.latest: list[Mapping[str, Any]] = []  # the last samples
         self.ending: Ending | None = None  # set when the run has taken its last step
         self._live: ExitStack | None = None
@@ -133,11 +144,12 @@ class Display:
         self.step = step
         for name, value in metrics.items():
             if name in WATCHED or (name.startswith("rewards/") and name.endswith("/mean")):
-                self.series.setdefault(name, Series()).add(value)
+                self.series.setdefault(name, Series()).add(value, step)
+        self._calls |= {name: value for name, value in metrics.items() if name in OTHER_CALLS}
         if not self.shown or self.is_live:
             return
         if "eval_true_reward" in metrics:
-            self._say(f"step {step}: {_in_words(self.series, ['eval_true_reward'])}")
+            self._say(f"step {step}: {self._in_words(['eval_true_reward'])}")
         elif time.monotonic() - self._said_at > PLAIN_SECONDS or step == self.last:
             self._say_step()
 
@@ -166,7 +178,26 @@ class Display:
     def _say_step(self) -> None:
         self._said, self._said_at = self.step, time.monotonic()
         names = [name for name in WATCHED if name != "eval_true_reward"]
-        self._say(f"step {self.step}: {_in_words(self.series, names)}, {self._time_left()}")
+        self._say(f"step {self.step}: {self._in_words(names)}, {self._time_left()}")
+
+    def _in_words(self, names: Sequence[str]) -> str:
+        """The latest values. One that was not measured in this step says when it was."""
+        said = []
+        for name in names:
+            if name not in self.series:
+                continue
+            series = self.series[name]
+            if name == "reward_calls":
+                said.append(self._calls_in_words())
+            elif series.step == self.step:
+                said.append(f"{WATCHED[name]} {_number(series.last[-1])}")
+            else:
+                said.append(f"{WATCHED[name]} – ({_number(series.last[-1])} at step {series.step})")
+        return ", ".join(said)
+
+    def _calls_in_words(self) -> str:
+        others = [f"{value:,} {OTHER_CALLS[name]}" for name, value in self._calls.items() if value]
+        return f"calls {self.series['reward_calls'].last[-1]:,}" + (f" (and {', '.join(others)})" if others else "")
 
     def _say(self, line: str) -> None:
         sys.stderr.write(line + "\n")  # in one piece: other threads write, too
@@ -233,10 +264,13 @@ class Display:
         for name in sorted(series.keys() - (parts if len(parts) == 1 else []), key=_place):
             label = WATCHED.get(name) or name.removeprefix("rewards/").removesuffix("/mean")
             if name == "reward_calls":
-                table.add_row(label, f"{series[name].last[-1]:,}")
+                table.add_row(*self._calls_in_words().split(" ", 1))
                 continue
             change = series[name].change
-            cells = [label, _number(series[name].now), "" if change is None else f"{change:+.3f}"]
+            now = _number(series[name].now)
+            if series[name].step != self.step:  # not measured in this step
+                now = f"at step {series[name].step}: {now}"
+            cells = [label, now, "" if change is None else f"{change:+.3f}"]
             table.add_row(*(Text(cell) for cell in cells), *([sparkline(series[name].points)] if trends else []))
         return table
 
@@ -293,13 +327,6 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _in_words(series: Mapping[str, Series], names: Sequence[str]) -> str:
-    last = {name: series[name].last[-1] for name in names if name in series}
-    return ", ".join(
-        f"{WATCHED[name]} {value if isinstance(value, int) else _number(value)}" for name, value in last.items()
-    )
 
 
 def _place(name: str) -> tuple[float, str]:

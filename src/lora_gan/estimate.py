@@ -122,6 +122,19 @@ def corrected_reward(predicted_B: np.ndarray, true_B: np.ndarray, inclusion_B: n
     return np.where(answered_B & (inclusion_B >= 1), true_B, corrected_B)
 
 
+def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: np.ndarray) -> np.ndarray:
+    """Probabilities with which each response was asked for and answered, where calls failed, [B].
+
+    Assumption: whether a call fails does not depend on the response. The probability of an answer is then estimated by
+    the share of this step's calls that were answered. Probabilities of 1 stay 1: there `corrected_reward` is the true
+    reward, and a failed response has no reward at all (`Experience.dropped_B`), which needs no weight.
+    """
+    if not failed_B.any():
+        return inclusion_B
+    answered = 1 - failed_B.sum() / asked_B.sum()
+    return np.where(inclusion_B < 1, inclusion_B * answered, inclusion_B)
+
+
 def trusted(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
     """What the generator sees of the predictions, [B]: a lower confidence bound over the heads, drawn towards its
     group's mean as far as the gate is shut. Only differences within a group reach the generator, and a gate of nought

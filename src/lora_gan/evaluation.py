@@ -53,7 +53,7 @@ def evaluate(
     predicted = gan.score(rows, responses, **as_they_are)
     notes = Notes()
     ids = getattr(responses, "token_ids", None)  # a generate() of the user's own may return plain texts
-    true, parts = gan.ask(rows, responses, completion_ids=ids, notes=notes)
+    true, parts = gan.ask(rows, responses, completion_ids=ids, notes=notes, purpose="evaluation")
 
     columns: dict[str, list[float | None]] = {
         "true_reward": true,

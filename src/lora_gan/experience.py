@@ -24,10 +24,10 @@ class Experience:
     predicted_MB: np.ndarray  # fresh predictions of every head, float64; NaN = nobody asked for them
     asked_B: np.ndarray  # bool: which responses the true reward was asked for, drawn before scoring
     true_B: np.ndarray  # true rewards; NaN = not asked, or not answered
-    inclusion_B: np.ndarray  # probability with which each response was asked for; 0 = none was asked for
+    inclusion_B: np.ndarray  # probability with which each response was asked for and answered; 0 = none was asked for
     parts: dict[str, np.ndarray]  # the true reward's parts by name, where it has several
     gate: float = 1.0  # how far predictions are trusted, from earlier steps alone
-    left_out_B: np.ndarray | None = None  # bool: groups in which a call of the true reward failed; None = no group
+    failed_B: np.ndarray | None = None  # bool: asked responses on which a reward failed to the last try; None = none
     # What the predictions were read off, [B, H], with its graph; nothing where it was not kept. Who takes it out has
     # the only name for it, so that it is gone when it has served.
     features: list[Tensor] = field(default_factory=list)
@@ -41,6 +41,14 @@ class Experience:
     def spread_B(self) -> np.ndarray:
         """The heads' standard deviation: how far they disagree."""
         return self.predicted_MB.std(0)
+
+    @property
+    def dropped_B(self) -> np.ndarray | None:
+        """Failed responses that were certain to be asked, bool; None = no response. They have no part in their group:
+        nothing would correct the bare prediction in place of their true reward."""
+        if self.failed_B is None or not self.failed_B.any():
+            return None
+        return self.failed_B & (self.inclusion_B >= 1)
 
     @property
     def group_B(self) -> np.ndarray:

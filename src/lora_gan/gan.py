@@ -43,7 +43,9 @@ from .display import aside_for
 from .experience import Experience
 from .generator import Generator
 from .guard import Monitor
+from .health import Health, prediction_counts
 from .interrupts import Interrupted, Interrupts
+from .rewards.budget import Budget, Purpose
 from .rewards.calling import Caller
 from .run_ending import Ending
 from .saving import Saver
@@ -72,8 +74,12 @@ NO_GROUP = (
 )
 
 
+#: Different causes of failed reward calls that are told.
+CAUSES = 5
+
+
 class BudgetSpent(ValueError):
-    """The true reward was needed, and `reward_budget` allows no further call."""
+    """The true reward was needed, and `reward_budget` or `reward_budget_total` allows no further call."""
 
 
 class Responses(list[str]):
@@ -144,9 +150,11 @@ class LoraGAN:
         self.generator = Generator(self.players, self.config)
         self.discriminator = Discriminator(self.players, self.config)
         self.monitor = Monitor(self.config)
+        self.health = Health(self.config)
         self.global_step = 0  # steps taken; every random draw is keyed by it
         self.position = 0  # rows that fit() has taken of its dataset
-        self.reward_calls = 0  # true rewards asked for by step()
+        # Counts of reward calls by purpose.
+        self.budget = Budget(self.config.reward_budget, self.config.reward_budget_total)
         self.prompt_kinds: set[str] = set()  # of the prompts trained on: "messages", "texts"
         self.reward_failures = 0  # responses on which a reward failed to the last try, since this object was made
         self.answers: Answers | None = None  # in fit(): the log of what the true reward said
@@ -154,6 +162,9 @@ class LoraGAN:
         self.ending: Ending | None = None  # how the last fit() ended
         self.data_columns: Collection[str] = ()  # in fit(): names of the columns of the data
         self._told_of_no_group = False
+        self._causes: set[str] = set()  # of failed reward calls, already told
+        self._causes_told: list[str] = []  # of these, those that are not in a step's notices yet
+        self._told_of_spent_budget = False
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
         if reward is not None and rewards.takes_completions(reward):
@@ -237,8 +248,8 @@ class LoraGAN:
             asks = asks and self.config.disc_objective == "regression"
             if asks and self._over_with_budget(signal):
                 raise BudgetSpent(
-                    f"all {self.config.reward_budget} true-reward calls of reward_budget are spent: raise it, or learn "
-                    "on by prediction alone (after_budget='predicted', and a reward_signal other than 'true')"
+                    f"{self.budget.spent_setting}: raise it, or learn on by prediction alone "
+                    "(after_budget='predicted', and a reward_signal other than 'true')"
                 )
             # Plain RL, where nobody asks what the discriminator thinks, costs what plain RL costs.
             predicts = train_disc or not train_gen or signal != "true"
@@ -263,7 +274,7 @@ class LoraGAN:
         self.global_step += 1
         self.prompt_kinds |= kinds
         nonfinite.require_progress(self, gen, disc)
-        return tracking.step_record(
+        record = tracking.step_record(
             rows,
             experience,
             gen,
@@ -275,6 +286,15 @@ class LoraGAN:
             single=single,
             alarms=alarms,
         )
+        learns_to_predict = train_disc and prediction_counts(self.config, signal, train_gen=train_gen)
+        record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
+        if experience is not None and not self._over_with_budget(signal):
+            record["notices"] += self._end_of_budget()
+        for words in record["notices"]:
+            warnings.warn(f"step {self.global_step}: {words}", stacklevel=3)
+        record["notices"] += self._causes_told  # warned of when they occurred
+        self._causes_told = []
+        return record
 
     def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
         """Weight of imitation, and whether the reward teaches the generator in this step."""
@@ -299,7 +319,8 @@ class LoraGAN:
         prompts = self.players.encoder.prompts(rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         features: list[Tensor] = []
-        if learns and asks and self.calls_left != 0:
+        left = self.budget.left()
+        if learns and asks and left != 0:
             predicted_MB, features = self.discriminator.predict_to_learn(sampled)
         elif predicts:
             predicted_MB = self.discriminator.predict(sampled)
@@ -313,11 +334,10 @@ class LoraGAN:
             design=self.config.query_design,
             spread_B=predicted_MB.std(0),
             floor=self.config.query_floor,
-            left=self.calls_left,
+            left=left,
         )
         notes = rewards.Notes()
-        true_B, parts, left_out = self._true_rewards(rows, sampled, queries.asked_B, notes)
-        self.reward_calls += int(queries.asked_B.sum())
+        true_B, parts, failed_B = self._true_rewards(rows, sampled, queries.asked_B, notes)
         return Experience(
             self.global_step,
             rows,
@@ -326,28 +346,46 @@ class LoraGAN:
             predicted_MB,
             queries.asked_B,
             true_B,
-            queries.inclusion_B,
+            estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, failed_B),
             parts,
             self.discriminator.gate,
-            np.isin(sampled.group_B, list(left_out)) if left_out else None,
+            failed_B,
             features,
             notes,
         )
 
     def _over_with_budget(self, signal: RewardSignal) -> bool:
         """Whether reward_budget is spent and nothing can teach the generator without another call."""
-        return self.calls_left == 0 and (self.config.after_budget == "stop" or signal == "true")
+        return self.budget.left() == 0 and (self.config.after_budget == "stop" or signal == "true")
 
     def _budget_is_spent(self, signal: RewardSignal) -> str:
         """Why a run ends whose reward_budget is spent."""
         why = "after_budget is 'stop'" if self.config.after_budget == "stop" else f"reward_signal {signal!r} needs more"
-        return f"all {self.config.reward_budget:,} calls of reward_budget are spent, and {why}"
+        return f"{self.budget.spent_setting}, and {why}"
+
+    def _end_of_budget(self) -> list[str]:
+        """One notice, given once: the budget is spent, and whether the discriminator is fit to teach alone."""
+        spent = self.budget.spent_setting
+        if spent is None or self._told_of_spent_budget:
+            return []
+        self._told_of_spent_budget = True
+        measured = self.discriminator.fresh_correlation
+        if measured is None:
+            known = "Its rank correlation with the true reward within groups was never measured"
+        else:
+            known = "Its fresh rank correlation with the true reward within groups is {:.2f} ± {:.2f}".format(*measured)
+        advice = ""
+        if measured is None or measured[0] <= 2 * measured[1]:
+            advice = (
+                ", which does not show that it orders responses better than chance: stop here "
+                "(after_budget='stop'), or allow more calls"
+            )
+        return [f"{spent}. The generator learns on from the discriminator's prediction alone. {known}{advice}"]
 
     @property
-    def calls_left(self) -> int | None:
-        """True-reward calls that `reward_budget` still allows; None without one."""
-        budget = self.config.reward_budget
-        return None if budget is None else max(0, budget - self.reward_calls)
+    def reward_calls(self) -> int:
+        """Responses whose true reward was asked in training so far. `budget` has the calls of other purposes."""
+        return self.budget.counts["training"]
 
     # --- the true reward --------------------------------------------------------------------------------------------
 
@@ -371,29 +409,29 @@ class LoraGAN:
 
     def _true_rewards(
         self, rows: list[Row], sampled: rollout.Rollout, asked_B: np.ndarray, notes: rewards.Notes
-    ) -> tuple[np.ndarray, dict[str, np.ndarray], set[int]]:
-        """True rewards of the asked responses, NaN elsewhere, float64 [B]; their parts by name; and the groups in which
-        a reward failed to the last try, of which all are NaN. What rewards log goes into `notes`."""
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+        """True rewards of the asked responses, NaN elsewhere, float64 [B]; their parts by name; and bool [B]: the asked
+        responses on which a reward failed to the last try, whose rewards are NaN. What rewards log goes into `notes`.
+        """
         asked = np.flatnonzero(asked_B)
         groups = sampled.group_B[asked].tolist()
-        caller = self._caller()
+        if self.answers is not None:
+            self.answers.begin_step(self.global_step)
+        caller = self._caller(log=self.answers)
         ids = sampled.parts()[1] if any(map(rewards.takes_completions, self._rewards)) else None
         with self._interrupts.harmless():
             parts = self._ask(
                 [rows[j] for j in groups],
                 [sampled.texts[i] for i in asked],
+                "training",
                 caller,
                 completion_ids=None if ids is None else [ids[i] for i in asked],
                 columns=self.data_columns,
                 notes=notes,
             )
-        left_out = {groups[i] for i in caller.failed}
-        if left_out:
-            self._count_failures(len(caller.failed))
-            parts = {
-                name: [None if group in left_out else answer for group, answer in zip(groups, part, strict=True)]
-                for name, part in parts.items()
-            }
+        failed_B = np.zeros(len(sampled), dtype=bool)
+        failed_B[asked[sorted(caller.failed)]] = True
+        self.reward_failures += len(caller.failed)
         self.reward_scales.update(parts, groups)
 
         def spread(answers: list[float | None]) -> np.ndarray:
@@ -402,18 +440,16 @@ class LoraGAN:
             return whole_B
 
         total = self._total(parts)
-        if total and all(answer is None for answer in total):
+        if total and all(answer is None for answer in total) and not caller.failed:
             warnings.warn(
                 f"the reward {' + '.join(parts)} answered for none of the step's {len(total)} responses, which teach "
                 "nothing then: does the function return its value?",
                 stacklevel=2,
             )
-        return spread(total), {name: spread(part) for name, part in parts.items()}, left_out
+        return spread(total), {name: spread(part) for name, part in parts.items()}, failed_B
 
-    def _caller(self) -> Caller:
-        """How the true reward is asked in a step; in fit() its answers are logged."""
-        if self.answers is not None:
-            self.answers.begin_step(self.global_step)
+    def _caller(self, log: Answers | None = None) -> Caller:
+        """How the true reward is asked."""
         config = self.config
         return Caller(
             config.reward_timeout,
@@ -421,17 +457,19 @@ class LoraGAN:
             config.reward_backoff,
             config.reward_workers,
             skip=config.on_reward_error == "skip",
-            log=self.answers,
+            log=log,
+            may_retry=self.budget.may_retry,
+            on_retry=lambda name, cause: self._tell_cause(
+                f"a call of the reward {name!r} failed and is made again ({cause}); reward_calls/retries counts these"
+            ),
         )
 
-    def _count_failures(self, count: int) -> None:
-        if not self.reward_failures:
-            warnings.warn(
-                "a reward failed to the last try, and the groups where it did are left out of the update: if that "
-                "depends on the response, what is learned is biased (reward_failures counts them)",
-                stacklevel=2,
-            )
-        self.reward_failures += count
+    def _tell_cause(self, words: str) -> None:
+        """Warn of a failed reward call, each cause once, at most CAUSES of them."""
+        if words not in self._causes and len(self._causes) < CAUSES:
+            self._causes.add(words)
+            self._causes_told.append(words)
+            warnings.warn(words, stacklevel=2)
 
     def ask(
         self,
@@ -442,9 +480,12 @@ class LoraGAN:
         columns: Collection[str] = (),
         max_steps: int | None = None,
         notes: rewards.Notes | None = None,
-        caller: Caller | None = None,
+        purpose: Purpose = "other",
     ) -> tuple[list[float | None], rewards.Parts]:
         """The true reward of one response to each row, and its parts by name; None = the reward gave no answer.
+
+        It is asked as in a step: with reward_workers, reward_timeout and reward_retries. A failure leaves None where
+        on_reward_error is "skip".
 
         Args:
             rows: the row that each response answers.
@@ -455,12 +496,22 @@ class LoraGAN:
             columns: names of columns beside those of the rows; rewards get None for them.
             max_steps: of the run, for a trainer_state outside fit(); None: the config's, 0 where it has none.
             notes: takes what rewards log by log_metric and log_extra.
-            caller: how often, how long and how many at once the reward is asked; None: once, one after the other.
+            purpose: what the calls are counted as, see `rewards.budget.Budget`.
+
+        Raises:
+            BudgetSpent: reward_budget_total does not allow so many calls.
         """
+        left = self.budget.left(purpose)
+        if left is not None and left < len(responses):
+            raise BudgetSpent(
+                f"{len(responses):,} calls of the true reward are needed, and reward_budget_total="
+                f"{self.config.reward_budget_total:,} allows {left:,} more: raise it, or give fewer rows"
+            )
         parts = self._ask(
             rows,
             responses,
-            caller or Caller(),
+            purpose,
+            self._caller(),
             completion_ids=completion_ids,
             columns=columns,
             max_steps=max_steps,
@@ -491,6 +542,7 @@ class LoraGAN:
         self,
         rows: list[Row],
         responses: list[str],
+        purpose: Purpose,
         caller: Caller,
         *,
         completion_ids: list[list[int]] | None,
@@ -498,7 +550,8 @@ class LoraGAN:
         max_steps: int | None = None,
         notes: rewards.Notes | None = None,
     ) -> rewards.Parts:
-        """What each part of the true reward says of one response to each row."""
+        """What each part of the true reward says of one response to each row, counted in the budget. Where one part
+        failed, the others have no value either: part of a sum is no reward."""
         if not responses:
             return {name: [] for name in self.reward_names}
         funcs = self._rewards
@@ -511,8 +564,9 @@ class LoraGAN:
         state = self.trainer_state or TrainerState(
             global_step=self.global_step, max_steps=max_steps or self.config.max_steps or 0
         )
-        with aside_for(funcs):
-            return rewards.score_parts(
+        named = dict(zip(self.reward_names, funcs, strict=True))
+        with aside_for(funcs), self.budget.asking(purpose, len(responses), caller, named):
+            parts = rewards.score_parts(
                 funcs,
                 [row.prompt for row in rows],
                 responses,
@@ -522,6 +576,18 @@ class LoraGAN:
                 trainer_state=state,
                 notes=notes,
             )
+        if not caller.failed:
+            return parts
+        for cause in dict.fromkeys(caller.failed.values()):
+            self._tell_cause(
+                f"a reward failed to the last try on {len(caller.failed)} of {len(responses)} responses ({cause}): "
+                "they are left out (on_reward_error='skip'), which is unbiased only if failures do not depend on the "
+                "response"
+            )
+        return {
+            name: [None if i in caller.failed else answer for i, answer in enumerate(part)]
+            for name, part in parts.items()
+        }
 
     def _total(self, parts: rewards.Parts) -> list[float | None]:
         weights = self.reward_weights if self._rewards is self.reward_funcs else None
@@ -577,6 +643,7 @@ class LoraGAN:
             raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
         records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         last = self.global_step + steps
+        self.budget.reserved = 0 if held_out is None or self.config.reward_budget_total is None else len(held_out)
         self.ending, signal = None, self.config.signal(self.config.adversarial)
         if steps:
             for player in (self.generator, self.discriminator):
@@ -613,20 +680,14 @@ class LoraGAN:
                         run.end_step(record, batch)
                         if on_step is not None:
                             on_step(record)
+                        run.stops(self._reason_to_stop(record, signal))
                         if run.control.should_evaluate and held_out is not None:
-                            with self._interrupts.harmless():  # it changes nothing, and may ask a person
-                                judged = evaluation.evaluate(self, held_out)
-                            run.evaluated(judged)
+                            self._evaluate(held_out, run)
+                            run.stops(self._reason_to_stop(record, signal))  # the evaluation may have spent the budget
                         due = run.control.should_save  # before looking: on_save of an earlier one takes it back
                         if saver.look() or due:
                             saver.save(keep=run.best_steps)
                         if run.control.should_training_stop:
-                            break
-                        if self._over_with_budget(signal):
-                            run.ends(self._budget_is_spent(signal))
-                            break
-                        if record["alarms"] and self.config.on_exploit == "stop":
-                            run.ends(f"alarm, and on_exploit is 'stop': {'; '.join(record['alarms'])}")
                             break
                         self._interrupts.check()
                     if self.ending is None:
@@ -637,6 +698,8 @@ class LoraGAN:
                 if not isinstance(stop, Interrupted):
                     raise
                 why = str(stop) or f"stopped by {stop.cause}"
+                if held_out is not None and not run.is_evaluated:
+                    why += "; the final evaluation was left out"
                 run.ends(why)
                 why += f" after {self.global_step} of {last} steps"
                 if not records:
@@ -645,6 +708,29 @@ class LoraGAN:
             if records:
                 saver.finish(run.best_steps)
         return list(records)
+
+    def _reason_to_stop(self, record: Mapping[str, Any], signal: RewardSignal) -> str | None:
+        """Why fit() ends after this step although steps are left; None where it goes on."""
+        if self._over_with_budget(signal):
+            return self._budget_is_spent(signal)
+        if record["alarms"] and self.config.on_exploit == "stop":
+            return f"alarm, and on_exploit is 'stop': {'; '.join(record['alarms'])}"
+        return None
+
+    def _evaluate(self, held_out: list[Row], run: Run) -> None:
+        """Judge the generator as it stands, if the budget allows it."""
+        is_last = run.control.should_training_stop
+        left = self.budget.left("evaluation")
+        if left is not None and left - (0 if is_last else self.budget.reserved) < len(held_out):
+            run.evaluation_left_out(
+                f"the evaluation is left out: it needs {len(held_out):,} calls of the true "
+                f"reward, and reward_budget_total leaves {left:,}"
+                + ("" if is_last else f", of which {self.budget.reserved:,} are for the evaluation at the end")
+            )
+            return
+        with self._interrupts.harmless():  # it changes nothing, and may ask a person
+            judged = evaluation.evaluate(self, held_out)
+        run.evaluated(judged)
 
     def steps_left(self, rows: list[Row] | data.Stream) -> int:
         """Steps that fit() runs over these rows when it is not told how many."""

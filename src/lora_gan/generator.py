@@ -59,10 +59,10 @@ class Generator:
         reward_B = advantage_B = None
         if experience is not None:
             if signal == "predicted":
-                experience = replace(experience, left_out_B=None)  # no true reward is missed here
+                experience = replace(experience, failed_B=None)  # no true reward is missed here
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
-            kept_B = slice(None) if experience.left_out_B is None else ~experience.left_out_B
+            kept_B = slice(None) if experience.dropped_B is None else ~experience.dropped_B
         sampled: list[Tensor] = []  # log-probabilities of all response tokens, in order, as they were sampled
         most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
@@ -130,9 +130,8 @@ class Generator:
             reward_B = predicted_B
         else:
             reward_B = estimate.corrected_reward(predicted_B, experience.true_B, experience.inclusion_B)
-        if experience.left_out_B is not None and signal != "predicted":
-            # The bare prediction is no estimate of what was asked for, and not answered.
-            reward_B = np.where(experience.left_out_B, np.nan, reward_B)
+        if experience.dropped_B is not None and signal != "predicted":
+            reward_B = np.where(experience.dropped_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
             # What the discriminator's own gradient does not carry.
             reward_B = reward_B - self.config.straight_through_weight * predicted_B
@@ -163,8 +162,8 @@ class Generator:
                 if critic is None:
                     raise ValueError("straight_through needs a critic to differentiate")
                 gradient_RH = through * self._critic_gradient(critic, batch)
-                if experience.left_out_B is not None:
-                    out_B = torch.as_tensor(experience.left_out_B[chunk], device=gradient_RH.device)
+                if experience.dropped_B is not None:
+                    out_B = torch.as_tensor(experience.dropped_B[chunk], device=gradient_RH.device)
                     gradient_RH[out_B[batch.row_R]] = 0
             last = tokens + len(batch.row_R)
             losses, logprobs_R = self._losses(

@@ -53,7 +53,8 @@ class WayBack:
         """
         gan = self.gan
         players = (gan.generator, gan.discriminator)
-        scales, calls = [player.optimizer.scale for player in players], gan.reward_calls
+        scales = [player.optimizer.scale for player in players]
+        counts, cached = dict(gan.budget.counts), gan.budget.cached
         for step in self._candidates(failed):
             try:
                 gan.load_checkpoint(step)
@@ -66,7 +67,7 @@ class WayBack:
                     f"{failure}. The run went back to step {step} before, and came no further since"
                 ) from failure
             self._failed[step] = failed
-            gan.reward_calls = calls  # they were made
+            gan.budget.counts, gan.budget.cached = counts, cached  # the calls were made
             for player, scale in zip(players, scales, strict=True):
                 player.optimizer.rescale(scale / 2)
             warnings.warn(f"{failure}; back at step {step}, with both learning rates halved", stacklevel=3)

@@ -42,7 +42,7 @@ class Plan:
         return said + f"{self.evaluating:,} in {counted(self.evaluations, 'evaluation')} of {counted(self.rows, 'row')}"
 
 
-def planned(config: Config, *, first: int, steps: int, held_out: int = 0, spent: int = 0) -> Plan:
+def planned(config: Config, *, first: int, steps: int, held_out: int = 0, left: int | None = None) -> Plan:
     """The calls of `steps` further steps.
 
     Args:
@@ -50,17 +50,17 @@ def planned(config: Config, *, first: int, steps: int, held_out: int = 0, spent:
         first: steps taken before.
         steps: further steps.
         held_out: rows of the evaluation data; 0 without.
-        spent: training calls made before, which count against reward_budget.
+        left: training calls that the budgets still allow; None: no limit.
     """
-    return Plan(calls(config, steps, spent), held_out, evaluations(config, first, steps) if held_out else 0)
+    return Plan(calls(config, steps, left), held_out, evaluations(config, first, steps) if held_out else 0)
 
 
-def calls(config: Config, steps: int, spent: int = 0) -> int:
-    """True rewards that so many steps ask for, at most what is left of reward_budget."""
+def calls(config: Config, steps: int, left: int | None = None) -> int:
+    """True rewards that so many steps ask for, at most reward_budget, and what is left of it."""
     if config.disc_objective == "real_vs_generated":
         return 0
     wanted = round(steps * calls_per_step(config))
-    return wanted if config.reward_budget is None else min(wanted, max(0, config.reward_budget - spent))
+    return min(limit for limit in (wanted, config.reward_budget, left) if limit is not None)
 
 
 def calls_per_step(config: Config) -> float:

@@ -21,7 +21,7 @@ from .disk import needed
 from .display import one_line
 from .footprint import Lengths, Memory, resident
 from .plan import Plan, calls, calls_per_step, counted, planned
-from .rewards.calling import Caller
+from .rewards.calling import ASYNC_WORKERS, is_async
 from .rewards.cost import Meter
 from .trial import Seconds, Trial, shape_of_trial
 
@@ -85,16 +85,16 @@ def _named(name: str, text: str) -> str:
 def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bool) -> str:
     """True-reward calls by purpose."""
     config = gan.config
-    plan = planned(config, first=gan.global_step, steps=steps, held_out=held_out, spent=gan.reward_calls)
+    plan = _plan(gan, steps, held_out)
     share = f"asked for {config.query_rate:.0%} of the responses"
     if config.disc_objective == "real_vs_generated":
         share = "not asked in training (disc_objective='real_vs_generated')"
     of_plan = plan.in_words()
     if plan.training < round(steps * calls_per_step(config)):
-        of_plan = of_plan.replace("calls in training", "calls in training (all that reward_budget leaves)", 1)
+        of_plan = of_plan.replace("calls in training", "calls in training (all that the budget leaves)", 1)
     said = f"{', '.join(gan.reward_names)}: {share}: {of_plan}"
     if dry_run:
-        said += f", up to {dry_run_calls(config, rows, gan.calls_left)} in this dry run"
+        said += f", up to {dry_run_calls(config, rows, _allowed(gan))} in this dry run"
     if config.reward_retries:
         said += f"; a call that fails is made up to {config.reward_retries} more times"
     return said
@@ -200,12 +200,13 @@ def dry_run(
         max_steps: the run's last step, for the trainer_state that rewards get.
     """
     rows = gan.as_meant(rows)
-    plan = planned(gan.config, first=gan.global_step, steps=steps, held_out=held_out, spent=gan.reward_calls)
-    trial = Trial(gan, rows, gan.calls_left or None)
+    plan = _plan(gan, steps, held_out)
+    allowed = _allowed(gan)
+    trial = Trial(gan, rows, allowed or None)
     meter = Meter(gan._rewards)
     before = resident()
-    if gan.calls_left == 0:
-        tried = Tried("\nThe reward is not tried: reward_budget is spent.")
+    if allowed == 0:
+        tried = Tried("\nThe reward is not tried: reward_budget or reward_budget_total is spent.")
     else:
         tried = try_reward(gan, trial, columns=columns, max_steps=max_steps)
     reward_model = max(0.0, resident() - before)
@@ -257,12 +258,12 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
         trial: the responses.
         columns, max_steps: as in `dry_run`.
     """
-    config, rows, responses = gan.config, trial.rows, trial.sampled.texts
-    at_once = config.reward_workers if not any(map(_in_batches, gan._rewards)) else 1
-    options: dict[str, Any] = {"columns": columns, "max_steps": max_steps, "caller": _caller(config)}
+    rows, responses = trial.rows, trial.sampled.texts
+    at_once, allowed = _at_once(gan), _allowed(gan)
+    options: dict[str, Any] = {"columns": columns, "max_steps": max_steps, "purpose": "dry_run"}
     group = len(responses) // len(rows)
     paired = [row for row in rows if row.target]
-    paired = paired[: _pairs(len(paired), len(responses), gan.calls_left)]
+    paired = paired[: _pairs(len(paired), len(responses), allowed)]
     people = [func for func in gan._rewards if getattr(func, "interactive", False)]
     if people:
         print(f"Now you are asked about up to {len(responses) + 2 * len(paired)} responses, to try the reward.",
@@ -307,15 +308,23 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     return Tried("\n".join(lines), calls, each, at_once)
 
 
-def _caller(config: Config) -> Caller:
-    """How training asks the true reward."""
-    return Caller(
-        config.reward_timeout,
-        config.reward_retries,
-        config.reward_backoff,
-        config.reward_workers,
-        skip=config.on_reward_error == "skip",
-    )
+def _at_once(gan: LoraGAN) -> int:
+    """Calls that run at once, as `rewards.calling.Caller` makes them."""
+    funcs = gan._rewards
+    if any(map(_in_batches, funcs)):
+        return 1
+    asynchronous = all(is_async(func) for func in funcs)
+    return gan.config.reward_workers or (ASYNC_WORKERS if asynchronous else 1)
+
+
+def _allowed(gan: LoraGAN) -> int | None:
+    """Calls that a dry run may make: no more than reward_budget and reward_budget_total allow; None: no limit."""
+    left = [calls for calls in (gan.budget.left("training"), gan.budget.left("dry_run")) if calls is not None]
+    return min(left, default=None)
+
+
+def _plan(gan: LoraGAN, steps: int, held_out: int) -> Plan:
+    return planned(gan.config, first=gan.global_step, steps=steps, held_out=held_out, left=gan.budget.left())
 
 
 def _in_batches(func: Callable[..., Any]) -> bool:

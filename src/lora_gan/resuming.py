@@ -20,6 +20,7 @@ DATA_FILE = "data.json"
 SILENT = {
     "output_dir", "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "save_best", "weights_format",
     "logging_steps", "eval_steps", "metric_for_best_model", "greater_is_better", "log_completions", "completions_steps",
+    "log_completions_steps",
     "num_completions_to_print", "report_to", "run_name", "project", "device", "dtype", "micro_batch_size",
     "gradient_checkpointing", "model_init_kwargs", "trust_remote_code", "prompt_column", "target_column",
     "reward_timeout", "reward_retries", "reward_backoff", "reward_workers", "reuse_answers",

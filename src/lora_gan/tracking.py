@@ -84,7 +84,7 @@ def step_record(
         for name, part_B in experience.parts.items():
             record |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
     record |= {k: v for k, v in (gen | disc).items() if k not in record}
-    record |= {"alarms": list(alarms)}
+    record |= {"alarms": list(alarms), "notices": []}  # notices: what `health` says of the step
     if experience is not None:
         record |= logged_metrics(experience.notes)
         extras = logged_extras(experience.notes)
@@ -159,6 +159,7 @@ def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
 
 TEXTS = {
     "prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards", "alarms", "extra",
+    "notices",
 }  # fmt: skip
 LOGGED_AS = {
     "reward_mean": "reward",
@@ -176,7 +177,7 @@ OWN = {
     "entropy", "beta", "gate", "imitation_loss", "calibration_slope", "uncertainty_correlation", "rank_correlation",
     "rank_correlation_within",
 }  # fmt: skip
-OWN_PREFIXES = ("rewards/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
+OWN_PREFIXES = ("rewards/", "reward_calls/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
 SAMPLE = ("step", "prompt", "completion", "true_reward", "pred_reward", "target")  # the columns of a sample
 LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # the others: means
 
@@ -232,6 +233,10 @@ def _prefix(reward: str) -> str:
     return f"{reward}/" if not f"{reward}/".startswith(OWN_PREFIXES) else f"reward:{reward}/"
 
 
+def _is_latest(name: str) -> bool:
+    return name in LATEST or name.startswith("reward_calls/")
+
+
 class Window:
     """The steps since the last line of metrics: means, or the latest of what is a total or a setting."""
 
@@ -249,7 +254,7 @@ class Window:
                 columns.setdefault(name, []).append(value)
         self.steps = []
         return {
-            name: column[-1] if name in LATEST or len(column) == 1 else sum(column) / len(column)
+            name: column[-1] if _is_latest(name) or len(column) == 1 else sum(column) / len(column)
             for name, column in columns.items()
         }
 

@@ -121,7 +121,7 @@ class Trial:
             seed=gan.config.seed,
             step=gan.global_step,
             design=gan.config.query_design,
-            left=gan.calls_left,
+            left=gan.budget.left(),
         ).asked_B
 
     def seconds(self) -> Seconds:

@@ -1,8 +1,8 @@
-"""How a reward is asked: again when it failed, no longer than a while, several at once; with the same numbers as if it
-had been asked one row after the other.
+"""How a reward is asked: again after a failure, within a time limit, several calls at once. The numbers are those of
+one call after the other.
 
 A call is one question to a reward of the form f(response, target), or one to a whole batch. An `async def` reward is
-awaited on a loop of its own that lives as long as the process, so that what it opened once stays open.
+awaited on an event loop that lives as long as the process, so that connections which it opened stay open.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 Answer = TypeVar("Answer")
 LONGEST = 60.0  # seconds between two tries, at the most
+ASYNC_WORKERS = 16  # calls of an `async def` reward at once, where nothing else is said
 
 
 class CallFailed(Exception):
@@ -49,13 +50,23 @@ class Caller:
     timeout: float | None = None  # seconds a call may take
     retries: int = 0  # further tries after one that raised, or took too long
     backoff: float = 1.0  # seconds before the first of them; twice as many before each next one
-    workers: int = 1  # calls at once
+    workers: int | None = None  # calls at once; None: 1, and ASYNC_WORKERS of an `async def` reward
     skip: bool = False  # when the last try has failed: go on without an answer
     log: Log | None = None
-    failed: set[int] = field(default_factory=set)  # rows without an answer for that reason
+    may_retry: Callable[[int], bool] = lambda rows: True  # whether a failed call about so many rows may be made again
+    on_retry: Callable[[str, str], None] = lambda reward, cause: None  # told of each failed try that is made again
+    failed: dict[int, str] = field(default_factory=dict)  # rows without an answer after the last try: the cause
+    asked: dict[str, int] = field(default_factory=dict)  # by reward: rows of calls that were made, each counted once
+    kept: dict[str, int] = field(default_factory=dict)  # of these, rows whose answer is in the log
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
 
     def all(
-        self, name: str, calls: Sequence[Call[Answer]], *, hopeless: tuple[type[Exception], ...] = ()
+        self,
+        name: str,
+        calls: Sequence[Call[Answer]],
+        *,
+        hopeless: tuple[type[Exception], ...] = (),
+        is_async: bool = False,
     ) -> list[Answer | None]:
         """The answers to a reward's calls, in their order.
 
@@ -64,6 +75,7 @@ class Caller:
             calls: for each the question, as it is logged; the rows it is about; what asks; and what makes an answer of
                 what that returned. The last is not tried again: a value that is no score is a mistake, not bad weather.
             hopeless: errors that no further try helps; they are passed on as they are.
+            is_async: whether the calls return awaitables.
 
         Raises:
             CallFailed: the first call, in their order, that failed to the last, unless those are skipped.
@@ -76,38 +88,45 @@ class Caller:
                 known, before = self.log.known(keys[i])
                 if known:
                     return before
+            with self._mutex:
+                self.asked[name] = self.asked.get(name, 0) + len(rows)
             try:
-                value = self._tried(ask, hopeless)
+                value = self._tried(name, ask, hopeless, len(rows))
             except hopeless:
                 raise
             except Exception as error:
                 if not self.skip:
                     raise CallFailed(rows[0]) from error
-                self.failed.update(rows)
+                with self._mutex:
+                    self.failed.update(dict.fromkeys(rows, cause_of(error)))
                 return None
             result = read(value)
             if self.log is not None:
                 self.log.keep(keys[i], result)
+                with self._mutex:
+                    self.kept[name] = self.kept.get(name, 0) + len(rows)
             return result
 
         try:
-            if self.workers == 1 or len(calls) < 2:
+            workers = self.workers or (ASYNC_WORKERS if is_async else 1)
+            if workers == 1 or len(calls) < 2:
                 return [answer(i) for i in range(len(calls))]
-            return _at_once(answer, len(calls), self.workers)
+            return _at_once(answer, len(calls), workers)
         finally:
             if self.log is not None:
                 self.log.settle()
 
-    def _tried(self, ask: Callable[[], Any], hopeless: tuple[type[Exception], ...]) -> Any:
-        """What a call returns, tried as often as is allowed."""
+    def _tried(self, name: str, ask: Callable[[], Any], hopeless: tuple[type[Exception], ...], rows: int) -> Any:
+        """What a call about so many rows returns, tried as often as is allowed."""
         for tried in range(self.retries + 1):
             try:
                 return self._within_time(ask)
             except hopeless:
                 raise
-            except Exception:
-                if tried == self.retries:
+            except Exception as error:
+                if tried == self.retries or not self.may_retry(rows):
                     raise
+                self.on_retry(name, cause_of(error))
                 time.sleep(min(self.backoff * 2**tried, LONGEST))
         raise AssertionError("there is a first try")
 
@@ -128,6 +147,17 @@ class Caller:
             return outcome.result(self.timeout)
         except TimeoutError:
             raise TimeoutError(f"no answer within {self.timeout:g} s (reward_timeout)") from None
+
+
+def cause_of(error: BaseException) -> str:
+    """An error as part of one line, such as "HTTPError: HTTP Error 503: Service Unavailable"."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a function, a method or an object's __call__ is an `async def`."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _at_once(answer: Callable[[int], Answer], count: int, workers: int) -> list[Answer]:

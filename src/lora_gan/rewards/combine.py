@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..wording import shown
-from .calling import Call, Caller, CallFailed
+from .calling import Call, Caller, CallFailed, is_async
 from .messages import completion_text
 from .notes import Notes, Recorder
 from .signatures import BATCH_NAMES, TrlCall, pair_call, require_columns, reward_name, takes_completions, trl_call
@@ -88,6 +88,7 @@ def score_pairs(
         caller,
         name,
         where=row,
+        awaited=is_async(fn),
         calls=[
             (
                 [values[i] for values in asked_about],
@@ -265,10 +266,17 @@ def reward_names(funcs: Sequence[Callable[..., Any]]) -> list[str]:
 HOPELESS = (RewardUnavailable, ImportError)  # no further try helps
 
 
-def _called(caller: Caller, name: str, *, where: Callable[[int], str], calls: Sequence[Call[Any]]) -> list[Any]:
+def _called(
+    caller: Caller,
+    name: str,
+    *,
+    where: Callable[[int], str],
+    calls: Sequence[Call[Any]],
+    awaited: bool = False,
+) -> list[Any]:
     """The answers to calls; one that failed to the last is a RewardError that says where."""
     try:
-        return caller.all(name, calls, hopeless=HOPELESS)
+        return caller.all(name, calls, hopeless=HOPELESS, is_async=awaited)
     except CallFailed as failure:
         error = failure.__cause__
         raise RewardError(

@@ -43,7 +43,8 @@ class Human:
     is installed.
 
     Args:
-        show_target: show the target too, where a row has one. A rating then holds for that target only.
+        show_target: show the target too, where a row has one. A rating then holds for that target only. A rating in the
+            log that was given without a target holds for any.
         log: a JSON Lines file that each answer is appended to as it is given, so that no crash loses one. Answers it
             holds already are not asked for again: name the same file to go on with a run.
         stdin, stdout: text streams to read answers from and write to; None is the terminal.
@@ -55,7 +56,7 @@ class Human:
     def __init__(
         self,
         *,
-        show_target: bool = False,
+        show_target: bool = True,
         log: str | PathLike[str] | None = None,
         stdin: TextIO | None = None,
         stdout: TextIO | None = None,
@@ -64,6 +65,7 @@ class Human:
         self.log: Path | None = None
         self._stdin, self._stdout = stdin, stdout
         self._ratings: dict[Pair, float | None] = {}
+        self._without_target: dict[tuple[str, str], float | None] = {}  # of the log, from runs that showed no target
         if log is not None:
             self.keep(log)
 
@@ -72,6 +74,7 @@ class Human:
         self.log = Path(log)
         for entry in open_lines(self.log):
             self._recall(entry)
+        self._without_target |= {pair[:2]: rating for pair, rating in self._ratings.items() if pair[2] is None}
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Ask for each pair that has no answer yet.
@@ -93,6 +96,9 @@ class Human:
             (as_text(prompt), as_text(completion), target)
             for prompt, completion, target in zip(prompts, completions, targets, strict=True)
         ]
+        for pair in pairs:
+            if pair not in self._ratings and pair[:2] in self._without_target:
+                self._ratings[pair] = self._without_target[pair[:2]]
         missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._ratings]
         if missing:
             self._require_terminal()

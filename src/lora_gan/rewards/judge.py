@@ -56,7 +56,7 @@ from {low:g} (worst) to {high:g} (best)."""
 
 AGAIN = 'That holds no score from {low:g} to {high:g}. Answer with one line and nothing else: {{"score": N}}'
 
-COUNTS = ("calls", "retries", "cached", "failed", "unparsed", "prompt_tokens", "completion_tokens")
+COUNTS = ("requests", "calls", "retries", "cached", "failed", "unparsed", "prompt_tokens", "completion_tokens")
 
 
 class Judge:
@@ -275,13 +275,14 @@ class Judge:
             )
         except openai.APIError as error:
             # The client says what it repeated in a header of its last request.
-            self._count(retries=int(error.request.headers.get("x-stainless-retry-count", 0)))
+            repeated = int(error.request.headers.get("x-stainless-retry-count", 0))
+            self._count(requests=1 + repeated, retries=repeated)
             if remedy := self._remedy(error):
                 where = f"the judge {self.model!r} at {self._client.base_url}"
                 raise RewardUnavailable(f"{where} cannot be asked: {self._said(error)}. {remedy}") from None
             raise _Failed(self._said(error)) from None
         self._reached = True
-        self._count(calls=1, retries=raw.retries_taken)
+        self._count(requests=1 + raw.retries_taken, calls=1, retries=raw.retries_taken)
         try:
             completion = raw.parse()
             choice, tokens = completion.choices[0], completion.usage
@@ -331,8 +332,9 @@ class Judge:
     def usage(self) -> dict[str, float | None]:
         """Counts so far, and the cost.
 
-        calls: answers of the server; retries: requests the client repeated; cached: rows that needed no question;
-        failed, unparsed: rows whose reward is None; prompt_tokens, completion_tokens: as the server counted them;
+        requests: HTTP requests that were made; calls: answers of the server; retries: requests the client repeated;
+        cached: rows that needed no question; failed, unparsed: rows whose reward is None; prompt_tokens,
+        completion_tokens: as the server counted them;
         cost: by `price_per_million`, None without.
         """
         counts = self.state_dict()

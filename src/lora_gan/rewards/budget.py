@@ -1,0 +1,169 @@
+"""How often the true reward was asked, for which purpose, and how often it may still be asked. `LoraGAN.budget`.
+
+One call is the true reward of one response, however many rewards it is the sum of. So 4 prompts with 8 responses each
+are 32 calls, whether a function gets them one by one or all in one list.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from .calling import Caller
+
+Purpose = Literal["training", "evaluation", "retries", "dry_run", "other"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+OTHERS: tuple[Purpose, ...] = ("evaluation", "retries", "other")  # what a checkpoint holds beside training
+KEPT = (*OTHERS, "cached")
+
+
+class Budget:
+    """Counts of calls by purpose, and the limits of a run. Thread-safe.
+
+    Purposes:
+        training: responses of training steps whose true reward was asked.
+        evaluation: responses of evaluations.
+        retries: calls that failed and were made again, and calls of a step that then failed.
+        dry_run: calls of `lora-gan train --dry-run`.
+        other: calls of `LoraGAN.ask()` by hand.
+
+    Args:
+        limit: most calls of training (`reward_budget`); None: no limit.
+        total_limit: most calls of all purposes (`reward_budget_total`); None: no limit.
+
+    Attributes:
+        cached: how many of these calls a reward answered from a cache of its own, such as the judge's.
+        reserved: calls of total_limit that training leaves for the evaluation at the end.
+    """
+
+    def __init__(self, limit: int | None = None, total_limit: int | None = None) -> None:
+        self.limit, self.total_limit = limit, total_limit
+        self.counts: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
+        self.cached = self.reserved = 0
+        self._lock = threading.Lock()  # retries come from several threads
+
+    @property
+    def total(self) -> int:
+        """Calls of all purposes."""
+        return sum(self.counts.values())
+
+    def left(self, purpose: Purpose = "training") -> int | None:
+        """Calls that may still be made; None where nothing limits them."""
+        left = []
+        if purpose == "training" and self.limit is not None:
+            left.append(self.limit - self.counts["training"])
+        if self.total_limit is not None:
+            left.append(self.total_limit - self.total - (self.reserved if purpose == "training" else 0))
+        return max(0, min(left)) if left else None
+
+    @property
+    def spent_setting(self) -> str | None:
+        """The setting that allows no further call of training, with its value; None where one is left."""
+        if self.left() != 0:
+            return None
+        if self.limit is not None and self.counts["training"] >= self.limit:
+            return f"all {self.limit:,} calls of reward_budget are spent"
+        kept = f", but for {self.reserved:,} that the evaluation at the end needs" if self.reserved else ""
+        return f"all {self.total_limit:,} calls of reward_budget_total are spent{kept}"
+
+    @contextmanager
+    def asking(self, purpose: Purpose, responses: int, caller: Caller, funcs: Mapping[str, Any]) -> Iterator[None]:
+        """Count the calls about so many responses that are made inside the block.
+
+        Where the block raises, only the calls that were made count. In training these are `retries`, because the step
+        will be taken again; answers in the caller's log are then not asked for again, and do not count twice.
+
+        Args:
+            caller: what makes the calls.
+            funcs: the rewards by name. One that has `usage` counts its requests and its cache itself, as Judge does.
+        """
+        before = {name: _usage(func) for name, func in funcs.items()}
+        self._add(purpose, responses)
+        try:
+            yield
+        except BaseException:
+            made = [
+                caller.asked.get(name, 0) if spent is None else _usage(funcs[name])["requests"] - spent["requests"]
+                for name, spent in before.items()
+            ]
+            self._add(purpose, -responses)
+            if purpose == "training":
+                lost = [n - caller.kept.get(name, 0) for name, n in zip(before, made, strict=True)]
+                self._add("retries", max(0, *lost))
+            else:
+                self._add(purpose, max(made))
+            raise
+        for name, spent in before.items():
+            if spent is None:
+                continue
+            now = _usage(funcs[name])
+            cached = now["cached"] - spent["cached"]
+            self.cached += cached
+            # What the reward asked beyond one request per response: its client's retries, and second questions.
+            self._add("retries", max(0, now["requests"] - spent["requests"] - (caller.asked.get(name, 0) - cached)))
+
+    def _add(self, purpose: Purpose, calls: int) -> None:
+        with self._lock:
+            self.counts[purpose] += calls
+
+    def may_retry(self, calls: int) -> bool:
+        """Count this many calls as retries, if the limits allow them."""
+        with self._lock:
+            if self.total_limit is not None and self.total_limit - self.total < calls:
+                return False
+            self.counts["retries"] += calls
+            return True
+
+    # --- what is logged and saved
+
+    def metrics(self) -> dict[str, int]:
+        """Counts so far, under the names of metrics.jsonl: `reward_calls`, which are those of training, the other
+        purposes that occurred, and `reward_calls/total`."""
+        named: dict[str, int] = {"reward_calls": self.counts["training"]}
+        named |= {f"reward_calls/{name}": n for name, n in self.counts.items() if name != "training" and n}
+        if self.cached:
+            named["reward_calls/cached"] = self.cached
+        return named | {"reward_calls/total": self.total}
+
+    def in_words(self) -> str:
+        """For example: 64 in training, 20 in evaluation, 3 retries."""
+        others: dict[Purpose, str] = {
+            "evaluation": "in evaluation",
+            "retries": "retries",
+            "dry_run": "in this dry run",
+            "other": "by hand",
+        }
+        said = [f"{self.counts['training']:,} in training"]
+        said += [f"{self.counts[name]:,} {words}" for name, words in others.items() if self.counts[name]]
+        cached = f"; {self.cached:,} of them came from the reward's own cache" if self.cached else ""
+        return ", ".join(said) + cached
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts beside those of training, which a checkpoint keeps as `reward_calls`."""
+        return {**{name: self.counts[name] for name in OTHERS}, "cached": self.cached}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from there."""
+        for name in OTHERS:
+            self.counts[name] = state[name]
+        self.cached = state["cached"]
+
+    def catch_up(self, metrics: Mapping[str, Any]) -> None:
+        """Take over counts of a line of metrics that are higher: those calls were made after the checkpoint."""
+        logged = {name: metrics.get(f"reward_calls/{name}") for name in KEPT}
+        self.load_state_dict(
+            {
+                name: max(now, logged[name]) if isinstance(logged[name], int) else now
+                for name, now in self.state_dict().items()
+            }
+        )
+
+
+def _usage(func: Any) -> dict[str, int] | None:
+    """What a reward counts itself, None where it does not."""
+    usage = getattr(func, "usage", None)
+    known = isinstance(usage, Mapping) and {"requests", "cached"} <= set(usage)
+    return {name: int(usage[name]) for name in ("requests", "cached")} if known else None
