@@ -168,6 +168,7 @@ def test_the_dry_run_asks_as_training_does(capsys):
     tried = preview.try_reward(gan, trial.Trial(gan, [Row(prompt) for prompt in PROMPTS]))
     assert tried.at_once == 8 and lock() - began < 1.2, "one after the other it takes 1.6 s"
     assert "8 calls at once (reward_workers)" in tried.text and "16 of 16 answered" in tried.text
+    assert f"True-reward calls: {16 + len(failed)} in this dry run, {len(failed)} of them retries" in tried.text
 
 
 # --- calls

@@ -265,6 +265,7 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     paired = [row for row in rows if row.target]
     paired = paired[: _pairs(len(paired), len(responses), allowed)]
     people = [func for func in gan._rewards if getattr(func, "interactive", False)]
+    retries, cached = gan.budget.counts["retries"], gan.budget.cached
     if people:
         print(f"Now you are asked about up to {len(responses) + 2 * len(paired)} responses, to try the reward.",
               flush=True)  # fmt: skip
@@ -303,6 +304,10 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     each = seconds / rounds
     together = f", {at_once} calls at once (reward_workers)" if at_once > 1 else ""
     lines.append(f"  {_each(each)} per call{together}; {_each(first)} for the first {len(responses)}, loading included")
+    retries, cached = gan.budget.counts["retries"] - retries, gan.budget.cached - cached
+    made = f"  True-reward calls: {calls + retries - cached:,} in this dry run"
+    made += f", {retries:,} of them retries" if retries else ""
+    lines.append(made + (f", and {cached:,} answers from the reward's own cache" if cached else ""))
     for log in filter(None, (getattr(func, "log", None) for func in people)):
         lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
     return Tried("\n".join(lines), calls, each, at_once)
