@@ -93,6 +93,7 @@ def train(
     streaming: bool = False,
     eval_data: str | None = None,
     reward: str | dict[str, Any] | list[str | dict[str, Any]] = "cosine",
+    init_adapter: str | None = None,
     peft_config: dict[str, Any] | None = None,
     disc_peft_config: dict[str, Any] | None = None,
     quantization_config: dict[str, Any] | None = None,
@@ -113,6 +114,8 @@ def train(
         reward: What a response is worth: a ready-made reward by name (cosine, exact_match, chrf, bleu, rouge, meteor,
             length, repetition, perplexity, classifier, entailment, human, judge), your own as FILE.py:FUNCTION or
             MODULE:FUNCTION, a mapping {name: ..., weight: ..., OPTION: ...}, or a list of these, which are summed.
+        init_adapter: A folder with a saved LoRA adapter, such as TRL's SFTTrainer writes: the generator starts as this
+            adapter and has its settings. kl_reference says whether the KL is to this adapter or to the base.
         peft_config: The generator's adapter, by fields of peft.LoraConfig, such as {use_rslora: true}.
         disc_peft_config: The same for the discriminator's.
         quantization_config: Fields of transformers.BitsAndBytesConfig, such as {load_in_4bit: true}.
@@ -143,16 +146,22 @@ def train(
     from . import preview
     from .checkpoint import complete, settings_of
     from .gan import NO_GROUP, LoraGAN
+    from .initial_adapter import of_resumed
     from .plots import plot_run
     from .tracking import trackers_of
 
     trackers_of(config.report_to)
+    generator = {"init_adapter": init_adapter, "peft_config": _lora("peft_config", peft_config)}
+    if resume:
+        generator, said = of_resumed(folder, generator, config.kl_reference)
+        if said:
+            print(said, file=sys.stderr)
     gan = LoraGAN(
         model,
         config,
         reward_funcs=reward_funcs,
         reward_weights=reward_weights,
-        peft_config=_lora("peft_config", peft_config),
+        **generator,
         disc_peft_config=_lora("disc_peft_config", disc_peft_config),
         quantization_config=_quantization(quantization_config),
     )

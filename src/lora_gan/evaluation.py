@@ -32,7 +32,8 @@ def evaluate(
 
     Args:
         temperature: of sampling, the config's where not given; 0 is greedy.
-        player: "reference" evaluates the untouched base.
+        player: "reference" evaluates what the KL is measured to (the untouched base, or the adapter that the generator
+            started from), "base" the untouched base.
         best_of: responses sampled a row; the discriminator picks.
         seed: of the sampling; the same one gives the same responses at the same step.
         batch_size: rows in one batch; changes memory, and results only to rounding.

@@ -45,10 +45,8 @@ def in_moved_folder(values: Mapping[str, Any], file: Path, *, folder_is_given: b
     holds_run = any(here.glob("step-*/manifest.json"))
     if folder_is_given or not holds_run or not isinstance(named, str) or Path(named).resolve() == here:
         return dict(values), ""
-    moved = {
-        name: moved_paths(value, named, here) if name in ("model", "data", "eval_data", "reward") else value
-        for name, value in values.items()
-    }
+    with_paths = ("model", "data", "eval_data", "reward", "init_adapter")
+    moved = {name: moved_paths(value, named, here) if name in with_paths else value for name, value in values.items()}
     said = f"The run was moved: it goes on in {here}; {SETTINGS_FILE} names {named}."
     return moved | {"output_dir": str(here)}, said
 
