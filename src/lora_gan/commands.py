@@ -110,7 +110,7 @@ def train(
             by `datasets`, or the name of a data set on the hub.
         split: Of a data set that has several.
         streaming: Read the data as it is needed, in its own order, instead of whole and shuffled.
-        eval_data: Held-out rows, judged every eval_steps and at the end.
+        eval_data: Held-out rows, judged before the first step (eval_on_start), every eval_steps, and at the end.
         reward: What a response is worth: a ready-made reward by name (cosine, exact_match, chrf, bleu, rouge, meteor,
             length, repetition, perplexity, classifier, entailment, human, judge), your own as FILE.py:FUNCTION or
             MODULE:FUNCTION, a mapping {name: ..., weight: ..., OPTION: ...}, or a list of these, which are summed.

@@ -60,6 +60,9 @@ class Config:
     """Steps between lines of metrics.jsonl and of the trackers."""
     eval_steps: int | None = None
     """Steps between evaluations on fit()'s eval_dataset; None evaluates at the end only."""
+    eval_on_start: bool = True
+    """Whether fit() evaluates on its eval_dataset before the first step too, logged as step 0. It asks for one true
+    reward per row."""
     metric_for_best_model: str = "true_reward"
     """What early stopping and save_best watch: a metric of the evaluation, as `lora-gan eval` prints them."""
     greater_is_better: bool = True
@@ -324,7 +327,7 @@ class Config:
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
         for name in (
             "log_completions", "trust_remote_code", "greater_is_better", "save_best", "gradient_checkpointing",
-            "skip_special_tokens", "reuse_answers",
+            "skip_special_tokens", "reuse_answers", "eval_on_start",
         ):  # fmt: skip
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         self._require("apply_chat_template", self.apply_chat_template in (True, False, None), "True, False or None")

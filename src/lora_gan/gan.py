@@ -560,7 +560,8 @@ class LoraGAN:
             dataset: rows of prompt / target, as `data.read_rows` takes them: mappings, a file, a `datasets.Dataset`, a
                 pandas data frame.
             steps: how many more steps; None: up to `config.max_steps` in all, or for `config.num_train_epochs`.
-            eval_dataset: held-out rows, judged every `config.eval_steps`, and at the end.
+            eval_dataset: held-out rows, judged before the first step (`config.eval_on_start`), every
+                `config.eval_steps`, and at the end.
             train_gen, train_disc: as in `step()`.
             progress: a live display on a terminal, plain lines elsewhere.
             on_step: called with every step's record.
@@ -600,6 +601,11 @@ class LoraGAN:
             way_back = nonfinite.WayBack(self, self.global_step, run.saved_steps)
             try:
                 with self._interrupts.catching():
+                    if steps and not self.global_step and held_out is not None and self.config.eval_on_start:
+                        with self._interrupts.harmless():
+                            judged = evaluation.evaluate(self, held_out)
+                        run.evaluated(judged)
+                        self._interrupts.check()
                     while self.global_step < last:
                         run.begin_step()
                         batch = data.take(

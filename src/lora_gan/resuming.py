@@ -19,10 +19,10 @@ DATA_FILE = "data.json"
 #: Settings that change neither what is learned nor what is asked for.
 SILENT = {
     "output_dir", "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "save_best", "weights_format",
-    "logging_steps", "eval_steps", "metric_for_best_model", "greater_is_better", "log_completions", "completions_steps",
-    "num_completions_to_print", "report_to", "run_name", "project", "device", "dtype", "micro_batch_size",
-    "gradient_checkpointing", "model_init_kwargs", "trust_remote_code", "prompt_column", "target_column",
-    "reward_timeout", "reward_retries", "reward_backoff", "reward_workers", "reuse_answers",
+    "logging_steps", "eval_steps", "eval_on_start", "metric_for_best_model", "greater_is_better", "log_completions",
+    "completions_steps", "num_completions_to_print", "report_to", "run_name", "project", "device", "dtype",
+    "micro_batch_size", "gradient_checkpointing", "model_init_kwargs", "trust_remote_code", "prompt_column",
+    "target_column", "reward_timeout", "reward_retries", "reward_backoff", "reward_workers", "reuse_answers",
 }  # fmt: skip
 
 
