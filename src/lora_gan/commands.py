@@ -354,7 +354,8 @@ def evaluate(
         split: Of a data set that has several.
         model: The base, where it is not found where it was.
         reward: As for train; null: the one the run was trained on.
-        reference: Judge the untouched base beside it; this asks for twice as many true rewards.
+        reference: Judge what the KL is measured to beside it (the untouched base, or the adapter of init_adapter), and
+            print the difference per row with its interval; this asks for twice as many true rewards.
         best_of: Responses sampled for each prompt; the discriminator picks.
         temperature: Of sampling; 0 is greedy; null: the run's.
         seed: Of sampling; null: the run's.
@@ -378,7 +379,13 @@ def evaluate(
     if reference:
         judged["reference"] = gan.evaluate(rows, player="reference", **options)
     count = len(judged["generator"]["samples"])  # on_long_prompt may have dropped some
-    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(judged)}")
+    shown = dict(judged)
+    if reference:
+        judged["difference"] = evaluation.difference(judged["generator"], judged["reference"])
+        shown["generator - reference, per row"] = judged["difference"]
+    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
+    if reference:
+        print(f"reference: {'the adapter that the run started from' if gan.players.has_reference else 'the base'}")
     if output is not None:
         Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
 
