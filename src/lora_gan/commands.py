@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from .config import Config
+from .licences import licence_id
 from .options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 from .resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 from .runs import require_run
@@ -396,6 +397,7 @@ def export(
     model: str | None = None,
     parts: str | list[str] | None = None,
     dtype: str | None = None,
+    license: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     device: str | None = None,
@@ -410,14 +412,16 @@ def export(
         parts: What to write: generator, generator-merged, discriminator, discriminator-merged, or a list of them such
             as [generator, discriminator]; null: all four.
         dtype: Of the merged weights: float32, bfloat16, float16; null: what the base was trained in.
+        license: For the cards, an id of the hub such as apache-2.0, mit or cc-by-4.0; null: the cards name none.
         push_to_hub: USER/NAME: each part is uploaded as well, as the model USER/NAME-PART.
         private: Whether repositories that are made for it are private.
         device: Where the base is opened: cpu, cuda, cuda:1, auto; null: the run's.
         trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
     """
+    license = None if license is None else licence_id(license)  # before the base is opened
     gan = _open(checkpoint, model, device, trust_remote_code)
     chosen = {} if parts is None else {"parts": [parts] if isinstance(parts, str) else parts}
-    folder = gan.export(output_dir, dtype=dtype, push_to_hub=push_to_hub, private=private, **chosen)
+    folder = gan.export(output_dir, dtype=dtype, license=license, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
         print(f"{Path(output_dir) / part.name}: {size:.1f} MB")

@@ -953,7 +953,7 @@ class LoraGAN:
     def export(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
         """Write both players, as adapters and merged, as safetensors for stock PEFT and transformers, with model cards.
 
-        See `export.export` for the options (parts, dtype, evaluation, push_to_hub, private).
+        See `export.export` for the options (parts, dtype, evaluation, license, push_to_hub, private).
         """
         return export.export(self, output_dir, **options)
 
