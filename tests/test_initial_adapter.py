@@ -499,7 +499,9 @@ def test_the_command_line_resumes_bitwise_without_the_folder(there, capsys, kl_r
     assert train(max_steps=4, save_steps=2, kl_reference=kl_reference) == 0
     out = capsys.readouterr().out
     assert f"starts as the adapter {there / 'sft'}" in out
-    assert ("KL is to that adapter" in out) == (kl_reference is None)
+    assert f"the KL is to {'a frozen copy of it' if kl_reference is None else 'the base'}" in out
+    base = sum(parameter.numel() for parameter in stock(base_folder()).parameters())
+    assert f"{base:,} frozen parameters" in out
     lines = [json.loads(line) for line in (there / "run/metrics.jsonl").read_text().splitlines()]
     first = lines[0]["kl_per_response"]
     assert abs(first) < 1e-6 if kl_reference is None else first > 0.1

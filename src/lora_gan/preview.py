@@ -38,6 +38,7 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
     rows = gan.as_meant(rows)
     sizes = {player: sum(p.numel() for p in players.parameters(player)) for player in PLAYERS}
     frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
+    frozen -= sum(p.numel() for p in players.parameters("reference"))
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
     lengths = [len(ids) for ids in players.encoder.prompts(rows)]
     lines = {
@@ -60,7 +61,7 @@ def _start(gan: LoraGAN) -> str:
     """Where the generator starts, if that is a saved adapter."""
     if gan.init_adapter is None:
         return ""
-    reference = "that adapter" if gan.players.has_reference else "the base"
+    reference = "a frozen copy of it" if gan.players.has_reference else "the base"
     return f", starts as the adapter {gan.init_adapter}; the KL is to {reference}"
 
 
