@@ -284,7 +284,7 @@ def test_the_manifest_covers_the_reference(plain, tmp_path):
         LoraGAN.from_checkpoint(folder, reward=reward)
     file.unlink()
     sign(folder)
-    assert "weights of each adapter once" in checkpoint.fault(folder)
+    assert "weights of each player once" in checkpoint.fault(folder)
 
 
 def test_load_generator_leaves_the_reference(plain, tmp_path):
@@ -533,3 +533,54 @@ def test_an_adapter_cannot_join_a_run(there, capsys):
     assert train(max_steps=1, kl_reference="base", output_dir="other") == 0
     assert train("--resume", max_steps=2, output_dir="other", kl_reference="init_adapter") == 2
     assert "its KL is to the base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: _state(folder, init_adapter=3), "init_adapter is no text"),
+        (lambda folder: _weights(folder, lambda t: t * float("nan")), "reference/adapter_model.bin.*NaN"),
+        (lambda folder: _weights(folder, lambda t: t[:1]), "does not fit"),
+        (lambda folder: _config(folder, peft_type="IA3"), "only LoRA"),
+        (lambda folder: _config(folder, lora_alpha=99), "lora_alpha"),
+        (lambda folder: (folder / "reference/adapter_config.json").unlink(), "does not name reference/adapter_config"),
+    ],
+    ids=["name", "nan", "shape", "kind", "scaling", "missing"],
+)
+def test_a_hostile_reference_in_a_checkpoint_is_refused(plain, tmp_path, change, says):
+    folder = gan_of(plain).save_checkpoint(ckpt_dir=tmp_path)
+    change(folder)
+    sign(folder)
+    with pytest.raises(ValueError, match=says):
+        LoraGAN.from_checkpoint(folder, reward=reward)
+
+
+def _state(folder, **values):
+    file = folder / "trainer_state.json"
+    file.write_text(json.dumps(read_json(file) | values))
+
+
+def _config(folder, **values):
+    file = folder / "reference/adapter_config.json"
+    file.write_text(json.dumps(read_json(file) | values))
+
+
+def _weights(folder, change):
+    file = folder / "reference/adapter_model.bin"
+    weights = torch.load(file, weights_only=True)
+    name = next(iter(weights))
+    torch.save(weights | {name: change(weights[name])}, file)
+
+
+def test_eval_says_which_reference_it_judged(there, capsys):
+    for folder, kl_reference, named in (
+        ("a", "base", "the base"),
+        ("b", None, "the adapter that the run started from"),
+    ):
+        assert train(max_steps=1, output_dir=folder, kl_reference=kl_reference, learning_rate=1e-9) == 0
+        capsys.readouterr()
+        words = ["eval", "--checkpoint", folder, "--data", "pairs.csv", "--reference", "--output", "judged.json"]
+        assert cli.main([*words, "--temperature", "0"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"reference: {named}"
+        apart = read_json(there / "judged.json")["difference"]["metrics"]["true_reward"]
+        assert (apart["mean"] == apart["low"] == apart["high"] == 0) == (kl_reference is None)
