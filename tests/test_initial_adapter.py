@@ -4,6 +4,7 @@ Oracles: stock PEFT on the adapter's folder and on the saved generator, stock tr
 summed by hand over what was sampled, and a run that was never interrupted.
 """
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -29,7 +30,7 @@ from test_bases import base_weights, logits_alone
 from test_checkpoint import Payload
 from transformers import AutoModelForCausalLM
 
-from lora_gan import LoraGAN, checkpoint, cli
+from lora_gan import LoraGAN, checkpoint, cli, initial_adapter
 from lora_gan.rewards.base import Perplexity
 
 REST = {name: value for name, value in SMALL.items() if "lora_" not in name or name.startswith("disc_")}
@@ -584,3 +585,23 @@ def test_eval_says_which_reference_it_judged(there, capsys):
         assert capsys.readouterr().out.splitlines()[-1] == f"reference: {named}"
         apart = read_json(there / "judged.json")["difference"]["metrics"]["true_reward"]
         assert (apart["mean"] == apart["low"] == apart["high"] == 0) == (kl_reference is None)
+
+
+def test_names_of_bases_are_compared_as_far_as_they_say_something(plain):
+    """Two ids of the hub can be compared; a folder may hold the same weights under any name."""
+    gan = gan_of(plain)
+    start = initial_adapter.read(plain, config=gan.config, peft_config=None)
+    base = dataclasses.replace(gan.players.base, name="someone/small", path="someone/small")
+    for named in ("someone/small", "", base.path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            dataclasses.replace(start, base=named).require_fits(base)
+    with pytest.raises(
+        ValueError, match=r"trained on someone/large, and the base here is someone/small.*base_model_name"
+    ):
+        dataclasses.replace(start, base="someone/large").require_fits(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataclasses.replace(start, base="/models/elsewhere/small").require_fits(base)
+    with pytest.warns(UserWarning, match="make sure that both have the same weights"):
+        dataclasses.replace(start, base="/models/large").require_fits(base)
