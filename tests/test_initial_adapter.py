@@ -400,6 +400,9 @@ def test_folders_that_are_no_adapter(plain, tmp_path):
         gan_of("user/adapter")
     with pytest.raises(ValueError, match="no adapter_config.json.*whole model.*model="):
         gan_of(base_folder("llama"))
+    with_manifest = shutil.copytree(base_folder("llama"), tmp_path / "fetched")
+    with pytest.raises(ValueError, match="no adapter_config.json.*whole model.*model="):
+        gan_of(sign(with_manifest))  # as `lora-gan fetch` leaves a base
     shutil.copytree(plain, tmp_path / "trl" / "checkpoint-20")
     with pytest.raises(ValueError, match=r"there is one in .*checkpoint-20"):
         gan_of(tmp_path / "trl")

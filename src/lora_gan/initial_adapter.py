@@ -133,7 +133,7 @@ def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitA
     if not (path / "adapter_config.json").exists() and any(path.glob("step-*")):
         path = checkpoint.find(path, None)
     folder = _folder(path)
-    if not folder.has("adapter_config.json") and folder.files is None:
+    if not folder.has("adapter_config.json"):
         steps = sorted(path.glob("checkpoint-*/adapter_config.json"))
         hint = f"; there is one in {steps[-1].parent}" if steps else ""
         full = " It holds a whole model: give that as model= instead" if (path / "config.json").is_file() else ""
