@@ -38,11 +38,12 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
     rows = gan.as_meant(rows)
     sizes = {player: sum(p.numel() for p in players.parameters(player)) for player in PLAYERS}
     frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
+    frozen -= sum(p.numel() for p in players.parameters("reference"))
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
     lengths = [len(ids) for ids in players.encoder.prompts(rows)]
     lines = {
         "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {players.device})",
-        "generator": f"{sizes['generator']:,} parameters in its adapter",
+        "generator": f"{sizes['generator']:,} parameters in its adapter{_start(gan)}",
         "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} heads",
         "data": f"{'streamed' if total is None else f'{total:,} rows'}",
         "prompts": _kinds(gan, rows),
@@ -54,6 +55,14 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         "disk": _disk(gan, steps, max(lengths)),
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+
+
+def _start(gan: LoraGAN) -> str:
+    """Where the generator starts, if that is a saved adapter."""
+    if gan.init_adapter is None:
+        return ""
+    reference = "a frozen copy of it" if gan.players.has_reference else "the base"
+    return f", starts as the adapter {gan.init_adapter}; the KL is to {reference}"
 
 
 def _kinds(gan: LoraGAN, rows: list[Row]) -> str:
@@ -137,7 +146,7 @@ def _state_bytes(players: Players) -> int:
     if not any(map(has_state, cache.layers)):
         return 0
     one = torch.ones(1, 1, dtype=torch.long, device=players.device)
-    with players.playing("reference"):
+    with players.playing("base"):
         players.lm(input_ids=one, attention_mask=one, use_cache=True, **players.cached(cache), **players.positions(one))
     return sum(state.nbytes for layer in cache.layers for state in state_tensors(layer))
 
