@@ -208,7 +208,7 @@ def test_ask_by_hand_and_evaluate(server):
     gan.ask(rows[:2], ["a", "b"])
     assert {name: count for name, count in gan.budget.counts.items() if count} == {"evaluation": 3, "other": 2}
     assert server.requests == 5
-    assert gan.budget.in_words() == "0 in training, 3 in evaluation, 2 by hand"
+    assert gan.budget.in_words() == "3 in evaluation, 2 by hand"
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

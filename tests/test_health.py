@@ -141,8 +141,8 @@ def test_a_kl_that_runs_away_is_said():
     ((step, words),) = told([record(i, kl=float(kl)) for i, kl in enumerate(kls)])
     assert step == 9  # (18 + 24 + 30) / 3 / 10 tokens = 2.4 nats a token; before, 1.8
     assert words == (
-        "the KL to the reference is 24 nats a response (2.4 a token) and rises: responses leave what the reference would "
-        "write; raise beta (now 0.03), set kl_target, or lower learning_rate (now 0.0002)"
+        "the KL to the reference is 24 nats a response (2.4 a token) and rises: responses leave what the reference "
+        "would write; raise beta (now 0.03), set kl_target, or lower learning_rate (now 0.0002)"
     )
     assert told([record(i, kl=float(kl), completion_length=100.0) for i, kl in enumerate(kls)]) == []
     assert told([record(i, kl=float(kl)) for i, kl in enumerate(kls)], kl_target=5.0) == [], "kl_target steers it"

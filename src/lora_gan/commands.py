@@ -382,10 +382,12 @@ def evaluate(
         output: A JSON file for the figures and every sample.
     """
     from . import evaluation
+    from .rewards.budget import Budget
 
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
     rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
+    gan.budget = Budget()  # this command's own calls, which the run's limits do not concern
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     options["apply_chat_template"] = apply_chat_template
     judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
@@ -399,6 +401,7 @@ def evaluate(
     print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
     if reference:
         print(f"reference: {'the adapter that the run started from' if gan.players.has_reference else 'the base'}")
+    print(f"True-reward calls: {gan.budget.in_words()}")
     if output is not None:
         Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
 
