@@ -164,8 +164,8 @@ def test_switching_between_forward_and_backward_raises():
             loss = batch(gan).sum()
             with gan.players.playing("discriminator"):
                 pytest.fail("entered")
-    assert gan.players._playing == "reference"
-    with pytest.raises(RuntimeError, match="discriminator → reference.*backward"):  # on the way out
+    assert gan.players._playing == "base"
+    with pytest.raises(RuntimeError, match="discriminator → base.*backward"):  # on the way out
         with gan.players.playing("discriminator"):
             loss = batch(gan, "discriminator").sum()
     del loss
@@ -176,7 +176,7 @@ def test_switching_between_forward_and_backward_raises():
 def test_a_loss_that_is_held_past_the_end_of_its_block_raises_at_the_exit():
     """The output itself may be gone: what counts is the graph behind the loss."""
     gan = small_gan()
-    with pytest.raises(RuntimeError, match="generator → reference"):
+    with pytest.raises(RuntimeError, match="generator → base"):
         with gan.players.playing("generator"):
             loss = batch(gan).exp().sum() * 2
     assert loss.requires_grad
@@ -216,7 +216,7 @@ def test_after_an_exception_the_former_player_is_back(error):
         assert gan.players._playing == "discriminator"
         with torch.no_grad():
             assert torch.equal(gan.players.logits(ids, torch.ones_like(ids), keep=1), before)
-    assert gan.players._playing == "reference" and loss.requires_grad
+    assert gan.players._playing == "base" and loss.requires_grad
     del loss
     gan.step(PROMPTS[0])
 

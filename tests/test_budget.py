@@ -187,7 +187,7 @@ def test_calls_of_a_run_that_breaks_off_and_goes_on(server, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gan.fit(ROWS, steps=2, eval_dataset=HELD_OUT, progress=False)
-    assert gan.reward_calls == 24 and gan.budget.counts["evaluation"] == 9
+    assert gan.reward_calls == 24 and gan.budget.counts["evaluation"] == 12
     assert server.requests == gan.budget.total and gan.budget.counts["retries"] == 1
 
 
@@ -208,7 +208,7 @@ def test_ask_by_hand_and_evaluate(server):
     gan.ask(rows[:2], ["a", "b"])
     assert {name: count for name, count in gan.budget.counts.items() if count} == {"evaluation": 3, "other": 2}
     assert server.requests == 5
-    assert gan.budget.in_words() == "0 in training, 3 in evaluation, 2 by hand"
+    assert gan.budget.in_words() == "3 in evaluation, 2 by hand"
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -219,13 +219,14 @@ def test_the_total_is_kept_to_and_leaves_the_evaluation_at_the_end(server, tmp_p
     assert server.requests == gan.budget.total <= 25
     lines = list(read_lines(tmp_path / "metrics.jsonl"))
     judged = [line["step"] for line in lines if "eval_true_reward" in line]
-    # 8 + 3 + 8 + 3 = 22 leave 3, which the evaluation at the end needs; it was made at that step.
-    assert judged == [1, 2] and gan.global_step == 2 and gan.budget.total == 22
+    # 3 + 8 + 3 = 14 leave 8 for training and 3 for the evaluation at the end.
+    assert judged == [0, 1, 2] and gan.global_step == 2 and gan.budget.total == 25
     assert gan.ending.reason.startswith("all 25 calls of reward_budget_total are spent")
 
 
 def test_an_evaluation_that_the_budget_does_not_allow_is_left_out_aloud(server, tmp_path):
-    gan, told = fitted(tmp_path, steps=3, reward=server.pair, eval_steps=1, reward_budget_total=20, reward_budget=16)
+    settings = {"eval_steps": 1, "eval_on_start": False, "reward_budget_total": 20, "reward_budget": 16}
+    gan, told = fitted(tmp_path, steps=3, reward=server.pair, **settings)
     # 8 + 3, then a whole group of the 6 that are left for training, then its last 2, and 3 at the end.
     assert server.requests == gan.budget.total == 8 + 3 + 4 + 2 + 3
     judged = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if "eval_true_reward" in line]
@@ -319,7 +320,7 @@ def test_a_signal_says_that_the_final_evaluation_was_left_out(tmp_path):
 def test_after_a_budget_the_final_evaluation_runs(tmp_path):
     gan, _ = fitted(tmp_path, steps=6, reward_budget=16, after_budget="stop")
     judged = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if "eval_true_reward" in line]
-    assert gan.global_step == 2 and judged == [2]
+    assert gan.global_step == 2 and judged == [0, 2]
 
 
 # --- the class --------------------------------------------------------------------------------------------------------

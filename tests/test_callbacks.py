@@ -79,9 +79,9 @@ def without_epochs(seen: list[tuple[str, int]]) -> list[tuple[str, int]]:
     return [entry for entry in seen if "epoch" not in entry[0]]
 
 
-@pytest.mark.parametrize("intervals", [(1, 2, 3), (2, 5, 2), (3, 4, 100)])
+@pytest.mark.parametrize("intervals", [(1, 2, 3, True), (2, 5, 2, False), (3, 4, 100, True)])
 def test_events_come_as_from_trainer(intervals, tmp_path):
-    settings = dict(zip(("logging_steps", "eval_steps", "save_steps"), intervals, strict=True))
+    settings = dict(zip(("logging_steps", "eval_steps", "save_steps", "eval_on_start"), intervals, strict=True))
     ours, theirs = Recorder(), Recorder()
     fitted(tmp_path / "ours", ours, **settings)
     trained(tmp_path / "theirs", theirs, **settings)
@@ -137,7 +137,7 @@ def test_control_is_honoured(tmp_path):
         ("on_epoch_end", 3): {"should_save": True},
         ("on_step_begin", 3): {"should_training_stop": True},
     })  # fmt: skip
-    gan, records = fitted(tmp_path, recorder, steps=9, logging_steps=100, save_steps=None)
+    gan, records = fitted(tmp_path, recorder, steps=9, logging_steps=100, save_steps=None, eval_on_start=False)
     assert without_epochs(recorder.seen) == [
         ("on_init_end", 0), ("on_train_begin", 0),
         ("on_step_begin", 0), ("on_step_end", 1), ("on_log", 1), ("on_log", 1), ("on_evaluate", 1), ("on_save", 1),
@@ -151,7 +151,7 @@ def test_control_is_honoured(tmp_path):
 
 
 def test_early_stopping_stops_when_the_reward_stops_rising(tmp_path, monkeypatch):
-    values = iter([0.1, 0.3, 0.2, 0.25, 0.9])
+    values = iter([0.95, 0.1, 0.3, 0.2, 0.25, 0.9])  # the first is from before the first step, and does not count
     result = {"metrics": {"true_reward": {"mean": 0.0}}, "distinct_2": 0.5, "samples": []}
 
     def judged(*_, **__):
@@ -182,7 +182,7 @@ def test_stock_callbacks_run(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "3/3" in said and "step 3: " not in said, "ProgressCallback shows the progress instead"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 2, 3], "DefaultFlowCallback is there already"
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3], "DefaultFlowCallback is there already"
 
 
 def test_a_stock_reporter_finds_what_it_reads(tmp_path):
@@ -194,7 +194,7 @@ def test_a_stock_reporter_finds_what_it_reads(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("train/reward")] == [1, 2]
-    assert [event.step for event in events.Scalars("eval/true_reward")] == [2]
+    assert [event.step for event in events.Scalars("eval/true_reward")] == [0, 2]
 
 
 def test_what_a_callback_raises_is_passed_on(tmp_path):

@@ -480,7 +480,7 @@ def test_train_gives_every_part_what_is_meant_for_it(there):
     gan = LoraGAN.from_checkpoint(there / "run", base_folder(), reward=lambda response, target: 2.0 * len(response))
     expected = gan.evaluate([{"question": "the dog", "answer": "le chien"}])["metrics"]["true_reward"]["mean"]
     evaluated = [line for line in lines(there / "run" / "metrics.jsonl") if "eval_true_reward" in line]
-    assert [line["eval_true_reward"] for line in evaluated] == [expected]
+    assert [line["step"] for line in evaluated] == [0, 1] and evaluated[-1]["eval_true_reward"] == expected
 
 
 def test_export_writes_the_parts_it_is_told_to(there, capsys):

@@ -167,7 +167,7 @@ def test_saving_beside_the_steps_gives_the_same_checkpoints(tmp_path, monkeypatc
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-    judged = iter([0.1, 0.9, 0.3, 0.2, 0.4])
+    judged = iter([0.95, 0.1, 0.9, 0.3, 0.2, 0.4])  # the first is from before the first step, and does not count
 
     def scripted(response, target=None):
         return reward(response, target)

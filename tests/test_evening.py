@@ -1,8 +1,8 @@
 """An evening with a chat model of 100 M parameters, on the command line alone, as a new user would spend it.
 
 Dry run, training with a judge that fails at times, Ctrl-C, resume, a judge that is down, a moved folder, the end of the
-budget, evaluation and export. The oracle of all counts is the judge's server. LORA_GAN_EVENING_MODEL names another base,
-and LORA_GAN_EVENING_OUTPUT a file for all that is printed, to be read by a person.
+budget, evaluation and export. The oracle of all counts is the judge's server. LORA_GAN_EVENING_MODEL names another
+base, and LORA_GAN_EVENING_OUTPUT a file for all that is printed, to be read by a person.
 """
 
 import json

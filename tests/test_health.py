@@ -141,8 +141,8 @@ def test_a_kl_that_runs_away_is_said():
     ((step, words),) = told([record(i, kl=float(kl)) for i, kl in enumerate(kls)])
     assert step == 9  # (18 + 24 + 30) / 3 / 10 tokens = 2.4 nats a token; before, 1.8
     assert words == (
-        "the KL to the base is 24 nats a response (2.4 a token) and rises: responses leave what the base would write; "
-        "raise beta (now 0.03), set kl_target, or lower learning_rate (now 0.0002)"
+        "the KL to the reference is 24 nats a response (2.4 a token) and rises: responses leave what the reference "
+        "would write; raise beta (now 0.03), set kl_target, or lower learning_rate (now 0.0002)"
     )
     assert told([record(i, kl=float(kl), completion_length=100.0) for i, kl in enumerate(kls)]) == []
     assert told([record(i, kl=float(kl)) for i, kl in enumerate(kls)], kl_target=5.0) == [], "kl_target steers it"
@@ -159,8 +159,8 @@ def test_a_kl_that_costs_more_than_the_reward_has_gained_is_said():
 
     ((step, words),) = told(steps(0.1))
     assert step == 20 and words.startswith(
-        "the KL to the base, 10 nats a response, costs more than the reward has gained: beta·KL rose by 0.3 since the "
-        "first 10 steps, the reward by 0.1; raise beta (now 0.03), set kl_target"
+        "the KL to the reference, 10 nats a response, costs more than the reward has gained: beta·KL rose by 0.3 since "
+        "the first 10 steps, the reward by 0.1; raise beta (now 0.03), set kl_target"
     )
     assert told(steps(0.35)) == [], "the reward is worth it"
     assert told(steps(0.1), beta=0.015) == [], "0.15 is less than the rewards of a step differ"
@@ -403,4 +403,4 @@ def test_a_learning_rate_that_is_far_too_high_is_told_of(tmp_path):
 
     options = RECIPE | {"learning_rate": 0.02, "query_rate": 1.0, "output_dir": str(tmp_path)}
     said = fit(LoraGAN("tiny", reward=overlap, **options), 14, tiny.pairs("train", 512, seed=0))
-    assert any("the KL to the base" in words and "lower learning_rate (now 0.02)" in words for words in said)
+    assert any("the KL to the reference" in words and "lower learning_rate (now 0.02)" in words for words in said)

@@ -136,11 +136,18 @@ def test_before_rewards_are_asked_it_stops_and_asks_none(tmp_path, undisturbed):
 
 def test_an_evaluation_may_be_broken_off(tmp_path, undisturbed):
     asked = PressesCtrlC(at=2 * 8 + 2)  # the evaluation after the second step
-    gan = small_gan(output_dir=str(tmp_path), reward=asked, eval_steps=2)
+    gan = small_gan(output_dir=str(tmp_path), reward=asked, eval_steps=2, eval_on_start=False)
     with pytest.raises(KeyboardInterrupt, match="step 2 is saved"):
         gan.fit(ROWS, steps=4, eval_dataset=ROWS, progress=False)
     assert asked.calls == asked.at
     assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
+
+
+def test_the_evaluation_before_the_first_step_may_be_broken_off(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path), reward=PressesCtrlC(at=2))
+    with pytest.raises(KeyboardInterrupt, match="after 0 of 4 steps: no step was done"):
+        gan.fit(ROWS, steps=4, eval_dataset=ROWS, progress=False)
+    assert list(tmp_path.glob("step-*")) == []
 
 
 @pytest.mark.parametrize("moment", ["in a reward", "after a step"])

@@ -53,7 +53,7 @@ def test_a_budget_that_is_spent_with_the_last_step(tmp_path, capsys):
 
 
 def test_early_stopping(tmp_path, capsys, monkeypatch):
-    values = iter([0.1, 0.3, 0.2, 0.25])
+    values = iter([0.95, 0.1, 0.3, 0.2, 0.25])  # the first is from before the first step, and does not count
     monkeypatch.setattr(
         "lora_gan.evaluation.evaluate",
         lambda *_, **__: {"metrics": {"true_reward": {"mean": next(values)}}, "distinct_2": 0.5, "samples": []},

@@ -156,11 +156,11 @@ def test_a_resumed_run_leaves_the_lines_of_one_that_never_stopped(tmp_path):
     again.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
     found, expected = (without_time(lines_of(folder / "metrics.jsonl")) for folder in (broken, whole))
     # The evaluation of step 3 was paid for before the run broke off.
-    assert [line.pop("reward_calls/evaluation") for line in found[2:]] == [2, 4, 4, 6, 6, 8]
-    assert [line.pop("reward_calls/evaluation") for line in expected[2:]] == [2, 2, 2, 4, 4, 6]
+    assert [line.pop("reward_calls/evaluation") for line in found] == [2, 2, 2, 4, 6, 6, 8, 8, 10]
+    assert [line.pop("reward_calls/evaluation") for line in expected] == [2, 2, 2, 4, 4, 4, 6, 6, 8]
     assert all(line.pop("reward_calls/total") for line in found + expected)
     assert found == expected
-    assert [line["step"] for line in found] == [1, 2, 2, 3, 4, 4, 5, 5]
+    assert [line["step"] for line in found] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
     assert lines_of(broken / "completions.jsonl") == lines_of(whole / "completions.jsonl")
 
 
@@ -286,7 +286,7 @@ def test_tensorboard_has_every_number_at_its_step(tmp_path):
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert [step for step, _ in found] == [1, 2, 3, 4], "goes on where it stood, each step once"
         assert found == [(step, pytest.approx(value)) for step, value in logged]
-    assert [event.step for event in events.Scalars("eval/true_reward")] == []  # step 3's was after the checkpoint
+    assert [event.step for event in events.Scalars("eval/true_reward")] == [0]  # step 3's was after the checkpoint
     (texts,) = [tag for tag in events.Tags()["tensors"] if "completions" in tag]
     table = events.Tensors(texts)[0].tensor_proto.string_val[0].decode()
     first = next(line for line in lines_of(tmp_path / "completions.jsonl") if line["step"] == 2)  # completions_steps
@@ -336,7 +336,7 @@ def test_wandb_has_every_number_at_its_step(tmp_path, monkeypatch):
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     for name in ("reward", "kl"):
         assert history[f"train/{name}"] == [(line["step"], line[name]) for line in lines if name in line]
-    assert history["eval/true_reward"] == [(3, lines[-1]["eval_true_reward"])]
+    assert history["eval/true_reward"] == [(step, lines[step and -1]["eval_true_reward"]) for step in (0, 3)]
     assert history["completions/nrows"] == [(2, 8)]
 
 
@@ -549,8 +549,10 @@ def test_plain_whole_lines_without_a_terminal(environment, tmp_path, monkeypatch
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2])
     lines = capsys.readouterr().err.splitlines()
     assert not any("\x1b" in line or "\r" in line for line in lines)
-    assert [line.partition(":")[0] for line in lines] == [f"step {step}" for step in (1, 1, 2, 2, 3, 3, 3)]
-    reward_1 = lines_of(tmp_path / "metrics.jsonl")[0]["reward"]
+    assert [line.partition(":")[0] for line in lines] == [f"step {step}" for step in (0, 1, 1, 2, 2, 3, 3, 3)]
+    before, first, *_ = lines_of(tmp_path / "metrics.jsonl")
+    assert lines.pop(0) == f"step 0: held-out reward {before['eval_true_reward']:.3f}"
+    reward_1 = first["reward"]
     assert lines[0].startswith(f"step 1: reward {reward_1:.3f}, predicted 0.000") and lines[0].endswith(" left")
     sample = lines_of(tmp_path / "completions.jsonl")[8]
     assert sample["prompt"] in lines[3] and f"(true {sample['true_reward']:.3f}" in lines[3]
@@ -607,7 +609,7 @@ def test_the_picture_draws_what_was_logged(funcs, tmp_path, monkeypatch):
     parts = ["parts of the true reward"] if funcs == 2 else []
     assert titles == [
         "reward", *parts, "true-reward calls so far", "rank correlation in the group, fresh",
-        "KL to the base, nats per response", "length, tokens", "share of responses cut at the limit",
+        "KL to the reference, nats per response", "length, tokens", "share of responses cut at the limit",
         "generator loss, in units of the reward", "discriminator loss",
     ]  # fmt: skip
     assert figures[0].get_suptitle() == tmp_path.name

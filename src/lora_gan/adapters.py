@@ -1,5 +1,8 @@
 """One frozen base, its two adapters, the reference, and the score heads. The only place that switches adapters.
 
+The reference is what the KL is measured to: the base with all adapters off or, with `init_adapter=`, a third adapter
+that never trains. "base" always has all adapters off.
+
 # B = rows, L = tokens of a row (prompt left-padded, response right-padded), V = vocabulary, H = hidden size, M = heads,
 # R = some of a batch's tokens
 
@@ -23,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -44,9 +47,12 @@ from .linear import quicken
 from .packing import Batch, batch_of
 from .recompute import Again, recomputing
 
+if TYPE_CHECKING:
+    from .initial_adapter import InitAdapter
+
 __all__ = ["Base", "Player", "Players", "load_base", "lora_config"]
 
-Player = Literal["generator", "discriminator", "reference"]
+Player = Literal["generator", "discriminator", "reference", "base"]
 LOGITS = 2**22  # numbers: 16 MB in float32, which stays in a processor's cache
 
 
@@ -63,20 +69,30 @@ class Players:
         *,
         peft_config: LoraConfig | None = None,
         disc_peft_config: LoraConfig | None = None,
+        init_adapter: InitAdapter | None = None,
     ) -> None:
         self.base = base
+        # Whether the reference is an adapter of its own: the one that the generator starts from.
+        self.has_reference = init_adapter is not None and config.kl_reference != "base"
+        if config.kl_reference == "init_adapter" and init_adapter is None:
+            raise ValueError(
+                "kl_reference='init_adapter' needs the adapter that the generator starts from: give init_adapter=FOLDER"
+            )
         self.encoder = Encoder(base, config)
         transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
+        own = peft_config if init_adapter is None else init_adapter.config
         lora = {
-            "generator": lora_config("generator", peft_config, config, transposed, base.model),
+            "generator": lora_config("generator", own, config, transposed, base.model),
             "discriminator": lora_config("discriminator", disc_peft_config, config, transposed, base.model),
         }
-        # Which adapters a peft_config describes, and not the settings: a checkpoint says so.
-        given = {"generator": peft_config, "discriminator": disc_peft_config}
+        if self.has_reference:
+            lora["reference"] = copy.deepcopy(lora["generator"])
+        # Which adapters the settings do not describe: a checkpoint says so.
+        given = {"generator": own, "discriminator": disc_peft_config}
         self.by_peft_config = [player for player, its in given.items() if its is not None]
         layers = _layers_to_recompute(base.model) if config.gradient_checkpointing else None
         with randomness.seeded_torch(config.seed, "lora"):
-            self.peft = _attach(base, lora)
+            self.peft = _attach(base, lora, "" if init_adapter is None else f" (init_adapter={init_adapter.name})")
         self.peft.eval()  # train mode would switch on the base's own dropout
         self.lm: Any = self.peft.get_base_model()
         quicken(self.lm)
@@ -93,13 +109,17 @@ class Players:
         self.reward_unit = 1.0  # the heads count in it, so that their learning rate does not depend on the reward's
         self._layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         self._takes = inspect.signature(self.lm.forward).parameters
-        self._playing: Player = "reference"
+        self._playing: Player = "base"
         self._open: dict[int, weakref.ref[_Graph]] = {}
         for parameters in (self.parameters("generator"), self.parameters("discriminator")):
             for parameter in parameters:
                 parameter.requires_grad_(True)
+        for parameter in self.parameters("reference"):
+            parameter.requires_grad_(False)
+        if init_adapter is not None:
+            init_adapter.put(self)
         self._require_places()
-        self._switch("reference")
+        self._switch("base")
         if layers is not None:
             recomputing(layers, self._as_now)
 
@@ -112,8 +132,9 @@ class Players:
     def device(self) -> torch.device:
         return self.heads_MH.device
 
-    def parameters(self, player: Literal["generator", "discriminator"]) -> list[nn.Parameter]:
-        """What this player trains, in a fixed order: its adapter, and for the discriminator its heads, last."""
+    def parameters(self, player: Literal["generator", "discriminator", "reference"]) -> list[nn.Parameter]:
+        """What this player trains, in a fixed order: its adapter, and for the discriminator its heads, last. Of the
+        reference, the adapter that never trains; empty where the reference is the base."""
         mine = re.compile(rf"\.lora_\w+\.{player}(\.|$)")
         adapter = [parameter for name, parameter in self.peft.named_parameters() if mine.search(name)]
         return adapter + ([self.heads_MH] if player == "discriminator" else [])
@@ -187,10 +208,18 @@ class Players:
 
     def _switch(self, player: Player) -> None:
         # PEFT's public set_adapter would also rewrite requires_grad, which is the trap described above.
-        active: list[str] = [] if player == "reference" else [player]
+        active = self._adapters_of(player)
         for layer in self._layers:
             layer._active_adapter = active
         self._playing = player
+
+    def _adapters_of(self, player: Player) -> list[str]:
+        """The adapters, by PEFT's names, that are on while this player plays: one or none."""
+        return [] if self._is_base(player) else [player]
+
+    def _is_base(self, player: Player) -> bool:
+        """Whether this player is the base with all adapters off."""
+        return player == "base" or (player == "reference" and not self.has_reference)
 
     def _as_now(self) -> Again:
         """Another time as it is now: the same player, and attention that reads the same kind of rows."""
@@ -286,7 +315,7 @@ class Players:
             return False
         ids = [1 + i % (self.lm.get_input_embeddings().weight.shape[0] - 1) for i in range(11)]
         trial = [ids[:2], ids[2:5]], [ids[5:8], ids[8:9], ids[9:]], np.array([0, 0, 1])
-        with torch.no_grad(), self.playing("reference"):
+        with torch.no_grad(), self.playing("base"):
             try:
                 packed, padded = (
                     self._states(batch).flatten(0, 1)[batch.response_R]
@@ -306,7 +335,8 @@ class Players:
             embeds_BLH: instead of the embeddings of `batch.ids`.
         """
         with ExitStack() as short_cut:
-            if self._shares_below and self._playing != "generator" and embeds_BLH is None:
+            is_base_below = self._playing == "discriminator" or self._is_base(self._playing)
+            if self._shares_below and is_base_below and embeds_BLH is None:
                 if "below" not in batch.shared:
                     batch.shared["below"] = self._below(batch)
                 short_cut.enter_context(self._from(batch.shared["below"]))
@@ -322,7 +352,7 @@ class Players:
             hidden_BLH: Tensor = self.body(**inputs, **batch.inputs, use_cache=False).last_hidden_state
         return hidden_BLH
 
-    # --- the layers below the discriminator's first adapter: frozen, and the same for the reference
+    # --- the layers below the discriminator's first adapter: frozen, and the same for the base
 
     @cached_property
     def _shares_below(self) -> bool:
@@ -396,7 +426,7 @@ class Players:
             one = torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
             setattr(self.lm, name, _Given(hidden_RH[None], body))
             for layer, _ in active:  # what stands behind the body may be adapted, too
-                layer._active_adapter = []
+                layer._active_adapter = self._adapters_of("reference")
             logits_1RV = self.lm(input_ids=one, attention_mask=one, use_cache=False).logits
         finally:
             setattr(self.lm, name, body)
@@ -633,8 +663,8 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
     )
 
 
-def _attach(base: Base, lora: dict[str, LoraConfig]) -> PeftModel:
-    """The base with both adapters on it; what PEFT cannot do is one line."""
+def _attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel:
+    """The base with its adapters on it; what PEFT cannot do is one line, `said` among it."""
     on_cpu = base.model.device.type == "cpu"
     if on_cpu and getattr(base.model, "is_loaded_in_8bit", False) and any(c.use_dora for c in lora.values()):
         raise ValueError(
@@ -645,11 +675,12 @@ def _attach(base: Base, lora: dict[str, LoraConfig]) -> PeftModel:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
         try:
             peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
-            peft.add_adapter("discriminator", lora["discriminator"])
+            for name in list(lora)[1:]:
+                peft.add_adapter(name, lora[name])
         except Exception as error:  # PEFT's own kinds, and those of what quantizes
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"PEFT could not put these adapters on the base, a {type(base.model).__name__}: {reason}"
+                f"PEFT could not put these adapters{said} on the base, a {type(base.model).__name__}: {reason}"
             ) from error
     return peft
 

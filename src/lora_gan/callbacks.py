@@ -377,7 +377,9 @@ class Run:
             self._fire("on_epoch_end")
 
     def _keep_best(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Whether this evaluation is the best one so far."""
+        """Whether this evaluation is the best so far; never the one before the first step, where nothing is saved."""
+        if not step:
+            return False
         value, best = metrics.get(self._best_name), self.state.best_metric
         if value is None or not (best is None or (value > best if self.args.greater_is_better else value < best)):
             return False

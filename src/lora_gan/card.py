@@ -1,7 +1,7 @@
 """The card of an exported part: README.md with the hub's metadata, made from the run.
 
 It says what the run knows and nothing else: what is not known (the data of a run that was stepped by hand, an
-evaluation that nobody made) is left out, and the licence is the user's to give.
+evaluation that nobody made) is left out, and the licence is named only where the user gives one.
 """
 
 from __future__ import annotations
@@ -56,9 +56,13 @@ class Run:
     data: str | None  # what the prompts were
     metrics: dict[str, float]  # the last line of metrics.jsonl
     evaluation: dict[str, dict[str, Any]]  # name -> what gan.evaluate() returned
+    evaluations: list[dict[str, float]]  # fit()'s own, the first and the last, with their steps
+    init_adapter: str | None  # the adapter that the generator started from
+    kl_is_to_adapter: bool  # whether the KL is measured to that adapter; else to the base
+    license: str | None  # its id on the hub
 
     @classmethod
-    def of(cls, gan: LoraGAN, judged: dict[str, Any] | None) -> Run:
+    def of(cls, gan: LoraGAN, judged: dict[str, Any] | None, license: str | None = None) -> Run:
         metrics = _last_metrics(gan)
         options = _options(gan) if metrics else {}
         judged = {} if judged is None else {"generator": judged} if "metrics" in judged else judged
@@ -77,6 +81,10 @@ class Run:
             data=options.get("data"),
             metrics=metrics,
             evaluation=judged,
+            evaluations=_evaluations(gan, bool(metrics)),
+            init_adapter=gan.init_adapter,
+            kl_is_to_adapter=gan.players.has_reference,
+            license=license,
         )
 
 
@@ -96,6 +104,30 @@ def _last_metrics(gan: LoraGAN) -> dict[str, float]:
         return {}
     numbers = {name: value for name, value in last.items() if isinstance(value, (int, float))}
     return {name: n for name, n in numbers.items() if name not in COUNTS and not name.startswith("reward_calls")}
+
+
+def _evaluations(gan: LoraGAN, of_this_run: bool) -> list[dict[str, float]]:
+    """The first and the last evaluation that fit() logged up to these weights, by metric; none of another run.
+
+    Args:
+        of_this_run: whether the lines of training in metrics.jsonl are this run's.
+    """
+    file = Path(gan.config.output_dir) / "metrics.jsonl"
+    if not file.is_file() or not gan.global_step:
+        return []
+    lines = [
+        {
+            name: value
+            for name, value in line.items()
+            if name == "step" or (name.startswith("eval_") and isinstance(value, int | float))
+        }
+        for line in read_lines(file)
+        if isinstance(line.get("step"), int) and line["step"] <= gan.global_step
+    ]
+    lines = [line for line in lines if len(line) > 1]
+    if not lines or not (of_this_run or lines[-1]["step"] == gan.global_step):
+        return []
+    return lines if len(lines) == 1 else [lines[0], lines[-1]]
 
 
 def _options(gan: LoraGAN) -> dict[str, Any]:
@@ -160,6 +192,8 @@ def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) 
             "## The last metrics that were logged\n\nOf one step, as lora-gan's docs/metrics.md explains them.\n\n"
             f"| metric | value |\n| --- | --- |\n{rows}"
         )
+    if run.evaluations:
+        sections.append(f"## Evaluations during the run\n\n{_own_evaluations(run.evaluations)}")
     if run.evaluation:
         rows = max(len(result.get("samples", ())) for result in run.evaluation.values())
         sections.append(
@@ -168,8 +202,7 @@ def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) 
         )
     sections += [
         f"## Limits\n\n{_limits(run, part)}",
-        "## Licence\n\nNone was given with this export: its maker has to add one (`license:` in the metadata). What "
-        "was made of the base is bound by the base's licence, too.",
+        f"## Licence\n\n{_licence(run)} What was made of the base is bound by the base's licence, too.",
         f"## All settings\n\n<details><summary>lora_gan.Config</summary>\n\n```json\n{_settings(run.config)}\n```\n"
         f"\n</details>\n\nMade with {_versions()}.",
     ]
@@ -182,6 +215,7 @@ def _metadata(run: Run, part: str) -> ModelCardData:
     return ModelCardData(
         base_model=_hub_id(run.base.path),
         datasets=[run.data] if run.data and _hub_id(run.data) else None,
+        license=run.license,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation" if generator else "text-classification",
         tags=tags,
@@ -365,6 +399,7 @@ def _training(run: Run, part: str) -> str:
         ]
         if config.imitation_weight:
             learns += f"; imitation of target texts at weight {config.imitation_weight:g}"
+    start = None if run.init_adapter is None else _start_name(run.init_adapter)
     ships = ""
     if run.base.name in named_bases.NAMES:
         bring = run.base.name in fetch.BASES
@@ -379,7 +414,8 @@ def _training(run: Run, part: str) -> str:
         "the generator was set to learn from": learns,
         "responses to a prompt": f"{config.num_generations}, of up to {config.max_completion_length} tokens, at "
         f"temperature {config.temperature:g}",
-        "KL to the base": f"weight {config.beta:g}",
+        "the generator started from": None if start is None else f"the adapter `{start}`",
+        "KL to that adapter" if run.kl_is_to_adapter else "KL to the base": f"weight {config.beta:g}",
         "seed": str(config.seed),
     }
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
@@ -389,6 +425,31 @@ def _adapter(lora: LoraConfig) -> str:
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
     return f"{kind}, r {lora.r}, alpha {lora.lora_alpha}, on " + ", ".join(f"`{name}`" for name in targets)
+
+
+def _start_name(folder: str) -> str:
+    """An adapter's folder without the folders it lay in."""
+    path = Path(folder)
+    return path.parent.name if path.name == "generator" else path.name
+
+
+def _own_evaluations(lines: list[dict[str, float]]) -> str:
+    """The run's first and last evaluation, a column each."""
+    names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
+    heads = ["before training" if line["step"] == 0 else f"step {line['step']:,}" for line in lines]
+    table = [["metric", *heads], ["---"] * (len(heads) + 1)]
+    table += [
+        [name.removeprefix("eval_"), *(f"{line[name]:.6g}" if name in line else "–" for line in lines)]
+        for name in names
+    ]
+    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"Means over the held-out rows of the run, one sampled response per row.\n\n{rows}"
+
+
+def _licence(run: Run) -> str:
+    if run.license is None:
+        return "None was given with this export: its maker has to add one (`license:` in the metadata)."
+    return f"`{run.license}`, as its maker says."
 
 
 def _data_name(data: str) -> str:
@@ -409,8 +470,9 @@ def _limits(run: Run, part: str) -> str:
         if not run.scores:
             lines.insert(0, "**It was not trained**: it scores every text 0.")
     if not run.steps:
-        lines.insert(0, "No step was taken: the adapter changes nothing yet.")
-    if not run.evaluation:
+        start = "is the one that it started from" if run.init_adapter else "changes nothing yet"
+        lines.insert(0, f"No step was taken: the adapter {start}.")
+    if not (run.evaluation or run.evaluations):
         lines.append("No evaluation on held-out prompts was given with this export.")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -3,6 +3,7 @@
     step-100/
       generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.pt (what the guard remembers)
       discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw weights, average, replay)
+      reference/      adapter_config.json  adapter_model.bin  (where the KL is to the adapter of init_adapter=)
       trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
       manifest.json        (size and SHA-256 of every other file; a folder without it is no checkpoint)
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
 STATE = "trainer_state.json"
 PLAYERS = ("generator", "discriminator")
+REFERENCE = "reference"
 BY_HAND = "save_checkpoint"  # what trainer_state.json says of a checkpoint that was not fit()'s own
 FILES = (
     STATE, "generator/adapter_config.json", "generator/optimizer.pt", "generator/monitor.pt",
@@ -85,6 +87,10 @@ def snapshot(gan: LoraGAN, *, by_hand: bool = False) -> Content:
         content[f"{player}/adapter_config.json"] = config
         content[f"{player}/{_weights_name(gan.config.weights_format)}"] = weights
         content[f"{player}/optimizer.pt"] = carries.optimizer.state_dict()
+    if gan.players.has_reference:
+        config, weights = adapter_content(gan.players, REFERENCE)
+        content[f"{REFERENCE}/adapter_config.json"] = config
+        content[f"{REFERENCE}/{_weights_name(gan.config.weights_format)}"] = weights
     content["discriminator/state.pt"] = gan.discriminator.state_dict()
     content["generator/monitor.pt"] = gan.monitor.state_dict()
     content[STATE] = _trainer_state(gan) | {"saved_by": BY_HAND if by_hand else "fit"}
@@ -151,7 +157,7 @@ def _trainer_state(gan: LoraGAN) -> dict[str, Any]:
         },
         "versions": dict(_versions()),
         "machine": _machine(gan),
-    }
+    } | ({} if gan.init_adapter is None else {"init_adapter": gan.init_adapter})
 
 
 @functools.cache  # reading them takes longer than copying small adapters
@@ -250,9 +256,13 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
     """Why a folder is no complete checkpoint, None where it is one; `deep` compares every file's SHA-256, too."""
     try:
         folder = Folder(path, manifest=True)
-        weights = [sum(folder.has(f"{player}/{name}") for name in WEIGHTS) for player in PLAYERS]
-        missing = [name for name in FILES if not folder.has(name)]
-        if missing or weights != [1, 1]:
+        adapters, files = [*PLAYERS], [*FILES]
+        if _has_reference(folder):
+            adapters.append(REFERENCE)
+            files.append(f"{REFERENCE}/adapter_config.json")
+        weights = [sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters]
+        missing = [name for name in files if not folder.has(name)]
+        if missing or set(weights) != {1}:
             what = missing[0] if missing else "the weights of each player once"
             return f"{path / MANIFEST} does not name {what}"
         folder.verify(deep=deep)
@@ -309,9 +319,12 @@ def load(gan: LoraGAN, path: Path) -> None:
         )
     put_generator = _read_generator(gan, folder.part("generator"))
     put_discriminator = _read_discriminator(gan, folder.part("discriminator"))
+    put_reference = _read_reference(gan, folder)
     monitor = _read_monitor(gan, folder.part("generator"))
     put_generator()
     put_discriminator()
+    put_reference()
+    gan.init_adapter = state["init_adapter"]
     gan.monitor.load_state_dict(monitor)
     gan.global_step, gan.position = state["global_step"], state["position"]
     gan.budget.counts["training"] = state["reward_calls"]
@@ -347,9 +360,12 @@ def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any
     settings["output_dir"] = str(step_folder.parent)
     known = set(Config.__dataclass_fields__)
     settings |= {name: arguments.pop(name) for name in list(arguments) if name in known}
-    for player, name in zip(PLAYERS, ("peft_config", "disc_peft_config"), strict=True):
-        if player in state["by_peft_config"]:
-            arguments.setdefault(name, _read_lora_config(Folder(step_folder, manifest=True).part(player)))
+    generator = generator_arguments(step_folder, settings.get("kl_reference"))
+    if not arguments.keys() & {"peft_config", "init_adapter"}:
+        arguments |= generator
+    if "discriminator" in state["by_peft_config"]:
+        theirs = Folder(step_folder, manifest=True).part("discriminator")
+        arguments.setdefault("disc_peft_config", _read_lora_config(theirs))
     if isinstance(model, PreTrainedModel):
         settings["model_init_kwargs"] = None  # it is loaded
     if model is None:
@@ -359,6 +375,38 @@ def rebuild(cls: type[LoraGAN], path: Path, model: Any, arguments: dict[str, Any
     gan = cls(model, Config.from_dict(settings), **arguments)
     load(gan, step_folder)
     return gan
+
+
+def generator_arguments(step_folder: Path, kl_reference: str | None) -> dict[str, Any]:
+    """The arguments with which LoraGAN makes adapters of the shapes of a checkpoint's generator and reference.
+
+    Args:
+        step_folder: a complete checkpoint.
+        kl_reference: the setting from now on.
+
+    Returns:
+        init_adapter, peft_config, or nothing: the settings describe the generator's adapter.
+    """
+    folder = Folder(step_folder, manifest=True)
+    if _has_reference(folder) and kl_reference != "base":
+        return {"init_adapter": step_folder / REFERENCE}
+    if "generator" in _read_state(folder)["by_peft_config"]:
+        return {"peft_config": _read_lora_config(folder.part("generator"))}
+    return {}
+
+
+def init_adapter_of(step_folder: Path) -> str | None:
+    """The folder of the adapter that the run of a complete checkpoint started from; None where there was none."""
+    return _read_state(Folder(step_folder, manifest=True))["init_adapter"]
+
+
+def fingerprint_of(step_folder: Path) -> str:
+    """Of the base's weights, as a checkpoint says."""
+    return _read_state(Folder(step_folder, manifest=True))["base"]["fingerprint"]
+
+
+def _has_reference(folder: Folder) -> bool:
+    return any(name.startswith(f"{REFERENCE}/") for name in folder.names())
 
 
 def settings_of(path: Path) -> dict[str, Any]:
@@ -374,12 +422,13 @@ def _read_state(folder: Folder) -> dict[str, Any]:
         state.setdefault("saved_by", "fit")
         state.setdefault("other_calls", dict.fromkeys(budget.KEPT, 0))
         state.setdefault("health", health.EMPTY)
+        state.setdefault("init_adapter", None)  # where the generator started as a new adapter
     untrusted.require_keys(
         state,
         (
             "format", "global_step", "position", "reward_calls", "prompt_kinds", "beta_scale", "baseline",
             "reward_scales", "health", "config", "by_peft_config", "base", "versions", "machine", "saved_by",
-            "other_calls",
+            "other_calls", "init_adapter",
         ),
         where,
     )  # fmt: skip
@@ -410,6 +459,8 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     for name in ("name", "path"):
         if not isinstance(state["base"].get(name), str | None):
             raise Damaged(f"{where}: base: {name} is no text")
+    if not isinstance(state["init_adapter"], str | None):
+        raise Damaged(f"{where}: init_adapter is no text")
     untrusted.require_list(state["by_peft_config"], f"{where}: by_peft_config", lambda *_: None)
     untrusted.require_list(state["prompt_kinds"], f"{where}: prompt_kinds", _require_kind)
     if state["saved_by"] not in ("fit", BY_HAND):
@@ -521,6 +572,25 @@ def _read_generator(gan: LoraGAN, folder: Folder) -> Callable[[], None]:
         gan.generator.optimizer.restart(optimizer)
 
     return put
+
+
+def _read_reference(gan: LoraGAN, folder: Folder) -> Callable[[], None]:
+    """The same for the adapter that the KL is measured to. A checkpoint without one leaves the reference as it is."""
+    there = _has_reference(folder)
+    if not gan.players.has_reference:
+        if there and gan.config.kl_reference is None:
+            raise ValueError(
+                f"the KL of the run in {folder.path.parent} is measured to an adapter, {REFERENCE}/ in each "
+                "checkpoint: open it by LoraGAN.from_checkpoint(), give init_adapter=FOLDER as before, or set "
+                "kl_reference='base' to measure it to the base from now on"
+            )
+        return lambda: None
+    if not there:
+        return lambda: None
+    part = folder.part(REFERENCE)
+    _require_same_scaling(part, gan.players.peft.peft_config[REFERENCE])
+    weights = untrusted.read_weights(part, adapter_state(gan.players, REFERENCE))
+    return lambda: _copy(weights, adapter_state(gan.players, REFERENCE))
 
 
 def _read_monitor(gan: LoraGAN, folder: Folder) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from .config import Config
+from .licences import licence_id
 from .options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 from .resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 from .runs import require_run
@@ -93,6 +94,7 @@ def train(
     streaming: bool = False,
     eval_data: str | None = None,
     reward: str | dict[str, Any] | list[str | dict[str, Any]] = "cosine",
+    init_adapter: str | None = None,
     peft_config: dict[str, Any] | None = None,
     disc_peft_config: dict[str, Any] | None = None,
     quantization_config: dict[str, Any] | None = None,
@@ -109,10 +111,12 @@ def train(
             by `datasets`, or the name of a data set on the hub.
         split: Of a data set that has several.
         streaming: Read the data as it is needed, in its own order, instead of whole and shuffled.
-        eval_data: Held-out rows, judged every eval_steps and at the end.
+        eval_data: Held-out rows, judged before the first step (eval_on_start), every eval_steps, and at the end.
         reward: What a response is worth: a ready-made reward by name (cosine, exact_match, chrf, bleu, rouge, meteor,
             length, repetition, perplexity, classifier, entailment, human, judge), your own as FILE.py:FUNCTION or
             MODULE:FUNCTION, a mapping {name: ..., weight: ..., OPTION: ...}, or a list of these, which are summed.
+        init_adapter: A folder with a saved LoRA adapter, such as TRL's SFTTrainer writes: the generator starts as this
+            adapter and has its settings. kl_reference says whether the KL is to this adapter or to the base.
         peft_config: The generator's adapter, by fields of peft.LoraConfig, such as {use_rslora: true}.
         disc_peft_config: The same for the discriminator's.
         quantization_config: Fields of transformers.BitsAndBytesConfig, such as {load_in_4bit: true}.
@@ -143,15 +147,21 @@ def train(
     from . import preview
     from .checkpoint import complete, settings_of
     from .gan import NO_GROUP, LoraGAN
+    from .initial_adapter import of_resumed
     from .tracking import trackers_of
 
     trackers_of(config.report_to)
+    generator = {"init_adapter": init_adapter, "peft_config": _lora("peft_config", peft_config)}
+    if resume:
+        generator, said = of_resumed(folder, generator, config.kl_reference)
+        if said:
+            print(said, file=sys.stderr)
     gan = LoraGAN(
         model,
         config,
         reward_funcs=reward_funcs,
         reward_weights=reward_weights,
-        peft_config=_lora("peft_config", peft_config),
+        **generator,
         disc_peft_config=_lora("disc_peft_config", disc_peft_config),
         quantization_config=_quantization(quantization_config),
     )
@@ -360,7 +370,8 @@ def evaluate(
         split: Of a data set that has several.
         model: The base, where it is not found where it was.
         reward: As for train; null: the one the run was trained on.
-        reference: Judge the untouched base beside it; this asks for twice as many true rewards.
+        reference: Judge what the KL is measured to beside it (the untouched base, or the adapter of init_adapter), and
+            print the difference per row with its interval; this asks for twice as many true rewards.
         best_of: Responses sampled for each prompt; the discriminator picks.
         temperature: Of sampling; 0 is greedy; null: the run's.
         seed: Of sampling; null: the run's.
@@ -374,17 +385,26 @@ def evaluate(
         output: A JSON file for the figures and every sample.
     """
     from . import evaluation
+    from .rewards.budget import Budget
 
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
     rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
+    gan.budget = Budget()  # this command's own calls, which the run's limits do not concern
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     options["apply_chat_template"] = apply_chat_template
     judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
     if reference:
         judged["reference"] = gan.evaluate(rows, player="reference", **options)
     count = len(judged["generator"]["samples"])  # on_long_prompt may have dropped some
-    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(judged)}")
+    shown = dict(judged)
+    if reference:
+        judged["difference"] = evaluation.difference(judged["generator"], judged["reference"])
+        shown["generator - reference, per row"] = judged["difference"]
+    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
+    if reference:
+        print(f"reference: {'the adapter that the run started from' if gan.players.has_reference else 'the base'}")
+    print(f"True-reward calls: {gan.budget.in_words()}")
     if output is not None:
         Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
 
@@ -395,6 +415,7 @@ def export(
     model: str | None = None,
     parts: str | list[str] | None = None,
     dtype: str | None = None,
+    license: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     device: str | None = None,
@@ -409,14 +430,16 @@ def export(
         parts: What to write: generator, generator-merged, discriminator, discriminator-merged, or a list of them such
             as [generator, discriminator]; null: all four.
         dtype: Of the merged weights: float32, bfloat16, float16; null: what the base was trained in.
+        license: For the cards, an id of the hub such as apache-2.0, mit or cc-by-4.0; null: the cards name none.
         push_to_hub: USER/NAME: each part is uploaded as well, as the model USER/NAME-PART.
         private: Whether repositories that are made for it are private.
         device: Where the base is opened: cpu, cuda, cuda:1, auto; null: the run's.
         trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
     """
+    license = None if license is None else licence_id(license)  # before the base is opened
     gan = _open(checkpoint, model, device, trust_remote_code)
     chosen = {} if parts is None else {"parts": [parts] if isinstance(parts, str) else parts}
-    folder = gan.export(output_dir, dtype=dtype, push_to_hub=push_to_hub, private=private, **chosen)
+    folder = gan.export(output_dir, dtype=dtype, license=license, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
         print(f"{Path(output_dir) / part.name}: {size:.1f} MB")

@@ -26,6 +26,7 @@ OnExploit = Literal["warn", "stop", "rollback"]
 OnNonfinite = Literal["stop", "rollback"]
 OnLongPrompt = Literal["raise", "drop", "truncate_left"]
 WeightsFormat = Literal["bin", "safetensors"]
+KLReference = Literal["base", "init_adapter"]
 Aggregation = Literal["sum", "normalize_then_sum"]  # the latter is TRL's name
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 
@@ -59,6 +60,9 @@ class Config:
     """Steps between lines of metrics.jsonl and of the trackers."""
     eval_steps: int | None = None
     """Steps between evaluations on fit()'s eval_dataset; None evaluates at the end only."""
+    eval_on_start: bool = True
+    """Whether fit() evaluates on its eval_dataset before the first step too, logged as step 0. It asks for one true
+    reward per row."""
     metric_for_best_model: str = "true_reward"
     """What early stopping and save_best watch: a metric of the evaluation, as `lora-gan eval` prints them."""
     greater_is_better: bool = True
@@ -148,6 +152,10 @@ class Config:
     """Where num_iterations is above 1: how far a token's probability ratio counts, 1 ± epsilon."""
     beta: float = 0.03
     """Weight of the KL to the reference, in reward units a nat; the KL is summed over a response."""
+    kl_reference: KLReference | None = None
+    """What the KL is measured to: the base with all adapters off (base), or the adapter that the generator starts from
+    (init_adapter), a copy of which is then kept and saved in each checkpoint. None: init_adapter where one is given,
+    else base."""
     kl_target: float | None = None
     """Nats a response that the KL is steered to, by moving beta from where it starts; None: beta is fixed."""
     entropy_weight: float = 0.0
@@ -212,8 +220,9 @@ class Config:
     disc_target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get its adapter, as target_modules."""
     disc_layers: int | None = None
-    """Upper layers that get its adapter, where disc_target_modules is "all-linear"; None: all. What lies below them is
-    then computed once for the reference and the discriminator, and its update stops there."""
+    """Upper layers that get its adapter, where disc_target_modules is "all-linear"; None: all. The layers below are
+    then computed once for the discriminator and the base, where that is the KL's reference, and the discriminator's
+    update stops there."""
     disc_heads: int = 4
     """Score heads; their mean is the prediction, their spread an uncertainty."""
     disc_updates: int = 2
@@ -299,6 +308,8 @@ class Config:
         self._require("disc_anchor_reward", ok, "None, or a number")
         ok = self.reward_timeout is None or (self._is_number("reward_timeout") and self.reward_timeout > 0)
         self._require("reward_timeout", ok, "None, or a number above 0")
+        ok = self.kl_reference in (None, *get_args(KLReference))
+        self._require("kl_reference", ok, "None, or one of " + ", ".join(get_args(KLReference)))
         ok = self.kl_target is None or (self._is_number("kl_target") and self.kl_target > 0)
         self._require("kl_target", ok, "None, or a number above 0")
         for name, accepted in (
@@ -324,7 +335,7 @@ class Config:
             self._require(name, isinstance(getattr(self, name), dict | None), "a mapping, or None")
         for name in (
             "log_completions", "trust_remote_code", "greater_is_better", "save_best", "gradient_checkpointing",
-            "skip_special_tokens", "reuse_answers",
+            "skip_special_tokens", "reuse_answers", "eval_on_start",
         ):  # fmt: skip
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         self._require("apply_chat_template", self.apply_chat_template in (True, False, None), "True, False or None")

@@ -32,7 +32,8 @@ def evaluate(
 
     Args:
         temperature: of sampling, the config's where not given; 0 is greedy.
-        player: "reference" evaluates the untouched base.
+        player: "reference" evaluates what the KL is measured to (the untouched base, or the adapter that the generator
+            started from), "base" the untouched base.
         best_of: responses sampled a row; the discriminator picks.
         seed: of the sampling; the same one gives the same responses at the same step.
         batch_size: rows in one batch; changes memory, and results only to rounding.
@@ -44,6 +45,7 @@ def evaluate(
         true_reward, pred_reward, length (words); of several rewards each one, unweighted, as rewards/NAME; where rows
         have targets exact_match (0 or 1) and, with sacrebleu installed, chrf (0 to 100, mean over rows).
         distinct_2 (share of word pairs that differ, over all responses) as a plain number.
+        per_row: name -> the metric's value of every row, None where it was not measured.
         samples: prompt, target, response, true_reward, pred_reward of every row, and what rewards gave log_extra.
         logged: name -> mean of what rewards gave log_metric.
     """
@@ -76,7 +78,45 @@ def evaluate(
             sample[column] = value
     metrics = {name: interval(values) for name, values in columns.items()}
     logged = tracking.measured(tracking.logged_metrics(notes, (*metrics, "distinct_2")))
-    return {"metrics": metrics, "distinct_2": text.distinct_n(responses, 2), "samples": samples, "logged": logged}
+    return {
+        "metrics": metrics,
+        "distinct_2": text.distinct_n(responses, 2),
+        "per_row": columns,
+        "samples": samples,
+        "logged": logged,
+    }
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two evaluations on the same rows, compared row by row: one − other.
+
+    Pairing removes what the rows have in common, so an interval is narrower than the two evaluations' own. It holds
+    for these two samples of one response per row; it says nothing of another training run.
+
+    Returns:
+        metrics: name -> {"mean", "low", "high"} of the rows' differences, a 95 % bootstrap interval over rows; rows
+        where either is not measured are left out, and None stands where none is left.
+        distinct_2, logged: differences of the plain numbers, without an interval.
+    """
+    values, others = one["per_row"], other["per_row"]
+    for name in values.keys() & others.keys():
+        if len(values[name]) != len(others[name]):
+            raise ValueError(
+                f"the evaluations are of {len(values[name])} and {len(others[name])} rows: compare two of the same rows"
+            )
+    return {
+        "metrics": {
+            name: interval(
+                [None if a is None or b is None else a - b for a, b in zip(values[name], others[name], strict=True)]
+            )
+            for name in values
+            if name in others
+        },
+        "distinct_2": one["distinct_2"] - other["distinct_2"],
+        "logged": {
+            name: value - other["logged"][name] for name, value in one["logged"].items() if name in other["logged"]
+        },
+    }
 
 
 def table(judged: dict[str, dict[str, Any]]) -> str:
@@ -84,8 +124,7 @@ def table(judged: dict[str, dict[str, Any]]) -> str:
     first = next(iter(judged.values()))["metrics"]
     lines = [["", *judged]]
     for name in first:
-        cells = [result["metrics"][name] for result in judged.values()]
-        lines.append([name, *map(_cell, cells)])
+        lines.append([name, *(_cell(result["metrics"].get(name)) for result in judged.values())])
     lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
     for name in next(iter(judged.values())).get("logged", {}):
         values = [result.get("logged", {}).get(name) for result in judged.values()]
@@ -99,8 +138,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _cell(metric: dict[str, float | None]) -> str:
-    if metric["mean"] is None:
+def _cell(metric: dict[str, float | None] | None) -> str:
+    if metric is None or metric["mean"] is None:
         return "–"
     return f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 

@@ -41,6 +41,7 @@ from .adapters import Players
 from .base import Base, without_progress_bars
 from .checkpoint import readable, save_adapter
 from .endings import ids_of
+from .licences import licence_id
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
@@ -57,6 +58,7 @@ def export(
     parts: tuple[str, ...] | list[str] = PARTS,
     dtype: str | torch.dtype | None = None,
     evaluation: dict[str, Any] | None = None,
+    license: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> Path:
@@ -69,6 +71,7 @@ def export(
         dtype: of the merged weights: float32, bfloat16, float16; None: what the base is in here, so that the merged
             models say what was trained. Merging is computed in float32 and rounded once.
         evaluation: what gan.evaluate() returned, or several of these by name, for the cards.
+        license: its id on the hub, such as "apache-2.0", for the cards; None: the cards name none.
         push_to_hub: a name on the hub, "user/name": each part is uploaded as a model of its own, "user/name-PART".
         private: whether repositories that are made for it are private.
 
@@ -76,11 +79,13 @@ def export(
         The folder.
 
     Raises:
-        ValueError: an unknown part or dtype, a folder that holds something else, a quantized base to be merged, a base
-            without a sequence classifier in transformers, no token for the hub; a part that could not be made, by name.
+        ValueError: an unknown part, dtype or licence, a folder that holds something else, a quantized base to be
+            merged, a base without a sequence classifier in transformers, no token for the hub; a part that could not be
+            made, by name.
         OSError: a part that could not be written, by name. Whatever failed, the folder is as it was before.
     """
     parts, dtype = _known_parts(parts), _dtype(dtype, gan.players)
+    license = None if license is None else licence_id(license)
     final = Path(folder).absolute()
     _require_replaceable(final)
     if push_to_hub is not None:
@@ -88,7 +93,7 @@ def export(
     if any(part.endswith("-merged") for part in parts):
         _require_mergeable(gan.players)
 
-    run = card.Run.of(gan, evaluation)
+    run = card.Run.of(gan, evaluation, license)
     writing, replaced = (final.parent / f".{final.name}.{state}-{os.getpid()}" for state in ("writing", "replaced"))
     shutil.rmtree(writing, ignore_errors=True)
     try:

@@ -368,6 +368,6 @@ def _state_bytes(players: Players) -> int:
     if not any(map(has_state, cache.layers)):
         return 0
     one = torch.ones(1, 1, dtype=torch.long, device=players.device)
-    with players.playing("reference"):
+    with players.playing("base"):
         players.lm(input_ids=one, attention_mask=one, use_cache=True, **players.cached(cache), **players.positions(one))
     return sum(state.nbytes for layer in cache.layers for state in state_tensors(layer))

@@ -25,6 +25,7 @@ from . import (
     estimate,
     evaluation,
     export,
+    initial_adapter,
     lock,
     nonfinite,
     rewards,
@@ -106,6 +107,8 @@ class LoraGAN:
         peft_config: the generator's adapter as a peft.LoraConfig, where lora_r, lora_alpha and target_modules do not
             say enough (rank patterns, rsLoRA, DoRA).
         disc_peft_config: the same for the discriminator's.
+        init_adapter: a folder with a saved LoRA adapter, such as TRL's SFTTrainer writes, or one of this library's: the
+            generator starts as this adapter and has its settings. config.kl_reference says what the KL is measured to.
         quantization_config: how the base is quantized when it is loaded, as in transformers.
         callbacks: transformers.TrainerCallback objects or classes, which fit() calls.
 
@@ -125,6 +128,7 @@ class LoraGAN:
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         disc_peft_config: LoraConfig | None = None,
+        init_adapter: str | os.PathLike[str] | None = None,
         quantization_config: Any = None,
         callbacks: list[Callback] | None = None,
         **settings: Any,
@@ -145,8 +149,16 @@ class LoraGAN:
             rewards.check_reward(self.compute_reward)
         self.callbacks = check_callbacks(callbacks)
         self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
+        start = None
+        if init_adapter is not None:
+            start = initial_adapter.read(Path(init_adapter), config=self.config, peft_config=peft_config)
         base = load_base(model, processing_class, self.config, quantization_config=quantization_config)
-        self.players = Players(base, self.config, peft_config=peft_config, disc_peft_config=disc_peft_config)
+        if start is not None:
+            start.require_fits(base)
+        self.players = Players(
+            base, self.config, peft_config=peft_config, disc_peft_config=disc_peft_config, init_adapter=start
+        )
+        self.init_adapter = None if start is None else start.name  # the folder that the generator started from
         self.generator = Generator(self.players, self.config)
         self.discriminator = Discriminator(self.players, self.config)
         self.monitor = Monitor(self.config)
@@ -616,7 +628,8 @@ class LoraGAN:
             dataset: rows of prompt / target, as `data.read_rows` takes them: mappings, a file, a `datasets.Dataset`, a
                 pandas data frame.
             steps: how many more steps; None: up to `config.max_steps` in all, or for `config.num_train_epochs`.
-            eval_dataset: held-out rows, judged every `config.eval_steps`, and at the end.
+            eval_dataset: held-out rows, judged before the first step (`config.eval_on_start`), every
+                `config.eval_steps`, and at the end.
             train_gen, train_disc: as in `step()`.
             progress: a live display on a terminal, plain lines elsewhere.
             on_step: called with every step's record.
@@ -657,6 +670,9 @@ class LoraGAN:
             way_back = nonfinite.WayBack(self, self.global_step, run.saved_steps)
             try:
                 with self._interrupts.catching():
+                    if steps and not self.global_step and held_out is not None and self.config.eval_on_start:
+                        self._evaluate(held_out, run)
+                        self._interrupts.check()
                     while self.global_step < last:
                         run.begin_step()
                         batch = data.take(
@@ -768,7 +784,7 @@ class LoraGAN:
             best_of: how many to sample; the discriminator picks the one it predicts the highest reward for.
             temperature, top_p, max_completion_length: the config's where not given; temperature 0 is greedy.
             seed: another seed gives other responses; the config's where not given.
-            player: "reference" answers with the untouched base.
+            player: "reference" answers with what the KL is measured to, "base" with the untouched base.
             batch_size: prompts answered at once; None = all.
 
         Returns:
@@ -1023,7 +1039,7 @@ class LoraGAN:
     def export(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
         """Write both players, as adapters and merged, as safetensors for stock PEFT and transformers, with model cards.
 
-        See `export.export` for the options (parts, dtype, evaluation, push_to_hub, private).
+        See `export.export` for the options (parts, dtype, evaluation, license, push_to_hub, private).
         """
         return export.export(self, output_dir, **options)
 

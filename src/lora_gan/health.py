@@ -249,8 +249,8 @@ class Health:
         kl = fmean(step[-1] for step in newest) if newest else 0.0
         if len(now) == 3 and fmean(now) >= KL_PER_TOKEN and fmean(now) > fmean(before) and kl >= KL_LEAST:
             return (
-                f"the KL to the base is {kl:.3g} nats a response ({fmean(now):.2g} a token) and rises: responses leave "
-                f"what the base would write; {self._hold_back_by_kl}"
+                f"the KL to the reference is {kl:.3g} nats a response ({fmean(now):.2g} a token) and rises: responses "
+                f"leave what the reference would write; {self._hold_back_by_kl}"
             )
         first, last = self.series["first"], self.series["last"]
         rewards = [[step[0] for step in steps if step[0] is not None] for steps in (first, last)]
@@ -264,8 +264,8 @@ class Health:
         if kl < KL_LEAST or cost <= spread or cost <= max(gain, 0.0) + KL_ERRORS * error:
             return None
         return (
-            f"the KL to the base, {kl:.3g} nats a response, costs more than the reward has gained: beta·KL rose by "
-            f"{cost:.3g} since the first {KL_STEPS} steps, the reward by {gain:.3g}; {self._hold_back_by_kl}"
+            f"the KL to the reference, {kl:.3g} nats a response, costs more than the reward has gained: beta·KL rose "
+            f"by {cost:.3g} since the first {KL_STEPS} steps, the reward by {gain:.3g}; {self._hold_back_by_kl}"
         )
 
     def _chance(self) -> str | None:

@@ -15,8 +15,8 @@ SETTINGS_FILE = "train.yaml"  # the run's options, beside its checkpoints: what 
 def keep_options(folder: Path, options: dict[str, Any]) -> Path:
     """Write the run's options where --config finds them again; files in them by their full path."""
     kept = {name: value for name, value in options.items() if name not in ("resume", "allow_other_data", "dry_run")}
-    for name in ("model", "data", "eval_data"):
-        if kept[name] and kept[name] not in NAMES and Path(kept[name]).exists():
+    for name in ("model", "data", "eval_data", "init_adapter"):
+        if kept.get(name) and kept[name] not in NAMES and Path(kept[name]).exists():
             kept[name] = str(Path(kept[name]).resolve())
     kept["output_dir"] = str(folder.resolve())
     kept["reward"] = with_full_paths(kept["reward"])

@@ -75,7 +75,7 @@ def evaluations(config: Config, first: int, steps: int) -> int:
     if not steps:
         return 0
     last = first + steps
-    before = 1 if first == 0 and getattr(config, "eval_on_start", False) else 0
+    before = 1 if first == 0 and config.eval_on_start else 0
     if config.eval_steps is None:
         return before + 1
     return before + last // config.eval_steps - first // config.eval_steps + bool(last % config.eval_steps)

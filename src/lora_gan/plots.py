@@ -33,7 +33,7 @@ PANELS = (
     Panel("reward", (("true", "reward"), ("predicted, fresh", "pred_reward"), ("true, held out", "eval_true_reward"))),
     Panel("true-reward calls so far", (("", "reward_calls"),), is_total=True),
     Panel("rank correlation in the group, fresh", (("", "rank_correlation_within"),), limits=(-1.05, 1.05)),
-    Panel("KL to the base, nats per response", (("", "kl_per_response"),)),
+    Panel("KL to the reference, nats per response", (("", "kl_per_response"),)),
     Panel("length, tokens", (("", "completions/mean_length"),)),
     Panel("share of responses cut at the limit", (("", "completions/clipped_ratio"),), limits=(-0.03, 1.03)),
     Panel("generator loss, in units of the reward", (("", "loss"),)),

@@ -53,11 +53,12 @@ def describe(
     rows = gan.as_meant(rows)
     sizes = {player: sum(p.numel() for p in players.parameters(player)) for player in PLAYERS}
     frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
+    frozen -= sum(p.numel() for p in players.parameters("reference"))
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
     lengths = [len(ids) for ids in players.encoder.prompts(rows)]
     lines = {
         "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {players.device})",
-        "generator": f"{sizes['generator']:,} parameters in its adapter",
+        "generator": f"{sizes['generator']:,} parameters in its adapter{_start(gan)}",
         "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} heads",
         "data": f"{'streamed' if total is None else f'{total:,} rows'}",
         "prompts": _kinds(gan, rows),
@@ -98,6 +99,14 @@ def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bo
     if config.reward_retries:
         said += f"; a call that fails is made up to {config.reward_retries} more times"
     return said
+
+
+def _start(gan: LoraGAN) -> str:
+    """Where the generator starts, if that is a saved adapter."""
+    if gan.init_adapter is None:
+        return ""
+    reference = "a frozen copy of it" if gan.players.has_reference else "the base"
+    return f", starts as the adapter {gan.init_adapter}; the KL is to {reference}"
 
 
 def _kinds(gan: LoraGAN, rows: list[Row]) -> str:

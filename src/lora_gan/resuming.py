@@ -19,11 +19,11 @@ DATA_FILE = "data.json"
 #: Settings that change neither what is learned nor what is asked for.
 SILENT = {
     "output_dir", "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "save_best", "weights_format",
-    "logging_steps", "eval_steps", "metric_for_best_model", "greater_is_better", "log_completions", "completions_steps",
-    "log_completions_steps",
-    "num_completions_to_print", "report_to", "run_name", "project", "device", "dtype", "micro_batch_size",
-    "gradient_checkpointing", "model_init_kwargs", "trust_remote_code", "prompt_column", "target_column",
-    "reward_timeout", "reward_retries", "reward_backoff", "reward_workers", "reuse_answers",
+    "logging_steps", "eval_steps", "eval_on_start", "metric_for_best_model", "greater_is_better", "log_completions",
+    "completions_steps", "log_completions_steps", "num_completions_to_print", "report_to", "run_name", "project",
+    "device", "dtype", "micro_batch_size", "gradient_checkpointing", "model_init_kwargs", "trust_remote_code",
+    "prompt_column", "target_column", "reward_timeout", "reward_retries", "reward_backoff", "reward_workers",
+    "reuse_answers",
 }  # fmt: skip
 
 
@@ -46,10 +46,8 @@ def in_moved_folder(values: Mapping[str, Any], file: Path, *, folder_is_given: b
     holds_run = any(here.glob("step-*/manifest.json"))
     if folder_is_given or not holds_run or not isinstance(named, str) or Path(named).resolve() == here:
         return dict(values), ""
-    moved = {
-        name: moved_paths(value, named, here) if name in ("model", "data", "eval_data", "reward") else value
-        for name, value in values.items()
-    }
+    with_paths = ("model", "data", "eval_data", "reward", "init_adapter")
+    moved = {name: moved_paths(value, named, here) if name in with_paths else value for name, value in values.items()}
     said = f"The run was moved: it goes on in {here}; {SETTINGS_FILE} names {named}."
     return moved | {"output_dir": str(here)}, said
 

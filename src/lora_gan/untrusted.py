@@ -57,19 +57,25 @@ def read_tensors(folder: Folder, name: str, *, limit: int) -> Any:
 
 
 def read_weights(
-    folder: Folder, expected: Mapping[str, Tensor], *, called: Callable[[str], str] = str
+    folder: Folder,
+    expected: Mapping[str, Tensor],
+    *,
+    called: Callable[[str], str] = str,
+    optional: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The adapter's weights, refused where a name, a shape, a type or a value cannot be this adapter's.
 
     Args:
         called: what a tensor is called here, from its name in the file.
+        optional: tensors that may be in the file too, in these shapes.
     """
+    optional = optional or {}
     names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if folder.has(name)]
     if not names:
         raise ValueError(
             f"{folder.path} has no adapter_model.bin and no adapter_model.safetensors: it is not an adapter"
         )
-    file, limit = folder.path / names[0], room_for(expected)
+    file, limit = folder.path / names[0], room_for({**expected, **optional})
     if names[0].endswith("safetensors"):
         data = folder.read(names[0], limit=limit)
         try:
@@ -86,6 +92,7 @@ def read_weights(
     if len({called(name) for name in weights}) < len(weights):
         raise Damaged(f"{file} holds a tensor twice, under two names")
     weights = {called(name): tensor for name, tensor in weights.items()}
+    expected = {**expected, **{name: tensor for name, tensor in optional.items() if name in weights}}
     differing = sorted(
         name
         for name in expected.keys() | weights.keys()

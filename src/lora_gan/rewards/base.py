@@ -69,7 +69,7 @@ class Perplexity:
             encoded = players.encoder.pairs(rows[part], texts)
             batch = players.batch(*encoded, np.arange(len(texts)))
             logprobs = [torch.zeros(0, device=players.device)]  # all responses may be empty
-            with torch.no_grad(), players.playing("reference"):
+            with torch.no_grad(), players.playing("base"):
                 hidden_RH = players.hidden(batch, batch.predicting_R)
                 for some in rollout.chunks(len(hidden_RH), players.tokens_at_once):
                     logits_R1V = players.head(hidden_RH[some])[:, None]

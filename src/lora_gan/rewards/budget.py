@@ -130,14 +130,14 @@ class Budget:
 
     def in_words(self) -> str:
         """For example: 64 in training, 20 in evaluation, 3 retries."""
-        others: dict[Purpose, str] = {
+        words: dict[Purpose, str] = {
+            "training": "in training",
             "evaluation": "in evaluation",
             "retries": "retries",
             "dry_run": "in this dry run",
             "other": "by hand",
         }
-        said = [f"{self.counts['training']:,} in training"]
-        said += [f"{self.counts[name]:,} {words}" for name, words in others.items() if self.counts[name]]
+        said = [f"{self.counts[name]:,} {words[name]}" for name in PURPOSES if self.counts[name]] or ["none"]
         cached = f"; {self.cached:,} of them came from the reward's own cache" if self.cached else ""
         return ", ".join(said) + cached
 
