@@ -205,7 +205,7 @@ def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypa
     gan.step(OTHER)
     seen, prompt = [], Encoder.prompt
     monkeypatch.setattr(Encoder, "prompt", lambda self, row, *_: seen.append(row.prompt) or prompt(self, row, *_))
-    preview.try_reward(gan, [Row(QUESTION)], calls=1)
+    list(preview.dry_run(gan, [Row(QUESTION)], steps=1))
     assert seen and set(map(str, seen)) == {QUESTION}
 
 

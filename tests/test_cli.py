@@ -118,12 +118,18 @@ def test_dry_run_trains_nothing_and_tries_the_reward(there, capsys):
     assert train("--max_steps", "5", "--query_rate", "0.5", "--dry-run") == 0
     assert not (there / "run").exists()
     out = capsys.readouterr().out
-    assert re.search(r"true reward +length: asked for 50% of the responses, 20 calls", out)  # 5 steps × 8 × 0.5
+    assert re.search(  # 5 steps × 8 × 0.5; 2 prompts × 4 responses, and 2 targets to each of the 2 prompts
+        r"^true reward +length: asked for 50% of the responses: 20 calls in training, "
+        r"0 in evaluations \(no eval_data\), "
+        r"up to 12 in this dry run$",
+        out,
+        flags=re.MULTILINE,
+    )
     assert "steps          5 of 2 prompts × 4 responses" in out
-    assert re.search(r"memory +about [\d.]+ (kB|MB|GB): base", out)
+    assert re.search(r"memory +about [\d.]+ (MB|GB): Python and its libraries [\d.]+ (MB|GB), base", out)
     assert re.search(r"own target 9\.\d+, another row's 9\.\d+", out)  # "le chat 0": nine characters
     assert "does not prefer a row's own target" in out  # the length does not know the target
-    assert re.search(r"ms a call .* for the 20 calls of this run", out)
+    assert re.search(r"about [\d.]+ s for 5 steps, (under )?[\d.]+ s of that for the 20 calls of the true reward", out)
 
 
 def test_dry_run_says_when_there_is_nothing_to_learn_from(there, capsys):
@@ -506,8 +512,11 @@ def test_a_dry_run_reckons_the_time_of_the_whole_run(there, capsys):
         "import time\ndef length(response, target):\n    time.sleep(0.05)\n    return float(len(response))\n"
     )
     assert train("--max_steps", "1000", "--dry-run") == 0
-    said = re.search(r"([\d.]+) ms a call .*: about (\d+) min for the 8,000 calls", capsys.readouterr().out)
-    assert float(said[1]) >= 50 and float(said[2]) == pytest.approx(float(said[1]) * 8000 / 60_000, abs=1)
+    out = capsys.readouterr().out
+    each = float(re.search(r"([\d.]+) ms per call", out)[1])
+    said = re.search(r"about (\d+) min for 1,000 steps, (\d+) min of that for the 8,000 calls", out)
+    assert each >= 50 and float(said[2]) == pytest.approx(each * 8000 / 60_000, abs=1)
+    assert float(said[1]) >= float(said[2])
 
 
 def test_files_in_the_kept_options_stand_under_their_full_path(there):

@@ -8,6 +8,7 @@ import functools
 import re
 import warnings
 
+import numpy as np
 import pytest
 import test_rollout
 import torch
@@ -39,7 +40,7 @@ from transformers import (
     DynamicCache,
 )
 
-from lora_gan import Config, LoraGAN, base, cache, preview
+from lora_gan import Config, LoraGAN, base, cache, footprint, preview
 from lora_gan.data import Row
 
 QUICK = ("qwen3_5", "qwen3_5-composite", "lfm2", "falcon_h1", "mamba2")  # one of each kind of cache
@@ -158,15 +159,25 @@ def test_such_a_base_is_not_packed(name):
 @some(["qwen3_5", "lfm2", "falcon_h1", "mamba2"])
 def test_the_caches_memory_is_what_transformers_cache_holds(name):
     gan = quiet(name)
-    found = preview.memory(gan.players, gan.config, [4, 10])
+    found = 8 * footprint.cache_bytes(gan.players, 16)
     model = AutoModelForCausalLM.from_pretrained(folder_of(name)).eval()
     kept, key = DynamicCache(config=model.config), "cache_params" if name == "mamba2" else "past_key_values"
     with torch.no_grad():  # 2 prompts × 4 responses of 10 + 6 tokens
         model(input_ids=torch.full((8, 16), 5), use_cache=True, **{key: kept})
     held = [vars(layer).get(part) for layer in kept.layers for part in ("keys", "values")]
     held += [state for layer in kept.layers for state in cache.state_tensors(layer)]
-    assert found["cache while sampling"] == sum(tensor.nbytes for tensor in held if tensor is not None)
-    assert "cache while sampling" in preview.describe(gan, [Row("the cat")], total=1, steps=1)
+    assert found == sum(tensor.nbytes for tensor in held if tensor is not None)
+    assert re.search(r"^memory +about \d+", preview.describe(gan, [Row("the cat")], total=1, steps=1), re.MULTILINE)
+
+
+@some(["lfm2", "mamba2"])
+def test_what_a_recurrent_layer_keeps_for_its_backward_is_counted(name):
+    gan = quiet(name)
+    batch = gan.players.batch([[1] * 60, [2] * 60], [[3] * 70] * 6, np.repeat([0, 1], 3))
+    with footprint._counting(gan.players) as kept, gan.players.playing("generator"):
+        gan.players.hidden(batch, batch.predicting_R).sum().backward()
+    graph = footprint.graph_of(gan.players, "generator")
+    assert graph.bytes(2, 6, footprint.Lengths.at_most(60, 70), packs=False) == pytest.approx(kept.bytes, rel=0.1)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

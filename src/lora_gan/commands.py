@@ -175,21 +175,24 @@ def train(
     rows = gan.check_rows(rows)
     if held_out is not None:
         held_out = gan.check_held_out(held_out, rows)
+    opened = preview.resident()
     steps = gan.steps_left(rows)
     if steps == 0:
         raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
     first = data_module.take(rows, config.prompts_per_step, seed=config.seed, position=gan.position)
     total = None if isinstance(rows, data_module.Stream) else len(rows)
-    print(preview.describe(gan, first, total=total, steps=steps), flush=True)
+    run = {"steps": steps, "held_out": 0 if held_out is None else len(held_out), "opened": opened}
+    print(preview.describe(gan, first, total=total, dry_run=dry_run, **run), flush=True)
+    for func in reward_funcs:
+        if getattr(func, "interactive", False) and func.log is None:
+            func.keep(folder / "ratings.jsonl")  # what a person said, in a dry run too, is not asked again
     if dry_run:
         if config.num_generations == 1:
             warnings.warn(NO_GROUP, stacklevel=1)
         known = {"columns": data_module.column_names(rows), "max_steps": gan.global_step + steps}
-        print(preview.try_reward(gan, first, calls=preview.calls(config, steps), **known), flush=True)
+        for paragraph in preview.dry_run(gan, first, **run, **known):
+            print(paragraph, flush=True)
         return
-    for func in reward_funcs:
-        if getattr(func, "interactive", False) and func.log is None:
-            func.keep(folder / "ratings.jsonl")  # what a person said is not asked again
     settings: list[Path] = []  # written with the first step: what fails before leaves nothing
 
     def keep(record: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     For decoding: there it is the number of products, not their size, that takes the time, and a third of them remain.
     The base's own weights stay untouched, so nothing has to be taken out of them again.
     """
-    layers = [m.forward for m in model.modules() if isinstance(getattr(m, "forward", None), _Plain)]
+    layers = _plain(model)
     if torch.is_grad_enabled() or sum(plain.layer.base_layer.weight.numel() for plain in layers) > MERGED:
         yield
         return
@@ -89,3 +89,13 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for plain in layers:
             plain.merged = None
+
+
+def merged_bytes(model: nn.Module) -> int:
+    """Bytes of the copies that `merged` makes; 0 for a base that is too large for them."""
+    weights = [plain.layer.base_layer.weight for plain in _plain(model)]
+    return sum(weight.nbytes for weight in weights) if sum(weight.numel() for weight in weights) <= MERGED else 0
+
+
+def _plain(model: nn.Module) -> list[_Plain]:
+    return [m.forward for m in model.modules() if isinstance(getattr(m, "forward", None), _Plain)]

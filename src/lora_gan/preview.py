@@ -6,33 +6,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .adapters import Players
-from .cache import attention_layers, has_state, roomy_cache, state_tensors
+from . import footprint, rewards
 from .checkpoint import PLAYERS
 from .config import Config
 from .data import Row
 from .disk import needed
 from .display import one_line
+from .footprint import Lengths, Memory, resident
+from .plan import Plan, calls, calls_per_step, counted, planned
+from .rewards.calling import ASYNC_WORKERS, is_async
+from .rewards.cost import Meter
+from .trial import Seconds, Trial, shape_of_trial
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
 
-PROMPTS, RESPONSES = 4, 4  # the reward is tried on so many responses to so many prompts
 
-
-def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) -> str:
-    """Base, adapters, data, steps, true-reward calls and memory, a line each.
+def describe(
+    gan: LoraGAN,
+    rows: list[Row],
+    *,
+    total: int | None,
+    steps: int,
+    held_out: int = 0,
+    opened: float = 0.0,
+    dry_run: bool = False,
+) -> str:
+    """Base, adapters, data, steps, true-reward calls, memory and disk, a line each.
 
     Args:
-        rows: the first rows of the data: their prompts' length is taken for that of all.
+        rows: the rows of the next step: their prompts' length is taken for that of all.
         total: rows there are; None where they are streamed.
         steps: steps that would be run.
+        held_out: rows of the evaluation data; 0 without.
+        opened: bytes that the process held when `gan` was there (`footprint.resident()`); 0: not known.
+        dry_run: say how many calls the dry run makes, and leave memory to its end, when more is known.
     """
     config, players, base = gan.config, gan.players, gan.players.base
     rows = gan.as_meant(rows)
@@ -49,12 +64,41 @@ def describe(gan: LoraGAN, rows: list[Row], *, total: int | None, steps: int) ->
         "prompts": _kinds(gan, rows),
         "steps": f"{steps:,} of {config.prompts_per_step} prompts × {config.num_generations} responses of at most "
         f"{config.max_completion_length} tokens" + (f", after {gan.global_step:,}" if gan.global_step else ""),
-        "true reward": f"{', '.join(gan.reward_names)}: asked for {config.query_rate:.0%} of the responses, "
-        f"{calls(config, steps):,} calls",
-        "memory": _in_words(memory(players, config, lengths)),
+        "true reward": _calls(gan, rows, steps, held_out, dry_run),
+        "memory": "",
         "disk": _disk(gan, steps, max(lengths)),
     }
-    return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+    if dry_run:
+        del lines["memory"]
+    else:
+        at_most = Lengths.at_most(max(lengths), config.max_completion_length)
+        of_memory = _memory(gan, at_most, steps, max(lengths), opened=opened)
+        known = "without what the reward loads and what the C library keeps of freed memory, which --dry-run measures"
+        lines["memory"] = "\n".join([*of_memory, known])
+    return "\n".join(_named(name, text) for name, text in lines.items())
+
+
+def _named(name: str, text: str) -> str:
+    """A line "name text", and further lines of the text below the first."""
+    return f"{name:<15}" + text.replace("\n", "\n" + " " * 15)
+
+
+def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bool) -> str:
+    """True-reward calls by purpose."""
+    config = gan.config
+    plan = _plan(gan, steps, held_out)
+    share = f"asked for {config.query_rate:.0%} of the responses"
+    if config.disc_objective == "real_vs_generated":
+        share = "not asked in training (disc_objective='real_vs_generated')"
+    of_plan = plan.in_words()
+    if plan.training < round(steps * calls_per_step(config)):
+        of_plan = of_plan.replace("calls in training", "calls in training (all that the budget leaves)", 1)
+    said = f"{', '.join(gan.reward_names)}: {share}: {of_plan}"
+    if dry_run:
+        said += f", up to {dry_run_calls(config, rows, _allowed(gan))} in this dry run"
+    if config.reward_retries:
+        said += f"; a call that fails is made up to {config.reward_retries} more times"
+    return said
 
 
 def _start(gan: LoraGAN) -> str:
@@ -74,88 +118,34 @@ def _kinds(gan: LoraGAN, rows: list[Row]) -> str:
     lines = f"{kind}, answered up to {closing}"
     if not all(chats) and encoder.has_template and gan.config.apply_chat_template is None:
         lines += (
-            "\n  ! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to send "
+            "\n! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to send "
             "each as a user message, or to false to keep them as they are"
         )
     return lines
 
 
-def calls(config: Config, steps: int) -> int:
-    """True rewards that so many steps ask for, at most reward_budget."""
-    if config.disc_objective == "real_vs_generated":
-        return 0
-    wanted = round(steps * config.prompts_per_step * config.num_generations * config.query_rate)
-    return wanted if config.reward_budget is None else min(wanted, config.reward_budget)
+def _memory(gan: LoraGAN, lengths: Lengths, steps: int, prompt_tokens: int, **host: float) -> list[str]:
+    """The peak on the host and, where that is another one, on the device, each with its parts."""
+    config, players = gan.config, gan.players
+    disk = needed(gan, steps=steps, prompt_tokens=prompt_tokens, calls=0)
+    beside = disk.saved > 1 and not gan.callbacks
+    on_cpu = players.device.type == "cpu"
+    if not on_cpu:  # the base passed through the host when it was opened
+        host["least"] = resident(peak=True)
+    of_host = footprint.host(players, config, lengths, checkpoint=disk.each, saves_beside=beside, **host)
+    if on_cpu:
+        return [_in_words(of_host)]
+    least = float(torch.cuda.max_memory_allocated(players.device))
+    of_device = footprint.device_memory(players, config, lengths, least=least)
+    return [f"on {players.device} {_in_words(of_device)}", f"on the host {_in_words(of_host)}"]
 
 
-def memory(players: Players, config: Config, prompt_lengths: list[int]) -> dict[str, float]:
-    """Bytes a run needs, by purpose. Weights and optimizers are exact; the rest is an estimate.
-
-    Activations of an update: 17 numbers a token, layer and hidden unit, and 2.5 a pair of tokens, layer and attention
-    head (Korthikanti et al. 2022, without dropout's masks); a prompt counts once for its group where the base reads
-    packed rows. The generator has 6 float32 arrays as large as the logits that are held at one time, the discriminator
-    none, but as many responses of replay beside this step's. So many as meet the peaks that benchmarks/memory.py
-    measured at GPT-2's size to a quarter, with micro-batches and without.
-
-    A layer with a recurrent state has no pairs of tokens. The state is counted exactly. What such a layer's scan holds
-    during an update was not measured, and is left out.
-    """
-    model, text = players.base.model, players.base.model.config.get_text_config()
-    attending = attention_layers(model.config)
-    heads = getattr(text, "num_attention_heads", None) or 1  # Mamba has no attention, and no such setting
-    per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    number = next(model.parameters()).element_size()
-
-    sampled = config.prompts_per_step * config.num_generations
-    prompt, response = max(prompt_lengths), config.max_completion_length
-    length = prompt + response
-
-    def body(responses: int) -> float:
-        """Of so many responses in one forward and backward."""
-        prompts = -(-responses // config.num_generations)
-        if players.packs:
-            tokens = prompts * prompt + responses * response
-            pairs = prompts * prompt**2 + responses * response * length
-        else:
-            tokens, pairs = responses * length, responses * length**2
-        layer, attention = 17 * tokens * text.hidden_size, 2.5 * heads * pairs
-        if config.gradient_checkpointing:  # of all but one at a time what it was given
-            largest = layer + (attention if attending else 0.0)
-            return number * (text.num_hidden_layers * tokens * text.hidden_size + largest)
-        return number * (text.num_hidden_layers * layer + attending * attention)
-
-    state = _state_bytes(players)
-    together = min(config.micro_batch_size or sampled, sampled)
-    logits = 6.0 * 4 * min(together * response, players.tokens_at_once) * vocabulary
-    judged = round(sampled * config.query_rate) * (2 if config.disc_replay_groups else 1)
-    trained = sum(p.numel() * p.element_size() for player in PLAYERS for p in players.parameters(player))
-    return {
-        "base": float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)),
-        "adapters, their gradients and AdamW's moments": 4.0 * trained,
-        "cache while sampling": sampled * (2.0 * number * length * attending * kv_heads * per_head + state),
-        "an update": max(body(together) + logits, body(min(config.micro_batch_size or judged, judged))),
-    }
-
-
-@torch.no_grad()
-def _state_bytes(players: Players) -> int:
-    """Bytes of one row's convolution and recurrent states, from a forward on one token; 0 without such layers."""
-    cache = roomy_cache(players.lm.config, 1)
-    if not any(map(has_state, cache.layers)):
-        return 0
-    one = torch.ones(1, 1, dtype=torch.long, device=players.device)
-    with players.playing("base"):
-        players.lm(input_ids=one, attention_mask=one, use_cache=True, **players.cached(cache), **players.positions(one))
-    return sum(state.nbytes for layer in cache.layers for state in state_tensors(layer))
-
-
-def _in_words(parts: dict[str, float]) -> str:
-    """The sum of what is held at once: sampling and updating take turns."""
-    *always, sampling, update = parts.values()
-    whole = sum(always) + max(sampling, update)
-    return f"about {_size(whole)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+def _in_words(memory: Memory) -> str:
+    """The peak and its parts; of what takes turns, the largest."""
+    parts = list(memory.always.items())
+    if memory.in_turn:
+        parts.append(max(memory.in_turn.items(), key=lambda part: part[1]))
+    return f"about {_size(memory.total)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts)
 
 
 def _disk(gan: LoraGAN, steps: int, prompt_tokens: int) -> str:
@@ -178,45 +168,135 @@ def _size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def try_reward(
-    gan: LoraGAN, rows: list[Row], *, calls: int, columns: Collection[str] = (), max_steps: int | None = None
-) -> str:
+@dataclass(frozen=True)
+class Tried:
+    """What was found when the true reward was tried.
+
+    Attributes:
+        text: for a person.
+        calls: responses and targets that it was asked about.
+        seconds: of one call; where calls run at once, of as many as run at once; None: nothing was asked.
+        at_once: calls that run at once.
+    """
+
+    text: str
+    calls: int = 0
+    seconds: float | None = None
+    at_once: int = 1
+
+    def seconds_for(self, calls: float) -> float:
+        """Seconds that so many calls take which are made together."""
+        return (self.seconds or 0.0) * (np.ceil(calls / self.at_once) if self.at_once > 1 else calls)
+
+
+def dry_run(
+    gan: LoraGAN,
+    rows: list[Row],
+    *,
+    steps: int,
+    held_out: int = 0,
+    opened: float = 0.0,
+    columns: Collection[str] = (),
+    max_steps: int | None = None,
+) -> Iterator[str]:
+    """Try the reward and time a step, and say what was found: paragraphs, each as soon as it is known.
+
+    Args:
+        rows: the rows of the next step.
+        steps: steps of the run.
+        held_out, opened: as in `describe`.
+        columns: names of all columns of the data; rewards get None for those that these rows lack.
+        max_steps: the run's last step, for the trainer_state that rewards get.
+    """
+    rows = gan.as_meant(rows)
+    plan = _plan(gan, steps, held_out)
+    allowed = _allowed(gan)
+    trial = Trial(gan, rows, allowed or None)
+    meter = Meter(gan._rewards)
+    before = resident()
+    if allowed == 0:
+        tried = Tried("\nThe reward is not tried: reward_budget or reward_budget_total is spent.")
+    else:
+        tried = try_reward(gan, trial, columns=columns, max_steps=max_steps)
+    reward_model = max(0.0, resident() - before)
+    yield tried.text
+    costs = meter.lines(tried.calls, plan.total, f"{plan.total:,} calls of this run") if tried.calls else []
+    if costs:
+        yield "\n".join(costs)
+    seconds = trial.seconds()
+    yield "\n" + _named("time", "\n".join(_time(gan, seconds, tried, plan, steps)))
+    prompts = list(map(len, trial.prompts))
+    now = Lengths(float(np.mean(prompts)), max(prompts), seconds.tokens, seconds.longest)
+    spare = footprint.spare_share(
+        gan.players, gan.config, now, groups=seconds.groups, responses=seconds.responses, grew=seconds.grew
+    )
+    known = {"opened": opened, "reward_model": reward_model, "spare": spare}
+    of_memory = _memory(gan, now, steps, max(prompts), **known)
+    longest = Lengths.at_most(max(prompts), gan.config.max_completion_length)
+    at_most = _memory(gan, longest, steps, max(prompts), **known)
+    upper, lower = (" and ".join(words.partition(":")[0] for words in lines) for lines in (at_most, of_memory))
+    if upper != lower:
+        of_memory.append(f"{upper} when every response has {gan.config.max_completion_length} tokens")
+    yield _named("memory", "\n".join(of_memory))
+
+
+def dry_run_calls(config: Config, rows: list[Row], left: int | None = None) -> int:
+    """Most true-reward calls that a dry run makes.
+
+    Args:
+        rows: the rows of the next step.
+        left: calls that reward_budget allows; None: no limit.
+    """
+    if left == 0:
+        return 0
+    prompts, responses = shape_of_trial(config, len(rows), left)
+    asked = prompts * responses
+    return asked + 2 * _pairs(min(prompts, sum(bool(row.target) for row in rows)), asked, left)
+
+
+def _pairs(targets: int, asked: int, left: int | None) -> int:
+    """Rows that the reward is tried on with targets in the responses' place: two calls each; from 2, or 0."""
+    pairs = targets if left is None else min(targets, (left - asked) // 2)
+    return pairs if pairs > 1 else 0
+
+
+def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max_steps: int | None = None) -> Tried:
     """Ask the true reward for a few responses of the generator as it stands, and for targets; say what it can teach.
 
     Args:
-        rows: the first rows of the data; PROMPTS of them are used.
-        calls: true-reward calls the run would make, for the time they would take.
-        columns: names of all columns of the data; rewards get None for those that these rows lack.
-        max_steps: steps of the run, for the trainer_state that rewards get.
+        trial: the responses.
+        columns, max_steps: as in `dry_run`.
     """
-    options: dict[str, Any] = {"columns": columns, "max_steps": max_steps}
-    rows = gan.as_meant(rows[:PROMPTS])
-    # Equal prompts are told apart: each gets RESPONSES different draws.
-    responses = gan.generate([row for row in rows for _ in range(RESPONSES)], apply_chat_template=False)
-    if any(getattr(func, "interactive", False) for func in gan.reward_funcs or ()):
-        print(
-            f"Now you are asked about up to {len(responses) + 2 * len(rows)} responses, to try the reward.", flush=True
-        )
+    rows, responses = trial.rows, trial.sampled.texts
+    at_once, allowed = _at_once(gan), _allowed(gan)
+    options: dict[str, Any] = {"columns": columns, "max_steps": max_steps, "purpose": "dry_run"}
+    group = len(responses) // len(rows)
+    paired = [row for row in rows if row.target]
+    paired = paired[: _pairs(len(paired), len(responses), allowed)]
+    people = [func for func in gan._rewards if getattr(func, "interactive", False)]
+    retries, cached = gan.budget.counts["retries"], gan.budget.cached
+    if people:
+        print(f"Now you are asked about up to {len(responses) + 2 * len(paired)} responses, to try the reward.",
+              flush=True)  # fmt: skip
     began = time.perf_counter()
-    ids = getattr(responses, "token_ids", None)
-    repeated = [row for row in rows for _ in range(RESPONSES)]
-    answers, parts = gan.ask(repeated, responses, completion_ids=ids, **options)
+    _, ids, _ = trial.sampled.parts()
+    answers, parts = gan.ask([row for row in rows for _ in range(group)], responses, completion_ids=ids, **options)
     first = time.perf_counter() - began
-    reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), RESPONSES)
+    reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), group)
 
-    lines = [f"\nThe reward, tried on {len(responses)} responses of the generator as it stands:"]
-    for row, group, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
-        best = int(np.nanargmax(group)) if not np.isnan(group).all() else 0
-        rewards = " ".join(f"{reward:.3f}" for reward in group)
-        lines.append(f"  “{one_line(row.prompt, 70)}”\n    {rewards}   best: “{one_line(texts[best], 70)}”")
+    of_step = " that step 1 will sample" if gan.global_step == 0 else " that the next step will sample"
+    lines = [f"\nThe reward, tried on {len(responses)} responses{of_step}:"]
+    for row, values, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
+        best = int(np.nanargmax(values)) if not np.isnan(values).all() else 0
+        said = " ".join("–" if np.isnan(reward) else f"{reward:.3f}" for reward in values)
+        lines.append(f"  “{one_line(row.prompt, 70)}”\n    {said}   best: “{one_line(texts[best], 70)}”")
     for name, part in parts.items():
         values = [value for value in part if value is not None]
         lines.append(f"  {name}: mean {np.mean(values):.3f}, {len(values)} of {len(part)} answered" if values else
                      f"  {name}: no answer")  # fmt: skip
     lines += _verdict_on_spread(reward_PK)
 
-    paired = [row for row in rows if row.target]
-    if len(paired) > 1:
+    if paired:
         began = time.perf_counter()
         own, _ = gan.ask(paired, [row.target or "" for row in paired], **options)
         others, _ = gan.ask(paired, [row.target or "" for row in paired[1:] + paired[:1]], **options)
@@ -226,15 +306,75 @@ def try_reward(
                 f"  a row's own target {own_mean:.3f}, another row's {other_mean:.3f}"
                 + ("" if own_mean > other_mean else "   ! the reward does not prefer a row's own target")
             )
-        again, asked = time.perf_counter() - began, 2 * len(paired)
+        seconds, rounds = time.perf_counter() - began, 2 * -(-len(paired) // at_once)
     else:
-        again, asked = first, len(responses)  # nothing asked twice: the first call's start-up is in it
-    each = again / asked
-    lines.append(
-        f"  {1000 * each:.1f} ms a call ({first:.1f} s for the first {len(responses)}, its start included): "
-        f"about {_duration(each * calls)} for the {calls:,} calls of this run"
-    )
-    return "\n".join(lines)
+        seconds, rounds = first, -(-len(responses) // at_once)  # nothing is asked twice: the start-up is included
+    calls = len(responses) + 2 * len(paired)
+    each = seconds / rounds
+    together = f", {at_once} calls at once (reward_workers)" if at_once > 1 else ""
+    lines.append(f"  {_each(each)} per call{together}; {_each(first)} for the first {len(responses)}, loading included")
+    retries, cached = gan.budget.counts["retries"] - retries, gan.budget.cached - cached
+    made = f"  True-reward calls: {calls + retries - cached:,} in this dry run"
+    made += f", {retries:,} of them retries" if retries else ""
+    lines.append(made + (f", and {cached:,} answers from the reward's own cache" if cached else ""))
+    for log in filter(None, (getattr(func, "log", None) for func in people)):
+        lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
+    return Tried("\n".join(lines), calls, each, at_once)
+
+
+def _at_once(gan: LoraGAN) -> int:
+    """Calls that run at once, as `rewards.calling.Caller` makes them."""
+    funcs = gan._rewards
+    if any(map(_in_batches, funcs)):
+        return 1
+    asynchronous = all(is_async(func) for func in funcs)
+    return gan.config.reward_workers or (ASYNC_WORKERS if asynchronous else 1)
+
+
+def _allowed(gan: LoraGAN) -> int | None:
+    """Calls that a dry run may make: no more than reward_budget and reward_budget_total allow; None: no limit."""
+    left = [calls for calls in (gan.budget.left("training"), gan.budget.left("dry_run")) if calls is not None]
+    return min(left, default=None)
+
+
+def _plan(gan: LoraGAN, steps: int, held_out: int) -> Plan:
+    return planned(gan.config, first=gan.global_step, steps=steps, held_out=held_out, left=gan.budget.left())
+
+
+def _in_batches(func: Callable[..., Any]) -> bool:
+    """Whether one call of a reward is about several responses; reward_workers makes no difference then."""
+    return hasattr(func, "batch") or rewards.takes_completions(func)
+
+
+def _time(gan: LoraGAN, step: Seconds, tried: Tried, plan: Plan, steps: int) -> list[str]:
+    """Seconds per step and for the whole run, and what they include."""
+    config = gan.config
+    asked = calls_per_step(config)
+    rewarded = tried.seconds_for(asked)
+    asking = min(steps, plan.training / asked) if asked else 0.0  # steps in which the true reward is asked
+    if config.disc_objective == "real_vs_generated":
+        learning = float(steps)
+    else:
+        learning = asking
+    sampled = config.prompts_per_step * config.num_generations
+    rewarding = asking * rewarded + plan.evaluations * tried.seconds_for(plan.rows)
+    sampling_held_out = plan.evaluating * (step.sampling + step.predicting) / sampled
+    updates = step.generator + step.predicting
+    whole = steps * (step.sampling + updates) + learning * step.discriminator + sampling_held_out + rewarding
+    includes = counted(steps, "step") + (f" and {counted(plan.evaluations, 'evaluation')}" if plan.evaluations else "")
+    what = "one step" if step.whole else "a part of one step"
+    how = f"measured on {what}, with responses of {step.tokens:.0f} tokens on average"
+    return [
+        f"about {_duration(step.total + rewarded)} per step: sampling {_duration(step.sampling)}, updates "
+        f"{_duration(step.updating)}, true reward {_duration(rewarded)}",
+        f"about {_duration(whole)} for {includes}, {_duration(rewarding)} of that for the {plan.total:,} calls of the "
+        "true reward; saving checkpoints is not counted",
+        how,
+    ]
+
+
+def _each(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
@@ -251,6 +391,8 @@ def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2g} s" if seconds >= 0.01 or not seconds else "under 0.01 s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -7,8 +7,8 @@ kind of rows, whatever holds when its backward comes (peft#2832).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,3 +45,16 @@ class _Recomputed:
 
         # The state of random numbers is not kept: nothing draws, the base is in eval mode.
         return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+@contextmanager
+def without_recomputing(model: nn.Module) -> Iterator[None]:
+    """Inside the block layers keep all that they compute, as without gradient checkpointing."""
+    layers = [(module, module.forward) for module in model.modules() if isinstance(module.forward, _Recomputed)]
+    try:
+        for layer, recomputed in layers:
+            layer.forward = recomputed.forward
+        yield
+    finally:
+        for layer, recomputed in layers:
+            layer.forward = recomputed
