@@ -557,3 +557,15 @@ def test_two_steps_with_a_judge_as_the_reward(serve):
     assert usage["calls"] + usage["cached"] == 16 and usage["failed"] == usage["unparsed"] == 0
     assert RUBRIC.split("\n")[0] in server.bodies[0]["messages"][0]["content"]
     assert any("\na target\n" in body["messages"][0]["content"] for body in server.bodies)
+
+
+def test_requests_are_counted_when_they_are_sent_and_none_follows_after_giving_up(serve):
+    server = serve(lambda body, number: failure(503))
+    judge = server.judge(max_concurrency=4, max_failures=2, max_retries=5)
+    with pytest.raises(RewardUnavailable, match="503"):
+        judge(["p"] * 20, [str(i) for i in range(20)])
+    counted = judge.usage["requests"]
+    for thread in threading.enumerate():
+        if thread.name.startswith("judge"):
+            thread.join(20)
+    assert counted == judge.usage["requests"] == len(server.requests) < 20 * 6

@@ -145,10 +145,11 @@ class Judge:
         options = {"temperature": temperature, "max_tokens": max_tokens, **request}
         self._request = {name: value for name, value in options.items() if value is not None}
         self._openai = _import_openai()
-        self._client = client or self._new_client(base_url, api_key, max_retries, timeout)
-
         self._counts = dict.fromkeys(COUNTS, 0)
         self._lock = threading.Lock()  # for the counts, the scores and the file, which threads share
+        self._given_up = False  # whether the questions that are still open are given up on
+        self._counts_requests = client is None  # a client of our own counts each request when it is sent
+        self._client = client or self._new_client(base_url, api_key, max_retries, timeout)
         self._reached = False  # whether the server ever answered
         self._failures = 0  # rows without a score since the last one that had one
         self._warned = False
@@ -187,12 +188,15 @@ class Judge:
     def _ask_all(self, missing: Mapping[str, str]) -> None:
         """Ask all of {key: message}, `max_concurrency` at a time; give up as the class says."""
         pool = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="judge")
+        self._given_up = False
         try:
             for answer in [pool.submit(self._ask, key, message) for key, message in missing.items()]:
                 self._judge_the_judge(answer.result())  # in the order of rows, so that giving up is not left to chance
         finally:
             # After an error or Ctrl-C nothing further is asked; what is under way is neither waited for nor lost: its
             # thread notes the score in the cache.
+            with self._lock:
+                self._given_up = True
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _judge_the_judge(self, trouble: str | None) -> None:
@@ -256,10 +260,19 @@ class Judge:
                     "by base_url="
                 )
             api_key = "no-key-needed"  # the client insists on one
-        direct = self._openai.DefaultHttpxClient(trust_env=False) if _is_this_machine(address) else None
-        return self._openai.OpenAI(
-            base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout, http_client=direct
+        http = self._openai.DefaultHttpxClient(
+            trust_env=not _is_this_machine(address), event_hooks={"request": [self._count_request]}
         )
+        return self._openai.OpenAI(
+            base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout, http_client=http
+        )
+
+    def _count_request(self, request: object) -> None:
+        """Count a request that is about to be sent. Of a question that was given up on, no further one is sent."""
+        with self._lock:
+            if self._given_up:
+                raise _Failed("the questions that were still open are given up on")
+            self._counts["requests"] += 1
 
     def _complete(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
         """The judge's answer to a chat, and whether it is whole (of one that was cut off, the score may be, too).
@@ -276,13 +289,14 @@ class Judge:
         except openai.APIError as error:
             # The client says what it repeated in a header of its last request.
             repeated = int(error.request.headers.get("x-stainless-retry-count", 0))
-            self._count(requests=1 + repeated, retries=repeated)
+            self._count(requests=0 if self._counts_requests else 1 + repeated, retries=repeated)
             if remedy := self._remedy(error):
                 where = f"the judge {self.model!r} at {self._client.base_url}"
                 raise RewardUnavailable(f"{where} cannot be asked: {self._said(error)}. {remedy}") from None
             raise _Failed(self._said(error)) from None
         self._reached = True
-        self._count(requests=1 + raw.retries_taken, calls=1, retries=raw.retries_taken)
+        requests = 0 if self._counts_requests else 1 + raw.retries_taken
+        self._count(requests=requests, calls=1, retries=raw.retries_taken)
         try:
             completion = raw.parse()
             choice, tokens = completion.choices[0], completion.usage
