@@ -86,7 +86,7 @@ def test_eval_reference_prints_it_and_writes_it(tmp_path, monkeypatch, capsys):
     (line,) = [line for line in lines if line.startswith("true_reward")]
     assert line.endswith(f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]")
     assert len(re.findall(r"\[", line)) == 3
-    assert lines[-1] == "reference: the base"
+    assert lines[-2:] == ["reference: the base", f"True-reward calls: {2 * len(ROWS)} in evaluation"]
     assert cli.main(options) == 0
     assert "reference" not in capsys.readouterr().out
     assert list(json.loads((tmp_path / "judged.json").read_text())) == ["generator"]

@@ -473,7 +473,7 @@ def test_the_card_tells_the_run(tmp_path):
     judged = gan.evaluate(ROWS)
     export(gan, tmp_path / "out", evaluation=judged)
     for part, text in cards(tmp_path / "out").items():
-        assert "| steps | 3 |" in text and "| calls of the true reward | 12 in training, 4 in evaluation |" in text
+        assert "| steps | 3 |" in text and "| reward calls | 12 in training, 4 in evaluation |" in text
         assert "| true reward | `worth` |" in text and "| seed | 7 |" in text
         assert "a share of 0.5 of the responses" in text
         assert f"| disc_loss | {records[-1]['disc_loss']:.6g} |" in text

@@ -64,6 +64,9 @@ def test_metrics_are_lines_of_json_with_every_number_and_no_text(tmp_path):
     gan = small_gan(output_dir=str(tmp_path), logging_steps=2, query_rate=0.5)
     records = gan.fit(ROWS, steps=5, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (notice,) = [line for line in lines if "notices" in line]
+    assert list(notice) == ["step", "notices"] and notice["step"] == 3, "responses without an end are told of"
+    lines.remove(notice)
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         pair = records[line["step"] - 2 : line["step"]]
@@ -72,7 +75,7 @@ def test_metrics_are_lines_of_json_with_every_number_and_no_text(tmp_path):
         assert line["loss"] == pytest.approx(np.mean([record["gen_loss"] for record in pair]))
         assert line["reward_calls"] == pair[1]["reward_calls"] and line["step_time"] > 0
     gan.fit(ROWS, steps=1, progress=False)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3, "appended"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4, "appended"
 
 
 def test_columns_reach_the_reward(tmp_path):

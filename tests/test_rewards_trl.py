@@ -352,7 +352,7 @@ def test_all_of_them_in_one_run(tmp_path):
     asked = []
     gan._ask = lambda *a, f=gan._ask, **o: asked.append((a, o)) or f(*a, **o)
     records = gan.fit(rows, steps=2, progress=False)
-    for record, ((batch, texts, _), options) in zip(records, asked, strict=True):
+    for record, ((batch, texts, *_), options) in zip(records, asked, strict=True):
         inputs = [{"prompt": row.prompt, **row.columns} for row in batch]
         messages = [[{"role": "assistant", "content": text}] for text in texts]
         expected, _, _ = trl_rewards(funcs, inputs, messages, options["completion_ids"])

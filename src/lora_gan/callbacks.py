@@ -177,7 +177,8 @@ class Run:
     def _log_late_calls(self) -> None:
         """Log counts that changed since the last line, as in a step that failed: a resumed run goes on from them."""
         counts = _counts(self.gan.budget.metrics())
-        if counts != self._logged_calls:
+        has_begun = self.metrics.file is not None or self.metrics.kept  # a first step that fails leaves nothing
+        if counts != self._logged_calls and has_begun:
             self.metrics.write({"step": self.gan.global_step, **counts})
 
     def _leave(self) -> None:

@@ -410,7 +410,7 @@ def _training(run: Run, part: str) -> str:
         "true reward": run.reward,
         "data": None if run.data is None else f"`{_data_name(run.data)}`",
         "steps": f"{run.steps:,}",
-        "calls of the true reward": run.calls,
+        "reward calls": run.calls,
         "the generator was set to learn from": learns,
         "responses to a prompt": f"{config.num_generations}, of up to {config.max_completion_length} tokens, at "
         f"temperature {config.temperature:g}",
