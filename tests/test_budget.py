@@ -265,17 +265,18 @@ def test_the_end_of_the_budget_is_said_with_what_happens_next(tmp_path):
     assert len(said) == 1
     correlation, error = gan.discriminator.fresh_correlation
     assert said[0].startswith(
-        "step 2: all 16 calls of reward_budget are spent. The generator learns on from the discriminator's prediction "
-        f"alone. Its fresh rank correlation with the true reward within groups is {correlation:.2f} ± {error:.2f}"
+        "step 2: all 16 calls of reward_budget are spent. Training goes on by the discriminator's prediction alone. "
+        "The discriminator's rank correlation with the true reward, on responses that it had not learned from and within a "
+        f"prompt, is {correlation:.2f} (standard error {error:.2f})"
     )
-    assert ("no better" in said[0] or "does not show" in said[0]) == (correlation <= 2 * error)
+    assert ("better than chance" in said[0]) == (correlation <= 2 * error)
 
 
 @pytest.mark.parametrize(("correlation", "warns"), [(0.1, True), (0.9, False)])
 def test_a_discriminator_that_is_no_better_than_chance_is_warned_of(correlation, warns, monkeypatch):
     gan = small_gan(reward_budget=8)
     monkeypatch.setattr(type(gan.discriminator), "fresh_correlation", property(lambda self: (correlation, 0.1)))
-    with pytest.warns(UserWarning, match=f"within groups is {correlation:.2f} ± 0.10") as told:
+    with pytest.warns(UserWarning, match=rf"prompt, is {correlation:.2f} \(standard error 0.10\)") as told:
         gan.step(PROMPTS[:2])
     (said,) = [str(warning.message) for warning in told if "spent" in str(warning.message)]
     assert ("after_budget='stop'" in said) == warns
@@ -302,7 +303,7 @@ def test_what_was_not_measured_is_not_shown_as_current(capsys):
         shown.update(1, {"reward": 0.25, "pred_reward": 0.5, "reward_calls": 8, "reward_calls/evaluation": 3})
         shown.update(4, {"pred_reward": 0.75, "reward_calls": 8, "reward_calls/evaluation": 6})
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "step 4: reward – (0.250 at step 1), predicted 0.750, calls 8 (and 6 evaluation), done"
+    assert line == "step 4: reward not measured (step 1: 0.250), predicted 0.750, calls 8 (plus 6 in evaluation), done"
 
 
 def test_a_signal_says_that_the_final_evaluation_was_left_out(tmp_path):
@@ -312,7 +313,7 @@ def test_a_signal_says_that_the_final_evaluation_was_left_out(tmp_path):
         if record["step"] == 2:
             gan._interrupts._requested = True
 
-    with pytest.raises(KeyboardInterrupt, match="the final evaluation was left out"):
+    with pytest.raises(KeyboardInterrupt, match="after 2 of 4 steps, without the final evaluation: step 2 is saved"):
         gan.fit(ROWS, steps=4, eval_dataset=HELD_OUT, progress=False, on_step=stop)
     assert gan.ending.reason == "stopped by Ctrl-C; the final evaluation was left out"
 

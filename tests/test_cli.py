@@ -125,7 +125,7 @@ def test_dry_run_trains_nothing_and_tries_the_reward(there, capsys):
         out,
         flags=re.MULTILINE,
     )
-    assert "steps          5 of 2 prompts × 4 responses" in out
+    assert "steps          5, each of 2 prompts × 4 responses" in out
     assert re.search(r"memory +about [\d.]+ (MB|GB): Python and its libraries [\d.]+ (MB|GB), base", out)
     assert re.search(r"own target 9\.\d+, another row's 9\.\d+", out)  # "le chat 0": nine characters
     assert "does not prefer a row's own target" in out  # the length does not know the target

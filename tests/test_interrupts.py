@@ -67,7 +67,7 @@ def test_elsewhere_the_step_is_finished_first(tmp_path, undisturbed, capsys):
     gan.discriminator.update = pressed_while_updating
     with pytest.raises(KeyboardInterrupt, match="step 2 is saved in .*step-2"):
         gan.fit(ROWS, steps=4, progress=False)
-    assert "once more stops at once" in capsys.readouterr().err
+    assert "A second signal stops at once" in capsys.readouterr().err
     assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
 
 
@@ -145,7 +145,7 @@ def test_an_evaluation_may_be_broken_off(tmp_path, undisturbed):
 
 def test_the_evaluation_before_the_first_step_may_be_broken_off(tmp_path):
     gan = small_gan(output_dir=str(tmp_path), reward=PressesCtrlC(at=2))
-    with pytest.raises(KeyboardInterrupt, match="after 0 of 4 steps: no step was done"):
+    with pytest.raises(KeyboardInterrupt, match="after 0 of 4 steps, without the final evaluation: no step was done"):
         gan.fit(ROWS, steps=4, eval_dataset=ROWS, progress=False)
     assert list(tmp_path.glob("step-*")) == []
 

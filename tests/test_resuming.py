@@ -54,7 +54,9 @@ def test_a_moved_run_goes_on_where_it_is(there, capsys):
     moved = there / "elsewhere" / "moved"
     assert not (there / "run").exists()
     assert (moved / "step-4" / "generator" / "adapter_model.bin").read_bytes() == whole
-    assert said(capsys) == [f"The run was moved: it goes on in {moved}; train.yaml names {there / 'run'}."]
+    assert said(capsys) == [
+        f"The run was moved: it goes on in {moved}, not in {there / 'run'}, which train.yaml names."
+    ]
     kept = yaml.safe_load((moved / "train.yaml").read_text())
     assert (kept["output_dir"], kept["data"], kept["reward"]) == (
         str(moved), str(moved / "pairs.csv"), f"{moved / 'mine.py'}:length",

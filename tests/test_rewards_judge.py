@@ -362,7 +362,7 @@ def test_a_judge_that_goes_down_stops_the_run_after_some_rows(serve):
     down.append(True)
     with pytest.warns(UserWarning, match="overload"):
         assert judge(["p"] * 3, ["a", "b", "c"]) == [None] * 3
-    with pytest.raises(RewardUnavailable, match="no score for 4 rows in a row.*overload"):
+    with pytest.raises(RewardUnavailable, match="no score for 4 responses one after the other .*overload"):
         judge(["p"], ["d"])
     down.clear()
     assert judge(["p"], ["d"]) == [0.5]

@@ -117,4 +117,4 @@ def test_the_command_says_it(tmp_path, monkeypatch, capsys, budget, words):
         "after_budget": "stop",
     }  # fmt: skip
     assert cli.main(["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
-    assert f"{words} calls: {min(int(budget), 8)} in training. In run" in capsys.readouterr().out
+    assert f"{words} calls: {min(int(budget), 8)} in training.\nIn run: step-" in capsys.readouterr().out

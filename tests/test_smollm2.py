@@ -250,7 +250,7 @@ def test_the_quickstarts_path_of_a_chat_model(smollm2, tmp_path):
     """docs/quickstart.md, its second path, as it stands."""
     fetched, rows, _, look, train, used, stock = run_blocks(CHAT, tmp_path)
     assert str(smollm2) in fetched and '"role": "user"' in rows
-    assert "chat messages, answered up to '<|im_end|>'" in look and "brief: asked for 100%" in look
+    assert "chat messages; a response ends with '<|im_end|>'" in look and "brief: asked for 100%" in look
     assert "step 12" in train and (tmp_path / "runs" / "chat" / "step-12").is_dir()
     answer = stock.splitlines()[-1]
     assert answer and answer in used.splitlines(), "stock transformers and lora-gan generate say the same"

@@ -20,6 +20,13 @@ from .options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 from .resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 from .runs import require_run
 
+EXPORTED = {
+    "generator": "the generator as an adapter for PEFT",
+    "generator-merged": "the generator as a whole model for transformers",
+    "discriminator": "the discriminator, a reward model, as an adapter for PEFT",
+    "discriminator-merged": "the discriminator as a whole model for transformers",
+}
+
 
 def demo(
     discriminator: Literal["learning", "off", "constant", "only"] = "learning",
@@ -205,8 +212,9 @@ def train(
     except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
         if settings and complete(folder):
             # A row or a reward that is not as it must be would end the resumed run at the same place.
-            first = "when that is mended, " if isinstance(stop, ValueError) else ""
-            go_on = f"{first}go on with: lora-gan train --config {settings[0]} --resume"
+            first = "when that is mended, " if isinstance(stop, ValueError | RuntimeError) else ""
+            saved = "" if isinstance(stop, KeyboardInterrupt | SystemExit) else f"step {gan.global_step} is saved; "
+            go_on = f"{saved}{first}go on with: lora-gan train --config {settings[0]} --resume"
             stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
         raise
     finally:
@@ -217,13 +225,26 @@ def train(
         for name in ("metrics.jsonl", "completions.jsonl", "training.png")
         if (folder / name).is_file() and (folder / name).stat().st_size
     ]
+    kept = ", ".join(path.name for path in complete(folder))
     print(
-        f"{gan.ending}. True-reward calls: {gan.budget.in_words()}. In {folder}: checkpoints, "
-        f"{', '.join(files)}\n"
+        f"{gan.ending}. True-reward calls: {gan.budget.in_words()}.\n"
+        f"{_judged(folder)}In {folder}: {kept}, {', '.join(files)}. The newest step is used by:\n"
         f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
         f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
         f"  lora-gan export --checkpoint {folder} --output_dir FOLDER"
     )
+
+
+def _judged(folder: Path) -> str:
+    """The run's evaluations, as a line; empty without any."""
+    from .json_lines import read_lines
+
+    name = "eval_true_reward"
+    values = [
+        f"{line[name]:.3f} (step {line['step']})" for line in read_lines(folder / "metrics.jsonl") if name in line
+    ]
+    shown = values if len(values) <= 8 else [*values[:2], "…", *values[-5:]]
+    return f"Held-out reward: {', '.join(shown)}.\n" if values else ""
 
 
 def _draw(gan: Any) -> None:
@@ -403,7 +424,11 @@ def evaluate(
         shown["generator - reference, per row"] = judged["difference"]
     print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
     if reference:
-        print(f"reference: {'the adapter that the run started from' if gan.players.has_reference else 'the base'}")
+        named = "the adapter that the run started from" if gan.players.has_reference else "the base"
+        print(f"reference: {named}. Both answer anew: figures differ by chance from those of the run's evaluations.")
+        low, high = (judged["difference"]["metrics"]["true_reward"][end] for end in ("low", "high"))
+        if low is not None and low <= 0 <= high:
+            print("The interval of the difference in true_reward contains 0: these rows do not show a difference.")
     print(f"True-reward calls: {gan.budget.in_words()}")
     if output is not None:
         Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
@@ -442,7 +467,7 @@ def export(
     folder = gan.export(output_dir, dtype=dtype, license=license, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
-        print(f"{Path(output_dir) / part.name}: {size:.1f} MB")
+        print(f"{Path(output_dir) / part.name}: {size:.1f} MB, {EXPORTED[part.name]}")
 
 
 # --- what the commands share ------------------------------------------------------------------------------------------

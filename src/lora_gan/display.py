@@ -36,7 +36,7 @@ WATCHED = {
 }
 #: Further counts of calls, shown behind those of training.
 OTHER_CALLS = {
-    "reward_calls/evaluation": "evaluation",
+    "reward_calls/evaluation": "in evaluation",
     "reward_calls/retries": "retries",
     "reward_calls/other": "by hand",
     "reward_calls/cached": "from a cache",
@@ -192,12 +192,12 @@ class Display:
             elif series.step == self.step:
                 said.append(f"{WATCHED[name]} {_number(series.last[-1])}")
             else:
-                said.append(f"{WATCHED[name]} – ({_number(series.last[-1])} at step {series.step})")
+                said.append(f"{WATCHED[name]} not measured (step {series.step}: {_number(series.last[-1])})")
         return ", ".join(said)
 
     def _calls_in_words(self) -> str:
         others = [f"{value:,} {OTHER_CALLS[name]}" for name, value in self._calls.items() if value]
-        return f"calls {self.series['reward_calls'].last[-1]:,}" + (f" (and {', '.join(others)})" if others else "")
+        return f"calls {self.series['reward_calls'].last[-1]:,}" + (f" (plus {', '.join(others)})" if others else "")
 
     def _say(self, line: str) -> None:
         sys.stderr.write(line + "\n")  # in one piece: other threads write, too

@@ -383,16 +383,19 @@ class LoraGAN:
         self._told_of_spent_budget = True
         measured = self.discriminator.fresh_correlation
         if measured is None:
-            known = "Its rank correlation with the true reward within groups was never measured"
+            known = "The discriminator's rank correlation with the true reward was never measured"
         else:
-            known = "Its fresh rank correlation with the true reward within groups is {:.2f} ± {:.2f}".format(*measured)
+            known = (
+                "The discriminator's rank correlation with the true reward, on responses that it had not learned from "
+                "and within a prompt, is {:.2f} (standard error {:.2f})".format(*measured)
+            )
         advice = ""
         if measured is None or measured[0] <= 2 * measured[1]:
             advice = (
-                ", which does not show that it orders responses better than chance: stop here "
-                "(after_budget='stop'), or allow more calls"
+                ". This does not show that it orders responses better than chance. To end here instead: Ctrl-C, or "
+                "after_budget='stop'. For more true rewards: resume with a larger budget"
             )
-        return [f"{spent}. The generator learns on from the discriminator's prediction alone. {known}{advice}"]
+        return [f"{spent}. Training goes on by the discriminator's prediction alone. {known}{advice}"]
 
     @property
     def reward_calls(self) -> int:
@@ -714,10 +717,10 @@ class LoraGAN:
                 if not isinstance(stop, Interrupted):
                     raise
                 why = str(stop) or f"stopped by {stop.cause}"
-                if held_out is not None and not run.is_evaluated:
-                    why += "; the final evaluation was left out"
-                run.ends(why)
+                left_out = held_out is not None and not run.is_evaluated
+                run.ends(why + ("; the final evaluation was left out" if left_out else ""))
                 why += f" after {self.global_step} of {last} steps"
+                why += ", without the final evaluation" if left_out else ""
                 if not records:
                     raise stop.ending(f"{why}: no step was done, so there is nothing new to save") from None
                 raise stop.ending(f"{why}: step {self.global_step} is saved in {saved}") from None

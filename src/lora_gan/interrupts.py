@@ -102,8 +102,8 @@ class Interrupts:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self._requested, self._number = True, number
         print(
-            f"\n{'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}: stopping where a step is whole, then saving; "
-            "once more stops at once",
+            f"\n{'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}: the run stops after this step and saves it. A "
+            "second signal stops at once, and the step is lost",
             file=sys.stderr,
             flush=True,
         )

@@ -21,6 +21,7 @@ from .disk import needed
 from .display import one_line
 from .footprint import Lengths, Memory, resident
 from .plan import Plan, calls, calls_per_step, counted, planned
+from .rewards.budget import counted_retries
 from .rewards.calling import ASYNC_WORKERS, is_async
 from .rewards.cost import Meter
 from .trial import Seconds, Trial, shape_of_trial
@@ -59,11 +60,12 @@ def describe(
     lines = {
         "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {players.device})",
         "generator": f"{sizes['generator']:,} parameters in its adapter{_start(gan)}",
-        "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} heads",
-        "data": f"{'streamed' if total is None else f'{total:,} rows'}",
+        "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} score heads",
+        "data": ("streamed" if total is None else counted(total, "row"))
+        + (f", and {counted(held_out, 'held-out row')}" if held_out else ""),
         "prompts": _kinds(gan, rows),
-        "steps": f"{steps:,} of {config.prompts_per_step} prompts × {config.num_generations} responses of at most "
-        f"{config.max_completion_length} tokens" + (f", after {gan.global_step:,}" if gan.global_step else ""),
+        "steps": f"{steps:,}, each of {config.prompts_per_step} prompts × {config.num_generations} responses of at "
+        f"most {config.max_completion_length} tokens" + (f"; {gan.global_step:,} are done" if gan.global_step else ""),
         "true reward": _calls(gan, rows, steps, held_out, dry_run),
         "memory": "",
         "disk": _disk(gan, steps, max(lengths)),
@@ -92,7 +94,9 @@ def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bo
         share = "not asked in training (disc_objective='real_vs_generated')"
     of_plan = plan.in_words()
     if plan.training < round(steps * calls_per_step(config)):
-        of_plan = of_plan.replace("calls in training", "calls in training (all that the budget leaves)", 1)
+        enough = plan.training / calls_per_step(config)
+        ends = f"all that the budget leaves: enough for about {enough:.3g} of {counted(steps, 'step')}"
+        of_plan = of_plan.replace("calls in training", f"calls in training ({ends})", 1)
     said = f"{', '.join(gan.reward_names)}: {share}: {of_plan}"
     if dry_run:
         said += f", up to {dry_run_calls(config, rows, _allowed(gan))} in this dry run"
@@ -115,7 +119,7 @@ def _kinds(gan: LoraGAN, rows: list[Row]) -> str:
     chats = [encoder.is_chat(row) for row in rows]
     kind = "chat messages" if all(chats) else "chat messages and plain text" if any(chats) else "plain text"
     closing = ", ".join(sorted({repr(tokenizer.convert_ids_to_tokens(encoder.closing_id(row))) for row in rows}))
-    lines = f"{kind}, answered up to {closing}"
+    lines = f"{kind}; a response ends with {closing}"
     if not all(chats) and encoder.has_template and gan.config.apply_chat_template is None:
         lines += (
             "\n! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to send "
@@ -154,10 +158,15 @@ def _disk(gan: LoraGAN, steps: int, prompt_tokens: int) -> str:
     limit = gan.config.save_total_limit
     kept = f"{disk.kept:,} checkpoint{'' if disk.kept == 1 else 's'} of {_size(disk.each)}"
     if disk.kept < disk.saved:
-        kept += f" ({disk.saved:,} are saved, save_total_limit={limit} keeps the newest; one more while one is saved)"
+        kept = (
+            f"the newest {disk.kept:,} of {disk.saved:,} checkpoints of {_size(disk.each)} (save_total_limit={limit})"
+        )
     elif disk.saved > 3:
         kept += " (save_total_limit keeps fewer)"
-    return f"about {_size(disk.total)}: {kept}, logs {_size(disk.logs)}"
+    most = (
+        f", and {_size(disk.total + disk.each)} while a checkpoint replaces another" if disk.kept < disk.saved else ""
+    )
+    return f"about {_size(disk.total)}{most}: {kept}, logs {_size(disk.logs)}"
 
 
 def _size(count: float) -> str:
@@ -238,6 +247,7 @@ def dry_run(
     if upper != lower:
         of_memory.append(f"{upper} when every response has {gan.config.max_completion_length} tokens")
     yield _named("memory", "\n".join(of_memory))
+    yield "\nDry run: nothing was trained or saved. To train, give the same command without --dry-run."
 
 
 def dry_run_calls(config: Config, rows: list[Row], left: int | None = None) -> int:
@@ -295,6 +305,7 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
         lines.append(f"  {name}: mean {np.mean(values):.3f}, {len(values)} of {len(part)} answered" if values else
                      f"  {name}: no answer")  # fmt: skip
     lines += _verdict_on_spread(reward_PK)
+    lines += _verdict_on_ends(ids, gan)
 
     if paired:
         began = time.perf_counter()
@@ -314,9 +325,8 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     together = f", {at_once} calls at once (reward_workers)" if at_once > 1 else ""
     lines.append(f"  {_each(each)} per call{together}; {_each(first)} for the first {len(responses)}, loading included")
     retries, cached = gan.budget.counts["retries"] - retries, gan.budget.cached - cached
-    made = f"  True-reward calls: {calls + retries - cached:,} in this dry run"
-    made += f", {retries:,} of them retries" if retries else ""
-    lines.append(made + (f", and {cached:,} answers from the reward's own cache" if cached else ""))
+    made = f"  True-reward calls: {calls:,} in this dry run" + (f", {counted_retries(retries)}" if retries else "")
+    lines.append(made + (f"; {cached:,} of them came from the reward's own cache" if cached else ""))
     for log in filter(None, (getattr(func, "log", None) for func in people)):
         lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
     return Tried("\n".join(lines), calls, each, at_once)
@@ -384,10 +394,22 @@ def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
     if np.isnan(spread_P).all():
         return ["  ! no prompt has two answers: there is nothing to compare, and nothing to learn from"]
     flat = int((spread_P == 0).sum())
-    said = f"  spread within a prompt's responses {np.nanmean(spread_P):.3f} (standard deviation)"
+    said = f"  rewards of one prompt's responses differ by {np.nanmean(spread_P):.3f} (standard deviation)"
     if flat == len(spread_P):
         return [f"{said}\n  ! every response is worth the same: there is nothing to learn from yet"]
     return [said + (f"; none for {flat} of {len(spread_P)} prompts, which teach nothing" if flat else "")]
+
+
+def _verdict_on_ends(ids: list[list[int]], gan: LoraGAN) -> list[str]:
+    """Responses that were cut have no end, and the reward judges an unfinished text."""
+    limit, ends = gan.config.max_completion_length, gan.players.base.eos_ids
+    cut = sum(len(response) >= limit and response[-1] not in ends for response in ids)
+    if 2 * cut < len(ids) or not cut:
+        return []
+    return [
+        f"  ! {cut} of {len(ids)} responses were cut at max_completion_length={limit}: the reward judges unfinished "
+        "texts"
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -48,7 +48,7 @@ def in_moved_folder(values: Mapping[str, Any], file: Path, *, folder_is_given: b
         return dict(values), ""
     with_paths = ("model", "data", "eval_data", "reward", "init_adapter")
     moved = {name: moved_paths(value, named, here) if name in with_paths else value for name, value in values.items()}
-    said = f"The run was moved: it goes on in {here}; {SETTINGS_FILE} names {named}."
+    said = f"The run was moved: it goes on in {here}, not in {named}, which {SETTINGS_FILE} names."
     return moved | {"output_dir": str(here)}, said
 
 

@@ -133,11 +133,11 @@ class Budget:
         words: dict[Purpose, str] = {
             "training": "in training",
             "evaluation": "in evaluation",
-            "retries": "retries",
             "dry_run": "in this dry run",
             "other": "by hand",
         }
-        said = [f"{self.counts[name]:,} {words[name]}" for name in PURPOSES if self.counts[name]] or ["none"]
+        said = [f"{self.counts[name]:,} {where}" for name, where in words.items() if self.counts[name]] or ["none"]
+        said += [counted_retries(self.counts["retries"])] if self.counts["retries"] else []
         cached = f"; {self.cached:,} of them came from the reward's own cache" if self.cached else ""
         return ", ".join(said) + cached
 
@@ -160,6 +160,11 @@ class Budget:
                 for name, now in self.state_dict().items()
             }
         )
+
+
+def counted_retries(count: int) -> str:
+    """As in "1 retry", "3 retries"."""
+    return f"{count:,} retr{'y' if count == 1 else 'ies'}"
 
 
 def _usage(func: Any) -> dict[str, int] | None:

@@ -208,14 +208,14 @@ class Judge:
         if self._failures >= self.max_failures:
             failures, self._failures = self._failures, 0
             raise RewardUnavailable(
-                f"the judge {self.model!r} gave no score for {failures} rows in a row; the last time: {trouble}. "
-                "See to the server, model or rubric and go on from the last checkpoint; max_failures= sets the number"
+                f"the judge {self.model!r} gave no score for {failures} responses one after the other (max_failures="
+                f"{self.max_failures}); the last time: {trouble}. Check the server, the model's name and the rubric"
             )
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"the judge {self.model!r} gave no score for a row, whose reward is None: {trouble}. Further ones are "
-                "only counted, in usage",
+                f"the judge {self.model!r} gave no score for a response, which then has no reward: {trouble}. Further "
+                "ones are counted, as `unanswered` in metrics.jsonl",
                 stacklevel=2,
             )
 
