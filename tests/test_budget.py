@@ -266,8 +266,8 @@ def test_the_end_of_the_budget_is_said_with_what_happens_next(tmp_path):
     correlation, error = gan.discriminator.fresh_correlation
     assert said[0].startswith(
         "step 2: all 16 calls of reward_budget are spent. Training goes on by the discriminator's prediction alone. "
-        "The discriminator's rank correlation with the true reward, on responses that it had not learned from and within a "
-        f"prompt, is {correlation:.2f} (standard error {error:.2f})"
+        "The discriminator's rank correlation with the true reward, on responses that it had not learned from and "
+        f"within a prompt, is {correlation:.2f} (standard error {error:.2f})"
     )
     assert ("better than chance" in said[0]) == (correlation <= 2 * error)
 
