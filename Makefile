@@ -4,10 +4,12 @@
 #   make demo ARGS="--help"            passes ARGS on to the command
 #   make test PYTHON=python3.12        another interpreter for a new .venv
 #   make test PIP_FLAGS="--no-index"   passes PIP_FLAGS on to pip install
+#   make test JOBS=8                   runs the tests in 8 processes of one thread each (default: 2)
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 
@@ -35,7 +37,7 @@ demo-chat: $(STAMP)
 	$(VENV)/bin/lora-gan demo-chat $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
 test-smollm2: $(STAMP)
 	$(VENV)/bin/python -m pytest tests/test_smollm2.py $(ARGS)
