@@ -631,7 +631,7 @@ class LoraGAN:
         Returns:
             The steps' records, the last 500 where there are more. In output_dir stand metrics.jsonl,
             completions.jsonl, and checkpoints step-N: every `config.save_steps`, and at the end. After loading a
-            checkpoint, fit() goes on with the next rows. `self.ending` says why the run ended (`run_ending.Ending`).
+            checkpoint, fit() goes on with the next rows. `self.ending` says why the run ended (`run.ending.Ending`).
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
