@@ -32,10 +32,11 @@ def test_equal_keys_equal_numbers_in_another_process():
     code = """
 import json, random, numpy, torch, test_randomness as t
 random.seed(5); numpy.random.seed(6); torch.manual_seed(7)
-from lora_gan import data, randomness, rollout
+from lora_gan import data, randomness
+from lora_gan.model import sampling
 there = [randomness.uniforms(5, *key).tolist() for key in t.KEYS]
 there.append(list(randomness.fingerprint([3, 1, 2])))
-there.append(rollout.keyed_uniforms([[1, 2], [3], [1, 2]], 2, 3, seed=4, step=5, purpose="p").tolist())
+there.append(sampling.keyed_uniforms([[1, 2], [3], [1, 2]], 2, 3, seed=4, step=5, purpose="p").tolist())
 there.append([row.prompt for row in data.take([data.Row(str(i)) for i in range(5)], 12, seed=1, position=3)])
 print(json.dumps(there))
 """
