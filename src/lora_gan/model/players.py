@@ -12,7 +12,8 @@ Two rules, each broken silently by stock PEFT:
   drops every gradient of a graph that is still waiting for its backward.
 - Nothing is switched between a forward and its backward: blocks wrapped for gradient checkpointing from outside would
   be recomputed with the wrong adapter (peft#2832). `playing` raises when a graph is still open. `set_aside` is the one
-  exception: under config's gradient_checkpointing a layer is recomputed as the player that first ran it (checkpointing.py).
+  exception: under config's gradient_checkpointing a layer is recomputed as the player that
+  first ran it (checkpointing.py).
 """
 
 from __future__ import annotations
