@@ -52,8 +52,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lora_gan import LoraGAN, tiny
-from lora_gan.adapters import Base
 from lora_gan.config import Config
+from lora_gan.model.players import Base
 
 DEFAULTS = Config()
 NEVER = "<|never|>"  # the end-of-text token that no base can write
@@ -303,7 +303,7 @@ class LoraGanArm:
 
 def _let_nothing_end(gan: LoraGAN) -> None:
     """Every response has all its tokens, as those of the other arms."""
-    from lora_gan.endings import Endings
+    from lora_gan.model.endings import Endings
 
     base = gan.players.base
     beyond = base.model.get_input_embeddings().weight.shape[0]

@@ -24,7 +24,7 @@ from pathlib import Path
 from arms import ARMS, SHAPES, STORIES, prepare, quiet
 from speed import shape_of, spread, table
 
-from lora_gan.json_lines import append_line
+from lora_gan.storage.json_lines import append_line
 
 HERE = Path(__file__).parent
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from arms import ARMS, SHAPES, Arm, prepare, quiet
 
-from lora_gan.adapters import _layer_list
+from lora_gan.model.players import _layer_list
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_gan import instructions, randomness
+from lora_gan import randomness
+from lora_gan.rewards import instructions
 
 METRICS = {"share": (100, 1), "full": (100, 1), "base_logprob": (1, 2), "words": (1, 1)}  # name: scale, digits
 DRAWS = 4000

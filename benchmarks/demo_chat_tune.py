@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lora_gan import LoraGAN, demo_chat, instructions
-from lora_gan.evaluation import interval
+from lora_gan import LoraGAN
+from lora_gan.cli import demo_chat
+from lora_gan.rewards import instructions
+from lora_gan.run.evaluation import interval
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_gan.json_lines import append_line, open_lines
+from lora_gan.storage.json_lines import append_line, open_lines
 
 STEPS = 3
 FACTS = "The river Exe is 82 km long. It rises on the moor, runs south and meets the sea below the old harbour. " * 9

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from lora_gan import LoraGAN
-from lora_gan.checkpoint import complete
 from lora_gan.data import read_rows
-from lora_gan.evaluation import interval
 from lora_gan.rewards import chrf
+from lora_gan.run.evaluation import interval
+from lora_gan.storage.checkpoint import complete
 
 
 def split(path: Path, test: int, validation: int) -> dict[str, list[dict[str, str]]]:

@@ -34,7 +34,7 @@ from arms import LoraGanArm, Shape, prepare, quiet
 from machine import describe, synchronize
 from speed import spread, table
 
-from lora_gan.json_lines import append_line, open_lines
+from lora_gan.storage.json_lines import append_line, open_lines
 
 Line = dict[str, Any]
 PLAIN = Shape("growth", "small", prompts=2, group=8, tokens=16, prompt_tokens=16)

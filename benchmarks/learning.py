@@ -29,7 +29,7 @@ from typing import Any
 
 from learning_settings import Planned, expand, read_settings, results
 
-from lora_gan.json_lines import append_line, open_lines
+from lora_gan.storage.json_lines import append_line, open_lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,8 +14,10 @@ import torch
 from learning_settings import Planned
 from learning_tasks import Reward, Task, load
 
-from lora_gan import LoraGAN, data, objectives, rollout
+from lora_gan import LoraGAN, data
+from lora_gan.model import sampling
 from lora_gan.rewards.text import distinct_n
+from lora_gan.training import losses
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 EVERY = 10  # steps between points of the curve, fewer where the budget is small
@@ -183,13 +185,13 @@ def _run_lora_gan(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def respond(gan: LoraGAN, task: Task, count: int, temperature: float | None = None) -> list[rollout.Rollout]:
+def respond(gan: LoraGAN, task: Task, count: int, temperature: float | None = None) -> list[sampling.Rollout]:
     """`count` responses to each held-out prompt, in parts; the same uniforms whatever the arm and the step, so that
     differences between models are not differences between draws."""
     encoded = gan._encode(row.prompt for row in task.heldout)
     parts = []
-    for part in rollout.chunks(len(encoded), max(1, ROWS // count)):
-        uniforms = rollout.keyed_uniforms(
+    for part in sampling.chunks(len(encoded), max(1, ROWS // count)):
+        uniforms = sampling.keyed_uniforms(
             encoded[part], count, gan.config.max_completion_length, seed=gan.config.seed, step=0, purpose="judge"
         )
         parts.append(gan._sample(encoded[part], uniforms, temperature=temperature))
@@ -218,14 +220,14 @@ def rounded(values: Any) -> list[float | int]:
 
 
 @torch.no_grad()
-def kl_of(gan: LoraGAN, rows: rollout.Rollout) -> list[float]:
+def kl_of(gan: LoraGAN, rows: sampling.Rollout) -> list[float]:
     """KL(generator ‖ base) of each response in nats, exact over the vocabulary at each sampled place, temperature 1."""
     keep = rows.response_ids_BT.shape[1] + 1
     logits = {}
     for player in ("generator", "reference"):
         with gan.players.playing(player):
             logits[player] = gan.players.logits(rows.ids_BL, rows.mask_BL, keep=keep)[:, :-1]
-    _, kl_B = objectives.logprobs_and_kl(
+    _, kl_B = losses.logprobs_and_kl(
         logits["generator"], rows.response_ids_BT, logits["reference"], rows.response_mask_BT
     )
     return kl_B.tolist()

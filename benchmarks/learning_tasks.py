@@ -166,7 +166,7 @@ def prepare_e2e(model: str, data: Path, runs: Path, *, steps: int = 1000, prompt
             save_steps=100, save_total_limit=1, logging_steps=20, log_completions=False,
         )  # fmt: skip
         if (folder / "steps").exists():
-            from lora_gan.checkpoint import complete
+            from lora_gan.storage.checkpoint import complete
 
             if complete(folder / "steps"):
                 warm.load_checkpoint()

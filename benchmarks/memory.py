@@ -50,7 +50,7 @@ from arms import ARMS, OURS, SHAPES, Arm, Shape, Workload, built, prepare, quiet
 from machine import describe
 from speed import add_shape_options, in_order, plain, shape_of, spread, table
 
-from lora_gan.json_lines import append_line, open_lines
+from lora_gan.storage.json_lines import append_line, open_lines
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 MINI = Shape("mini", "mini", prompts=1, group=2, tokens=4, prompt_tokens=4)

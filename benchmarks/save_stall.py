@@ -34,7 +34,8 @@ def main() -> None:
 
     import torch
 
-    from lora_gan import LoraGAN, checkpoint, rewards, tiny
+    from lora_gan import LoraGAN, rewards, tiny
+    from lora_gan.storage import checkpoint
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,8 @@ def trim() -> None:
 def soak(steps: int, out: Path, records: int | None) -> None:
     import torch
 
-    from lora_gan import LoraGAN, callbacks, gan, rewards, tiny
+    from lora_gan import LoraGAN, gan, rewards, tiny
+    from lora_gan.run import callbacks
 
     if records is not None:
         gan.RECORDS = callbacks.LOG_HISTORY = records

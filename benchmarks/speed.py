@@ -40,7 +40,7 @@ from arms import ARMS, OURS, SHAPES, STORIES, LoraGanArm, Shape, Workload, built
 from machine import Rates, describe, measure, synchronize
 from phases import PHASES, Work, measured, work
 
-from lora_gan.json_lines import append_line, open_lines
+from lora_gan.storage.json_lines import append_line, open_lines
 
 PEERS = tuple(name for name in ARMS if name not in OURS)
 PHASED = (*OURS, "plain_rl")  # the arms that are this library

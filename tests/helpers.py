@@ -26,8 +26,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lora_gan import LoraGAN, durable
+from lora_gan import LoraGAN
 from lora_gan.data import Row
+from lora_gan.storage import durable
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lora_gan import data
-from lora_gan.checkpoint import adapter_state
+from lora_gan.storage.checkpoint import adapter_state
 
 BOTH = ("generator", "discriminator")
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import PROMPTS, differences, player_state, reward, small_gan
 
 from lora_gan import LoraGAN
-from lora_gan.answers import FILE
+from lora_gan.rewards.answers import FILE
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}"} for i in range(6)]
 SETTINGS = {"save_steps": 2, "query_rate": 0.5, "num_generations": 4}

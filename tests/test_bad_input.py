@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import base_folder, byte_tokenizer, small_gan
 
-from lora_gan import cli
+from lora_gan.cli import main as cli
 
 GOOD = '{"prompt": "the cat", "target": "le chat"}\n{"prompt": "the dog", "target": "le chien"}\n'
 

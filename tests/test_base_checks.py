@@ -38,8 +38,9 @@ from transformers import (
     LlamaModel,
 )
 
-from lora_gan import durable, tiny
-from lora_gan.base_checks import CONTEXT_NAMES, UNLIMITED, context_of
+from lora_gan import tiny
+from lora_gan.model.base_checks import CONTEXT_NAMES, UNLIMITED, context_of
+from lora_gan.storage import durable
 
 WORDS = byte_tokenizer("llama", "own")
 

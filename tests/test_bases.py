@@ -29,8 +29,9 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from test_rollout import MANY, draw, reference_decode, responses_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from lora_gan import LoraGAN, rollout
+from lora_gan import LoraGAN
 from lora_gan.data import Row
+from lora_gan.model import sampling
 
 WINDOW = 7  # tokens; shorter than most of MANY's prompts, and than every prompt with its response
 
@@ -259,7 +260,7 @@ def test_stock_peft_opens_the_generator(trained):
     gan, folder, name = trained
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts = gan._encode(MANY)
-    rows = rollout.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
+    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
     places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
         ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
@@ -299,7 +300,7 @@ def test_sampling_equals_an_uncached_unbatched_decode(trained):
     gan, folder, _ = trained
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts, count, length = gan._encode(MANY), 2, 14
-    uniforms = rollout.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
+    uniforms = sampling.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
     ours, ties = responses_of(draw(gan, MANY, count, length)), 0
     for row, response in enumerate(ours):
         prompt = prompts[row // count]
@@ -347,7 +348,7 @@ def test_without_a_pad_token_of_its_own_and_with_the_head_tied_the_other_way(nam
     folder = gan.save_checkpoint(ckpt_dir=tmp_path)
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts = gan._encode(MANY)
-    rows = rollout.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
+    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
     places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
         ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)

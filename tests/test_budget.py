@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from helpers import PROMPTS, TARGETS, reward, small_gan
 
-from lora_gan import display
-from lora_gan.json_lines import read_lines
 from lora_gan.rewards import Judge, Length, RewardError
 from lora_gan.rewards.budget import Budget
+from lora_gan.run import display
+from lora_gan.storage.json_lines import read_lines
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]  # a step: 2 × 4 responses
 HELD_OUT = [{"prompt": f"{PROMPTS[i % 4]} held out {i}", "target": TARGETS[i % 4]} for i in range(3)]

@@ -19,8 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lora_gan.callbacks import Arguments
 from lora_gan.data import read_rows
+from lora_gan.run.callbacks import Arguments
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 EVENTS = [
@@ -158,7 +158,7 @@ def test_early_stopping_stops_when_the_reward_stops_rising(tmp_path, monkeypatch
         result["metrics"]["true_reward"]["mean"] = next(values)
         return result
 
-    monkeypatch.setattr("lora_gan.evaluation.evaluate", judged)
+    monkeypatch.setattr("lora_gan.run.evaluation.evaluate", judged)
     recorder = Recorder()
     gan, _ = fitted(tmp_path, EarlyStoppingCallback(2), recorder, steps=9, eval_steps=1, save_steps=None)
     assert gan.global_step == 4, "two evaluations without a better one"
@@ -224,7 +224,7 @@ def test_what_cannot_work_is_said(callbacks, said, tmp_path):
 
 def test_a_metric_that_is_not_measured_is_named(tmp_path, monkeypatch):
     result = {"metrics": {"pred_reward": {"mean": 0.0}}, "distinct_2": 0.5, "samples": []}
-    monkeypatch.setattr("lora_gan.evaluation.evaluate", lambda *_, **__: result)
+    monkeypatch.setattr("lora_gan.run.evaluation.evaluate", lambda *_, **__: result)
     with pytest.raises(ValueError, match=re.escape("'true_reward' was not measured: the evaluation has pred_reward")):
         fitted(tmp_path, EarlyStoppingCallback(), steps=1)
 

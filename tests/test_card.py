@@ -9,8 +9,10 @@ import pytest
 from helpers import PROMPTS, TARGETS, base_folder, reward, small_gan
 from huggingface_hub import ModelCard
 
-from lora_gan import LoraGAN, card, cli
-from lora_gan.licences import IDS, licence_id
+from lora_gan import LoraGAN
+from lora_gan.cli import main as cli
+from lora_gan.export import card
+from lora_gan.export.licences import IDS, licence_id
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lora_gan import LoraGAN
 from lora_gan.data import Row
-from lora_gan.export import export
+from lora_gan.export.exporting import export
 
 ALL = list(FAMILIES)
 QUICK = ("gemma-3", "phi-3", "qwen2.5-base")  # turn end second; three stop ids; turn end known to the template alone

@@ -12,12 +12,13 @@ from families import FAMILIES, family_folder, family_gan
 from helpers import base_folder, differences, player_state, reward, small_gan
 from transformers import AutoTokenizer
 
-from lora_gan import LoraGAN, preview
-from lora_gan.base import load_base
-from lora_gan.cli import main
+from lora_gan import LoraGAN
+from lora_gan.cli import preview
+from lora_gan.cli.main import main
 from lora_gan.config import Config
 from lora_gan.data import Row, read_rows
-from lora_gan.encoding import Encoder
+from lora_gan.model.base import load_base
+from lora_gan.model.encoding import Encoder
 
 QUESTION = "where is the cat"
 USER = [{"role": "user", "content": QUESTION}]

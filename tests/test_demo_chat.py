@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_gan import cli, demo_chat, instructions
-from lora_gan.demo_chat import Judged
+from lora_gan.cli import demo_chat
+from lora_gan.cli import main as cli
+from lora_gan.cli.demo_chat import Judged
+from lora_gan.rewards import instructions
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,5 +104,5 @@ def test_two_steps_on_the_real_base_leave_what_the_demo_says(smollm2, tmp_path, 
     assert len(lines) == 3 * 6
     assert (folder / "step-2" / "generator" / "adapter_model.bin").is_file()
     command = ["eval", "--checkpoint", str(folder), "--data", str(folder / "held_out.jsonl")]
-    assert cli.main([*command, "--reward", "lora_gan.instructions:reward"]) == 0
+    assert cli.main([*command, "--reward", "lora_gan.rewards.instructions:reward"]) == 0
     assert "true_reward" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from helpers import PROMPTS, TARGETS, base_folder, small_gan
 
 from lora_gan import data
-from lora_gan.discriminator import Group, fresh_metrics, micro_batches, reward_unit
+from lora_gan.training.discriminator import Group, fresh_metrics, micro_batches, reward_unit
 
 
 def group(rewards: list[float], prompt: int = 5, heads: int = 4) -> Group:

@@ -8,7 +8,10 @@ import re
 import pytest
 from helpers import PROMPTS, TARGETS, base_folder, small_gan
 
-from lora_gan import Config, checkpoint, cli, disk
+from lora_gan import Config
+from lora_gan.cli import disk
+from lora_gan.cli import main as cli
+from lora_gan.storage import checkpoint
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 

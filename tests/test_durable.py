@@ -12,8 +12,9 @@ import pytest
 import torch
 from helpers import PROMPTS, differences, player_state, reward, small_gan
 
-from lora_gan import LoraGAN, checkpoint, durable
-from lora_gan.durable import Damaged, Folder
+from lora_gan import LoraGAN
+from lora_gan.storage import checkpoint, durable
+from lora_gan.storage.durable import Damaged, Folder
 
 OPERATIONS = ("open", "write", "fsync", "close", "rename", "mkdir", "rmdir", "unlink")
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -176,7 +177,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
         output_dir=str(tmp_path), save_steps=1, eval_steps=1, save_total_limit=1, save_best=True, reward=scripted
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_gan.evaluation.evaluate", lambda *_, **__: _evaluation(next(judged)))
+        patch.setattr("lora_gan.run.evaluation.evaluate", lambda *_, **__: _evaluation(next(judged)))
         gan.fit(ROWS, steps=3, eval_dataset=ROWS, progress=False)
         assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-2", "step-3"]
         again = LoraGAN.from_checkpoint(tmp_path, reward=scripted)

@@ -13,10 +13,10 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_gan import LoraGAN, tiny
-from lora_gan.base import load_base
 from lora_gan.config import Config
 from lora_gan.data import Row
-from lora_gan.encoding import Encoder
+from lora_gan.model.base import load_base
+from lora_gan.model.encoding import Encoder
 
 HELLO = "Translate English to French: Hello world"
 USER = [{"role": "user", "content": "Hello world"}]

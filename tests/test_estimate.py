@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lora_gan import estimate
+from lora_gan.training import estimate
 
 
 def choose(group_B, rate, **options):

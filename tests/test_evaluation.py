@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from helpers import PROMPTS, TARGETS, base_folder, small_gan
 
-from lora_gan import cli, evaluation
+from lora_gan.cli import main as cli
+from lora_gan.run import evaluation
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(12)]
 

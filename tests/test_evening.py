@@ -21,7 +21,7 @@ import torch
 from families import family_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lora_gan.json_lines import read_lines
+from lora_gan.storage.json_lines import read_lines
 
 pytestmark = pytest.mark.slow
 

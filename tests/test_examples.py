@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import PROMPTS, ROOT, TARGETS, base_folder, small_gan
 
-from lora_gan.export import export
+from lora_gan.export.exporting import export
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 

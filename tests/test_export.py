@@ -43,8 +43,9 @@ from transformers import (
     pipeline,
 )
 
-from lora_gan import LoraGAN, rollout
-from lora_gan.export import PARTS, export, merged_weights, push, scoring_tokenizer
+from lora_gan import LoraGAN
+from lora_gan.export.exporting import PARTS, export, merged_weights, push, scoring_tokenizer
+from lora_gan.model import sampling
 
 ROWS = [{"prompt": prompt, "target": target} for prompt, target in zip(PROMPTS, TARGETS, strict=True)]
 LONG = "a much longer answer than the others are"
@@ -79,7 +80,7 @@ def exported(request, tmp_path_factory):
 def generator_logits(gan, prompts):
     """The generator's logits at every token of each prompt, as the library computes them."""
     encoded = gan._encode(prompts)
-    rows = rollout.assemble(gan.players.base, gan.players.device, encoded, [[] for _ in encoded])
+    rows = sampling.assemble(gan.players.base, gan.players.device, encoded, [[] for _ in encoded])
     places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
         logits = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
@@ -428,7 +429,7 @@ def test_an_export_that_fails_leaves_the_former_one_and_nothing_else(tmp_path, m
     gan = small_gan()
     export(gan, tmp_path / "out", parts=("generator",))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    monkeypatch.setattr("lora_gan.export._classifier", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("lora_gan.export.exporting._classifier", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         export(gan, tmp_path / "out")
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before

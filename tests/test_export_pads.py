@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from lora_gan import LoraGAN, tiny
-from lora_gan.export import PARTS, scoring_tokenizer
+from lora_gan.export.exporting import PARTS, scoring_tokenizer
 
-export_module = importlib.import_module("lora_gan.export")
+export_module = importlib.import_module("lora_gan.export.exporting")
 BASES = ["llama", "gpt2", "llama-tied", "qwen2", "mistral", "gemma2", "opt", "phi3"]
 PROMPTS = ["The cat sat on", "Hello", "A cheap pub by the river"]
 ANSWERS = ["the mat", "", "serves French food, and more of it than the others do"]

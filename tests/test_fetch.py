@@ -18,7 +18,11 @@ import torch
 from helpers import PROMPTS, small_gan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_gan import LoraGAN, cli, durable, fetch, gguf_files, named_bases, options, user_cache
+from lora_gan import LoraGAN
+from lora_gan.cli import main as cli
+from lora_gan.model import fetch, gguf_files, named_bases
+from lora_gan.run import options
+from lora_gan.storage import durable, user_cache
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 from mini_gguf import small_model, write_gguf  # noqa: E402

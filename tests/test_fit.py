@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 
-from lora_gan import data, evaluation
+from lora_gan import data
 from lora_gan.rewards import RewardUnavailable, chrf
+from lora_gan.run import evaluation
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 

@@ -18,8 +18,11 @@ from test_bases import base_weights, logits_alone
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_gan import LoraGAN, cli, gguf_files, user_cache
+from lora_gan import LoraGAN
+from lora_gan.cli import main as cli
 from lora_gan.data import Row
+from lora_gan.model import gguf_files
+from lora_gan.storage import user_cache
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 from mini_gguf import small_model, write_gguf  # noqa: E402

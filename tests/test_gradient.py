@@ -17,10 +17,11 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_gan import LoraGAN, data, rollout
-from lora_gan.checkpoint import adapter_state
-from lora_gan.experience import Experience
-from lora_gan.packing import pooled
+from lora_gan import LoraGAN, data
+from lora_gan.model import sampling
+from lora_gan.model.packing import pooled
+from lora_gan.storage.checkpoint import adapter_state
+from lora_gan.training.experience import Experience
 
 EOS = 0
 PROMPT = [1, 3, 2]
@@ -84,7 +85,7 @@ def exact(gan, responses, rewards) -> tuple[np.ndarray, torch.Tensor]:
 
 def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> Experience:
     size = len(responses)
-    rows = rollout.assemble(gan.players.base, gan.players.device, [PROMPT] * size, responses)
+    rows = sampling.assemble(gan.players.base, gan.players.device, [PROMPT] * size, responses)
     rows = dataclasses.replace(rows, group_B=np.zeros(size, dtype=int))  # all answer one prompt
     predicted = np.zeros(size) if predicted is None else np.asarray(predicted, dtype=np.float64)
     true = np.full(size, np.nan) if true is None else np.asarray(true, dtype=np.float64)
@@ -272,7 +273,7 @@ def test_straight_throughs_bias_at_two_tokens_is_reported(capsys):
     """No claim but that it is finite: beyond one token and a linear discriminator it is biased, and this says by how
     much, on a discriminator at random."""
     gan = toy(gradient_path="straight_through", reward_signal="predicted")
-    rows = rollout.assemble(gan.players.base, gan.players.device, [PROMPT] * len(TWO), TWO)
+    rows = sampling.assemble(gan.players.base, gan.players.device, [PROMPT] * len(TWO), TWO)
     predicted = gan.discriminator.predict(rows).mean(0)
     probs, oracle = exact(gan, TWO, predicted)
     expected = sum(

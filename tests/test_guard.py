@@ -7,10 +7,12 @@ import pytest
 import torch
 from helpers import PROMPTS, TARGETS, differences, player_state, response_ids, small_gan
 
-from lora_gan import data, estimate, objectives, rollout
-from lora_gan.discriminator import Group, Replay
+from lora_gan import data
 from lora_gan.gan import BudgetSpent
-from lora_gan.guard import Monitor, repetition
+from lora_gan.model import sampling
+from lora_gan.training import estimate, losses
+from lora_gan.training.discriminator import Group, Replay
+from lora_gan.training.monitor import Monitor, repetition
 
 
 def _rows(count):
@@ -151,12 +153,12 @@ def test_the_clipped_surrogate_against_a_loop_and_at_ratio_one():
             clipped = min(max(ratio, 0.8), 1.2)
             expected[b] -= mask[b, t] * min(ratio * advantage[b], clipped * advantage[b])
     tensors = [torch.tensor(x) for x in (now, then, mask, advantage)]
-    ours = objectives.clipped_policy_gradient(*tensors, epsilon=0.2)
+    ours = losses.clipped_policy_gradient(*tensors, epsilon=0.2)
     np.testing.assert_allclose(ours.numpy(), expected)
     at_one = torch.tensor(now, requires_grad=True)
-    objectives.clipped_policy_gradient(at_one, at_one.detach(), *tensors[2:], epsilon=0.2).sum().backward()
+    losses.clipped_policy_gradient(at_one, at_one.detach(), *tensors[2:], epsilon=0.2).sum().backward()
     plain = torch.tensor(now, requires_grad=True)
-    objectives.policy_gradient(plain, *tensors[2:]).sum().backward()
+    losses.policy_gradient(plain, *tensors[2:]).sum().backward()
     torch.testing.assert_close(at_one.grad, plain.grad)
 
 
@@ -164,7 +166,7 @@ def test_entropy_against_its_definition():
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     expected = torch.distributions.Categorical(logits=logits).entropy() * mask
-    torch.testing.assert_close(objectives.entropy(logits, mask), expected.sum(-1))
+    torch.testing.assert_close(losses.entropy(logits, mask), expected.sum(-1))
 
 
 def test_several_updates_a_roll_out_begin_with_the_single_one():
@@ -307,7 +309,7 @@ def test_rollback_brings_the_best_generator_back(tmp_path):
 def test_repetition_is_the_share_of_pairs_seen_before():
     gan = small_gan()
     experience = gan._play(_rows(1), asks=False)
-    rows = rollout.assemble(gan.players.base, gan.players.device, [[5], [5]], [[7, 8, 7, 8, 7], [7, 8, 9]])
+    rows = sampling.assemble(gan.players.base, gan.players.device, [[5], [5]], [[7, 8, 7, 8, 7], [7, 8, 9]])
     assert repetition(dataclasses.replace(experience, rollout=rows)) == pytest.approx((0.5 + 0.0) / 2)
 
 

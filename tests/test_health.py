@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from helpers import PROMPTS, TARGETS, read_json, reward, sign, small_gan
 
-from lora_gan import Config, LoraGAN, health, tiny
-from lora_gan.health import Health, prediction_counts
-from lora_gan.json_lines import read_lines
+from lora_gan import Config, LoraGAN, tiny
+from lora_gan.storage.json_lines import read_lines
+from lora_gan.training import health
+from lora_gan.training.health import Health, prediction_counts
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 
@@ -376,7 +377,7 @@ def overlap(response, target):
 
 
 def healthy(steps, folder):
-    from lora_gan.demo import BY_OPPONENT, RECIPE
+    from lora_gan.cli.demo import BY_OPPONENT, RECIPE
 
     gan = LoraGAN("tiny", reward=overlap, output_dir=str(folder), save_steps=None, **RECIPE | BY_OPPONENT["learning"])
     return fit(gan, steps, tiny.pairs("train", 512, seed=0)), gan
@@ -399,7 +400,7 @@ def test_a_whole_run_of_tiny_is_told_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high_is_told_of(tmp_path):
-    from lora_gan.demo import RECIPE
+    from lora_gan.cli.demo import RECIPE
 
     options = RECIPE | {"learning_rate": 0.02, "query_rate": 1.0, "output_dir": str(tmp_path)}
     said = fit(LoraGAN("tiny", reward=overlap, **options), 14, tiny.pairs("train", 512, seed=0))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from test_checkpoint import Payload, everything
 
 from lora_gan import LoraGAN
-from lora_gan.durable import MANIFEST
+from lora_gan.storage.durable import MANIFEST
 
 GENERATOR, DISCRIMINATOR = "generator/adapter_model.bin", "discriminator/adapter_model.bin"
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lora_gan import Config
 from lora_gan.data import Row, Stream, read_rows, take
-from lora_gan.json_lines import JsonLines
 from lora_gan.rewards import RewardError, score_pairs, score_parts
+from lora_gan.storage.json_lines import JsonLines
 
 quick = settings(max_examples=200, derandomize=True, deadline=None, database=None)
 

@@ -40,8 +40,10 @@ from transformers import (
     DynamicCache,
 )
 
-from lora_gan import Config, LoraGAN, base, cache, footprint, preview
+from lora_gan import Config, LoraGAN
+from lora_gan.cli import footprint, preview
 from lora_gan.data import Row
+from lora_gan.model import base, kv_cache
 
 QUICK = ("qwen3_5", "qwen3_5-composite", "lfm2", "falcon_h1", "mamba2")  # one of each kind of cache
 SLOW = [name for name in HYBRIDS if name not in QUICK]
@@ -93,11 +95,11 @@ def test_all_tensors_of_the_cache_follow_their_rows(name):
 
     def tensors(layer):
         own = [getattr(layer, part) for part in ("keys", "values") if torch.is_tensor(getattr(layer, part, None))]
-        return own + cache.state_tensors(layer)
+        return own + kv_cache.state_tensors(layer)
 
-    kept = cache.roomy_cache(model.config, 8)
+    kept = kv_cache.roomy_cache(model.config, 8)
     with torch.no_grad():
-        model(input_ids=ids, use_cache=True, **cache.cache_inputs(("cache_params",) if name == "mamba2" else
+        model(input_ids=ids, use_cache=True, **kv_cache.cache_inputs(("cache_params",) if name == "mamba2" else
                                                                   ("past_key_values",), kept))  # fmt: skip
     before = [[tensor.clone() for tensor in tensors(layer)] for layer in kept.layers]
     assert all(before) and any(len(layer) > 1 for layer in before)
@@ -165,7 +167,7 @@ def test_the_caches_memory_is_what_transformers_cache_holds(name):
     with torch.no_grad():  # 2 prompts × 4 responses of 10 + 6 tokens
         model(input_ids=torch.full((8, 16), 5), use_cache=True, **{key: kept})
     held = [vars(layer).get(part) for layer in kept.layers for part in ("keys", "values")]
-    held += [state for layer in kept.layers for state in cache.state_tensors(layer)]
+    held += [state for layer in kept.layers for state in kv_cache.state_tensors(layer)]
     assert found == sum(tensor.nbytes for tensor in held if tensor is not None)
     assert re.search(r"^memory +about \d+", preview.describe(gan, [Row("the cat")], total=1, steps=1), re.MULTILINE)
 
@@ -218,14 +220,14 @@ def test_what_fails_the_trial_is_refused_by_name(kind, tmp_path):
 
 @some(["lfm2", "falcon_h1", "mamba2", "qwen3_5"])
 def test_a_cache_whose_states_do_not_follow_their_rows_is_refused(name, monkeypatch):
-    class States(cache.RowCache):
+    class States(kv_cache.RowCache):
         def batch_select_indices(self, indices):
             super().batch_select_indices(indices)
             for layer in self.layers:
-                for state in cache.state_tensors(layer):
+                for state in kv_cache.state_tensors(layer):
                     state.copy_(state.roll(1, 0))
 
-    monkeypatch.setattr(cache, "RowCache", States)
+    monkeypatch.setattr(kv_cache, "RowCache", States)
     with pytest.raises(ValueError, match="cannot be the base: read token by token with its cache"):
         quiet(name)
 

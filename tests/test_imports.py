@@ -26,11 +26,11 @@ def test_an_unknown_name_raises_attribute_error():
     assert lora_gan.LoraGAN.__name__ == "LoraGAN"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lora_gan.cli") is None, reason="there is no lora_gan.cli yet")
+@pytest.mark.skipif(importlib.util.find_spec("lora_gan.cli.main") is None, reason="there is no lora_gan.cli.main yet")
 def test_the_command_lines_help_brings_no_torch():
     code = """
 import contextlib, io
-from lora_gan import cli
+from lora_gan.cli import main as cli
 for arguments in (["--help"], ["train", "--help"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         cli.main(arguments)

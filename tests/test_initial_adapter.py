@@ -30,8 +30,11 @@ from test_bases import base_weights, logits_alone
 from test_checkpoint import Payload
 from transformers import AutoModelForCausalLM
 
-from lora_gan import LoraGAN, checkpoint, cli, initial_adapter
-from lora_gan.rewards.base import Perplexity
+from lora_gan import LoraGAN
+from lora_gan.cli import main as cli
+from lora_gan.model import initial_adapter
+from lora_gan.rewards.perplexity import Perplexity
+from lora_gan.storage import checkpoint
 
 REST = {name: value for name, value in SMALL.items() if "lora_" not in name or name.startswith("disc_")}
 TOGETHER = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}

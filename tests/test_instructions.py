@@ -3,7 +3,7 @@
 import pytest
 from test_imports import heavy_after
 
-from lora_gan import instructions
+from lora_gan.rewards import instructions
 
 MET = [
     ("at_most:5", "The sea is wide."),
@@ -128,4 +128,4 @@ def test_more_rows_than_there_are_is_refused(monkeypatch):
 
 
 def test_the_module_brings_no_torch():
-    assert heavy_after("from lora_gan import instructions; instructions.rows('train', 4)") == []
+    assert heavy_after("from lora_gan.rewards import instructions; instructions.rows('train', 4)") == []

@@ -9,7 +9,7 @@ import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 from transformers import TrainerCallback
 
-from lora_gan import checkpoint
+from lora_gan.storage import checkpoint
 
 ROWS = [{"prompt": p, "target": t} for p, t in zip(PROMPTS, TARGETS, strict=True)]
 PLAYERS = ("generator", "discriminator")

@@ -146,7 +146,7 @@ def test_the_style_rule_accepts_denials_and_nothing_less():
 def test_the_null_shuffles_the_discriminators_labels_alone():
     from learning_run import with_shuffled_labels
 
-    from lora_gan.experience import Experience
+    from lora_gan.training.experience import Experience
 
     fields = dict.fromkeys(Experience.__dataclass_fields__)
     true_B = np.array([1.0, np.nan, 3.0, 4.0, np.nan, 6.0])

@@ -7,7 +7,7 @@ import time
 import pytest
 from helpers import PROMPTS, base_folder, reward, small_gan
 
-from lora_gan.lock import writing_alone
+from lora_gan.storage.lock import writing_alone
 
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 
@@ -83,7 +83,7 @@ def test_where_the_file_system_has_no_locks_it_is_said(tmp_path, monkeypatch):
     def missing(self):
         raise OSError("Operation not supported")
 
-    monkeypatch.setattr("lora_gan.lock.FileLock.acquire", missing)
+    monkeypatch.setattr("lora_gan.storage.lock.FileLock.acquire", missing)
     with pytest.warns(UserWarning, match="cannot be locked"):
         small_gan(output_dir=str(tmp_path)).save_checkpoint(step=1)
     assert (tmp_path / "step-1").is_dir()

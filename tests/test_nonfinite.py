@@ -13,10 +13,10 @@ import torch
 from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_state, reward, small_gan
 
 from lora_gan import LoraGAN
-from lora_gan.discriminator import fresh_metrics
-from lora_gan.estimate import choose_queries
-from lora_gan.json_lines import JsonLines
-from lora_gan.optimizer import PlayerOptimizer
+from lora_gan.storage.json_lines import JsonLines
+from lora_gan.training.discriminator import fresh_metrics
+from lora_gan.training.estimate import choose_queries
+from lora_gan.training.optimizer import PlayerOptimizer
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(8)]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_gan import objectives
+from lora_gan.training import losses
 
 B, T, V, H, M = 5, 4, 7, 3, 2
 RNG = np.random.default_rng(0)
@@ -36,24 +36,24 @@ def logprobs():
 
 
 def test_token_logprobs():
-    close(objectives.token_logprobs(tensor(LOGITS), tensor(IDS)), logprobs())
+    close(losses.token_logprobs(tensor(LOGITS), tensor(IDS)), logprobs())
 
 
 def test_policy_gradient():
     expected = [-ADVANTAGE[b] * sum(logprobs()[b, : LENGTHS[b]]) for b in range(B)]
-    close(objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE)), expected)
+    close(losses.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE)), expected)
 
 
 def test_policy_gradient_does_not_lead_into_the_advantage():
     advantage = tensor(ADVANTAGE).requires_grad_(True)
     given = tensor(logprobs()).requires_grad_(True)
-    objectives.policy_gradient(given, tensor(MASK), advantage).sum().backward()
+    losses.policy_gradient(given, tensor(MASK), advantage).sum().backward()
     assert advantage.grad is None
     assert given.grad.numpy() == pytest.approx(-ADVANTAGE[:, None] * MASK)
 
 
 def with_kl(logits, reference=REFERENCE, ids=IDS, mask=MASK):
-    return objectives.logprobs_and_kl(tensor(logits), tensor(ids), tensor(reference), tensor(mask))
+    return losses.logprobs_and_kl(tensor(logits), tensor(ids), tensor(reference), tensor(mask))
 
 
 def test_logprobs_and_kl():
@@ -108,7 +108,7 @@ def test_logprobs_and_kl_have_the_gradient_that_finite_differences_give():
 
 def test_imitation():
     expected = [-logprobs()[b, : LENGTHS[b]].mean() if LENGTHS[b] else 0.0 for b in range(B)]
-    close(objectives.imitation(tensor(logprobs()), tensor(MASK)), expected)
+    close(losses.imitation(tensor(logprobs()), tensor(MASK)), expected)
 
 
 def test_straight_through():
@@ -118,7 +118,7 @@ def test_straight_through():
         for b in range(B)
     ]
     given = [tensor(x).requires_grad_(True) for x in (LOGITS, gradient, table)]
-    ours = objectives.straight_through(*given, tensor(MASK))
+    ours = losses.straight_through(*given, tensor(MASK))
     close(ours, expected)
     ours.sum().backward()
     assert given[0].grad.any() and given[1].grad is None and given[2].grad is None
@@ -126,8 +126,8 @@ def test_straight_through():
 
 def test_group_mean():
     expected = [[np.mean([row[j] for j in range(B) if GROUP[j] == GROUP[i]]) for i in range(B)] for row in PREDICTED]
-    close(objectives.group_mean(tensor(PREDICTED), tensor(GROUP)), expected)
-    close(objectives.group_mean(tensor(TRUE), tensor(np.arange(B))), TRUE)
+    close(losses.group_mean(tensor(PREDICTED), tensor(GROUP)), expected)
+    close(losses.group_mean(tensor(TRUE), tensor(np.arange(B))), TRUE)
 
 
 @pytest.mark.parametrize("mean_weight", [0.0, 0.25, 1.0, 3.0])
@@ -138,12 +138,12 @@ def test_regression_by_group(mean_weight):
         for i in range(B):
             mean = np.mean([error[j] for j in range(B) if GROUP[j] == GROUP[i]])
             expected[m, i] = (error[i] - mean) ** 2 + mean_weight * mean**2
-    ours = objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP), mean_weight=mean_weight)
+    ours = losses.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP), mean_weight=mean_weight)
     close(ours, expected)
 
 
 def test_regression_with_mean_weight_one_is_plain_squared_error_summed_over_each_group():
-    ours = objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP), mean_weight=1.0).numpy()
+    ours = losses.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP), mean_weight=1.0).numpy()
     plain = (PREDICTED - TRUE) ** 2
     for label in set(GROUP):
         assert ours[:, GROUP == label].sum(-1) == pytest.approx(plain[:, GROUP == label].sum(-1))
@@ -151,7 +151,7 @@ def test_regression_with_mean_weight_one_is_plain_squared_error_summed_over_each
 
 def test_regression_with_mean_weight_nought_forgives_an_offset_of_a_whole_group():
     shifted = TRUE + np.where(GROUP == 4, 5.0, -3.0)
-    ours = objectives.regression_by_group(tensor(shifted[None]), tensor(TRUE), tensor(GROUP), mean_weight=0.0)
+    ours = losses.regression_by_group(tensor(shifted[None]), tensor(TRUE), tensor(GROUP), mean_weight=0.0)
     assert ours.abs().max() < 1e-20
 
 
@@ -162,16 +162,16 @@ def test_ranking_by_group():
             lower = [j for j in range(B) if GROUP[j] == GROUP[i] and TRUE[j] < TRUE[i]]
             terms = [(TRUE[i] - TRUE[j]) * np.log1p(np.exp(-(PREDICTED[m, i] - PREDICTED[m, j]))) for j in lower]
             expected[m, i] = sum(terms) / max(1, len(lower))
-    close(objectives.ranking_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP)), expected)
+    close(losses.ranking_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP)), expected)
 
 
 def test_ranking_asks_nothing_of_ties_and_of_other_groups():
     same = torch.zeros(B, dtype=torch.float64)
     predicted = tensor(PREDICTED).requires_grad_(True)
-    assert not objectives.ranking_by_group(predicted, same, tensor(GROUP)).any()
-    assert not objectives.ranking_by_group(predicted, tensor(TRUE), torch.arange(B)).any()
+    assert not losses.ranking_by_group(predicted, same, tensor(GROUP)).any()
+    assert not losses.ranking_by_group(predicted, tensor(TRUE), torch.arange(B)).any()
     two = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-    objectives.ranking_by_group(predicted, two, torch.tensor([0, 0, 0, 1, 2])).sum().backward()
+    losses.ranking_by_group(predicted, two, torch.tensor([0, 0, 0, 1, 2])).sum().backward()
     assert predicted.grad[:, :3].all() and not predicted.grad[:, 3:].any(), "alone in its group"
     assert (predicted.grad[:, :2] < 0).all() and (predicted.grad[:, 2] > 0).all(), "the better up, the worse down"
 
@@ -179,28 +179,26 @@ def test_ranking_asks_nothing_of_ties_and_of_other_groups():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: objectives.token_logprobs(tensor(LOGITS), tensor(IDS[:, :1])),
-        lambda: objectives.token_logprobs(tensor(LOGITS), tensor(IDS[:1])),
-        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK[:, :1]), tensor(ADVANTAGE)),
-        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:1])),
-        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:, None])),
-        lambda: objectives.policy_gradient(tensor(logprobs()), tensor(MASK), torch.tensor(1.0)),
+        lambda: losses.token_logprobs(tensor(LOGITS), tensor(IDS[:, :1])),
+        lambda: losses.token_logprobs(tensor(LOGITS), tensor(IDS[:1])),
+        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK[:, :1]), tensor(ADVANTAGE)),
+        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:1])),
+        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:, None])),
+        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK), torch.tensor(1.0)),
         lambda: with_kl(LOGITS, REFERENCE[:1]),
         lambda: with_kl(LOGITS, REFERENCE[:, :, :1]),
         lambda: with_kl(LOGITS, mask=MASK[:1]),
         lambda: with_kl(LOGITS, ids=IDS[:, :1]),
-        lambda: objectives.imitation(tensor(logprobs()), tensor(MASK[:, :1])),
-        lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, 1, H), torch.zeros(V, H), tensor(MASK)),
-        lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(1, H), tensor(MASK)),
-        lambda: objectives.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(V, H), tensor(MASK[:1])),
-        lambda: objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP), mean_weight=1.0),
-        lambda: objectives.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP[:1]), mean_weight=1.0),
-        lambda: objectives.regression_by_group(
-            tensor(PREDICTED), tensor(TRUE[:, None]), tensor(GROUP), mean_weight=1.0
-        ),
-        lambda: objectives.ranking_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP)),
-        lambda: objectives.ranking_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP[:1])),
-        lambda: objectives.group_mean(tensor(PREDICTED), tensor(GROUP[:1])),
+        lambda: losses.imitation(tensor(logprobs()), tensor(MASK[:, :1])),
+        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(B, 1, H), torch.zeros(V, H), tensor(MASK)),
+        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(1, H), tensor(MASK)),
+        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(V, H), tensor(MASK[:1])),
+        lambda: losses.regression_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP), mean_weight=1.0),
+        lambda: losses.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP[:1]), mean_weight=1.0),
+        lambda: losses.regression_by_group(tensor(PREDICTED), tensor(TRUE[:, None]), tensor(GROUP), mean_weight=1.0),
+        lambda: losses.ranking_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP)),
+        lambda: losses.ranking_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP[:1])),
+        lambda: losses.group_mean(tensor(PREDICTED), tensor(GROUP[:1])),
     ],
 )
 def test_shapes_that_do_not_match_raise(call):

@@ -146,7 +146,7 @@ def test_a_checkpoint_cannot_make_its_base_run_code(tmp_path, monkeypatch):
 ON_THE_HUB = """
 import sys, time, mini_hub
 server = mini_hub.start(*sys.argv[1:])
-from lora_gan.base import load_base
+from lora_gan.model.base import load_base
 from lora_gan.config import Config
 
 def attempt(name, **settings):

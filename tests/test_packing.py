@@ -13,7 +13,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from lora_gan import packing
+from lora_gan.model import packing
 
 EVEN = [[5, 6, 7], [8, 9, 10, 11, 12]], [[20, 21], [22], [23, 24, 25, 0], [26]], np.array([0, 0, 1, 1])
 UNEVEN = [[8, 9, 10, 11, 12], [5]], [[1], [22, 0], [23, 24, 25, 26, 27], [30, 31], [32]], np.array([0, 1, 1, 1, 0])

@@ -26,7 +26,8 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from test_bases import base_weights, logits_alone
 from transformers import AutoModelForCausalLM
 
-from lora_gan import LoraGAN, rollout
+from lora_gan import LoraGAN
+from lora_gan.model import sampling
 
 REST = {name: value for name, value in SMALL.items() if "lora" not in name}
 TOGETHER = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -97,7 +98,7 @@ def test_the_base_and_the_reference_stay_as_they_were(trained):
 def test_stock_clients_open_both(trained):
     gan, folder, _ = trained
     prompts = gan._encode(PROMPTS)
-    rows = rollout.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
+    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
     places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
         ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_state, small_gan
 
-from lora_gan import Config, LoraGAN, cli, data, footprint, plan, preview, trial
+from lora_gan import Config, LoraGAN, data
+from lora_gan.cli import footprint, plan, preview, trial
+from lora_gan.cli import main as cli
+from lora_gan.cli.footprint import Lengths
 from lora_gan.data import Row
-from lora_gan.footprint import Lengths
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(8)]
 
@@ -191,8 +193,8 @@ def test_evaluations_are_those_that_fit_makes(settings, first, steps, expected, 
     assert plan.evaluations(Config(**settings), first, steps) == expected
     gan, judged = small_gan(output_dir=str(tmp_path), **settings), []
     whole = {"metrics": {}, "samples": [], "distinct_2": 0.0, "logged": {}}
-    monkeypatch.setattr("lora_gan.evaluation.evaluate", lambda *_: judged.append(1) or whole)
-    monkeypatch.setattr("lora_gan.callbacks.Run.evaluated", lambda *_: None)
+    monkeypatch.setattr("lora_gan.run.evaluation.evaluate", lambda *_: judged.append(1) or whole)
+    monkeypatch.setattr("lora_gan.run.callbacks.Run.evaluated", lambda *_: None)
     gan.global_step = first
     gan.fit(ROWS, steps=steps, eval_dataset=ROWS[:1], progress=False)
     assert len(judged) == expected

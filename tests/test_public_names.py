@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import lora_gan
-from lora_gan import LoraGAN, cli, rewards, tiny
+from lora_gan import LoraGAN, rewards, tiny
+from lora_gan.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).parent / "golden" / "public.json"

@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers import PROMPTS, TARGETS, base_folder, copies, differences, python, small_gan
 
-from lora_gan import data, randomness, rollout
+from lora_gan import data, randomness
+from lora_gan.model import sampling
 
 KEYS = [
     (0, 0, "sample"), (1, 0, "sample"), (0, 1, "sample"), (0, 0, "query"), (0, 0, "sample", 1),
@@ -26,15 +27,16 @@ KEYS = [
 def test_equal_keys_equal_numbers_in_another_process():
     here = [randomness.uniforms(5, *key).tolist() for key in KEYS]
     here.append(list(randomness.fingerprint([3, 1, 2])))
-    here.append(rollout.keyed_uniforms([[1, 2], [3], [1, 2]], 2, 3, seed=4, step=5, purpose="p").tolist())
+    here.append(sampling.keyed_uniforms([[1, 2], [3], [1, 2]], 2, 3, seed=4, step=5, purpose="p").tolist())
     here.append([row.prompt for row in data.take([data.Row(str(i)) for i in range(5)], 12, seed=1, position=3)])
     code = """
 import json, random, numpy, torch, test_randomness as t
 random.seed(5); numpy.random.seed(6); torch.manual_seed(7)
-from lora_gan import data, randomness, rollout
+from lora_gan import data, randomness
+from lora_gan.model import sampling
 there = [randomness.uniforms(5, *key).tolist() for key in t.KEYS]
 there.append(list(randomness.fingerprint([3, 1, 2])))
-there.append(rollout.keyed_uniforms([[1, 2], [3], [1, 2]], 2, 3, seed=4, step=5, purpose="p").tolist())
+there.append(sampling.keyed_uniforms([[1, 2], [3], [1, 2]], 2, 3, seed=4, step=5, purpose="p").tolist())
 there.append([row.prompt for row in data.take([data.Row(str(i)) for i in range(5)], 12, seed=1, position=3)])
 print(json.dumps(there))
 """
@@ -75,7 +77,7 @@ def test_numbers_are_even_and_streams_uncorrelated():
 
 def test_rows_are_keyed_by_prompt_and_count_not_by_place():
     def draw(prompts, count=2, length=4):
-        return rollout.keyed_uniforms(prompts, count, length, seed=1, step=2, purpose="s").numpy()
+        return sampling.keyed_uniforms(prompts, count, length, seed=1, step=2, purpose="s").numpy()
 
     a, b = [5, 6], [7]
     both = draw([a, b])

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from helpers import base_folder
 
-from lora_gan import cli, data, resuming
+from lora_gan import data
+from lora_gan.cli import main as cli
+from lora_gan.run import resuming
 
 OPTIONS = {
     "data": "pairs.csv", "reward": "mine.py:length", "num_generations": 4, "max_completion_length": 6, "lora_r": 4,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 
-from lora_gan import estimate
 from lora_gan.data import Row
 from lora_gan.rewards import RewardError, RewardUnavailable, score_pairs, score_parts
 from lora_gan.rewards.calling import Caller
+from lora_gan.training import estimate
 
 RESPONSES, NO_TARGETS = ["a", "bb", "ccc", "dddd"], [None] * 4
 EXPECTED = [reward(text) for text in RESPONSES]

@@ -11,8 +11,8 @@ import pytest
 from helpers import PROMPTS, python, reward, small_gan
 
 from lora_gan import Config, rewards
-from lora_gan.answers import FILE
 from lora_gan.rewards import CosineReward, Judge, Length, from_spec, source_digest
+from lora_gan.rewards.answers import FILE
 
 BODY = """
 import functools

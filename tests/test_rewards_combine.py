@@ -83,9 +83,7 @@ def name_of(value):
     return getattr(value, "__qualname__", re.sub(r" at 0x.*", "", repr(value)))
 
 
-@pytest.mark.parametrize(
-    ("func", "expected"), FORMS, ids=name_of
-)
+@pytest.mark.parametrize(("func", "expected"), FORMS, ids=name_of)
 def test_the_form_is_read_off_the_signature(func, expected):
     assert takes_completions(func) is expected
 

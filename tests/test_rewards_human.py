@@ -11,10 +11,10 @@ import time
 import pytest
 from helpers import PROMPTS, ROOT, small_gan
 
-from lora_gan.json_lines import append_line, open_lines
 from lora_gan.rewards import RewardUnavailable, score_trl
 from lora_gan.rewards.human import Human
 from lora_gan.rewards.messages import as_text
+from lora_gan.storage.json_lines import append_line, open_lines
 
 
 class Answers(io.StringIO):

@@ -14,9 +14,11 @@ import torch
 from helpers import PROMPTS, SMALL, TARGETS, base_folder, byte_tokenizer, differences, player_state, reward, small_gan
 from transformers import AutoTokenizer, TrainerState
 
-from lora_gan import LoraGAN, cli, data, tracking
+from lora_gan import LoraGAN, data
+from lora_gan.cli import main as cli
 from lora_gan.rewards import Notes, from_spec, score_parts
 from lora_gan.rewards.calling import Caller
+from lora_gan.run import tracking
 
 CHATML = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>\n{% endfor %}"

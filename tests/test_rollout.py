@@ -13,7 +13,7 @@ from helpers import ARCHITECTURES, base_folder, random_model, rollout_of, small_
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from lora_gan import rollout
+from lora_gan.model import sampling
 
 # Word tokens, 25 in all: many responses end early.
 MANY = [
@@ -84,7 +84,7 @@ def draw(gan, prompts, count=3, length=14, *, step=5, **options):
 def test_equals_an_uncached_unbatched_decode_token_for_token(trained, temperature, top_p):
     gan, stock = trained
     prompts, count, length = gan._encode(MANY), 4, 16
-    uniforms = rollout.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
+    uniforms = sampling.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
     sampled = draw(gan, MANY, count, length, temperature=temperature, top_p=top_p)
     ours, ties, ends = responses_of(sampled), 0, set()
     for row, response in enumerate(ours):
@@ -160,10 +160,10 @@ def test_rows_that_ended_leave_without_a_trace():
     lengths = sampled.lengths_B
     assert len(set(lengths)) > 4 and lengths.min() < 6 < 12 < lengths.max()
     encoded = gan._encode(prompts, length)
-    uniforms = rollout.keyed_uniforms(encoded, 8, length, seed=0, step=5, purpose="sample")
+    uniforms = sampling.keyed_uniforms(encoded, 8, length, seed=0, step=5, purpose="sample")
     for row, response in enumerate(responses_of(sampled)):
         with gan.players.playing("generator"):
-            alone = rollout.sample(
+            alone = sampling.sample(
                 gan.players, [encoded[row // 8]], uniforms[row : row + 1], decode=gan.players.encoder.decode
             )
         assert responses_of(alone) == [response]
@@ -185,7 +185,7 @@ def test_the_reference_samples_as_the_base_does(trained):
     gan, _ = trained
     base = AutoModelForCausalLM.from_pretrained(gan.players.base.path).eval()
     prompts = gan._encode(MANY[:3])
-    uniforms = rollout.keyed_uniforms(prompts, 2, 10, seed=0, step=5, purpose="sample")
+    uniforms = sampling.keyed_uniforms(prompts, 2, 10, seed=0, step=5, purpose="sample")
     sampled = responses_of(draw(gan, MANY[:3], 2, 10, player="reference"))
     for row, response in enumerate(sampled):
         expected, tie = reference_decode(base, prompts[row // 2], uniforms[row].numpy(), gan.players.base.eos_ids)
@@ -201,7 +201,7 @@ def test_frequencies_are_those_of_softmax(temperature):
     logits = torch.randn(7, generator=torch.Generator().manual_seed(1)) * 2
     draws = 200_000
     uniforms = torch.from_numpy(np.random.default_rng(3).random(draws))
-    tokens = rollout.choose(logits.expand(draws, -1), uniforms, temperature, 1.0).numpy()
+    tokens = sampling.choose(logits.expand(draws, -1), uniforms, temperature, 1.0).numpy()
     scaled = logits.double().numpy() / temperature
     probs = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
     counts = np.bincount(tokens, minlength=7)
@@ -213,7 +213,7 @@ def test_even_uniforms_hit_each_token_by_its_probability_exactly():
     """Inverse transform: of n evenly spaced numbers each token gets n · p to within one."""
     logits = torch.randn(11, generator=torch.Generator().manual_seed(2)) * 3
     n = 10_000
-    tokens = rollout.choose(logits.expand(n, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n, 1.0, 1.0)
+    tokens = sampling.choose(logits.expand(n, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n, 1.0, 1.0)
     probs = logits.double().softmax(-1)
     assert (torch.bincount(tokens, minlength=11) - n * probs).abs().max() <= 1
     assert torch.equal(tokens, tokens.sort().values)
@@ -227,7 +227,7 @@ def test_top_p_is_the_nucleus(top_p):
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     for row in logits:
         probs = nucleus(np.exp(row) / np.exp(row).sum(), top_p)
-        tokens = rollout.choose(torch.tensor(row).float().expand(n, -1), uniforms, 1.0, top_p)
+        tokens = sampling.choose(torch.tensor(row).float().expand(n, -1), uniforms, 1.0, top_p)
         counts = np.bincount(tokens.numpy(), minlength=30)
         assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(probs))
         assert np.abs(counts - n * probs / probs.sum()).max() <= 1.01
@@ -239,7 +239,7 @@ def test_the_ends_of_the_unit_interval_never_choose_what_has_no_probability(unif
         [[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf], [-torch.inf, -torch.inf, 3.0, -200.0, -torch.inf]]
     )
     expected = [[1, 3], [2, 2]]
-    tokens = rollout.choose(logits, torch.full((2,), uniform, dtype=torch.float64), 1.0, 1.0)
+    tokens = sampling.choose(logits, torch.full((2,), uniform, dtype=torch.float64), 1.0, 1.0)
     assert tokens.tolist() == [expected[0][uniform > 0], expected[1][uniform > 0]]
 
 
@@ -249,7 +249,7 @@ def test_a_tail_of_unlikely_tokens_is_sampled_token_by_token():
     logits = torch.full((1, 20_001), float(np.log(1e-9 / (1 - 2e-5))))
     logits[0, 0] = 0.0
     uniforms = 1 - 1e-5 + torch.arange(200, dtype=torch.float64) * 1e-9
-    tokens = rollout.choose(logits.expand(200, -1), uniforms, 1.0, 1.0)
+    tokens = sampling.choose(logits.expand(200, -1), uniforms, 1.0, 1.0)
     steps = tokens.diff()
     assert steps.min() >= 0 and steps.max() <= 2 and (tokens[-1] - tokens[0] - 199).abs() < 5
     assert (tokens - 10_000).abs().max() < 500

@@ -15,7 +15,7 @@ from test_chat_prompts import said
 from transformers import AutoTokenizer
 
 from lora_gan import LoraGAN, data, tiny
-from lora_gan.cli import main
+from lora_gan.cli.main import main
 from lora_gan.data import read_rows
 from lora_gan.row_checks import CheckedRows
 

@@ -9,8 +9,9 @@ import pytest
 from helpers import PROMPTS, TARGETS, base_folder, small_gan
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from lora_gan import cli, display
-from lora_gan.run_ending import Ending
+from lora_gan.cli import main as cli
+from lora_gan.run import display
+from lora_gan.run.ending import Ending
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]  # a step: 2 × 4 responses
 
@@ -55,7 +56,7 @@ def test_a_budget_that_is_spent_with_the_last_step(tmp_path, capsys):
 def test_early_stopping(tmp_path, capsys, monkeypatch):
     values = iter([0.95, 0.1, 0.3, 0.2, 0.25])  # the first is from before the first step, and does not count
     monkeypatch.setattr(
-        "lora_gan.evaluation.evaluate",
+        "lora_gan.run.evaluation.evaluate",
         lambda *_, **__: {"metrics": {"true_reward": {"mean": next(values)}}, "distinct_2": 0.5, "samples": []},
     )
     ending, line = ended(tmp_path, capsys, eval_dataset=ROWS[:2], eval_steps=1, callbacks=[EarlyStoppingCallback(2)])
@@ -75,7 +76,7 @@ def test_a_callback(tmp_path, capsys):
 
 
 def test_an_alarm(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lora_gan.guard.Monitor.watch", lambda *_: ["responses repeat themselves"])
+    monkeypatch.setattr("lora_gan.training.monitor.Monitor.watch", lambda *_: ["responses repeat themselves"])
     with pytest.warns(UserWarning, match="repeat themselves"):
         ending, _ = ended(tmp_path, capsys, on_exploit="stop")
     assert ending == Ending(1, 6, "alarm, and on_exploit is 'stop': responses repeat themselves")

@@ -23,8 +23,10 @@ from transformers import (
     GgufConfig,
 )
 
-from lora_gan import LoraGAN, cli, fetch
+from lora_gan import LoraGAN
+from lora_gan.cli import main as cli
 from lora_gan.data import Row
+from lora_gan.model import fetch
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_gan import rollout
+from lora_gan.model import sampling
 
 BASES = [(architecture, pad) for architecture in ARCHITECTURES for pad in ("own", "eos", "none")]
 FORMATS = {"gpt2": "bin", "llama": "safetensors", "qwen2": "bin"}
@@ -51,7 +51,7 @@ def test_generator_opens_as_causal_lm(trained):
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     untrained = AutoModelForCausalLM.from_pretrained(gan.players.base.path).eval()
     prompts = gan._encode(PROMPTS)
-    rows = rollout.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
+    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
     places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
         ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)

@@ -26,12 +26,13 @@ import torch
 from helpers import PROMPTS, ROOT, TARGETS, reward, small_gan
 from rich.console import Console
 
-from lora_gan import Config, display, tracking
+from lora_gan import Config
 from lora_gan.data import Row
-from lora_gan.experience import Experience
-from lora_gan.json_lines import JsonLines, read_lines
-from lora_gan.plots import plot_run
-from lora_gan.rollout import assemble
+from lora_gan.model.sampling import assemble
+from lora_gan.run import display, tracking
+from lora_gan.run.plots import plot_run
+from lora_gan.storage.json_lines import JsonLines, read_lines
+from lora_gan.training.experience import Experience
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
 NAN = math.nan
@@ -467,7 +468,7 @@ def test_output_that_goes_to_a_file_stays_there(capsys):
 
 def test_the_display_steps_aside_for_a_person(tmp_path, monkeypatch):
     shown, at = live(), []
-    monkeypatch.setattr("lora_gan.callbacks.Display", lambda *_, **__: shown)
+    monkeypatch.setattr("lora_gan.run.callbacks.Display", lambda *_, **__: shown)
     stderr = sys.stderr
 
     class Asks:

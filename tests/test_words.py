@@ -10,8 +10,11 @@ import warnings
 import pytest
 from helpers import PROMPTS, TARGETS, base_folder, differences, player_state, small_gan
 
-from lora_gan import LoraGAN, cli, notices, runs
+from lora_gan import LoraGAN
+from lora_gan.cli import main as cli
+from lora_gan.cli import notices
 from lora_gan.gan import NO_GROUP
+from lora_gan.run import runs
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]  # two a step
 
@@ -60,7 +63,9 @@ def test_a_warning_is_one_line_and_other_categories_stay(capsys):
 
 
 def test_importing_the_command_line_changes_no_warnings():
-    code = "import warnings; shown = warnings.showwarning; import lora_gan.cli; assert warnings.showwarning is shown"
+    code = (
+        "import warnings; shown = warnings.showwarning; import lora_gan.cli.main; assert warnings.showwarning is shown"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -18,38 +18,29 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from . import (
-    checkpoint,
-    data,
-    distributed,
-    estimate,
-    evaluation,
-    export,
-    initial_adapter,
-    lock,
-    nonfinite,
-    rewards,
-    rollout,
-    row_checks,
-    tracking,
-)
-from .adapters import Player, Players
-from .answers import Answers
-from .base import load_base
-from .callbacks import Callback, Run, check_callbacks
+from . import data, rewards, row_checks
 from .config import Config, RewardSignal
 from .data import Prompt, Row
-from .discriminator import Discriminator
-from .display import aside_for
-from .experience import Experience
-from .generator import Generator
-from .guard import Monitor
-from .health import Health, prediction_counts
-from .interrupts import Interrupted, Interrupts
+from .export import exporting
+from .model import initial_adapter, sampling
+from .model.base import load_base
+from .model.players import Player, Players
+from .rewards.answers import Answers
 from .rewards.budget import Budget, Purpose
 from .rewards.calling import Caller
-from .run_ending import Ending
-from .saving import Saver
+from .run import evaluation, recovery, tracking
+from .run.callbacks import Callback, Run, check_callbacks
+from .run.display import aside_for
+from .run.ending import Ending
+from .run.interrupts import Interrupted, Interrupts
+from .run.saving import Saver
+from .storage import checkpoint, lock
+from .training import distributed, estimate
+from .training.discriminator import Discriminator
+from .training.experience import Experience
+from .training.generator import Generator
+from .training.health import Health, prediction_counts
+from .training.monitor import Monitor
 from .wording import shown
 
 RewardFunction = Callable[[str, str | None], float]
@@ -285,7 +276,7 @@ class LoraGAN:
                 warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
         self.global_step += 1
         self.prompt_kinds |= kinds
-        nonfinite.require_progress(self, gen, disc)
+        recovery.require_progress(self, gen, disc)
         record = tracking.step_record(
             rows,
             experience,
@@ -423,7 +414,7 @@ class LoraGAN:
             _require_targets(rows, f"the reward {rewards.reward_name(comparing[0])!r} compares with a target", remedy)
 
     def _true_rewards(
-        self, rows: list[Row], sampled: rollout.Rollout, asked_B: np.ndarray, notes: rewards.Notes
+        self, rows: list[Row], sampled: sampling.Rollout, asked_B: np.ndarray, notes: rewards.Notes
     ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
         """True rewards of the asked responses, NaN elsewhere, float64 [B]; their parts by name; and bool [B]: the asked
         responses on which a reward failed to the last try, whose rewards are NaN. What rewards log goes into `notes`.
@@ -640,7 +631,7 @@ class LoraGAN:
         Returns:
             The steps' records, the last 500 where there are more. In output_dir stand metrics.jsonl,
             completions.jsonl, and checkpoints step-N: every `config.save_steps`, and at the end. After loading a
-            checkpoint, fit() goes on with the next rows. `self.ending` says why the run ended (`run_ending.Ending`).
+            checkpoint, fit() goes on with the next rows. `self.ending` says why the run ended (`run.ending.Ending`).
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
@@ -670,7 +661,7 @@ class LoraGAN:
             Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run,
             Saver(self, folder, run.saved, beside=beside) as saver,
         ):
-            way_back = nonfinite.WayBack(self, self.global_step, run.saved_steps)
+            way_back = recovery.WayBack(self, self.global_step, run.saved_steps)
             try:
                 with self._interrupts.catching():
                     if steps and not self.global_step and held_out is not None and self.config.eval_on_start:
@@ -801,7 +792,7 @@ class LoraGAN:
         encoded = self._encode(rows, max_completion_length)
         uniforms = self._uniforms(encoded, best_of, "generate", length=max_completion_length, seed=seed)
         responses = Responses()
-        for part in rollout.chunks(len(rows), batch_size):
+        for part in sampling.chunks(len(rows), batch_size):
             draws = slice(part.start * best_of, part.stop * best_of)
             sampled = self._sample(encoded[part], uniforms[draws], temperature=temperature, top_p=top_p, player=player)
             best = np.zeros(len(encoded[part]), dtype=int)
@@ -844,9 +835,9 @@ class LoraGAN:
         if not rows:
             return []
         predicted: list[float] = []
-        for part in rollout.chunks(len(rows), batch_size):
+        for part in sampling.chunks(len(rows), batch_size):
             encoded = self.players.encoder.pairs(rows[part], responses[part])
-            pairs = rollout.assemble(self.players.base, self.players.device, *encoded, responses[part])
+            pairs = sampling.assemble(self.players.base, self.players.device, *encoded, responses[part])
             predicted += self.discriminator.predict(pairs).mean(0).tolist()
         return predicted
 
@@ -967,7 +958,7 @@ class LoraGAN:
         self, prompts: list[list[int]], count: int, purpose: str, *, length: int | None = None, seed: int | None = None
     ) -> Tensor:
         """The numbers that `count` responses to each prompt are sampled with, at this step."""
-        return rollout.keyed_uniforms(
+        return sampling.keyed_uniforms(
             prompts,
             count,
             length or self.config.max_completion_length,
@@ -984,7 +975,7 @@ class LoraGAN:
         temperature: float | None = None,
         top_p: float | None = None,
         player: Player = "generator",
-    ) -> rollout.Rollout:
+    ) -> sampling.Rollout:
         temperature = self.config.temperature if temperature is None else temperature
         top_p = self.config.top_p if top_p is None else top_p
         if temperature < 0 or not 0 < top_p <= 1:
@@ -992,7 +983,7 @@ class LoraGAN:
                 f"temperature={temperature}, top_p={top_p} is not accepted: 0 or more (0 is greedy), a share above 0"
             )
         with self.players.playing(player):
-            return rollout.sample(
+            return sampling.sample(
                 self.players,
                 prompts,
                 uniforms_BT,
@@ -1044,7 +1035,7 @@ class LoraGAN:
 
         See `export.export` for the options (parts, dtype, evaluation, license, push_to_hub, private).
         """
-        return export.export(self, output_dir, **options)
+        return exporting.export(self, output_dir, **options)
 
 
 def _require_targets(rows: list[Row], need: str, remedy: str = "") -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tqdm.auto import tqdm
 
 from .data import Row, Stream
-from .encoding import TooLong
+from .model.encoding import TooLong
 
 #: Raises ValueError for a row that cannot be used, TooLong for a prompt that leaves no room for its response.
 Check = Callable[[Row], object]

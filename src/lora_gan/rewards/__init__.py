@@ -3,19 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .base import Perplexity
-from .combine import (
-    RewardError,
-    RewardUnavailable,
-    reward_names,
-    score_pairs,
-    score_parts,
-    score_trl,
-    weighted_total,
-)
+from .combine import RewardError, RewardUnavailable, reward_names, score_pairs, score_parts, score_trl, weighted_total
 from .model import Classifier, Entailment
 from .named import from_spec, from_specs
 from .notes import Notes
+from .perplexity import Perplexity
 from .scales import Scales
 from .shaping import Length, repetition
 from .signatures import check_reward, needs_columns, require_columns, reward_name, takes_completions

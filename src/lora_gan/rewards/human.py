@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..json_lines import append_line, open_lines
+from ..storage.json_lines import append_line, open_lines
 from .combine import RewardUnavailable
 from .messages import as_text
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ..json_lines import append_line, open_lines
+from ..storage.json_lines import append_line, open_lines
 from .combine import RewardUnavailable
 from .messages import as_text
 

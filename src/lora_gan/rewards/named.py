@@ -38,7 +38,7 @@ READY = {  # name: the file of this folder it is in, and what it is called there
     "cosine": ("cosine", "CosineReward"),
     "length": ("shaping", "Length"),
     "repetition": ("shaping", "repetition"),
-    "perplexity": ("base", "Perplexity"),
+    "perplexity": ("perplexity", "Perplexity"),
     "classifier": ("model", "Classifier"),
     "entailment": ("model", "Entailment"),
     "human": ("human", "Human"),

@@ -1,0 +1,190 @@
+"""The demo: `tiny` learns to translate by reward alone, in a few minutes on two cores.
+
+    lora-gan demo                              the discriminator learns and feeds back (corrected reward)
+    lora-gan demo --discriminator off          plain RLOO on the true reward, asked for every response
+    lora-gan demo --discriminator constant     a constant in its place: what it must beat
+    lora-gan demo --discriminator only         its prediction is the only reward the generator sees
+
+`tiny` has read English, French and their translations, but answers "Translate English to French: …" with a translation
+in about one of five samples. It is never shown a target: targets are seen by the reward alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .. import tiny
+from ..gan import LoraGAN
+from ..model.sampling import Rollout
+from ..run.evaluation import aligned
+from ..run.plots import plot_run
+from ..training.discriminator import Discriminator
+from ..training.experience import Experience
+
+Opponent = Literal["learning", "off", "constant", "only"]
+
+RECIPE: dict[str, Any] = dict(
+    prompts_per_step=4,
+    num_generations=8,
+    max_completion_length=24,
+    learning_rate=1e-3,
+    disc_learning_rate=1e-3,
+    disc_updates=1,
+    beta=0.03,
+    query_rate=0.5,
+    query_design="uniform",
+)
+BY_OPPONENT: dict[Opponent, dict[str, Any]] = {
+    "learning": dict(reward_signal="corrected"),
+    "constant": dict(reward_signal="corrected"),
+    "off": dict(adversarial=False, query_rate=1.0),
+    "only": dict(adversarial=True),
+}
+HELLO = "Translate English to French: Hello world"  # a held-out prompt like the others
+
+
+class ConstantDiscriminator(Discriminator):
+    """Predicts the mean of the true rewards answered so far, whatever the response: the null to compare with."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.total, self.count = 0.0, 0
+
+    def predict(self, rollout: Rollout) -> np.ndarray:
+        return np.full((1, len(rollout)), self.total / self.count if self.count else 0.0)
+
+    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, list[torch.Tensor]]:
+        return self.predict(rollout), []
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        answered_B = experience.true_B[~np.isnan(experience.true_B)]
+        self.total, self.count = self.total + float(answered_B.sum()), self.count + len(answered_B)
+        return {}
+
+
+@dataclass
+class Judged:
+    """What every judge says of one model on the held-out prompts."""
+
+    name: str
+    sampled: dict[str, Any]  # evaluation at temperature 1, or the one in the name
+    greedy: dict[str, Any] | None
+
+
+def run(
+    *,
+    opponent: Opponent = "learning",
+    seed: int = 0,
+    steps: int = 160,
+    heldout: int = 320,
+    output_dir: str | None = None,
+) -> dict[str, Any]:
+    """Tune, judge before and after, print the table; returns what result.json in the output folder holds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny's matrices are too small to share: more threads wait for each other
+    try:
+        return _run(opponent, seed, steps, heldout, Path(output_dir or f"runs/demo-{opponent}"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(opponent: Opponent, seed: int, steps: int, heldout: int, folder: Path) -> dict[str, Any]:
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
+    train = tiny.pairs("train", 4096, seed=seed)
+    test = tiny.pairs("heldout", heldout, seed=0)
+    gan = LoraGAN(
+        "tiny",
+        seed=seed,
+        max_steps=steps,
+        save_steps=steps,
+        output_dir=str(folder),
+        **{**RECIPE, **BY_OPPONENT[opponent]},
+    )
+    if opponent == "constant":
+        gan.discriminator = ConstantDiscriminator(gan.players, gan.config)
+    print(
+        f"tiny ({gan.players.base.model.num_parameters():,} parameters with both adapters) learns to translate "
+        "by reward alone.\nReward: cosine to the target by all-MiniLM-L6-v2; the model never sees a target.\n"
+        f"Discriminator: {opponent}. Seed {seed}, {steps} steps of {gan.config.prompts_per_step} prompts × "
+        f"{gan.config.num_generations} responses, true reward asked for {gan.config.query_rate:.0%} of them.\n"
+        f"Held-out: {len(test)} prompts whose combinations of words the base has never read.\n",
+        flush=True,
+    )
+    print("judging the base …", flush=True)
+    models = [
+        Judged("before", gan.evaluate(test, temperature=1.0), gan.evaluate(test, temperature=0)),
+        Judged("base, temperature 0.5", gan.evaluate(test, temperature=0.5), None),
+    ]
+    training = time.monotonic()
+    gan.fit(train, steps=steps, train_disc=opponent != "off")
+    training = time.monotonic() - training
+    print("judging what was learned …", flush=True)
+    models.append(Judged("after", gan.evaluate(test, temperature=1.0), gan.evaluate(test, temperature=0)))
+    hello = gan.generate(HELLO, temperature=0)[0]
+
+    print("\n" + table(models))
+    print(f"\n“{HELLO}” → “{hello}”\n")
+    print(side_by_side(models[0], models[-1]))
+    result: dict[str, Any] = {
+        "discriminator": opponent, "seed": seed, "steps": steps, "reward_calls": gan.reward_calls, "hello": hello,
+        "seconds": {"training": round(training, 1), "all": round(time.monotonic() - began, 1)},
+        "models": [
+            {"name": m.name, "sampled": m.sampled["metrics"], "greedy": m.greedy and m.greedy["metrics"]}
+            for m in models
+        ],
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
+    print(
+        f"\n{gan.reward_calls:,} true rewards asked for; {result['seconds']['all']:.0f} s in all.\n"
+        f"checkpoint: {folder / f'step-{gan.global_step}'}\nmetrics:    {folder / 'metrics.jsonl'}\n"
+        f"figures:    {folder / 'result.json'}\n"
+        f"plot:       {picture or 'none: pip install matplotlib for one'}\n"
+        f'next:       make demo ARGS="--discriminator off"    (the same without the discriminator)'
+    )
+    return result
+
+
+def table(models: list[Judged]) -> str:
+    """One line a model: mean and 95 % interval over the held-out prompts."""
+
+    def cell(run: dict[str, Any] | None, name: str, scale: float = 1, digits: int = 1) -> str:
+        if run is None or name not in run["metrics"]:
+            return "–"
+        mean, low, high = (scale * run["metrics"][name][key] for key in ("mean", "low", "high"))
+        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    head = ("", "exact, sampled %", "exact, greedy %", "cosine, sampled", "chrF, sampled", "distinct-2")
+    body = [
+        (
+            model.name,
+            cell(model.sampled, "exact_match", 100),
+            cell(model.greedy, "exact_match", 100),
+            cell(model.sampled, "true_reward", digits=3),
+            cell(model.sampled, "chrf"),
+            f"{model.sampled['distinct_2']:.2f}",
+        )
+        for model in models
+    ]
+    lines = aligned([head, *body])
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def side_by_side(before: Judged, after: Judged, count: int = 10) -> str:
+    lines = ["Ten held-out prompts, sampled at temperature 1:"]
+    for was, now in zip(before.sampled["samples"][:count], after.sampled["samples"][:count], strict=True):
+        mark = "✓" if now["response"].strip() == now["target"].strip() else "✗"
+        lines += [
+            f"  {was['prompt'].removeprefix('Translate English to French: ')}",
+            f"    before: {was['response']}",
+            f"    after:  {now['response']}  {mark}" + ("" if mark == "✓" else f"  (target: {now['target']})"),
+        ]
+    return "\n".join(lines)

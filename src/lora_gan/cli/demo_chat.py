@@ -1,0 +1,237 @@
+"""The demo on a chat model: SmolLM2-135M-Instruct learns by reward alone to follow instructions that code can check.
+
+    lora-gan fetch smollm2
+    lora-gan demo-chat
+
+`instructions` makes the prompts and checks the answers. The generator sees prompts and rewards, never a target. The
+table compares the untouched base, the generator, and the discriminator's pick of 8, on held-out prompts: topics and
+pairs of constraints that training never shows. The second judge is the mean log-probability of an answer's tokens under
+the untouched base.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..gan import LoraGAN
+from ..model.players import Player
+from ..rewards import Perplexity, instructions, text
+from ..run.evaluation import aligned, interval
+from ..run.plots import plot_run
+
+#: Chosen on the validation split; docs/results/demo_chat_tried.jsonl has every setting that was tried.
+RECIPE: dict[str, Any] = dict(
+    prompts_per_step=4,
+    num_generations=4,
+    max_completion_length=24,
+    temperature=1.0,
+    learning_rate=5e-4,
+    disc_learning_rate=1e-3,
+    disc_layers=6,
+    disc_updates=1,
+    beta=0.01,
+    reward_budget=256,
+)
+STEPS = 16
+BEST_OF = 8
+BATCH = 48  # prompts answered at once
+
+
+@dataclass
+class Judged:
+    """What the judges say of one model on the same rows: one value per row in each list."""
+
+    name: str
+    answers: list[str]
+    share: list[float]  # of the prompt's constraints, met
+    full: list[float]  # 1 where all of them are met
+    base_logprob: list[float | None]  # nats per token under the untouched base
+    words: list[float]
+    by_kind: dict[str, float]  # share met, per kind of constraint
+
+    @property
+    def distinct_2(self) -> float:
+        return text.distinct_n(self.answers, 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"distinct_2": self.distinct_2}
+
+
+def judge(
+    gan: LoraGAN,
+    rows: list[dict[str, Any]],
+    name: str,
+    *,
+    player: Player = "generator",
+    best_of: int = 1,
+    temperature: float | None = None,
+) -> Judged:
+    """Sample one answer per row, or the discriminator's pick of `best_of`, and judge the answers."""
+    prompts = [row["prompt"] for row in rows]
+    batch = max(1, 2 * BATCH // best_of)
+    answers = list(gan.generate(prompts, best_of, temperature=temperature, player=player, batch_size=batch))
+    fluency = Perplexity()
+    fluency.bind(gan)
+    share: list[float] = []
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for row, answer in zip(rows, answers, strict=True):
+        share.append(instructions.share_met(row["constraints"], answer))
+        for constraint in row["constraints"]:
+            by_kind[constraint.partition(":")[0]].append(float(instructions.met(constraint, answer)))
+    return Judged(
+        name,
+        answers,
+        share,
+        [float(value == 1) for value in share],
+        fluency(prompts, answers),
+        [float(len(answer.split())) for answer in answers],
+        {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())},
+    )
+
+
+def run(
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    heldout: int = 96,
+    output_dir: str | None = None,
+    model: str = "smollm2",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Judge the base, tune, judge again, print the tables; returns what result.json in the output folder holds.
+
+    Args:
+        steps: generator updates; those after the reward budget is spent learn from the predicted reward alone.
+        heldout: held-out prompts in the table.
+        model: another chat model than SmolLM2: a hub id or a folder.
+        settings: of `Config`, instead of RECIPE's.
+
+    Raises:
+        ValueError: the base is not on this machine; the message names the command that brings it.
+    """
+    began = time.monotonic()
+    folder = Path(output_dir or f"runs/demo-chat-{seed}")
+    options = {**RECIPE, "seed": seed, "max_steps": steps, "save_steps": None, "output_dir": str(folder), **settings}
+    gan = LoraGAN(model, reward_funcs=[instructions.reward], **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    train = instructions.rows("train", max(64, steps * gan.config.prompts_per_step), seed=seed)
+    test = instructions.rows("heldout", heldout)
+    for file, rows in (("train.jsonl", train), ("held_out.jsonl", test)):
+        _write_lines(folder / file, rows)
+    print(
+        f"{model} learns to follow instructions by reward alone: {len(instructions.KINDS)} kinds of constraints, each "
+        "checked by code.\n"
+        f"Seed {seed}: {steps} steps of {gan.config.prompts_per_step} prompts × {gan.config.num_generations} answers, "
+        f"at most {gan.config.reward_budget} reward calls.\n"
+        f"Held-out: {len(test)} prompts about topics, and with pairs of constraints, that training never shows.\n",
+        flush=True,
+    )
+    print("judging the base …", flush=True)
+    judged = [judge(gan, test, "base", player="reference")]
+    training = time.monotonic()
+    gan.fit(train, steps=steps)
+    training = time.monotonic() - training
+    print("judging the generator …", flush=True)
+    judged.append(judge(gan, test, "trained"))
+    judged.append(judge(gan, test, f"trained, best of {BEST_OF}", best_of=BEST_OF))
+
+    result: dict[str, Any] = {
+        "seed": seed, "steps": steps, "reward_calls": gan.reward_calls, "heldout": len(test),
+        "settings": {name: value for name, value in options.items() if name != "output_dir"},
+        "seconds": {"training": round(training, 1), "all": round(time.monotonic() - began, 1)},
+        "models": [model.to_dict() for model in judged],
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _write_lines(folder / "answers.held_out.jsonl", _lines(test, judged))
+    picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
+    print("\n" + table(judged))
+    print("\n" + kinds_table(judged))
+    print("\n" + side_by_side(test, judged[0], judged[1]))
+    checkpoint = f"--checkpoint {folder}"
+    print(
+        f"\n{gan.reward_calls} reward calls; {training:.0f} s of training, {result['seconds']['all']:.0f} s in all.\n"
+        f"In {folder}: the checkpoint step-{gan.global_step}, metrics.jsonl, result.json, answers.held_out.jsonl"
+        f"{', training.png' if picture else ''}\n"
+        "Go on with:\n"
+        f'  lora-gan generate {checkpoint} --best_of 8 --prompt "Describe the sea. Answer in one sentence."\n'
+        f"  lora-gan eval {checkpoint} --data {folder / 'held_out.jsonl'} "
+        "--reward lora_gan.rewards.instructions:reward --reference\n"
+        f"  lora-gan export {checkpoint} --output_dir exported-chat"
+    )
+    return result
+
+
+def table(judged: list[Judged]) -> str:
+    """One line per model: means with 95 % bootstrap intervals over the held-out prompts."""
+
+    def cell(values: list[Any], scale: float = 1, digits: int = 2) -> str:
+        figures = interval(values)
+        if figures["mean"] is None:
+            return "–"
+        mean, low, high = (scale * float(figures[key] or 0) for key in ("mean", "low", "high"))
+        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    head = ("", "constraints met %", "prompts met in full %", "log-prob. under the base", "words", "distinct-2")
+    body = [
+        (
+            model.name,
+            cell(model.share, 100, 0),
+            cell(model.full, 100, 0),
+            cell(model.base_logprob),
+            cell(model.words, digits=1),
+            f"{model.distinct_2:.2f}",
+        )
+        for model in judged
+    ]
+    lines = aligned([head, *body])
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def kinds_table(judged: list[Judged]) -> str:
+    """One line per kind of constraint: the share met, in percent."""
+    lines = [("constraint", *(model.name for model in judged))]
+    for kind in judged[0].by_kind:
+        lines.append((kind, *(f"{100 * model.by_kind[kind]:.0f} %" for model in judged)))
+    return "\n".join(aligned(lines))
+
+
+def side_by_side(rows: list[dict[str, Any]], before: Judged, after: Judged, count: int = 10) -> str:
+    """The first `count` held-out prompts with both answers, marked by what they meet; none is picked."""
+
+    def shown(row: dict[str, Any], answer: str) -> str:
+        marks = "".join("✓" if instructions.met(constraint, answer) else "✗" for constraint in row["constraints"])
+        return f"{marks:<2} {' ⏎ '.join(answer.splitlines())}"
+
+    lines = [f"The first {min(count, len(rows))} held-out prompts:"]
+    for row, was, now in list(zip(rows, before.answers, after.answers, strict=True))[:count]:
+        lines += [
+            f"  {row['prompt'][-1]['content']}",
+            f"    base:    {shown(row, was)}",
+            f"    trained: {shown(row, now)}",
+        ]
+    return "\n".join(lines)
+
+
+def _lines(rows: list[dict[str, Any]], judged: list[Judged]) -> list[dict[str, Any]]:
+    """One line per model and row, for other tools."""
+    return [
+        {
+            "model": model.name,
+            **row,
+            "completion": model.answers[i],
+            "share_met": model.share[i],
+            "base_logprob": model.base_logprob[i],
+        }
+        for model in judged
+        for i, row in enumerate(rows)
+    ]
+
+
+def _write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
+    texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file.write_text("".join(texts), encoding="utf-8")

@@ -1,0 +1,194 @@
+"""The command line: what its commands accept, and how wrong input is answered. What they do stands in `commands`.
+
+Parsing is jsonargparse's work: options and their help are the parameters and docstrings of the functions in `commands`,
+and every setting of `Config` is an option of `train` under its own name. A YAML file given by --config says the same as
+`name: value`, and what stands on the command line after it wins. Nothing heavy is imported before a command runs:
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import docstring_parser
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from .. import __version__
+from ..config import Config
+from ..run.interrupts import Terminated
+from ..run.resuming import in_moved_folder
+from . import commands
+from .notices import one_line_each
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": commands.demo,
+    "demo-chat": commands.demo_chat,
+    "fetch": commands.fetch,
+    "train": commands.train,
+    "generate": commands.generate,
+    "score": commands.score,
+    "eval": commands.evaluate,
+    "export": commands.export,
+}
+
+
+UNKNOWN = re.compile(
+    r"option '(?:\w+\.)?([\w-]+)' is not accepted|does not accept option '([\w-]+)'|unrecognized arguments: -+([\w-]+)",
+    flags=re.IGNORECASE,
+)
+WRONG = re.compile(  # jsonargparse's three ways to say that a value is of the wrong type
+    r"Parser key [\"'](?:\w+\.)?(\w+)[\"']: "
+    r"(?:.*?Subtypes: \[(?P<several>.*)\] Errors: .*Given value: (?P<a>.*)"
+    r"|Expected a (?P<one>.*?)\. Got value: (?P<b>.*)"
+    r"|Not of type (?P<number>\w+): (?:(?P<c>\S+) does not conform.*|.*'(?P<d>.*)'))"
+)
+KINDS = {
+    "PositiveInt": "a whole number from 1", "NonNegativeInt": "a whole number, 0 or more", "int": "a whole number",
+    "float": "a number", "bool": "true or false", "str": "a text", "dict": "a mapping", "tuple": "a list",
+    "list": "a list", "NoneType": "null",
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """A mistake is one line: what is wrong, what is accepted, where to read more; and exit code 2."""
+
+    options: set[str] = set()  # of all commands, by name
+    reading: str | None = None  # the file that --config named, while it is read
+    line: list[str] = []  # the words of the command line
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command, file = self.prog.replace(" [options]", ""), Parser.reading
+        Parser.reading = None
+        sys.stderr.write(f"lora-gan: {f'{file}: ' if file else ''}{self._plain(message)} (see {command} --help)\n")
+        sys.exit(2)
+
+    def _plain(self, message: str) -> str:
+        """One line in this library's words, with the nearest option's name beside one that does not exist."""
+        message = " ".join(message.split()).rstrip(".")
+        if wrong := WRONG.fullmatch(message):
+            value = next(wrong[name] for name in "abcd" if wrong[name] is not None)
+            kinds = _kinds(wrong["several"] or wrong["one"] or wrong["number"])
+            return f"--{wrong[1]} {value} is not accepted: it must be {kinds}"
+        message = re.sub(r"Parser key [\"'](?:\w+\.)?(\w+)[\"']:", r"--\1:", message)
+        message = re.sub("Unexpected config:.*", "it must be YAML, an option a line, as NAME: VALUE", message)
+        message = message.replace("Problems parsing config:", "not YAML:").replace('in "<unicode string>", ', "")
+        message = re.sub(r"unrecognized arguments: ([^-].*)", r"\1: no option; a value with spaces is quoted", message)
+        if re.search(r"required: (fetch\.)?name$", message):
+            return "fetch needs the name of a base, such as: lora-gan fetch smollm2"
+        message = re.sub(r"(required: )(.*)", lambda m: m[1] + re.sub(r"(\w+\.)?(\w+)", r"--\2", m[2]), message)
+        if wrong := UNKNOWN.search(message):
+            name = next(filter(None, wrong.groups()))
+            nearest = difflib.get_close_matches(name, self.options, n=1)
+            typed = any(word.startswith(f"--{name}") for word in self.line)
+            hint = f"; did you mean --{nearest[0]}?" if nearest else ""
+            message = f"there is no option --{name}{'' if typed else ' (in the file that --config names)'}{hint}"
+        return message
+
+
+def _kinds(types: str) -> str:
+    """Python's types, as a person would say them."""
+    types = re.sub(r"(dict|tuple)\[[^]]*\]", r"\1", types)
+    said = []
+    for choices, kind in re.findall(r"Literal\[([^]]*)\]|(\w+)", types):
+        said += ["one of " + choices.replace("'", "")] if choices else [KINDS[kind]] if kind in KINDS else []
+    return ", or ".join(said).replace("a list, or one of", "a list [...] of")
+
+
+class ConfigFile(ActionConfigFile):
+    """--config; what is wrong in a file is said with its name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        Parser.reading = str(values)
+        super().__call__(parser, cfg, values, option_string)
+        Parser.reading = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns of kernels that nothing here needs
+    # --dry-run and --dry_run are one option, as in transformers' own command lines; a value that begins so is none.
+    spelled = [
+        re.sub(r"^--[a-z][\w-]*(?=[=.]|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in arguments
+    ]
+    if not arguments:
+        _parser().print_help(sys.stderr)
+        return 2
+    Parser.line = spelled
+    chosen = _parser().parse_args(spelled)
+    values = chosen[chosen.command].as_dict()
+    files = values.pop("config", None) or []
+    try:
+        if chosen.command == "train":
+            if values["resume"] and files:
+                given = any(word.partition("=")[0] == "--output_dir" for word in spelled)
+                values, said = in_moved_folder(values, Path(str(files[-1])), folder_is_given=given)
+                if said:
+                    print(said, file=sys.stderr)
+            settings = {name: values.pop(name) for name in Config.__dataclass_fields__}
+            values["config"] = Config.from_dict(settings)
+        with one_line_each():
+            COMMANDS[chosen.command](**values)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what is left to write at exit goes nowhere
+    except (ValueError, RuntimeError, ArithmeticError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            error = OSError(f"{error.filename}: {error.strerror}")
+        print(f"lora-gan: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Terminated) as stop:
+        said = str(stop)
+        print(
+            f"lora-gan: {said if said.startswith('stopped') else ': '.join(filter(None, ['stopped', said]))}",
+            file=sys.stderr,
+        )
+        return stop.code if isinstance(stop, Terminated) else 130
+    return 0
+
+
+def _parser() -> Parser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
+        prog="lora-gan",
+        description="Train a language model against any reward: two LoRA adapters on one frozen base.",
+        epilog="lora-gan COMMAND --help says what a command accepts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    for name, function in COMMANDS.items():
+        summary, _, more = (function.__doc__ or "").partition("\n")
+        one = Parser(
+            usage=f"lora-gan {name} {'NAME' if name == 'fetch' else '[OPTION VALUE ...]'}",
+            description=summary + more.partition("Args:")[0].rstrip(),
+            allow_abbrev=False,
+        )
+        if name == "train":
+            one.add_argument(
+                "--config", action=ConfigFile, help="YAML file of options; what follows it on the line wins"
+            )
+        _add_options(one, function, as_positional=name == "fetch")
+        if name == "train":
+            one.add_class_arguments(Config)
+        Parser.options |= {option.lstrip("-") for action in one._actions for option in action.option_strings}
+        commands.add_subcommand(name, one, help=summary.rstrip("."))
+    return parser
+
+
+def _add_options(parser: Parser, function: Callable[..., Any], *, as_positional: bool) -> None:
+    """The function's parameters; the true-or-false ones as flags that take no value."""
+    flags = [name for name, hint in function.__annotations__.items() if hint in (bool, "bool")]
+    parser.add_function_arguments(function, as_group=False, as_positional=as_positional, skip={*flags, "config"})
+    described = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=described[flag])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""A trial of the run's next step, which leaves no trace: the responses that it will sample, and the time that it takes.
+
+The responses are drawn with the step's own uniform numbers. On the CPU they are the very responses that training
+samples, so that what a person or a judge says about them can be used again. The updates run on copies of the weights,
+with optimizers, replay and baselines of their own, and with made-up rewards: the true reward is not asked.
+
+# P = prompts, K = responses per prompt, B = P·K responses in group order
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .. import randomness
+from ..config import Config
+from ..data import Row
+from ..model.sampling import Rollout
+from ..storage.checkpoint import PLAYERS
+from ..training import estimate
+from ..training.discriminator import Discriminator, answered_groups
+from ..training.experience import Experience
+from ..training.generator import Generator
+from .footprint import Growth
+from .plan import calls_per_step
+
+if TYPE_CHECKING:
+    from ..gan import LoraGAN
+
+PROMPTS, RESPONSES = 4, 4  # the reward is tried on at most so many responses to so many prompts
+AFFORDED = 10.0  # seconds that timing a whole step may take; a step that takes longer is timed on one group
+AGAIN = 2.0  # updates that take less are timed again: memory that was given back for `Growth` is there again
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of one step, by what it does, without the true reward.
+
+    Attributes:
+        sampling: of all its responses.
+        generator: one step's updates of the generator.
+        predicting: the discriminator's predictions of all responses.
+        discriminator: one step's updates of the discriminator, while the true reward is asked.
+        tokens: mean length of the responses, in tokens.
+        longest: length of the longest.
+        whole: whether everything was timed at its full size, and not on a part of it.
+        groups, responses: what the updates were timed on.
+        grew: bytes by which the process grew at most during these updates; 0: not known.
+    """
+
+    sampling: float
+    generator: float
+    predicting: float
+    discriminator: float
+    tokens: float
+    longest: int
+    whole: bool
+    groups: int = 0
+    responses: int = 0
+    grew: float = 0.0
+
+    @property
+    def updating(self) -> float:
+        """All but sampling."""
+        return self.generator + self.predicting + self.discriminator
+
+    @property
+    def total(self) -> float:
+        """The whole step, without the true reward."""
+        return self.sampling + self.updating
+
+
+class Trial:
+    """The responses that the next step will sample to its first prompts, at most `limit` of them.
+
+    Args:
+        gan: whose next step is meant. It is left bitwise as it is.
+        rows: the next step's rows, as they are sent to the model.
+        limit: most responses that are drawn; None: PROMPTS × RESPONSES.
+
+    Attributes:
+        rows: the rows that were tried, one per group.
+        sampled: their responses, equally many per row.
+        index_B: the place of each response in the step.
+    """
+
+    def __init__(self, gan: LoraGAN, rows: list[Row], limit: int | None = None) -> None:
+        self.gan, self.step_rows = gan, rows
+        self.prompts = gan.players.encoder.prompts(rows)
+        # A group of one response says nothing of the spread: a second one is drawn beside it.
+        self.per_prompt = max(gan.config.num_generations, 2)
+        self.uniforms_BT = gan._uniforms(self.prompts, self.per_prompt, "sample")
+        chosen, count = shape_of_trial(gan.config, len(rows), limit)
+        asked_PK = self._asked().reshape(len(rows), self.per_prompt)
+        # Those that the step will ask about come first: then the answers are of use again.
+        first_P = np.sort(np.argsort(-asked_PK.sum(-1), kind="stable")[:chosen])
+        self.index_B = np.concatenate(
+            [j * self.per_prompt + np.sort(np.argsort(~asked_PK[j], kind="stable")[:count]) for j in first_P]
+            or [np.empty(0)]
+        ).astype(int)
+        self.rows = [rows[j] for j in first_P]
+        prompts = [self.prompts[j] for j in first_P]
+        began = _now(gan)
+        self.sampled = gan._sample(prompts, self.uniforms_BT[torch.from_numpy(self.index_B)])
+        self._sampling = _now(gan) - began
+
+    def _asked(self) -> np.ndarray:
+        """Which of the step's responses the true reward will be asked about, bool [B]; where that depends on the
+        discriminator's predictions, as if it predicted the same for all."""
+        gan, size = self.gan, len(self.prompts) * self.per_prompt
+        if gan.config.disc_objective == "real_vs_generated" or gan.config.num_generations < self.per_prompt:
+            return np.ones(size, dtype=bool)
+        return estimate.choose_queries(
+            np.arange(size) // self.per_prompt,
+            gan.config.query_rate,
+            seed=gan.config.seed,
+            step=gan.global_step,
+            design=gan.config.query_design,
+            left=gan.budget.left(),
+        ).asked_B
+
+    def seconds(self) -> Seconds:
+        """Time the step. Everything it changes is undone."""
+        gan, config = self.gan, self.gan.config
+        responses = len(self.prompts) * config.num_generations
+        sampled, rows, sampling = self.sampled, self.rows, self._sampling * responses / len(self.sampled)
+        if sampling <= AFFORDED:
+            uniforms_PKT = self.uniforms_BT.reshape(len(self.prompts), self.per_prompt, -1)
+            uniforms_BT = uniforms_PKT[:, : config.num_generations].flatten(0, 1)
+            began = _now(gan)
+            sampled, rows = gan._sample(self.prompts, uniforms_BT), self.step_rows
+            sampling = _now(gan) - began
+        tokens, longest = float(sampled.lengths_B.mean()), int(sampled.lengths_B.max())
+        in_step = _tokens(sampled) * responses / len(sampled)
+
+        # One group first. It also warms up what is only done once.
+        group = sampled.rows(np.flatnonzero(sampled.group_B == sampled.group_B[0]))
+        with Growth() as growth:
+            updates = self._timed_updates(group, rows[:1])
+        share = _tokens(group) / in_step
+        if sum(updates) / share <= AFFORDED:
+            group = sampled
+            with Growth() as growth:
+                updates, share = self._timed_updates(sampled, rows), _tokens(sampled) / in_step
+            if sum(updates) <= AGAIN:
+                updates = self._timed_updates(sampled, rows)
+        whole = share == 1 and len(sampled) == responses
+        generator, predicting, discriminator = (seconds / share for seconds in updates)
+        discriminator *= _asked_share(config)
+        groups, grew = len(np.unique(group.group_B)), growth.bytes
+        return Seconds(sampling, generator, predicting, discriminator, tokens, longest, whole, groups, len(group), grew)
+
+    def _timed_updates(self, sampled: Rollout, rows: list[Row]) -> tuple[float, float, float]:
+        """Seconds of the generator's updates, of predictions, and of the discriminator's updates if the true reward of
+        all these responses were known."""
+        gan, config = self.gan, self.gan.config
+        signal = config.signal(config.adversarial)
+        through = config.gradient_path == "straight_through"
+        group_B = np.unique(sampled.group_B, return_inverse=True)[1]
+        sampled = replace(sampled, group_B=group_B)
+        with undone(gan) as (generator, discriminator):
+            began = _now(gan)
+            features = []
+            if through:
+                predicted_MB = discriminator.predict(sampled)
+            else:
+                predicted_MB, features = discriminator.predict_to_learn(sampled)
+            predicting = _now(gan) - began
+            answered = np.ones(len(sampled), dtype=bool)
+            experience = Experience(
+                gan.global_step,
+                rows,
+                [self.gan.players.encoder.prompt(row) for row in rows],
+                sampled,
+                predicted_MB,
+                answered,
+                randomness.uniforms(len(sampled), config.seed, gan.global_step, "trial"),
+                np.ones(len(sampled)),
+                {},
+                1.0,
+                None,
+                features,
+            )
+            # As in a later step: half of a batch is replay, and the heads have begun.
+            if config.disc_objective == "regression":
+                discriminator.replay.extend(list(answered_groups(experience, config).values()))
+
+            def update_discriminator() -> float:
+                began = _now(gan)
+                discriminator.update(experience)
+                return _now(gan) - began
+
+            def update_generator() -> float:
+                began = _now(gan)
+                with discriminator.scoring():
+                    generator.update(
+                        rows,
+                        experience if config.reward_weight else None,
+                        signal,
+                        config.imitation_weight,
+                        gan.players.predict,
+                    )
+                return _now(gan) - began
+
+            if through:  # the order that a step has
+                learning = update_generator()
+                judging = update_discriminator()
+            else:
+                judging = update_discriminator()
+                learning = update_generator()
+        return learning, predicting, judging
+
+
+@contextmanager
+def undone(gan: LoraGAN) -> Iterator[tuple[Generator, Discriminator]]:
+    """Inside the block both players train on copies; at its end weights, gradients and unit are bitwise as before.
+
+    Yields:
+        a generator and a discriminator on the same base, with optimizers, replay and baselines of their own.
+    """
+    players, config = gan.players, gan.config
+    parameters = [parameter for player in PLAYERS for parameter in players.parameters(player)]
+    before = [(parameter.data, parameter.grad) for parameter in parameters]
+    unit = players.reward_unit
+    try:
+        for parameter in parameters:
+            parameter.data, parameter.grad = parameter.data.clone(), None
+        if not players.heads_MH.any():
+            players.heads_MH.data.fill_(1 / players.heads_MH.shape[1])
+        generator, discriminator = Generator(players, config), Discriminator(players, config)
+        for new, old in ((generator, gan.generator), (discriminator, gan.discriminator)):
+            new.optimizer.largest_micro_batch = old.optimizer.largest_micro_batch
+        yield generator, discriminator
+    finally:
+        for parameter, (data, gradient) in zip(parameters, before, strict=True):
+            parameter.data, parameter.grad = data, gradient
+        players.reward_unit = unit
+
+
+def shape_of_trial(config: Config, prompts: int, limit: int | None = None) -> tuple[int, int]:
+    """How many prompts the reward is tried on, and how many responses to each, so that there are at most `limit`.
+
+    Two responses to a prompt can be compared, so fewer prompts are preferred to fewer responses.
+    """
+    chosen, count = min(PROMPTS, prompts), min(RESPONSES, max(config.num_generations, 2))
+    if limit is not None and chosen * count > limit:
+        count = max(min(count, limit // chosen), min(2, limit))
+        chosen = min(chosen, limit // count) if count else 0
+    return chosen, count
+
+
+def _asked_share(config: Config) -> float:
+    """Share of a step's responses that the discriminator learns from."""
+    if config.disc_objective == "real_vs_generated":
+        return 1.0
+    return calls_per_step(config) / (config.prompts_per_step * config.num_generations)
+
+
+def _tokens(sampled: Rollout) -> int:
+    """Tokens that an update computes: each group's prompt once, and the responses."""
+    prompts, responses, _ = sampled.parts()
+    return sum(map(len, prompts)) + sum(map(len, responses))
+
+
+def _now(gan: LoraGAN) -> float:
+    """Seconds on a clock, once the device has done what it was told."""
+    if gan.players.device.type == "cuda":
+        torch.cuda.synchronize(gan.players.device)
+    return time.perf_counter()

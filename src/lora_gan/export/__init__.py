@@ -1,0 +1,1 @@
+"""Adapters and merged models for stock PEFT and transformers, with cards."""

@@ -1,0 +1,1 @@
+"""The base and the adapters on it: opening, encoding, packing, sampling."""

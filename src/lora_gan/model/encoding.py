@@ -1,0 +1,235 @@
+"""Prompts, responses and targets as token ids, and token ids as text.
+
+Sampling produces ids. Whatever starts from text (score(), imitation, rewards that ask the base) must arrive at the ids
+that sampling would have produced: the same prompt and the same end. `endings` decides the end; this module does the
+rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from ..config import Config
+from ..data import Conversation, Row, RowError, as_user_message, excerpt, is_conversation
+from .base import Base
+
+#: What else helps against a prompt that is too long, by the setting on_long_prompt.
+REMEDIES = {
+    "raise": "set a smaller max_completion_length, or set on_long_prompt to drop or truncate_left",
+    "drop": "set a smaller max_completion_length, or set on_long_prompt to truncate_left",
+    "truncate_left": "or set a smaller max_completion_length",
+}
+
+
+class Encoder:
+    """Turns texts and chat messages into the ids that one base reads, and sampled ids into text.
+
+    Args:
+        base: whose tokenizer, chat template and context are used.
+        config: chat_template_kwargs, skip_special_tokens, max_completion_length and on_long_prompt.
+    """
+
+    def __init__(self, base: Base, config: Config) -> None:
+        self.base, self.config = base, config
+
+    # --- prompts
+
+    def prompts(self, rows: Sequence[Row], max_new_tokens: int | None = None) -> list[list[int]]:
+        """Token ids of each row's prompt.
+
+        A text is tokenized as the tokenizer begins one. Chat messages are rendered by the chat template.
+
+        Args:
+            max_new_tokens: tokens of the response that must fit behind the prompt; None: max_completion_length.
+
+        Raises:
+            ValueError: a prompt has no tokens, the template does not take it, or it does not fit into the base's
+                context (and `on_long_prompt` does not cut it).
+        """
+        return [self.prompt(row, max_new_tokens) for row in rows]
+
+    def prompt(self, row: Row, max_new_tokens: int | None = None) -> list[int]:
+        """Token ids of one row's prompt; see `prompts`."""
+        length = self.config.max_completion_length if max_new_tokens is None else max_new_tokens
+        if isinstance(row.prompt, str):
+            ids = self._text_ids(row)
+        else:
+            ids = self._template_ids(row, row.prompt, self._options(row))
+            if not ids:
+                raise RowError(row, f"the base's chat template makes no tokens of the prompt {excerpt(row.prompt)}")
+        room = self.base.context - length
+        if len(ids) <= room:
+            return ids
+        if self.config.on_long_prompt == "truncate_left" and room > 1:
+            begins = ids[:1] if ids[0] == self.base.tokenizer.bos_token_id else []
+            return begins + ids[len(ids) - room + len(begins) :]
+        raise TooLong(
+            row,
+            f"a prompt of {len(ids)} tokens and a response of up to {length} do not fit into this base's "
+            f"{self.base.context} tokens: shorten the prompt {excerpt(row.prompt)}, "
+            f"{REMEDIES[self.config.on_long_prompt]}",
+        )
+
+    def _text_ids(self, row: Row) -> list[int]:
+        tokenizer, text = self.base.tokenizer, str(row.prompt)
+        bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not bare:
+            raise RowError(row, f"the prompt {text!r} has no tokens: a response needs something to begin from")
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        before, after = self._frame
+        if before and bare[: len(before)] == before and ids[: 2 * len(before)] == before * 2:
+            ids = ids[len(before) :]  # a template has written the begin-of-text token already
+        if after and ids[-len(after) :] == after and set(after) <= set(self.base.eos_ids):
+            ids = ids[: -len(after)]  # this tokenizer ends every text: the response comes before that end
+        return ids
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts before and after every text."""
+        tokenizer = self.base.tokenizer
+        bare, framed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return framed[:start], framed[start + len(bare) :]
+        return [], []
+
+    def _options(self, row: Row) -> dict[str, Any]:
+        """Options of the chat template for one row: the run's, overridden by the row's own."""
+        return {**(self.config.chat_template_kwargs or {}), **row.template_options}
+
+    def _template_ids(self, row: Row, messages: Conversation, options: Mapping[str, Any]) -> list[int]:
+        """Token ids of chat messages. As in TRL, a last message that is the assistant's is continued."""
+        self._require_template(row, options)
+        continues = messages[-1]["role"] == "assistant"
+        options = {"add_generation_prompt": not continues, "continue_final_message": continues, **options}
+        options |= {
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": None,
+            "tokenizer_kwargs": {"verbose": False},
+        }
+        try:
+            return list(self.base.tokenizer.apply_chat_template(messages, **options)["input_ids"])
+        except ImportError:  # of jinja2: no row is at fault
+            raise
+        except Exception as error:  # a template may raise anything
+            raise RowError(
+                row, f"the base's chat template does not take the prompt {excerpt(messages)}: {error}"
+            ) from error
+
+    def _require_template(self, row: Row, options: Mapping[str, Any]) -> None:
+        if self.base.tokenizer.chat_template is None and "chat_template" not in options:
+            raise RowError(
+                row,
+                f"the base {self.base.name or 'in memory'!r} has no chat template, and the prompt is chat messages: "
+                "give the prompts as plain text, or as processing_class= a tokenizer that has one "
+                "(tokenizer.chat_template)",
+            )
+
+    # --- chat
+
+    @property
+    def has_template(self) -> bool:
+        """Whether chat messages can be rendered."""
+        return self.base.tokenizer.chat_template is not None or "chat_template" in (
+            self.config.chat_template_kwargs or {}
+        )
+
+    def is_chat(self, row: Row) -> bool:
+        """Whether a row's prompt is chat messages, or a text that a template has rendered from messages."""
+        return is_conversation(row.prompt) or self.base.endings.is_rendered(str(row.prompt), self._options(row))
+
+    def as_chat(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with plain prompts as user messages; what a template has rendered already stays as it is.
+
+        Raises:
+            ValueError: the base has no chat template.
+        """
+        if not self.has_template:
+            raise ValueError(
+                f"apply_chat_template=True needs a chat template, and the base {self.base.name or 'in memory'!r} has "
+                "none: drop the setting, or give as processing_class= a tokenizer that has one"
+            )
+        return [row if self.is_chat(row) else as_user_message(row) for row in rows]
+
+    def closing_id(self, row: Row) -> int:
+        """The id that closes a response to this row."""
+        return self.base.endings.chat_id(self._options(row)) if self.is_chat(row) else self.base.endings.text_id
+
+    # --- responses
+
+    def response(self, text: str, row: Row) -> list[int]:
+        """Token ids of a response given as text, with the id that closes a response to this row."""
+        ids, closing = list(self.base.tokenizer(text, add_special_tokens=False)["input_ids"]), self.closing_id(row)
+        return ids if ids[-1:] == [closing] else [*ids, closing]
+
+    def pairs(self, rows: Sequence[Row], responses: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of prompts and of one response to each, closed where there is room for the closing id.
+
+        Raises:
+            ValueError: as `prompts`; prompt and response do not fit into the base's context.
+        """
+        encoded = [self.response(text, row) for text, row in zip(responses, rows, strict=True)]
+        if self.config.on_long_prompt == "truncate_left":
+            # Where training cut a prompt, its responses are read behind the cut one. The closing id of a response of
+            # max_completion_length tokens has no place there: sampling stopped before an end.
+            least = self.config.max_completion_length
+            prompts = [self.prompt(row, max(least, len(ids) - 1)) for row, ids in zip(rows, encoded, strict=True)]
+        else:
+            prompts = self.prompts(rows, 0)
+        for row, prompt, response in zip(rows, prompts, encoded, strict=True):
+            room = self.base.context - len(prompt)
+            if len(response) > room + 1:
+                raise RowError(
+                    row,
+                    f"a prompt of {len(prompt)} tokens and a response of {len(response) - 1} do not fit into this "
+                    f"base's {self.base.context} tokens",
+                )
+            del response[room:]  # sampling may have used all places, without an end
+        return prompts, encoded
+
+    def target(self, row: Row) -> list[int]:
+        """Token ids of a row's target as the answer to its prompt, at most max_completion_length.
+
+        For chat prompts the template renders prompt and target together, and what follows the prompt is the answer, up
+        to the closing id. Where the template does not render the prompt alone as the beginning of both, the target's
+        text and the closing id stand for it.
+        """
+        ids = None
+        if is_conversation(row.prompt):
+            ids = self._rendered_target(row, row.prompt)
+        if ids is None:
+            ids = self.response(row.target or "", row)
+        return ids[: self.config.max_completion_length]
+
+    def _rendered_target(self, row: Row, prompt: Conversation) -> list[int] | None:
+        """The ids that the template writes for the target after the prompt's own; None where that cannot be told."""
+        answer = row.target_messages or [{"role": "assistant", "content": row.target or ""}]
+        whole = [*prompt, *answer]
+        if prompt[-1]["role"] == "assistant":  # the answer goes on with what the prompt has begun
+            if row.target_messages or not isinstance(prompt[-1].get("content"), str):
+                return None
+            whole = [*prompt[:-1], prompt[-1] | {"content": prompt[-1]["content"] + (row.target or "")}]
+        options = self._options(row)
+        before = self._template_ids(row, prompt, options)
+        both = self._template_ids(
+            row, whole, {**options, "add_generation_prompt": False, "continue_final_message": False}
+        )
+        ids, closing = both[len(before) :], self.closing_id(row)
+        if both[: len(before)] != before or not ids:
+            return None
+        last = next((place for place in reversed(range(len(ids))) if ids[place] == closing), None)
+        return [*ids, closing] if last is None else ids[: last + 1]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A response's text: without the id that ended it, and without special tokens unless the run keeps them."""
+        ids = list(ids[:-1]) if len(ids) and ids[-1] in self.base.eos_ids else list(ids)
+        return str(
+            self.base.tokenizer.decode(self.base.words(ids), skip_special_tokens=self.config.skip_special_tokens)
+        )
+
+
+class TooLong(RowError):
+    """A prompt that leaves no room for its response."""

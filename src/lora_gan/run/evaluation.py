@@ -1,0 +1,155 @@
+"""Held-out evaluation: the reward beside metrics it was not trained on, with intervals over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import randomness
+from ..data import Row
+from ..model.players import Player
+from ..rewards import Notes, text
+from . import tracking
+
+if TYPE_CHECKING:
+    from ..gan import LoraGAN
+
+
+def evaluate(
+    gan: LoraGAN,
+    rows: list[Row],
+    *,
+    temperature: float | None = None,
+    player: Player = "generator",
+    best_of: int = 1,
+    seed: int | None = None,
+    batch_size: int = 64,
+    apply_chat_template: bool | None = None,
+) -> dict[str, Any]:
+    """One response to each row, and what every judge says of it.
+
+    Args:
+        temperature: of sampling, the config's where not given; 0 is greedy.
+        player: "reference" evaluates what the KL is measured to (the untouched base, or the adapter that the generator
+            started from), "base" the untouched base.
+        best_of: responses sampled a row; the discriminator picks.
+        seed: of the sampling; the same one gives the same responses at the same step.
+        batch_size: rows in one batch; changes memory, and results only to rounding.
+        apply_chat_template: whether plain prompts are sent as user messages; None: as the setting says, else as the
+            prompts were that the generator was trained on.
+
+    Returns:
+        metrics: name -> {"mean", "low", "high"}, a 95 % bootstrap interval over rows, None where nothing was measured:
+        true_reward, pred_reward, length (words); of several rewards each one, unweighted, as rewards/NAME; where rows
+        have targets exact_match (0 or 1) and, with sacrebleu installed, chrf (0 to 100, mean over rows).
+        distinct_2 (share of word pairs that differ, over all responses) as a plain number.
+        per_row: name -> the metric's value of every row, None where it was not measured.
+        samples: prompt, target, response, true_reward, pred_reward of every row, and what rewards gave log_extra.
+        logged: name -> mean of what rewards gave log_metric.
+    """
+    rows = gan.as_meant(rows, apply_chat_template, follow=True)
+    as_they_are = {"batch_size": batch_size, "apply_chat_template": False}
+    responses = gan.generate(rows, best_of, temperature=temperature, seed=seed, player=player, **as_they_are)
+    predicted = gan.score(rows, responses, **as_they_are)
+    notes = Notes()
+    ids = getattr(responses, "token_ids", None)  # a generate() of the user's own may return plain texts
+    true, parts = gan.ask(rows, responses, completion_ids=ids, notes=notes, purpose="evaluation")
+
+    columns: dict[str, list[float | None]] = {
+        "true_reward": true,
+        "pred_reward": predicted,
+        "length": [float(len(response.split())) for response in responses],
+    }
+    if len(parts) > 1:
+        columns |= {f"rewards/{name}": part for name, part in parts.items()}
+    if all(row.target is not None for row in rows):
+        pairs = list(zip(responses, (row.target for row in rows), strict=True))
+        columns["exact_match"] = [text.exact_match(*pair) for pair in pairs]
+        if find_spec("sacrebleu"):
+            columns["chrf"] = [100 * text.chrf(*pair) for pair in pairs]
+    samples = [
+        {"prompt": row.prompt, "target": row.target, "response": response, "true_reward": t, "pred_reward": p}
+        for row, response, t, p in zip(rows, responses, true, predicted, strict=True)
+    ]
+    for column, values in tracking.logged_extras(notes, tuple(samples[0]) if samples else ()).items():
+        for sample, value in zip(samples, values, strict=True):
+            sample[column] = value
+    metrics = {name: interval(values) for name, values in columns.items()}
+    logged = tracking.measured(tracking.logged_metrics(notes, (*metrics, "distinct_2")))
+    return {
+        "metrics": metrics,
+        "distinct_2": text.distinct_n(responses, 2),
+        "per_row": columns,
+        "samples": samples,
+        "logged": logged,
+    }
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two evaluations on the same rows, compared row by row: one − other.
+
+    Pairing removes what the rows have in common, so an interval is narrower than the two evaluations' own. It holds
+    for these two samples of one response per row; it says nothing of another training run.
+
+    Returns:
+        metrics: name -> {"mean", "low", "high"} of the rows' differences, a 95 % bootstrap interval over rows; rows
+        where either is not measured are left out, and None stands where none is left.
+        distinct_2, logged: differences of the plain numbers, without an interval.
+    """
+    values, others = one["per_row"], other["per_row"]
+    for name in values.keys() & others.keys():
+        if len(values[name]) != len(others[name]):
+            raise ValueError(
+                f"the evaluations are of {len(values[name])} and {len(others[name])} rows: compare two of the same rows"
+            )
+    return {
+        "metrics": {
+            name: interval(
+                [None if a is None or b is None else a - b for a, b in zip(values[name], others[name], strict=True)]
+            )
+            for name in values
+            if name in others
+        },
+        "distinct_2": one["distinct_2"] - other["distinct_2"],
+        "logged": {
+            name: value - other["logged"][name] for name, value in one["logged"].items() if name in other["logged"]
+        },
+    }
+
+
+def table(judged: dict[str, dict[str, Any]]) -> str:
+    """Evaluations side by side, as text: a line a metric, mean and interval in each evaluation's column."""
+    first = next(iter(judged.values()))["metrics"]
+    lines = [["", *judged]]
+    for name in first:
+        lines.append([name, *(_cell(result["metrics"].get(name)) for result in judged.values())])
+    lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
+    for name in next(iter(judged.values())).get("logged", {}):
+        values = [result.get("logged", {}).get(name) for result in judged.values()]
+        lines.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
+    return "\n".join(aligned(lines))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells as lines of text, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _cell(metric: dict[str, float | None] | None) -> str:
+    if metric is None or metric["mean"] is None:
+        return "–"
+    return f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+
+
+def interval(values: list[float | None], draws: int = 2000) -> dict[str, float | None]:
+    """Mean, and the 2.5 and 97.5 percentiles of its bootstrap distribution over rows (Efron 1979); None without any."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if len(known) == 0:
+        return {"mean": None, "low": None, "high": None}
+    picks = randomness.generator(0, 0, "bootstrap").integers(len(known), size=(draws, len(known)))
+    low, high = np.quantile(known[picks].mean(-1), (0.025, 0.975))
+    return {"mean": float(known.mean()), "low": float(low), "high": float(high)}

@@ -1,0 +1,104 @@
+"""fit()'s checkpoints: copied at once, written beside the next steps, tried again where the disk was full.
+
+Training stands still for the copies alone, unless a callback watches on_save: it must find the files of its own step.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..storage import checkpoint
+
+if TYPE_CHECKING:
+    from ..gan import LoraGAN
+
+
+class Saver:
+    """One run's checkpoints; a context manager, at whose end nothing is being written any more.
+
+    Args:
+        gan: whose checkpoints.
+        folder: where step-N/ go.
+        saved: called, in the thread that trains, with each checkpoint that stands.
+        beside: whether they are written by a thread of their own.
+    """
+
+    def __init__(self, gan: LoraGAN, folder: Path, saved: Callable[[Path], None], *, beside: bool) -> None:
+        self.gan, self.folder, self.saved, self.beside = gan, folder, saved, beside
+        self.last: Path | None = None  # the newest that stands
+        self._thread: threading.Thread | None = None
+        self._outcome: Path | Exception | None = None
+        self._retry_at: int | None = None  # the step at which to try again after a failure
+        self._wait = 1  # steps between tries, doubled each time
+
+    def save(self, keep: Collection[int] = ()) -> None:
+        """Take a checkpoint of now. A failure to write it is told, and the next tries are `due`."""
+        self._begin(keep)
+        if not self.beside:
+            self.settle()
+
+    def _begin(self, keep: Collection[int]) -> None:
+        self.settle()
+        content, step = checkpoint.snapshot(self.gan), self.gan.global_step
+        limit = self.gan.config.save_total_limit
+        if self.gan.generator.optimizer.skipped or self.gan.discriminator.optimizer.skipped:
+            limit = None  # an older one may be the last good one, which on_nonfinite="rollback" goes back to
+
+        def write() -> None:
+            try:
+                self._outcome = checkpoint.write(content, self.folder, step, limit=limit, keep=keep)
+            except Exception as error:  # told in the thread that trains
+                self._outcome = error
+
+        self._thread = threading.Thread(target=write, name="lora-gan checkpoint", daemon=True)
+        self._thread.start()
+
+    def look(self) -> bool:
+        """Between steps: tell of what was written meanwhile; whether a checkpoint that failed is due again."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.settle()
+        return self._retry_at is not None and self.gan.global_step >= self._retry_at
+
+    def finish(self, keep: Collection[int] = ()) -> Path:
+        """The run ends here: a checkpoint of this step stands when this returns.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self.settle()
+        if self.last is None or self.last.name != f"step-{self.gan.global_step}":
+            self._begin(keep)
+            self.settle(raising=True)
+        assert self.last is not None
+        return self.last
+
+    def settle(self, *, raising: bool = False) -> None:
+        """Wait for what is being written, and tell of it."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        outcome, self._thread, self._outcome = self._outcome, None, None
+        if isinstance(outcome, Path):
+            self.last, self._retry_at, self._wait = outcome, None, 1
+            self.saved(outcome)
+        elif isinstance(outcome, OSError) and not raising:
+            self._retry_at, self._wait = self.gan.global_step + self._wait, 2 * self._wait
+            warnings.warn(
+                f"a checkpoint could not be written to {self.folder} ({outcome}): training goes on UNSAVED, and tries "
+                f"again at step {self._retry_at}; make room there",
+                stacklevel=3,
+            )
+        elif outcome is not None:
+            raise outcome
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        in_a_hurry = kind is not None and not issubclass(kind, Exception)  # a second signal: what is half-written stays
+        if self._thread is not None and not in_a_hurry:
+            self._thread.join()

@@ -1,0 +1,393 @@
+"""What a step returns, and what is kept of it: metrics.jsonl, completions.jsonl, trackers.
+
+# P = prompts, K = responses a prompt, B = P·K
+
+`step()` returns a record under this library's own names (`step_record`); what is logged bears TRL's, where TRL has the
+metric, and then means what it means there (`summary`). docs/metrics.md lists every name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import Config
+from ..data import Row
+from ..rewards.notes import Notes, mean
+from ..training.discriminator import fresh_metrics
+from ..training.experience import Experience
+
+
+def step_record(
+    rows: list[Row],
+    experience: Experience | None,
+    gen: dict[str, Any],
+    disc: dict[str, Any],
+    *,
+    step: int,
+    reward_calls: int,
+    eos_ids: Sequence[int],
+    single: bool,
+    alarms: Sequence[str] = (),
+    reward_failures: int = 0,
+) -> dict[str, Any]:
+    """The dict that step() returns: six keys in their order, all K responses, then metrics, as plain Python values.
+
+    `step` and `reward_calls` count this step in. What rewards logged comes last: each metric under its name, and
+    `extra`, {column: values shaped as the rewards are}, where there is any.
+    """
+    responses, true, predicted = _by_group(experience, len(rows))
+
+    def shaped(values: list[Any]) -> Any:
+        return values[0] if single else values
+
+    def first(groups: list[Any]) -> Any:
+        return shaped([None if group is None else group[0] for group in groups])
+
+    record: dict[str, Any] = {
+        "prompt": shaped([row.prompt for row in rows]),
+        "response": first(responses),
+        "true_reward": first(true),
+        "disc_loss": disc.get("disc_loss"),
+        "pred_reward": first(predicted),
+        "gen_loss": gen.get("gen_loss"),
+        "responses": shaped(responses),
+        "true_rewards": shaped(true),
+        "pred_rewards": shaped(predicted),
+        "reward_mean": None,
+        "pred_reward_mean": None,
+        "step": step,
+        "reward_calls": reward_calls,
+    }
+    if experience is not None:
+        answered_B = experience.true_B[~np.isnan(experience.true_B)]
+        record |= {
+            "reward_mean": _mean(experience.true_B),
+            "reward_std": _std(experience.true_B),
+            "pred_reward_mean": _mean(experience.predicted_B),
+            "asked": int(experience.asked_B.sum()),
+            "reward_failures": reward_failures,
+            "unanswered": int(experience.asked_B.sum()) - len(answered_B),
+            "frac_asked": float(experience.asked_B.mean()),
+            "frac_reward_zero_std": _share_without_spread(experience),
+            **_lengths(experience, eos_ids),
+            **fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B),
+        }
+        for name, part_B in experience.parts.items():
+            record |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
+    record |= {k: v for k, v in (gen | disc).items() if k not in record}
+    record |= {"alarms": list(alarms), "notices": []}  # notices: what `health` says of the step
+    if experience is not None:
+        record |= logged_metrics(experience.notes)
+        extras = logged_extras(experience.notes)
+        if extras:
+            record["extra"] = {
+                column: shaped(_grouped(_spread(values, experience.asked_B), len(rows)))
+                for column, values in extras.items()
+            }
+    return record
+
+
+def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], ...]:
+    """Responses, true and predicted rewards, each P lists of K; None for what there is not."""
+    if experience is None:
+        return tuple([None] * prompts for _ in range(3))
+    columns = (
+        experience.rollout.texts,
+        [None if math.isnan(value) else value for value in experience.true_B.tolist()],
+        [None if math.isnan(value) else value for value in experience.predicted_B.tolist()],
+    )
+    return tuple(_grouped(column, prompts) for column in columns)
+
+
+def _grouped(column_B: list[Any], prompts: int) -> list[list[Any]]:
+    """P lists of K."""
+    per_prompt = len(column_B) // prompts
+    return [column_B[j * per_prompt : (j + 1) * per_prompt] for j in range(prompts)]
+
+
+def _spread(values: list[Any], asked_B: np.ndarray) -> list[Any]:
+    """The values of the asked responses in their places, None elsewhere."""
+    whole_B: list[Any] = [None] * len(asked_B)
+    for i, value in zip(np.flatnonzero(asked_B), values, strict=True):
+        whole_B[i] = value
+    return whole_B
+
+
+def _mean(values_B: np.ndarray) -> float | None:
+    known = values_B[~np.isnan(values_B)]
+    return float(known.mean()) if len(known) else None
+
+
+def _std(values_B: np.ndarray) -> float | None:
+    """With Bessel's correction, as TRL's."""
+    known = values_B[~np.isnan(values_B)]
+    return float(known.std(ddof=1)) if len(known) > 1 else None
+
+
+def _share_without_spread(experience: Experience) -> float | None:
+    """Of the groups with two answers or more, the share whose true rewards are all alike: they teach nothing."""
+    groups = [experience.true_B[experience.group_B == j] for j in range(len(experience.rows))]
+    answered = [group[~np.isnan(group)] for group in groups]
+    alike = [bool(np.isclose(np.ptp(group), 0)) for group in answered if len(group) > 1]
+    return float(np.mean(alike)) if alike else None
+
+
+def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """Tokens of the responses; those that used all places without an end are clipped."""
+    lengths_B, ids_BT = experience.rollout.lengths_B, experience.rollout.response_ids_BT.cpu().numpy()
+    ended_B = np.isin(ids_BT[np.arange(len(lengths_B)), lengths_B - 1], eos_ids)
+    return {
+        "step_tokens": int(experience.rollout.mask_BL.sum()),
+        "completion_length": float(lengths_B.mean()),
+        "completions/min_length": int(lengths_B.min()),
+        "completions/max_length": int(lengths_B.max()),
+        "completions/clipped_ratio": float(1 - ended_B.mean()),
+        "completions/mean_terminated_length": float(lengths_B[ended_B].mean()) if ended_B.any() else None,
+    }
+
+
+# --- what is logged ---------------------------------------------------------------------------------------------------
+
+TEXTS = {
+    "prompt", "response", "true_reward", "pred_reward", "responses", "true_rewards", "pred_rewards", "alarms", "extra",
+    "notices",
+}  # fmt: skip
+LOGGED_AS = {
+    "reward_mean": "reward",
+    "pred_reward_mean": "pred_reward",
+    "gen_loss": "loss",
+    "gen_grad_norm": "grad_norm",
+    "gen_learning_rate": "learning_rate",
+    "completion_length": "completions/mean_length",
+    "kl": "kl_per_response",
+}
+#: Names of this library's records and logs; a reward that logs one of them gets another, see `logged_metrics`.
+OWN = {
+    *TEXTS, *LOGGED_AS, *LOGGED_AS.values(), "step", "epoch", "num_tokens", "step_tokens", "step_time", "reward_calls",
+    "reward_std", "asked", "reward_failures", "unanswered", "frac_asked", "frac_reward_zero_std", "kl_per_token",
+    "entropy", "beta", "gate", "imitation_loss", "calibration_slope", "uncertainty_correlation", "rank_correlation",
+    "rank_correlation_within",
+}  # fmt: skip
+OWN_PREFIXES = ("rewards/", "reward_calls/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
+SAMPLE = ("step", "prompt", "completion", "true_reward", "pred_reward", "target")  # the columns of a sample
+LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # the others: means
+
+
+def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's numbers under the names they are logged by; without those that were not measured."""
+    values = {name: value for name, value in record.items() if name not in TEXTS}
+    if record.get("kl") is not None and record.get("completion_length"):
+        values["kl_per_token"] = record["kl"] / record["completion_length"]
+    names = LOGGED_AS | {
+        name: f"{name}/mean" for name in values if name.startswith("rewards/") and f"{name}/std" in values
+    }
+    logged = {names.get(name, name): value for name, value in values.items()}
+    if "kl_per_token" in logged:
+        logged["kl"] = logged.pop("kl_per_token")  # TRL's kl counts a token
+    return measured(logged)
+
+
+def measured(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are numbers: None, NaN and infinities cannot stand in JSON, nor in every tracker."""
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def logged_metrics(notes: Notes, taken: Collection[str] = ()) -> dict[str, float]:
+    """What rewards logged by log_metric, by name: the mean of all values of that name, as TRL's.
+
+    A name of this library's own (`OWN`, or one of `taken`) is put behind the reward's name, REWARD/NAME: a record must
+    not hold two things under one name, and a reward that was written for TRL must run unchanged.
+    """
+    values: dict[str, list[float]] = {}
+    for (reward, name), logged in notes.metrics.items():
+        is_own = name in OWN or name in taken or name.startswith(OWN_PREFIXES)
+        values.setdefault(f"{_prefix(reward)}{name}" if is_own else name, []).extend(logged)
+    return {name: mean(logged) for name, logged in values.items()}
+
+
+def logged_extras(notes: Notes, taken: Collection[str] = SAMPLE) -> dict[str, list[Any]]:
+    """What rewards logged by log_extra, by column.
+
+    A column that has the name of a sample's own, or the name but not the values of another reward's, becomes
+    REWARD/COLUMN.
+    """
+    columns: dict[str, list[Any]] = {}
+    for (reward, column), values in notes.extras.items():
+        if column in taken or columns.get(column, values) != values:
+            column = f"{_prefix(reward)}{column}"
+        columns[column] = values
+    return columns
+
+
+def _prefix(reward: str) -> str:
+    """A reward's name in front of a name that it logged, so that the whole is none of ours."""
+    return f"{reward}/" if not f"{reward}/".startswith(OWN_PREFIXES) else f"reward:{reward}/"
+
+
+def _is_latest(name: str) -> bool:
+    return name in LATEST or name.startswith("reward_calls/")
+
+
+class Window:
+    """The steps since the last line of metrics: means, or the latest of what is a total or a setting."""
+
+    def __init__(self) -> None:
+        self.steps: list[Mapping[str, Any]] = []
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        self.steps.append(values)
+
+    def take(self) -> dict[str, Any]:
+        """What they come to; the next window begins. Steps in which a number was not measured do not count for it."""
+        columns: dict[str, list[Any]] = {}
+        for values in self.steps:
+            for name, value in values.items():
+                columns.setdefault(name, []).append(value)
+        self.steps = []
+        return {
+            name: column[-1] if _is_latest(name) or len(column) == 1 else sum(column) / len(column)
+            for name, column in columns.items()
+        }
+
+
+def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every response of a step with its rewards, as completions.jsonl holds it; `record` is of several prompts."""
+    samples = []
+    for j, row in enumerate(rows):
+        for response, true, predicted in zip(
+            *(record[name][j] or () for name in ("responses", "true_rewards", "pred_rewards")), strict=True
+        ):
+            sample = {"step": record["step"], "prompt": row.prompt, "completion": response}
+            sample |= {
+                "true_reward": true,
+                "pred_reward": predicted if predicted is not None and math.isfinite(predicted) else None,
+            }
+            samples.append(sample if row.target is None else sample | {"target": row.target})
+        for column, groups in record.get("extra", {}).items():
+            for sample, value in zip(samples[len(samples) - len(groups[j]) :], groups[j], strict=True):
+                sample[column] = value
+    return samples
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+TRACKERS = ("tensorboard", "wandb", "trackio")  # the names are their packages', too
+
+
+def trackers_of(report_to: str | Sequence[str]) -> list[str]:
+    """The trackers that `config.report_to` names; one that does not exist, or is not installed, raises."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    if names == ["none"]:
+        return []
+    if "all" in names:
+        return [name for name in TRACKERS if find_spec(name)]
+    for name in names:
+        if name not in TRACKERS:
+            nearest = difflib.get_close_matches(str(name), [*TRACKERS, "all", "none"], n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(
+                f"report_to={name!r} is not accepted{hint}: it must be {', '.join(map(repr, TRACKERS))}, several of "
+                "these, 'all' or 'none'"
+            )
+        if find_spec(name) is None:
+            raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}")
+    return list(dict.fromkeys(names))
+
+
+class Trackers:
+    """TensorBoard, Weights & Biases and trackio, by accelerate's classes; metrics under train/ and eval/.
+
+    A run that goes on (`after` > 0) goes on at its own step numbers. TensorBoard then hides what was logged after them,
+    trackio continues the run of this name; wandb does with WANDB_RUN_ID and WANDB_RESUME=allow.
+    """
+
+    def __init__(self, config: Config, settings: Mapping[str, Any], *, after: int) -> None:
+        self.trackers: list[Any] = []
+        for name in trackers_of(config.report_to):
+            try:
+                tracker = _tracker(name, config, after)
+                tracker.start()
+                self.trackers.append(tracker)
+                tracker.store_init_configuration(_flat(settings))
+            except Exception as error:
+                self.__exit__()
+                raise ValueError(f"the tracker {name} could not start: {error}") from error
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        named = {
+            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+            for name, value in values.items()
+        }
+        for tracker in self.trackers:
+            tracker.log(dict(named), step=step)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """As a table; TensorBoard has none, and gets it as Markdown."""
+        extras = sorted({column for sample in samples for column in sample} - set(SAMPLE))
+        columns = [*SAMPLE, *extras]
+        cells = [[sample.get(column) for sample in samples] for column in SAMPLE]
+        cells += [_alike([sample.get(column) for sample in samples]) for column in extras]
+        data = [list(row) for row in zip(*cells, strict=True)]
+        for tracker in self.trackers:
+            if tracker.name == "wandb":
+                tracker.log_table("completions", columns=columns, data=data, step=step)
+            elif tracker.name == "trackio":
+                table = importlib.import_module("trackio").Table(columns=columns, data=data)
+                tracker.log({"completions": table}, step=step)
+            else:
+                tracker.log({"completions": _markdown(columns, data)}, step=step)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers = []
+
+
+def _tracker(name: str, config: Config, after: int) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers log through it
+    importlib.import_module(name)  # one that is broken says so here
+    run_name = config.run_name or Path(config.output_dir).resolve().name
+    if name == "tensorboard":
+        folder = Path(config.output_dir) / "tensorboard"
+        return LOGGER_TYPE_TO_CLASS[name](run_name, logging_dir=folder, purge_step=after + 1 if after else None)
+    options = {"dir": config.output_dir} if name == "wandb" else {"resume": "allow" if after else "never"}
+    return LOGGER_TYPE_TO_CLASS[name](config.project, name=run_name, **options)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as every tracker takes them: numbers, truth values and texts."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def _alike(values: list[Any]) -> list[Any]:
+    """A column as every tracker takes it: numbers, or texts, or truth values; a mixture as texts."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or kinds in ({str}, {bool}):
+        return values
+    return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+
+
+def _markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
+    def cells(row: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(value).replace("|", "\\|").replace("\n", " ") for value in row) + " |"
+
+    return "\n".join([cells(columns), "|" + " --- |" * len(columns), *map(cells, data)])

@@ -1,0 +1,1 @@
+"""Files that survive a crash: checkpoints, locks, JSON Lines, checked reading."""

@@ -1,0 +1,306 @@
+"""What a checkpoint's files may hold, whoever wrote them: everything is read and checked before memory changes.
+
+Tensors come by `weights_only` or safetensors, so nothing is executed; and then names, shapes, types and values must be
+those of the players that are to take them. Every refusal is a ValueError that names the file and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from ..config import is_finite
+from ..training.optimizer import PlayerOptimizer
+from .durable import Damaged, Folder
+
+#: Bytes that a file of tensors may have beside the tensors: names, headers, padding.
+SLACK = 2**20
+
+
+def room_for(tensors: Mapping[str, Tensor] | Sequence[Tensor], times: int = 1) -> int:
+    """The largest file, in bytes, that can hold these tensors `times` over, in whatever precision."""
+    entries = list(tensors.values()) if isinstance(tensors, Mapping) else list(tensors)
+    return times * sum(8 * tensor.numel() + 1024 for tensor in entries) + SLACK
+
+
+# --- files of tensors
+
+
+def read_tensors(folder: Folder, name: str, *, limit: int) -> Any:
+    """Tensors and plain values out of a file of torch.save; what would execute code on loading is refused."""
+    file, data = folder.path / name, folder.read(name, limit=limit)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise Damaged(f"{file} could not be read as tensors: it is no file of torch.save's zip format") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise Damaged(f"{file} holds compressed parts, which torch.save never writes: they may be of any size")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken pickle makes torch's reader raise
+        reason = str(error).split("\n")[0]
+        raise Damaged(f"{file} could not be read as tensors and plain numbers: {reason}") from error
+    _require_plain(value, file)
+    return value
+
+
+def read_weights(
+    folder: Folder,
+    expected: Mapping[str, Tensor],
+    *,
+    called: Callable[[str], str] = str,
+    optional: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The adapter's weights, refused where a name, a shape, a type or a value cannot be this adapter's.
+
+    Args:
+        called: what a tensor is called here, from its name in the file.
+        optional: tensors that may be in the file too, in these shapes.
+    """
+    optional = optional or {}
+    names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if folder.has(name)]
+    if not names:
+        raise ValueError(
+            f"{folder.path} has no adapter_model.bin and no adapter_model.safetensors: it is not an adapter"
+        )
+    file, limit = folder.path / names[0], room_for({**expected, **optional})
+    if names[0].endswith("safetensors"):
+        data = folder.read(names[0], limit=limit)
+        try:
+            weights = load_safetensors(data)
+        except Exception as error:  # safetensors' own, and torch's for types that it lacks
+            raise Damaged(f"{file} could not be read: {error}") from error
+    else:
+        weights = read_tensors(folder, names[0], limit=limit)
+    if not isinstance(weights, dict):
+        raise Damaged(f"{file} holds no tensors by their names, but {_kind(weights)}")
+    strange = [name for name, tensor in weights.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
+    if strange:
+        raise Damaged(f"{file} holds something else than tensors by their names: {str(strange[0])[:80]!r}")
+    if len({called(name) for name in weights}) < len(weights):
+        raise Damaged(f"{file} holds a tensor twice, under two names")
+    weights = {called(name): tensor for name, tensor in weights.items()}
+    expected = {**expected, **{name: tensor for name, tensor in optional.items() if name in weights}}
+    differing = sorted(
+        name
+        for name in expected.keys() | weights.keys()
+        if name not in expected or name not in weights or expected[name].shape != weights[name].shape
+    )
+    if differing:
+        name = differing[0]
+        theirs = tuple(weights[name].shape) if name in weights else "absent"
+        ours = tuple(expected[name].shape) if name in expected else "absent"
+        raise ValueError(
+            f"{folder.path} does not fit: {name[:120]} is {theirs} there and {ours} here ({len(differing)} tensors "
+            "differ); the base and the LoRA settings (rank, target_modules) must be those it was saved with"
+        )
+    for name, tensor in weights.items():
+        require_numbers(tensor, f"{file}: {name}")
+    return weights
+
+
+def require_numbers(tensor: Any, where: str, like: Tensor | None = None) -> None:
+    """A tensor of finite floating-point numbers, of the shape of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise Damaged(f"{where} is no tensor, but {_kind(tensor)}")
+    if like is not None and tensor.shape != like.shape:
+        raise Damaged(f"{where} is {tuple(tensor.shape)} there and {tuple(like.shape)} here")
+    if not tensor.dtype.is_floating_point:
+        raise Damaged(f"{where} is of {tensor.dtype}, where floating-point numbers belong")
+    if not torch.isfinite(tensor.float()).all():
+        raise Damaged(f"{where} holds NaN or infinite numbers")
+
+
+def _require_plain(value: Any, file: Path) -> None:
+    """Only what this library writes: dicts, lists, numbers, texts, and dense tensors that own what they show."""
+    left, seen = [value], 0
+    while left:
+        entry, seen = left.pop(), seen + 1
+        if seen > 10**6:
+            raise Damaged(f"{file} holds more than a million values")
+        if isinstance(entry, Tensor):
+            if type(entry) not in (Tensor, nn.Parameter) or entry.layout != torch.strided or entry.is_quantized:
+                raise Damaged(f"{file} holds a tensor of another kind than dense: {type(entry).__name__}")
+            if entry.device.type != "cpu":
+                raise Damaged(f"{file} holds a tensor without numbers, on the device {entry.device.type!r}")
+            if entry.numel() * entry.element_size() > entry.untyped_storage().nbytes():
+                raise Damaged(f"{file} holds a tensor that is larger than what is stored of it: {tuple(entry.shape)}")
+        elif isinstance(entry, dict):
+            left += [*entry.keys(), *entry.values()]
+        elif isinstance(entry, list | tuple):
+            left += entry
+        elif not isinstance(entry, bool | int | float | str | None):
+            raise Damaged(f"{file} holds {_kind(entry)}, which no checkpoint does")
+
+
+# --- optimizers
+
+
+def read_optimizer(folder: Folder, optimizer: PlayerOptimizer) -> Any:
+    """The optimizer's saved state, None where there is none or another trainer's."""
+    if not folder.has("optimizer.pt"):
+        return None
+    file = folder.path / "optimizer.pt"
+    state = read_tensors(folder, "optimizer.pt", limit=room_for(optimizer.parameters, times=3))
+    if folder.files is None and isinstance(state, dict) and "param_groups" in state:
+        return None  # another trainer's: its moments belong to its own parameters
+    require_optimizer(state, optimizer, str(file))
+    return state
+
+
+def require_optimizer(state: Any, optimizer: PlayerOptimizer, where: str) -> None:
+    """A state_dict() of such an optimizer: everything but learning rates, moments and counts must be as here. It may
+    have followed another schedule, of which it holds no more than that."""
+    ours = optimizer.state_dict()
+    require_keys(state, ours, where)
+    adamw, schedule = state["optimizer"], state["schedule"]
+    require_keys(adamw, ours["optimizer"], f"{where}: optimizer")
+    groups, our_groups = adamw["param_groups"], ours["optimizer"]["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(our_groups):
+        raise Damaged(f"{where} does not fit: it is of {_kind(groups)} in place of {len(our_groups)} parameter groups")
+    for theirs, here in zip(groups, our_groups, strict=True):
+        require_keys(theirs, here, f"{where}: param_groups")
+        for name, value in here.items():
+            if name in ("lr", "initial_lr"):
+                _require_number(theirs[name], f"{where}: {name}", least=0.0)
+            elif name == "params" and theirs[name] != value:
+                raise Damaged(f"{where} does not fit: it was saved for other parameters than these")
+            elif theirs[name] != value or type(theirs[name]) is not type(value):
+                raise Damaged(f"{where} has {name}={str(theirs[name])[:60]}, this optimizer {value!r}")
+    if not isinstance(adamw["state"], dict):
+        raise Damaged(f"{where}: state is {_kind(adamw['state'])}")
+    for i, moments in adamw["state"].items():
+        if type(i) is not int or not 0 <= i < len(optimizer.parameters):
+            raise Damaged(f"{where} does not fit: it has moments of a parameter {str(i)[:60]!r}")
+        require_keys(moments, ("step", "exp_avg", "exp_avg_sq"), f"{where}: state {i}")
+        require_numbers(moments["step"], f"{where}: step {i}", like=torch.zeros(()))
+        for name in ("exp_avg", "exp_avg_sq"):
+            require_numbers(moments[name], f"{where}: {name} {i}", like=optimizer.parameters[i])
+        if moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
+            raise Damaged(f"{where}: state {i} is negative where only squares and counts stand")
+    require_whole(state["skipped"], f"{where}: skipped")
+    if require_float(state["scale"], f"{where}: scale") <= 0:
+        raise Damaged(f"{where}: scale must be above 0")
+    if state["micro_batch_size"] is not None:
+        require_whole(state["micro_batch_size"], f"{where}: micro_batch_size", least=1)
+    require_keys(schedule, ours["schedule"], f"{where}: schedule")
+    for name, value in ours["schedule"].items():
+        theirs = schedule[name]
+        if isinstance(value, list):
+            if not isinstance(theirs, list) or len(theirs) != len(value):
+                raise Damaged(f"{where}: schedule: {name} is {_kind(theirs)}")
+            for rate, here in zip(theirs, value, strict=True):
+                if isinstance(here, int | float):
+                    _require_number(rate, f"{where}: schedule: {name}", least=0.0)
+                elif rate not in (None, {}):  # of a schedule's functions, another one's too, there is nothing to save
+                    raise Damaged(f"{where}: schedule: {name} is {str(theirs)[:60]}, here {value}")
+        elif isinstance(value, bool) or isinstance(theirs, bool):
+            if theirs is not value:
+                raise Damaged(f"{where}: schedule: {name} is {theirs!r}, here {value!r}")
+        else:
+            _require_number(theirs, f"{where}: schedule: {name}", least=0, whole=isinstance(value, int))
+    if not all(rate > 0 for rate in schedule["base_lrs"]):
+        raise Damaged(f"{where}: schedule: base_lrs must be above 0")
+
+
+# --- plain values
+
+
+def require_keys(value: Any, expected: Any, where: str) -> None:
+    """A dict with exactly these keys."""
+    if not isinstance(value, dict):
+        raise Damaged(f"{where} is {_kind(value)}, where a mapping belongs")
+    missing = [name for name in expected if name not in value]
+    surplus = [name for name in value if name not in expected]
+    if missing or surplus:
+        what = f"lacks {missing[0]!r}" if missing else f"has a surplus {str(surplus[0])[:80]!r}"
+        raise Damaged(f"{where} {what}")
+
+
+def _require_number(value: Any, where: str, *, least: float = -math.inf, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds or not is_finite(value) or value < least:
+        raise Damaged(
+            f"{where} is {str(value)[:60]!r}: it must be a {'whole ' if whole else ''}number, {least} or more"
+        )
+
+
+def require_whole(value: Any, where: str, least: int = 0) -> int:
+    _require_number(value, where, least=least, whole=True)
+    return int(value)
+
+
+def require_float(value: Any, where: str, least: float = -math.inf) -> float:
+    _require_number(value, where, least=least)
+    return float(value)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+# --- what the discriminator and the monitor carry
+
+
+def require_replay(state: Any, vocabulary: int, heads: int, where: str) -> None:
+    """A Replay.state_dict(): lengths that add up, tokens that the base has, rewards that are numbers."""
+    flat = {
+        "prompt_tokens": torch.int64, "prompt_lengths": torch.int64, "group_sizes": torch.int64,
+        "response_tokens": torch.int64, "response_lengths": torch.int64, "rewards": torch.float64, "heads": torch.bool,
+    }  # fmt: skip
+    require_keys(state, [*flat, "seen"], where)
+    for name, dtype in flat.items():
+        tensor = state[name]
+        # Of no groups at all, torch.tensor([]) has one dimension where the flags have two.
+        dimensions = (1, 2) if name == "heads" else (1,)
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() not in dimensions:
+            raise Damaged(f"{where}: {name} is no list of {dtype}")
+    sizes, prompts, responses = state["group_sizes"], state["prompt_lengths"], state["response_lengths"]
+    adds_up = (
+        (sizes > 0).all() and (prompts > 0).all() and (responses >= 0).all()
+        and len(sizes) == len(prompts) == len(state["heads"])
+        and int(sizes.sum()) == len(responses) == len(state["rewards"])
+        and int(prompts.sum()) == len(state["prompt_tokens"])
+        and int(responses.sum()) == len(state["response_tokens"])
+        and (not len(sizes) or state["heads"].shape[1:] == (heads,))
+    )  # fmt: skip
+    if not adds_up:
+        raise Damaged(f"{where} does not add up: its groups, responses, tokens and rewards are not of one number")
+    for name in ("prompt_tokens", "response_tokens"):
+        if ((state[name] < 0) | (state[name] >= vocabulary)).any():
+            raise Damaged(f"{where}: {name} has tokens that the base does not know")
+    if not torch.isfinite(state["rewards"]).all():
+        raise Damaged(f"{where}: rewards hold NaN or infinite numbers")
+    require_whole(state["seen"], f"{where}: seen", least=len(sizes))
+
+
+def require_list(value: Any, where: str, check: Callable[[Any, str], object], length: int | None = None) -> None:
+    """A list, of `length` entries, each of which passes."""
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        wanted = "a list" if length is None else f"a list of {length}"
+        raise Damaged(f"{where} is {_kind(value)}, where {wanted} belongs")
+    for i, entry in enumerate(value):
+        check(entry, f"{where}, entry {i}")
+
+
+def require_tensors_like(value: Any, like: Sequence[Tensor], where: str) -> None:
+    require_list(value, where, lambda *_: None, len(like))
+    for i, (tensor, ours) in enumerate(zip(value, like, strict=True)):
+        require_numbers(tensor, f"{where}, entry {i}", like=ours)
+
+
+def float_or_none(value: Any, where: str) -> None:
+    if value is not None and type(value) not in (int, float):
+        raise Damaged(f"{where} is {_kind(value)}, where a number or nothing belongs")

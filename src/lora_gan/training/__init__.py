@@ -1,0 +1,1 @@
+"""What is learned from a step: experience, estimates, losses, both trainers, monitor."""

@@ -1,0 +1,295 @@
+"""The generator's update: policy gradient or straight-through, KL to the reference, imitation.
+
+# B = responses, R = tokens of all responses, L = places of a row, V = vocabulary, H = hidden size, M = heads
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Config, RewardSignal
+from ..data import Row
+from ..model.packing import Batch
+from ..model.players import Players
+from ..model.sampling import chunks
+from . import estimate, losses, micro_batch
+from .experience import Experience
+from .optimizer import PlayerOptimizer
+
+# A batch, the embeddings of its tokens -> every head's predicted reward [M, B]
+Critic = Callable[[Batch, Tensor], Tensor]
+
+
+class Generator:
+    """What the generator carries from step to step beside its weights: optimizer, baseline, the KL's weight."""
+
+    def __init__(self, players: Players, config: Config) -> None:
+        self.players, self.config = players, config
+        self.optimizer = PlayerOptimizer(
+            players.parameters("generator"), config.learning_rate, config, config.num_iterations
+        )
+        self.baseline = estimate.RunningMean()
+        self.beta_scale = 1.0  # moves where there is a kl_target
+
+    @property
+    def beta(self) -> float:
+        """The weight of the KL as it stands."""
+        return self.config.beta * self.beta_scale
+
+    def update(
+        self,
+        rows: list[Row],
+        experience: Experience | None,
+        signal: RewardSignal,
+        imitation_weight: float,
+        critic: Critic | None = None,
+    ) -> dict[str, float | None]:
+        """The step's updates, the first of them on-policy. Without experience imitation alone teaches.
+
+        `critic` is what straight-through differentiates. Returns the first update's loss and its parts, None where they
+        are not finite, and how many updates were skipped for it.
+        """
+        metrics: dict[str, float | None] = {}
+        reward_B = advantage_B = None
+        if experience is not None:
+            if signal == "predicted":
+                experience = replace(experience, failed_B=None)  # no true reward is missed here
+            reward_B = self.rewards(experience, signal)
+            advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
+            kept_B = slice(None) if experience.dropped_B is None else ~experience.dropped_B
+        sampled: list[Tensor] = []  # log-probabilities of all response tokens, in order, as they were sampled
+        most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
+        for iteration in range(self.config.num_iterations):
+
+            def backward(known: int = len(sampled)) -> tuple[float, dict[str, float | None]]:
+                del sampled[known:]  # what a try that ran out of memory had added
+                return self._backward(rows, experience, advantage_B, imitation_weight, critic, sampled)
+
+            loss, parts = micro_batch.fitting(backward, self.optimizer, most)
+            if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
+                loss = math.nan  # predictions that are not finite would pass for rewards that are not known
+            rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)
+            skipped += norm is None
+            if iteration == 0:
+                metrics = {"gen_loss": loss, **parts, "gen_learning_rate": rate, "gen_grad_norm": norm}
+                metrics = {
+                    name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()
+                }
+        metrics["gen_skipped"] = skipped
+        if skipped == self.config.num_iterations:
+            return metrics  # nothing was updated, so nothing that goes with an update moves
+        if reward_B is not None and not np.isnan(reward_B).all():
+            self.baseline.update(float(np.nanmean(reward_B)))  # last: an update that raised leaves no trace
+        if self.config.kl_target is not None and metrics.get("kl") is not None:
+            # The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593), a tenth a step at most.
+            error = min(max(float(metrics["kl"]) / self.config.kl_target - 1, -1.0), 1.0)
+            self.beta_scale *= 1 + 0.1 * error
+        return metrics
+
+    def _backward(
+        self,
+        rows: list[Row],
+        experience: Experience | None,
+        advantage_B: np.ndarray | None,
+        imitation_weight: float,
+        critic: Critic | None,
+        sampled: list[Tensor],
+    ) -> tuple[float, dict[str, float | None]]:
+        """Backward of one update's whole loss; returns it and its parts."""
+        loss, parts = 0.0, {}
+        if experience is not None and advantage_B is not None:
+            policy_loss, kl, entropy = self._reinforce(experience, advantage_B, critic, sampled)
+            loss += self.config.reward_weight * policy_loss + self.beta * kl - self.config.entropy_weight * entropy
+            parts["kl"] = kl if self.beta else None  # not measured where it has no weight
+            if self.config.entropy_weight:
+                parts["entropy"] = entropy
+            if self.config.kl_target is not None:
+                parts["beta"] = self.beta
+        if imitation_weight:
+            parts["imitation_loss"] = self._imitate(rows, imitation_weight)
+            loss += imitation_weight * parts["imitation_loss"]
+        return loss, parts
+
+    def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
+        """What the advantage is made of, float64 [B]; NaN where nothing is known."""
+        predicted_B = estimate.trusted(
+            experience.predicted_MB,
+            experience.group_B,
+            penalty=self.config.uncertainty_penalty,
+            gate=experience.gate,
+        )
+        if signal == "true":
+            reward_B = experience.true_B
+        elif signal == "predicted":
+            reward_B = predicted_B
+        else:
+            reward_B = estimate.corrected_reward(predicted_B, experience.true_B, experience.inclusion_B)
+        if experience.dropped_B is not None and signal != "predicted":
+            reward_B = np.where(experience.dropped_B, np.nan, reward_B)
+        if self.config.gradient_path == "straight_through":
+            # What the discriminator's own gradient does not carry.
+            reward_B = reward_B - self.config.straight_through_weight * predicted_B
+        return reward_B
+
+    def advantages(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
+        """What the policy gradient is weighted by, float64 [B]."""
+        return estimate.advantages(self.rewards(experience, signal), experience.group_B, self.baseline.value)
+
+    def _reinforce(
+        self, experience: Experience, advantage_B: np.ndarray, critic: Critic | None, sampled: list[Tensor]
+    ) -> tuple[float, float, float]:
+        """Backward of the reward's loss, the KL and the entropy; returns the three, as means over responses.
+
+        `sampled` is empty at the first update of a roll-out and filled by it.
+        """
+        total = len(experience.rollout)
+        weight_B = torch.as_tensor(advantage_B, device=self.players.device, dtype=torch.float32)
+        through = self.config.straight_through_weight * experience.gate
+        straight = self.config.gradient_path == "straight_through" and through > 0
+        table_VH = self._embedding_table() if straight else None
+        before = torch.cat(sampled) if sampled else None
+        sums, tokens = np.zeros(3), 0
+        for chunk in chunks(total, self.optimizer.micro_batch_size):
+            batch = experience.rollout.batch(self.players, chunk)
+            gradient_RH = None
+            if straight:
+                if critic is None:
+                    raise ValueError("straight_through needs a critic to differentiate")
+                gradient_RH = through * self._critic_gradient(critic, batch)
+                if experience.dropped_B is not None:
+                    out_B = torch.as_tensor(experience.dropped_B[chunk], device=gradient_RH.device)
+                    gradient_RH[out_B[batch.row_R]] = 0
+            last = tokens + len(batch.row_R)
+            losses, logprobs_R = self._losses(
+                batch,
+                weight_B[chunk],
+                gradient_RH,
+                table_VH,
+                None if before is None else before[tokens:last],
+                backward_scale=1 / total,
+            )
+            tokens = last
+            if before is None:
+                sampled.append(logprobs_R)
+            sums += [loss / total for loss in losses]
+        return float(sums[0]), float(sums[1]), float(sums[2])
+
+    def _losses(
+        self,
+        batch: Batch,
+        advantage_B: Tensor,
+        gradient_RH: Tensor | None,
+        table_VH: Tensor | None,
+        sampled_R: Tensor | None,
+        *,
+        backward_scale: float,
+    ) -> tuple[tuple[float, float, float], Tensor]:
+        """One forward and backward over these responses; the sums of their policy losses, KLs and entropies, and the
+        log-probabilities of their tokens, [R].
+
+        With a table of embeddings the discriminator's gradient comes straight through.
+        """
+        if self.beta and "reference" not in batch.shared:
+            with torch.no_grad(), self.players.playing("reference"):
+                batch.shared["reference"] = self.players.hidden(batch, batch.predicting_R)
+        reference_RH = batch.shared["reference"] if self.beta else None
+        logprobs, sums = [], np.zeros(3)
+
+        def loss(logits_R1V: Tensor, part: slice) -> Tensor:
+            """Every loss of a response is a sum over its tokens: here each token is a row of its own."""
+            logits_R1V = self._tempered(logits_R1V)  # the policy that learns is the one that sampled
+            ids_R1 = batch.response_ids_R[part, None]
+            advantage_R, mask_R1 = advantage_B[batch.row_R[part]], torch.ones_like(ids_R1)
+            if reference_RH is None:
+                logprobs_R1 = losses.token_logprobs(logits_R1V, ids_R1)
+                kl_R = torch.zeros_like(advantage_R)
+            else:
+                with torch.no_grad():
+                    reference_R1V = self._tempered(self.players.head(reference_RH[part], reference=True)[:, None])
+                logprobs_R1, kl_R = losses.logprobs_and_kl(logits_R1V, ids_R1, reference_R1V, mask_R1)
+            logprobs.append(logprobs_R1.detach().squeeze(-1))
+            if sampled_R is None:
+                policy_R = losses.policy_gradient(logprobs_R1, mask_R1, advantage_R)
+            else:
+                policy_R = losses.clipped_policy_gradient(
+                    logprobs_R1, sampled_R[part, None], mask_R1, advantage_R, epsilon=self.config.epsilon
+                )
+            if table_VH is not None and gradient_RH is not None:
+                policy_R = policy_R + losses.straight_through(logits_R1V, gradient_RH[part, None], table_VH, mask_R1)
+            entropy_R = torch.zeros_like(policy_R)
+            loss_R = self.config.reward_weight * policy_R + self.beta * kl_R
+            if self.config.entropy_weight:
+                entropy_R = losses.entropy(logits_R1V, mask_R1)
+                loss_R = loss_R - self.config.entropy_weight * entropy_R
+            nonlocal sums
+            sums = sums + [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
+            return loss_R.sum() * backward_scale
+
+        self._learn(batch, loss)
+        return (float(sums[0]), float(sums[1]), float(sums[2])), torch.cat(logprobs)
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        return logits if self.config.temperature == 1 else logits / self.config.temperature
+
+    def _learn(self, batch: Batch, loss: Callable[[Tensor, slice], Tensor]) -> None:
+        """Forward of the generator, and backward of a loss that is a sum over response tokens.
+
+        The body once, the head for some tokens at a time, each time with its backward: logits, and all that is made of
+        them, are never there for more than those.
+
+        Args:
+            loss: of the logits [R, 1, V] of some response tokens, and which of the batch's these are.
+        """
+        with self.players.playing("generator"):
+            hidden_RH = self.players.hidden(batch, batch.predicting_R)
+            leaf_RH = hidden_RH.detach().requires_grad_(True)
+            for part in chunks(len(leaf_RH), self.players.tokens_at_once):
+                loss(self.players.head(leaf_RH[part])[:, None], part).backward()
+            hidden_RH.backward(leaf_RH.grad)
+
+    def _critic_gradient(self, critic: Critic, batch: Batch) -> Tensor:
+        """∂ predicted reward / ∂ embedding of each response token, [R, H]; of its lower bound, if so set.
+
+        By autograd.grad with respect to detached embeddings: the discriminator's own gradients stay untouched, and no
+        adapter switch falls between a forward and its backward.
+        """
+        embeds_BLH = self.players.embed(batch.ids).detach().requires_grad_(True)
+        with self.players.playing("discriminator"):
+            predicted_MB = critic(batch, embeds_BLH)
+            bound_B = predicted_MB.mean(0)
+            if self.config.uncertainty_penalty and len(predicted_MB) > 1:
+                bound_B = bound_B - self.config.uncertainty_penalty * predicted_MB.std(0, correction=0)
+            (gradient_BLH,) = torch.autograd.grad(bound_B.sum(), embeds_BLH)
+        return gradient_BLH.flatten(0, 1)[batch.response_R].float()
+
+    def _embedding_table(self) -> Tensor:
+        """The embedding of every token the base can write, [V, H]."""
+        vocabulary = self.players.lm.get_output_embeddings().weight.shape[0]
+        return self.players.embed(torch.arange(vocabulary, device=self.players.device)).float()
+
+    def _imitate(self, rows: list[Row], weight: float) -> float:
+        """Backward of the cross-entropy on the target texts, their end included; returns its mean over rows."""
+        targets = [self.players.encoder.target(row) for row in rows]  # step() has refused a row without a target
+        prompts = self.players.encoder.prompts(rows)
+        total = 0.0
+        for chunk in chunks(len(rows), self.optimizer.micro_batch_size):
+            batch = self.players.batch(prompts[chunk], targets[chunk], np.arange(len(targets[chunk])))
+            length_B = torch.bincount(batch.row_R, minlength=len(batch))
+
+            def loss(logits_R1V: Tensor, part: slice, batch: Batch = batch, length_B: Tensor = length_B) -> Tensor:
+                ids_R1 = batch.response_ids_R[part, None]
+                logprobs_R1 = losses.token_logprobs(logits_R1V, ids_R1)
+                token_R = losses.imitation(logprobs_R1, torch.ones_like(ids_R1))
+                share = (token_R / length_B[batch.row_R[part]]).sum() / len(rows)
+                nonlocal total
+                total += float(share.detach())
+                return weight * share
+
+            self._learn(batch, loss)
+        return total

@@ -1,0 +1,129 @@
+"""One player's optimizer: AdamW, its schedule, and clipping, saved and loaded as one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from ..config import Config
+from . import distributed
+
+#: Schedules that fall to the run's end.
+ENDS = ("linear", "cosine", "polynomial")
+
+
+class PlayerOptimizer:
+    def __init__(
+        self, parameters: list[nn.Parameter], learning_rate: float, config: Config, updates_per_step: int = 1
+    ) -> None:
+        self.parameters = parameters
+        self.config, self.first_learning_rate, self.updates_per_step = config, learning_rate, updates_per_step
+        self.largest_micro_batch: int | None = None  # responses that fitted into memory; None: it never ran out
+        self.total_steps = config.max_steps  # of the run, where the schedule ends; None: not known yet
+        self.restart(None)
+
+    @property
+    def knows_its_end(self) -> bool:
+        """Whether updates can be made: a schedule that ends has to know where."""
+        return self.total_steps is not None or self.config.lr_scheduler_type not in ENDS
+
+    def require_end(self) -> None:
+        """Raise where the schedule does not know its end.
+
+        Raises:
+            ValueError: `max_steps` is None, and no fit() has counted the steps.
+        """
+        if not self.knows_its_end:
+            raise ValueError(
+                f"lr_scheduler_type={self.config.lr_scheduler_type!r} has to know where it ends, and max_steps is "
+                "None: set max_steps, or train with fit(), which counts the steps of num_train_epochs"
+            )
+
+    def plan(self, total_steps: int) -> None:
+        """Set the steps of the whole run, where the schedule ends; the optimizer's state stays."""
+        if self.config.lr_scheduler_type in ENDS and total_steps != self.total_steps:
+            self.total_steps = total_steps
+            self.restart(self.state_dict())
+
+    def restart(self, state: dict[str, Any] | None) -> None:
+        """Begin anew, or from a saved state."""
+        self.adamw = torch.optim.AdamW(self.parameters, lr=self.first_learning_rate, weight_decay=0.0)
+        self.schedule = get_scheduler(
+            self.config.lr_scheduler_type,
+            self.adamw,
+            num_warmup_steps=self.config.warmup_steps * self.updates_per_step,
+            # 1 stands for an end that is not known yet; no update is made until it is.
+            num_training_steps=(self.total_steps or 1) * self.updates_per_step,
+        )
+        self.skipped = 0  # updates in a row, up to now
+        self.scale = 1.0  # of the learning rate; halved where a run went back
+        if state is not None:
+            self.adamw.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.skipped, self.scale = state.get("skipped", 0), state.get("scale", 1.0)  # older ones have neither
+            self.largest_micro_batch = state.get("micro_batch_size")
+            self._multiply_learning_rate(self.first_learning_rate * self.scale / self.schedule.base_lrs[0])
+            if self.knows_its_end:
+                self._follow_schedule()
+
+    def rescale(self, scale: float) -> None:
+        """Set the share of the configured learning rate that updates are made with from now on."""
+        self._multiply_learning_rate(scale / self.scale)
+        self.scale = scale
+
+    def _multiply_learning_rate(self, ratio: float) -> None:
+        """A checkpoint brings its own learning rate along; one that was set anew since then wins."""
+        if ratio != 1:
+            for group in self.adamw.param_groups:
+                group["lr"], group["initial_lr"] = group["lr"] * ratio, group["initial_lr"] * ratio
+            self.schedule.base_lrs = [rate * ratio for rate in self.schedule.base_lrs]
+
+    def _follow_schedule(self) -> None:
+        """Where a checkpoint came from another schedule, its next update is made at the rate of the one that is set."""
+        scheduled = zip(self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, base, share in scheduled:
+            # As the scheduler itself makes it: where it is the same one, to the bit.
+            group["lr"] = base * share(self.schedule.last_epoch)
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    def step(self, loss: float) -> float | None:
+        """One update from the gradients that stand; returns their norm before clipping.
+
+        None: the loss or a gradient was not finite, in one process or another, and the update was skipped by all.
+        """
+        distributed.average_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        broken = distributed.total(torch.tensor(float(not math.isfinite(loss)), device=norm.device))
+        done = bool(torch.isfinite(norm) & (broken == 0))
+        if done:
+            self.adamw.step()
+            self.schedule.step()
+        self.zero_grad()
+        self.skipped = 0 if done else self.skipped + 1
+        return float(norm) if done else None
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.adamw.param_groups[0]["lr"])
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Responses in one forward and backward: the config's, or what turned out to fit into memory."""
+        sizes = [size for size in (self.config.micro_batch_size, self.largest_micro_batch) if size is not None]
+        return min(sizes, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))}
+        return {
+            "optimizer": self.adamw.state_dict(),
+            "schedule": schedule,
+            "skipped": self.skipped,
+            "scale": self.scale,
+            "micro_batch_size": self.largest_micro_batch,
+        }

@@ -1,0 +1,113 @@
+"""The structure of src/lora_gan: which package may import which, and how long a function may be.
+
+Imports point one way: cli → gan → (run, export) → training → model → storage; rewards import storage alone. Imports for
+type checkers and those inside functions count. `UPWARDS` and `LONG` list what does not hold yet. They may only shrink:
+an entry that is no longer true must be taken out.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_gan
+
+SOURCE = Path(lora_gan.__file__).parent
+# A package may import those before it in this order.
+ORDER = ("storage", "rewards", "model", "training", "run", "export", "gan", "cli")
+LINES = 60  # of a function, its docstring included
+
+#: Imports that point the wrong way, {module: modules}.
+UPWARDS = {
+    "export.card": {"gan"},
+    "export.exporting": {"gan"},
+    "rewards.perplexity": {"gan", "model.sampling", "training.losses"},
+    "rewards.model": {"model.base_checks"},
+    "run.callbacks": {"gan"},
+    "run.evaluation": {"gan"},
+    "run.recovery": {"gan"},
+    "run.saving": {"gan"},
+    "storage.checkpoint": {
+        "gan", "model.base", "model.base_checks", "model.composite", "model.gguf_files", "model.named_bases",
+        "model.players", "rewards.budget", "training.health",
+    },
+    "storage.untrusted": {"training.optimizer"},
+}  # fmt: skip
+#: Functions longer than LINES.
+LONG = {
+    "cli.commands.evaluate",
+    "cli.commands.train",
+    "cli.demo_chat.run",
+    "config.__post_init__",
+    "data.read_rows",
+    "export.card._loading",
+    "export.exporting.export",
+    "gan.__init__",
+    "gan._step",
+    "gan.fit",
+    "model.base._require_causal",
+    "model.sampling.sample",
+    "rewards.combine.score_pairs",
+    "rewards.combine.score_parts",
+    "run.evaluation.evaluate",
+    "run.tracking.step_record",
+}
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name below lora_gan: file}; a package's is its __init__.py."""
+    files = {}
+    for file in SOURCE.rglob("*.py"):
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return files
+
+
+def imports(name: str, file: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of this library that a module imports, anywhere in it."""
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    package = [part for part in package if part]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            target = ".".join(filter(None, base))
+            names = [f"{target}.{alias.name}".lstrip(".") for alias in node.names]
+            found |= {one if one in known else target for one in names}
+    return found - {name}
+
+
+def place(module: str) -> int | None:
+    """Where a module's package stands in ORDER; None: modules beside the packages, which every package may import."""
+    package = module.split(".")[0]
+    return ORDER.index(package) if package in ORDER else None
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Every function with its number of lines, decorators left out."""
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}.{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_imports_point_one_way():
+    known = modules()
+    upwards: dict[str, set[str]] = {}
+    for name, file in known.items():
+        for other in imports(name, file, known):
+            here, there = place(name), place(other)
+            if here is not None and there is not None and here < there:
+                upwards.setdefault(name, set()).add(other)
+    assert upwards == UPWARDS
+
+
+def test_no_function_is_longer_than_a_screen():
+    assert {name for name, lines in functions() if lines > LINES} == LONG
+
+
+@pytest.mark.parametrize("package", [name for name in ORDER if name != "gan"])
+def test_a_package_says_what_it_is_for(package):
+    tree = ast.parse((SOURCE / package / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
