@@ -5,12 +5,11 @@ Oracle: an HTTP server on the loopback that counts the requests which rewards ma
 
 import asyncio
 import json
-import threading
 import urllib.request
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from counting_server import CountingServer, chat_completion
 from helpers import PROMPTS, TARGETS, reward, small_gan
 
 from lora_gan.rewards import Judge, Length, RewardError
@@ -22,41 +21,16 @@ ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in r
 HELD_OUT = [{"prompt": f"{PROMPTS[i % 4]} held out {i}", "target": TARGETS[i % 4]} for i in range(3)]
 
 
-class Server:
-    """Answers POST with a score of the text, or as a chat completion; refuses requests whose number `fails` names."""
+class Server(CountingServer):
+    """Answers with a score of the text, or as a judge."""
 
     def __init__(self):
-        self.requests, self.fails, self.repeats = 0, lambda number: False, 1
-        self._lock = threading.Lock()
-        outer = self
+        super().__init__(self._answer)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer._lock:
-                    outer.requests += 1
-                    fails = outer.fails(outer.requests)
-                answer = {"score": reward(body.get("text", ""))}
-                if "messages" in body:
-                    answer = {
-                        "id": "1", "object": "chat.completion", "created": 0, "model": "grader",
-                        "choices": [{"index": 0, "finish_reason": "stop", "message": {
-                            "role": "assistant", "content": outer.says(body)}}],
-                        "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
-                    }  # fmt: skip
-                data = json.dumps({"error": {"message": "down"}} if fails else answer).encode()
-                self.send_response(503 if fails else 200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+    def _answer(self, body):
+        if "messages" in body:
+            return chat_completion(self.says(body), prompt_tokens=10, completion_tokens=2)
+        return {"score": reward(body["text"])}
 
     def says(self, body):
         """A judge's answer; one in seven questions is first answered without a score."""
@@ -110,8 +84,7 @@ def server(monkeypatch):
     monkeypatch.setattr(_base_client, "time", NoWait())
     server = Server()
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
 
 
 def fitted(tmp_path, steps=4, held_out=HELD_OUT, **settings):

@@ -87,7 +87,7 @@ def test_eval_reference_prints_it_and_writes_it(tmp_path, monkeypatch, capsys):
     (line,) = [line for line in lines if line.startswith("true_reward")]
     assert line.endswith(f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]")
     assert len(re.findall(r"\[", line)) == 3
-    assert any(line.startswith("reference: the base. Both answer anew") for line in lines)
+    assert any(line.startswith("reference: the base. Both answer again") for line in lines)
     contains_zero = metric["low"] <= 0 <= metric["high"]
     assert ("The interval of the difference in true_reward contains 0" in out) == contains_zero
     assert lines[-1] == f"True-reward calls: {2 * len(ROWS)} in evaluation"

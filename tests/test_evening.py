@@ -11,13 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from counting_server import CountingServer, chat_completion
 from families import family_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -32,42 +31,10 @@ TOPICS = (
 WISHES = ("Say something about {}.", "Describe {} in one sentence.", "What is special about {}?", "Praise {}.")
 
 
-class JudgeServer:
-    """A grader that scores the length of what it reads; refuses each request whose number `fails` names."""
-
-    def __init__(self):
-        self.requests, self.fails = 0, lambda number: number % 7 == 3
-        self._lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer._lock:
-                    outer.requests += 1
-                    fails = outer.fails(outer.requests)
-                content = f'{{"score": {sum(map(ord, body["messages"][0]["content"])) % 11}}}'
-                answer = {
-                    "id": "1", "object": "chat.completion", "created": 0, "model": "grader",
-                    "choices": [{"index": 0, "finish_reason": "stop",
-                                 "message": {"role": "assistant", "content": content}}],
-                    "usage": {"prompt_tokens": 120, "completion_tokens": 8, "total_tokens": 128},
-                }  # fmt: skip
-                data = json.dumps({"error": {"message": "overloaded"}} if fails else answer).encode()
-                self.send_response(503 if fails else 200)
-                for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(data)))):
-                    self.send_header(name, value)
-                if fails:
-                    self.send_header("Retry-After-Ms", "10")
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+def judged(body):
+    """A grader's answer, by the characters of its question."""
+    score = sum(map(ord, body["messages"][0]["content"])) % 11
+    return chat_completion(f'{{"score": {score}}}', prompt_tokens=120, completion_tokens=8)
 
 
 def llama_of_100_million(folder: Path) -> Path:
@@ -89,7 +56,7 @@ def llama_of_100_million(folder: Path) -> Path:
 class Evening:
     """A terminal in a folder; keeps all that it prints."""
 
-    def __init__(self, folder: Path, server: JudgeServer) -> None:
+    def __init__(self, folder: Path, server: CountingServer) -> None:
         self.folder, self.server, self.printed = folder, server, []
 
     def run(self, *words: str, interrupt_at: int | None = None, run_folder: str = "runs/evening") -> tuple[int, str]:
@@ -118,11 +85,11 @@ def _quoted(word: str) -> str:
 
 @pytest.fixture
 def evening(tmp_path):
-    server = JudgeServer()
+    server = CountingServer(judged, Retry_After_Ms="10")
+    server.fails = lambda number: number % 7 == 3
     evening = Evening(tmp_path, server)
     yield evening
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
     if os.environ.get("LORA_GAN_EVENING_OUTPUT"):
         Path(os.environ["LORA_GAN_EVENING_OUTPUT"]).write_text("\n".join(evening.printed), encoding="utf-8")
 
@@ -142,7 +109,7 @@ def test_an_evening(evening):
         (folder / name).write_text(lines, encoding="utf-8")
     model = os.environ.get("LORA_GAN_EVENING_MODEL") or str(llama_of_100_million(folder / "llama"))
     judge = (
-        f"{{name: judge, model: grader, base_url: {server.url}, max_failures: 4, price_per_million: [0.5, 2.0], "
+        f"{{name: judge, model: grader, base_url: {server.url}/v1, max_failures: 4, price_per_million: [0.5, 2.0], "
         "rubric: 'How friendly is this answer?\n{response}'}"
     )
     options = {

@@ -1033,7 +1033,7 @@ class LoraGAN:
     def export(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
         """Write both players, as adapters and merged, as safetensors for stock PEFT and transformers, with model cards.
 
-        See `export.export` for the options (parts, dtype, evaluation, license, push_to_hub, private).
+        See `exporting.export` for the options (parts, dtype, evaluation, license, push_to_hub, private).
         """
         return exporting.export(self, output_dir, **options)
 

@@ -425,7 +425,7 @@ def evaluate(
     print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
     if reference:
         named = "the adapter that the run started from" if gan.players.has_reference else "the base"
-        print(f"reference: {named}. Both answer anew: figures differ by chance from those of the run's evaluations.")
+        print(f"reference: {named}. Both answer again: figures differ by chance from those of the run's evaluations.")
         low, high = (judged["difference"]["metrics"]["true_reward"][end] for end in ("low", "high"))
         if low is not None and low <= 0 <= high:
             print("The interval of the difference in true_reward contains 0: these rows do not show a difference.")

@@ -188,7 +188,7 @@ class Display:
                 continue
             series = self.series[name]
             if name == "reward_calls":
-                said.append(self._calls_in_words())
+                said.append(f"{WATCHED[name]} {self._calls_in_words()}")
             elif series.step == self.step:
                 said.append(f"{WATCHED[name]} {_number(series.last[-1])}")
             else:
@@ -197,7 +197,7 @@ class Display:
 
     def _calls_in_words(self) -> str:
         others = [f"{value:,} {OTHER_CALLS[name]}" for name, value in self._calls.items() if value]
-        return f"calls {self.series['reward_calls'].last[-1]:,}" + (f" (plus {', '.join(others)})" if others else "")
+        return f"{self.series['reward_calls'].last[-1]:,}" + (f" (plus {', '.join(others)})" if others else "")
 
     def _say(self, line: str) -> None:
         sys.stderr.write(line + "\n")  # in one piece: other threads write, too
@@ -264,7 +264,7 @@ class Display:
         for name in sorted(series.keys() - (parts if len(parts) == 1 else []), key=_place):
             label = WATCHED.get(name) or name.removeprefix("rewards/").removesuffix("/mean")
             if name == "reward_calls":
-                table.add_row(*self._calls_in_words().split(" ", 1))
+                table.add_row(label, self._calls_in_words())
                 continue
             change = series[name].change
             now = _number(series[name].now)
