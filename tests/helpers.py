@@ -12,8 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -45,6 +49,23 @@ SENTENCES = [
 ]
 PROMPTS = ["Hello world", "The cat sat on", "food[French]", "A pub by the river serves the best of food"]
 TARGETS = ["Bonjour le monde", "the mat", "French food", "in town"]
+
+
+# --- a process that dies ----------------------------------------------------------------------------------------------
+
+
+class Gone(BaseException):
+    """Raised where a process dies: nothing is saved any more."""
+
+
+@contextmanager
+def dies() -> Iterator[None]:
+    """The block dies by `Gone`. The next run begins when no thread of the dead one writes a checkpoint any more."""
+    with pytest.raises(Gone):
+        yield
+    for thread in threading.enumerate():
+        if thread.name == "lora-gan checkpoint":
+            thread.join()
 
 
 # --- bases ----------------------------------------------------------------------------------------------------------

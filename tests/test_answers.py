@@ -4,17 +4,13 @@ import json
 import warnings
 
 import pytest
-from helpers import PROMPTS, differences, player_state, reward, small_gan
+from helpers import PROMPTS, Gone, dies, differences, player_state, reward, small_gan
 
 from lora_gan import LoraGAN
 from lora_gan.rewards.answers import FILE
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}"} for i in range(6)]
 SETTINGS = {"save_steps": 2, "query_rate": 0.5, "num_generations": 4}
-
-
-class Gone(BaseException):
-    """The process is gone: nothing is saved any more."""
 
 
 class Paid:
@@ -59,7 +55,7 @@ def test_wherever_it_breaks_off_nothing_is_paid_twice(kind, workers, tmp_path):
         folder = tmp_path / str(goes_at)
         folder.mkdir()
         before = kind(goes_at)
-        with pytest.raises(Gone):
+        with dies():
             run(folder, before, reward_workers=workers)
         after = kind()
         with warnings.catch_warnings():
@@ -70,14 +66,14 @@ def test_wherever_it_breaks_off_nothing_is_paid_twice(kind, workers, tmp_path):
 
 
 def test_what_is_taken_over_is_said(tmp_path):
-    with pytest.raises(Gone):
+    with dies():
         run(tmp_path, Paid(6))
     with pytest.warns(UserWarning, match=r"6 answers .*answers.jsonl and not asked for again; delete it"):
         run(tmp_path, Paid(), steps=3)
 
 
 def test_a_torn_line_is_asked_again_and_closed(tmp_path):
-    with pytest.raises(Gone):
+    with dies():
         run(tmp_path, Paid(6))
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:-9])
@@ -99,7 +95,7 @@ def test_going_back_on_purpose_asks_anew(tmp_path):
 
 
 def test_another_runs_answers_are_not_taken(tmp_path):
-    with pytest.raises(Gone):
+    with dies():
         run(tmp_path, Paid(6))
     paid = Paid()
     with warnings.catch_warnings():

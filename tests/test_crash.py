@@ -84,6 +84,13 @@ def fork(life) -> int:
         os._exit(FAILED)
 
 
+def seconds_of_a_life(folder: Path) -> float:
+    """How long a life of four steps and two checkpoints takes on this machine."""
+    began = time.perf_counter()
+    os.waitpid(fork(lambda: live(folder, steps=4)), 0)
+    return time.perf_counter() - began
+
+
 def newest(folder: Path) -> int:
     """The newest complete checkpoint's step, whatever name it stands under; 0 = none."""
     return max((step for step, path in checkpoint._steps(folder).items() if checkpoint.is_complete(path)), default=0)
@@ -92,6 +99,7 @@ def newest(folder: Path) -> int:
 def crash(folder: Path, kills: int, seed: int) -> dict[str, int]:
     """Kill a run `kills` times; what was seen of it."""
     draws = random.Random(seed)
+    longest = 2 * seconds_of_a_life(folder.with_name("measured"))
     seen = {"in a save": 0, "elsewhere": 0, "gone on": 0, "steps": 0}
     while seen["in a save"] + seen["elsewhere"] < kills:
         before = newest(folder)
@@ -99,7 +107,7 @@ def crash(folder: Path, kills: int, seed: int) -> dict[str, int]:
         dies_at = draws.randrange(120) if in_save else None
         child = fork(lambda dies_at=dies_at: live(folder, steps=10**6, dies_at=dies_at))
         if not in_save:
-            time.sleep(draws.uniform(0.0, 0.8))
+            time.sleep(draws.uniform(0.0, longest))
             os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status == -signal.SIGKILL, "a life could not go on from what the one before left"
@@ -108,10 +116,17 @@ def crash(folder: Path, kills: int, seed: int) -> dict[str, int]:
         assert after >= before, f"the checkpoint of step {before} was lost"
         seen["gone on"] += after > before
     (folder / ".metrics.jsonl.writing-1").write_text("left by a kill that this run may have been spared")
-    seen["steps"] = newest(folder) + 3
+    # Saving may lag behind by any number of steps where the disk is slow, so count from the last step that was asked.
+    seen["steps"] = max(newest(folder), *(json.loads(line)[0] for line in paid_lines(folder)), 0) + 3
     child = fork(lambda: live(folder, steps=seen["steps"]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     return seen
+
+
+def paid_lines(folder: Path) -> list[str]:
+    """What the run in this folder asked its reward, in all its lives."""
+    file = folder.with_suffix(".paid")
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -129,7 +144,7 @@ def require_as_undisturbed(tmp_path: Path, kills: int) -> dict[str, int]:
     for player in ("generator", "discriminator"):
         assert differences(player_state(undisturbed, player), player_state(killed, player)) == []
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "undisturbed")
-    paid, once = ((tmp_path / f"{name}.paid").read_text().splitlines() for name in ("killed", "undisturbed"))
+    paid, once = (paid_lines(tmp_path / name) for name in ("killed", "undisturbed"))
     seen["paid twice"] = len(paid) - len(once)
     assert sorted(set(paid)) == sorted(set(once))
     assert 0 <= seen["paid twice"] <= kills, "only a call that is under way when the process dies may come again"

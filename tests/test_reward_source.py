@@ -8,7 +8,7 @@ import warnings
 from unittest.mock import Mock
 
 import pytest
-from helpers import PROMPTS, python, reward, small_gan
+from helpers import PROMPTS, Gone, dies, python, reward, small_gan
 
 from lora_gan import Config, rewards
 from lora_gan.rewards import CosineReward, Judge, Length, from_spec, source_digest
@@ -206,10 +206,6 @@ def test_odd_callables_have_a_digest():
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}"} for i in range(6)]
 
 
-class Gone(BaseException):
-    """The process is gone."""
-
-
 def paid(value, asked, goes_at=None):
     """A reward whose source is told apart by a value in its closure; lists in a closure do not count."""
     state = [goes_at]
@@ -233,7 +229,7 @@ def run(folder, func, steps, **settings):
 @pytest.fixture
 def broken_off(tmp_path):
     """A run of two steps that was gone after six of eight answers."""
-    with pytest.raises(Gone):
+    with dies():
         run(tmp_path, paid(1.0, [], 6), 2)
     return tmp_path
 
@@ -270,7 +266,7 @@ def test_after_the_warning_it_is_not_too_late(broken_off, reuse):
     """The run that does not take them leaves them in the file: for the old source, or for the next start."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(Gone):
+        with dies():
             run(broken_off, paid(2.0, [], 1), 2)
         asked = []
         run(broken_off, paid(2.0 if reuse else 1.0, asked), 2, reuse_answers=reuse)
@@ -283,7 +279,7 @@ def test_after_the_warning_it_is_not_too_late(broken_off, reuse):
 def test_its_own_answer_comes_before_one_of_another_source(broken_off):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(Gone):
+        with dies():
             run(broken_off, paid(2.0, [], 1), 2)
         records = run(broken_off, paid(2.0, []), 2, reuse_answers=True)
     first, *others = [
@@ -304,7 +300,7 @@ def test_each_reward_is_looked_at_on_its_own(tmp_path):
         return small_gan(output_dir=str(tmp_path), reward_funcs=[other, paid(value, asked, goes_at)], save_steps=2)
 
     others: list = []
-    with pytest.raises(Gone):
+    with dies():
         both(1.0, [], 4).fit(ROWS, steps=1, progress=False)
     assert len(others) == 8
     with pytest.warns(UserWarning) as told:

@@ -11,7 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, SMALL, TARGETS, base_folder, byte_tokenizer, differences, player_state, reward, small_gan
+from helpers import (
+    PROMPTS,
+    SMALL,
+    TARGETS,
+    Gone,
+    base_folder,
+    byte_tokenizer,
+    dies,
+    differences,
+    player_state,
+    reward,
+    small_gan,
+)
 from transformers import AutoTokenizer, TrainerState
 
 from lora_gan import LoraGAN, data
@@ -614,10 +626,6 @@ def test_a_metric_that_is_not_finite_is_absent(tmp_path):
 # --- and the log of answers -------------------------------------------------------------------------------------------
 
 
-class Gone(BaseException):
-    """The process is gone."""
-
-
 class Paid:
     """Logs, counts its calls, and is gone in the n-th."""
 
@@ -642,7 +650,7 @@ def test_an_answer_of_the_log_logs_nothing_and_is_known_by_texts_and_columns_alo
             gan.load_checkpoint()
         return gan.fit(rows, steps=4 - gan.global_step, progress=False)
 
-    with pytest.raises(Gone):
+    with dies():
         run(Paid(3))
     with pytest.warns(UserWarning, match="1 answers of the true reward are taken"):
         records = run(paid := Paid())
