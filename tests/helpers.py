@@ -34,8 +34,7 @@ from lora_gan import LoraGAN
 from lora_gan.data import Row
 from lora_gan.storage import durable
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("gpt2", "llama", "qwen2")
 PADS = ("own", "eos", "none")  # the pad token: one of its own, the end-of-text token, or no pad token at all
 
@@ -257,9 +256,9 @@ def differences(a, b, where: str = "") -> list[str]:
 
 
 def python(code: str, *arguments: str, hash_seed: int = 12345, timeout: int = 300) -> str:
-    """Run code in a new Python with this source tree and this folder on its path; its standard output."""
+    """Run code in a new Python with this source tree and these tests on its path; its standard output."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*(path for path in sys.path if path), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "PYTHONHASHSEED": str(hash_seed),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -47,7 +47,7 @@ def named_tests(page):
     """(file, name of a test) of each link to a file of tests/ that names one."""
     for text, path, title in within(links_of(page.read_text("utf-8"))):
         file = (page.parent / path).resolve()
-        if file.parent == ROOT / "tests" and file.suffix == ".py":
+        if file.is_relative_to(ROOT / "tests") and file.suffix == ".py":
             for name in sorted(set(re.findall(r"\btest_\w+", f"{text} {title}")) - {file.stem}):
                 yield file, name
 

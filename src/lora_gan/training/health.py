@@ -3,7 +3,7 @@
 `LoraGAN` feeds every step's record to `Health.watch`; what it returns is warned of and stands in metrics.jsonl. The
 monitor (`guard`) is something else: it looks for exploitation of the discriminator, and can stop a run or take it back.
 
-Every threshold is a constant with its reason. A healthy run of `tiny` sets off none (tests/test_health.py).
+Every threshold is a constant with its reason. A healthy run of `tiny` sets off none (tests/training/test_health.py).
 """
 
 from __future__ import annotations

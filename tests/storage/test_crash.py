@@ -2,7 +2,7 @@
 
 A parent with everything imported forks the lives of the run, so that imports are paid once. In a save the life kills
 itself at a file operation drawn beforehand, elsewhere the parent kills it after a time drawn beforehand. Oracle: a run
-that nothing ever disturbed. More kills: pytest -m slow tests/test_crash.py
+that nothing ever disturbed. More kills: pytest -m slow tests/storage/test_crash.py
 """
 
 import json

@@ -100,11 +100,13 @@ def run(folder, base):
 def test_sigterm_from_outside_saves_and_ends_with_143(tmp_path):
     import subprocess
     import sys
-
-    from helpers import TESTS
+    from pathlib import Path
 
     code = f"import test_lock; test_lock.run({str(tmp_path)!r}, {str(base_folder())!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout.readline().strip() == b"1", process.stderr.read().decode()
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)

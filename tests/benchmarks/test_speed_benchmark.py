@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import base_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "defaults": {"max_completion_length": 6, "num_generations": 2, "prompts_per_step": 1, "heldout": 3, "train": 16},
     "arms": {

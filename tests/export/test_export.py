@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from test_bases import BASES as BASES_OF_ALL_KINDS
 from test_bases import OTHERS as OTHER_BASES
 from test_bases import WITHOUT_CLASSIFIER, gan_of
-from test_rollout import MANY
+from test_sampling import MANY
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,

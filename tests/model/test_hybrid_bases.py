@@ -10,7 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
-import test_rollout
+import test_sampling
 import torch
 import transformers
 from helpers import TARGETS, differences, player_state, rollout_of, small_gan, word_tokenizer
@@ -31,7 +31,7 @@ from test_bases import (  # noqa: F401, collected here with the bases of this fi
     test_stock_peft_opens_the_generator,
     test_straight_through_reads_the_embeddings_that_the_ids_have,
 )
-from test_rollout import MANY
+from test_sampling import MANY
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -69,13 +69,13 @@ def quiet(name, **settings) -> LoraGAN:
 
 
 def test_a_response_does_not_depend_on_what_else_is_in_the_batch(trained):
-    test_rollout.test_a_response_does_not_depend_on_what_else_is_in_the_batch(trained[:2])
+    test_sampling.test_a_response_does_not_depend_on_what_else_is_in_the_batch(trained[:2])
 
 
 def test_greedy_equals_stock_generate(trained):
     gan, folder, _ = trained
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
-    test_rollout.test_greedy_equals_generate((gan, stock))
+    test_sampling.test_greedy_equals_generate((gan, stock))
 
 
 def test_rows_that_ended_leave_without_a_trace(trained):

@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -370,7 +371,7 @@ print("TABLES", [log["step"] for log in logs if "completions" in log])
 """
     environment = os.environ | {
         "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)]),
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -509,7 +510,7 @@ print("DONE")
 """
     pid, terminal = pty.fork()
     if pid == 0:
-        paths = os.pathsep.join([*filter(None, sys.path), str(ROOT / "tests")])
+        paths = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])
         environment = os.environ | {"PYTHONPATH": paths, "TERM": "xterm", "COLUMNS": "80", "LINES": "30"}
         os.execve(sys.executable, [sys.executable, "-c", code], environment)
     raw, answers = b"", iter((1, 2, 3, 4))

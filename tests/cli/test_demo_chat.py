@@ -12,7 +12,7 @@ from lora_gan.cli import main as cli
 from lora_gan.cli.demo_chat import Judged
 from lora_gan.rewards import instructions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def judged(name: str, share: list[float]) -> Judged:

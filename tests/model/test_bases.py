@@ -1,6 +1,6 @@
 """Any base: the same promises on every architecture, over tiny random models made here.
 
-Oracles: stock PEFT and transformers on the saved folders; an uncached, unbatched decode (test_rollout.py) for sampling;
+Oracles: stock PEFT and transformers on the saved folders; an uncached, unbatched decode (test_sampling.py);
 a run that was never interrupted for resuming; bitwise copies for the base.
 """
 
@@ -26,7 +26,7 @@ from helpers import (
 )
 from helpers import _folders as folders
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-from test_rollout import MANY, draw, reference_decode, responses_of
+from test_sampling import MANY, draw, reference_decode, responses_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lora_gan import LoraGAN
