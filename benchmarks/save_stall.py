@@ -4,7 +4,7 @@
     python benchmarks/save_stall.py --model gpt2 --rank 64
 
 Medians over --repeats, the three taken in turn: `copying` clones the adapters and their optimizers' moments and no
-more, `standing` is what fit() waits for (`checkpoint.snapshot`), `whole` is a save that is waited for.
+more, `standing` is what fit() waits for (`snapshot.take`), `whole` is a save that is waited for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 
@@ -35,6 +34,7 @@ def main() -> None:
     import torch
 
     from lora_gan import LoraGAN, rewards, tiny
+    from lora_gan.run import snapshot
     from lora_gan.storage import checkpoint
 
     torch.set_num_threads(1)
@@ -52,8 +52,8 @@ def main() -> None:
 
         works = {
             "copying": copying,
-            "standing": lambda: checkpoint.snapshot(gan),
-            "whole": lambda: checkpoint.save(gan, Path(folder), gan.global_step),
+            "standing": lambda: snapshot.take(gan.state),
+            "whole": lambda: gan.save_checkpoint(ckpt_dir=folder),
         }
         times: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(given.repeats):

@@ -33,6 +33,8 @@ from transformers import (
 from lora_gan import LoraGAN
 from lora_gan.data import Row
 from lora_gan.storage import durable
+from lora_gan.training.experience import Experience
+from lora_gan.training.plan import StepPlan
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("gpt2", "llama", "qwen2")
@@ -273,3 +275,23 @@ def python(code: str, *arguments: str, hash_seed: int = 12345, timeout: int = 30
 
 def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def play(gan: LoraGAN, rows: list[Row], *, asks: bool = True, learns: bool = False) -> Experience:
+    """A step's responses and rewards on these rows, and nothing learned from them yet.
+
+    Args:
+        asks: whether true rewards are asked.
+        learns: whether the discriminator's update comes next and begins from the predictions' forward.
+    """
+    plan = StepPlan(
+        signal="corrected",
+        train_gen=True,
+        train_disc=learns,
+        imitation_weight=0.0,
+        reinforces=True,
+        asks=asks,
+        predicts=True,
+        straight_through=False,
+    )
+    return gan._play(rows, plan)

@@ -10,7 +10,7 @@ import torch
 from helpers import PROMPTS, base_folder, differences, player_state, reward, small_gan
 
 from lora_gan import LoraGAN
-from lora_gan.storage.checkpoint import adapter_state
+from lora_gan.model.adapter_files import adapter_state
 
 SOURCE = Path(__file__).parents[1] / "src"
 

@@ -34,7 +34,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_gan import Config, LoraGAN, rewards
-from lora_gan.storage.checkpoint import adapter_state
+from lora_gan.model.adapter_files import adapter_state
 
 FIRST_SIX = ["prompt", "response", "true_reward", "disc_loss", "pred_reward", "gen_loss"]
 

@@ -1,17 +1,12 @@
 """LoRA-GAN: two LoRA adapters on one frozen base, a generator and a discriminator, trained against any reward."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .config import Config
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
-
-try:
-    __version__ = version("lora-gan")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+unknown"
 
 __all__ = ["Config", "LoraGAN"]
 

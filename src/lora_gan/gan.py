@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,35 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from . import data, rewards, row_checks
-from .config import Config, RewardSignal
+from .config import Config
 from .data import Prompt, Row
 from .export import exporting
 from .model import initial_adapter, sampling
 from .model.base import load_base
 from .model.players import Player, Players
-from .rewards.answers import Answers
-from .rewards.budget import Budget, Purpose
-from .rewards.calling import Caller
-from .run import evaluation, recovery, tracking
-from .run.callbacks import Callback, Run, check_callbacks
+from .rewards.budget import Budget, BudgetSpent, Purpose
+from .rewards.true_reward import TrueReward
+from .row_checks import require_targets
+from .run import evaluation, recovery, snapshot, tracking
+from .run.callbacks import Callback, check_callbacks
 from .run.display import aside_for
 from .run.ending import Ending
-from .run.interrupts import Interrupted, Interrupts
-from .run.saving import Saver
+from .run.interrupts import Interrupts
+from .run.loop import Loop
+from .state import Carried, State
 from .storage import checkpoint, lock
-from .training import distributed, estimate
+from .training import distributed, estimate, scoring
 from .training.discriminator import Discriminator
 from .training.experience import Experience
 from .training.generator import Generator
 from .training.health import Health, prediction_counts
 from .training.monitor import Monitor
+from .training.plan import StepPlan, plan_step
 from .wording import shown
 
 RewardFunction = Callable[[str, str | None], float]
 BatchedRewardFunction = Callable[..., list[float | None]]
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-
-
-#: Records that fit() returns at the most: they hold every response, and a long run's memory must not grow with it.
-RECORDS = 500
 
 
 #: What a run is told whose plain prompts bypass the base's chat template.
@@ -58,20 +55,11 @@ PLAIN_PROMPTS = (
     "apply_chat_template=True to send each as a user message, or False to keep them plain without this notice"
 )
 
-
 #: What a run is told that has one response per prompt.
 NO_GROUP = (
     "num_generations=1: a prompt's one response has no group to be compared with, so the baseline is a running mean of "
     "rewards, and the discriminator learns no ranking within groups; set num_generations to 2 or more"
 )
-
-
-#: Different causes of failed reward calls that are told.
-CAUSES = 5
-
-
-class BudgetSpent(ValueError):
-    """The true reward was needed, and `reward_budget` or `reward_budget_total` allows no further call."""
 
 
 class Responses(list[str]):
@@ -124,50 +112,30 @@ class LoraGAN:
         callbacks: list[Callback] | None = None,
         **settings: Any,
     ) -> None:
-        if reward is not None and reward_funcs:
-            raise ValueError("reward= and reward_funcs= both say what the true reward is: give one of them")
-        if reward_funcs is not None and not isinstance(reward_funcs, (list, tuple)):
-            raise ValueError("reward_funcs must be a list of functions; one alone is reward=")
-        if reward_weights is not None and len(reward_weights) != len(reward_funcs or []):
-            raise ValueError(
-                f"{len(reward_weights)} reward_weights for {len(reward_funcs or [])} reward_funcs: give one weight each"
-            )
-        for func in reward_funcs or ([] if reward is None else [reward]):
-            if not callable(func):
-                raise ValueError(f"the reward {func!r} is not a function: give one, or rewards.from_spec({func!r})")
-            rewards.check_reward(func)
+        _check_rewards(reward, reward_funcs, reward_weights)
         if type(self).compute_reward is not LoraGAN.compute_reward:
             rewards.check_reward(self.compute_reward)
         self.callbacks = check_callbacks(callbacks)
-        self.config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
+        config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
         start = None
         if init_adapter is not None:
-            start = initial_adapter.read(Path(init_adapter), config=self.config, peft_config=peft_config)
-        base = load_base(model, processing_class, self.config, quantization_config=quantization_config)
+            start = initial_adapter.read(Path(init_adapter), config=config, peft_config=peft_config)
+        base = load_base(model, processing_class, config, quantization_config=quantization_config)
         if start is not None:
             start.require_fits(base)
-        self.players = Players(
-            base, self.config, peft_config=peft_config, disc_peft_config=disc_peft_config, init_adapter=start
+        players = Players(base, config, peft_config=peft_config, disc_peft_config=disc_peft_config, init_adapter=start)
+        self.state = State(
+            config=config,
+            players=players,
+            generator=Generator(players, config),
+            discriminator=Discriminator(players, config),
+            monitor=Monitor(config),
+            health=Health(config),
+            true_reward=TrueReward(config, self._meant, players.encoder.response),
+            init_adapter=None if start is None else start.name,
         )
-        self.init_adapter = None if start is None else start.name  # the folder that the generator started from
-        self.generator = Generator(self.players, self.config)
-        self.discriminator = Discriminator(self.players, self.config)
-        self.monitor = Monitor(self.config)
-        self.health = Health(self.config)
-        self.global_step = 0  # steps taken; every random draw is keyed by it
-        self.position = 0  # rows that fit() has taken of its dataset
-        # Counts of reward calls by purpose.
-        self.budget = Budget(self.config.reward_budget, self.config.reward_budget_total)
-        self.prompt_kinds: set[str] = set()  # of the prompts trained on: "messages", "texts"
-        self.reward_failures = 0  # responses on which a reward failed to the last try, since this object was made
-        self.answers: Answers | None = None  # in fit(): the log of what the true reward said
-        self.trainer_state: TrainerState | None = None  # in fit(): the run's
-        self.ending: Ending | None = None  # how the last fit() ended
-        self.data_columns: Collection[str] = ()  # in fit(): names of the columns of the data
+        self._loop: Loop | None = None  # of the last fit()
         self._told_of_no_group = False
-        self._causes: set[str] = set()  # of failed reward calls, already told
-        self._causes_told: list[str] = []  # of these, those that are not in a step's notices yet
-        self._told_of_spent_budget = False
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
         if reward is not None and rewards.takes_completions(reward):
@@ -175,10 +143,31 @@ class LoraGAN:
         elif reward is not None:
             self.compute_reward = reward
         self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
-        self.reward_scales = rewards.Scales()  # of the parts of the true reward, where they are normalized
         for func in reward_funcs or [reward]:
             if hasattr(func, "bind"):  # one that asks the base itself, as Perplexity does
                 func.bind(self)
+
+    # What the state carries, as attributes of the LoraGAN.
+    config = Carried[Config]("state")
+    players = Carried[Players]("state")
+    generator = Carried[Generator]("state")
+    discriminator = Carried[Discriminator]("state")
+    monitor = Carried[Monitor]("state")
+    health = Carried[Health]("state")
+    init_adapter = Carried[str | None]("state")
+    global_step = Carried[int]("state")
+    position = Carried[int]("state")
+    prompt_kinds = Carried[set[str]]("state")
+    true_reward = Carried[TrueReward]("state")
+    budget = Carried[Budget]("true_reward")
+    reward_scales = Carried[rewards.Scales]("true_reward", "scales")
+    reward_failures = Carried[int]("true_reward", "failures")
+    trainer_state = Carried[TrainerState | None]("true_reward")
+
+    @property
+    def ending(self) -> Ending | None:
+        """How the last fit() ended; None before, and while it runs."""
+        return None if self._loop is None else self._loop.ending
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A reward that is assigned is checked as one that is given."""
@@ -239,44 +228,36 @@ class LoraGAN:
         kinds = self._kinds(rows)
         self._notice_plain_prompts(kinds)
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
-        imitation_weight, reinforce = self._teaching(rows, train_gen)
-
-        if reinforce and self.config.num_generations == 1 and not self._told_of_no_group:
+        plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
+        if plan.imitates:
+            require_targets(rows, "imitation needs target_text")
+        if plan.reinforces and self.config.num_generations == 1 and not self._told_of_no_group:
             self._told_of_no_group = True
             warnings.warn(NO_GROUP, stacklevel=3)
 
-        experience, gen, disc, failures = None, {}, {}, self.reward_failures
-        if reinforce or train_disc or not train_gen:
-            asks = train_disc or not train_gen or signal != "predicted"
-            asks = asks and self.config.disc_objective == "regression"
-            if asks and self._over_with_budget(signal):
-                raise BudgetSpent(
-                    f"{self.budget.spent_setting}: raise it, or learn on by prediction alone "
-                    "(after_budget='predicted', and a reward_signal other than 'true')"
-                )
-            # Plain RL, where nobody asks what the discriminator thinks, costs what plain RL costs.
-            predicts = train_disc or not train_gen or signal != "true"
-            # Straight-through differentiates the discriminator as it was; else the order makes no difference, and
-            # the discriminator goes first: the graph of its predictions, which it learns from, is then soon gone.
-            through = self.config.gradient_path == "straight_through"
-            experience = self._play(rows, asks=asks, predicts=predicts, learns=train_disc and not through)
-            if train_disc and not through:
-                disc = self.discriminator.update(experience)
-        if train_gen:
+        failures = self.true_reward.failures
+        experience = self._play(rows, plan) if plan.samples else None
+        gen: dict[str, Any] = {}
+        disc: dict[str, Any] = {}
+        if experience is not None and plan.discriminator_is_first:
+            disc = self.discriminator.update(experience)
+        if plan.train_gen:
             with self.discriminator.scoring():
                 gen = self.generator.update(
-                    rows, experience if reinforce else None, signal, imitation_weight, self.players.predict
+                    rows,
+                    experience if plan.reinforces else None,
+                    plan.signal,
+                    plan.imitation_weight,
+                    self.players.predict,
                 )
-        if train_disc and experience is not None and through:
+        if experience is not None and plan.train_disc and not plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
         alarms: list[str] = []
-        if train_gen and experience is not None and reinforce:
+        if experience is not None and plan.reinforces:
             alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
-            for words in alarms:
-                warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
         self.global_step += 1
         self.prompt_kinds |= kinds
-        recovery.require_progress(self, gen, disc)
+        recovery.require_progress(self.state, gen, disc)
         record = tracking.step_record(
             rows,
             experience,
@@ -284,54 +265,49 @@ class LoraGAN:
             disc,
             step=self.global_step,
             reward_calls=self.reward_calls,
-            reward_failures=self.reward_failures - failures,
+            reward_failures=self.true_reward.failures - failures,
             eos_ids=self.players.base.eos_ids,
             single=single,
             alarms=alarms,
         )
-        learns_to_predict = train_disc and prediction_counts(self.config, signal, train_gen=train_gen)
-        record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
-        if experience is not None and not self._over_with_budget(signal):
-            record["notices"] += self._end_of_budget()
-        for words in record["notices"]:
-            warnings.warn(f"step {self.global_step}: {words}", stacklevel=3)
-        record["notices"] += self._causes_told  # warned of when they occurred
-        self._causes_told = []
+        self._tell(record, plan)
         return record
 
-    def _teaching(self, rows: list[Row], train_gen: bool) -> tuple[float, bool]:
-        """Weight of imitation, and whether the reward teaches the generator in this step."""
-        since = self.global_step - self.config.imitation_warmup_steps
-        warming_up = since < 0
-        weight = self.config.imitation_weight or float(warming_up)
-        if self.config.imitation_decay_steps is not None and since > 0:
-            weight *= max(0.0, 1 - since / self.config.imitation_decay_steps)
-        if train_gen and weight:
-            _require_targets(rows, "imitation needs target_text")
-        if train_gen and not weight and not (self.config.reward_weight or self.config.imitation_decay_steps):
-            raise ValueError("reward_weight=0 and imitation_weight=0 leave the generator nothing to learn from")
-        return weight, train_gen and not warming_up and self.config.reward_weight > 0
+    def _tell(self, record: dict[str, Any], plan: StepPlan) -> None:
+        """Warn of a step's alarms and of what is wrong with the run; notices go into the record."""
+        learns_to_predict = plan.train_disc and prediction_counts(self.config, plan.signal, train_gen=plan.train_gen)
+        record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
+        if plan.samples:
+            measured = self.discriminator.fresh_correlation
+            record["notices"] += self.true_reward.notice_of_spent_budget(plan.signal, measured)
+        for words in [*record["alarms"], *record["notices"]]:
+            warnings.warn(f"step {self.global_step}: {words}", stacklevel=4)
+        record["notices"] += self.true_reward.causes_told()  # warned of when they occurred
 
-    def _play(self, rows: list[Row], *, asks: bool, predicts: bool = True, learns: bool = False) -> Experience:
-        """Sample K responses a prompt, predict each one's reward, and ask for the true one at the query rate.
-
-        `learns`: the discriminator's update comes next, and begins from the predictions' own forward.
-        """
-        if asks:
-            self._require_answerable(rows, self.data_columns)
+    def _play(self, rows: list[Row], plan: StepPlan) -> Experience:
+        """Sample K responses per prompt, predict each one's reward, and ask for the true one at the query rate."""
+        if plan.asks:
+            if self.true_reward.is_over(plan.signal):
+                raise BudgetSpent(
+                    f"{self.budget.spent_setting}: raise it, or learn on by prediction alone "
+                    "(after_budget='predicted', and a reward_signal other than 'true')"
+                )
+            self.true_reward.require_answerable(rows)
+            if self.config.multi_objective_aggregation == "normalize_then_sum" and distributed.processes() > 1:
+                raise ValueError("normalize_then_sum keeps scales of its own in each process: use sum with several")
         prompts = self.players.encoder.prompts(rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         features: list[Tensor] = []
         left = self.budget.left()
-        if learns and asks and left != 0:
+        if plan.discriminator_is_first and plan.asks and left != 0:
             predicted_MB, features = self.discriminator.predict_to_learn(sampled)
-        elif predicts:
+        elif plan.predicts:
             predicted_MB = self.discriminator.predict(sampled)
         else:
             predicted_MB = np.full((self.config.disc_heads, len(sampled)), np.nan)
         queries = estimate.choose_queries(
             sampled.group_B,
-            self.config.query_rate if asks else 0.0,
+            self.config.query_rate if plan.asks else 0.0,
             seed=self.config.seed,
             step=self.global_step,
             design=self.config.query_design,
@@ -340,7 +316,16 @@ class LoraGAN:
             left=left,
         )
         notes = rewards.Notes()
-        true_B, parts, failed_B = self._true_rewards(rows, sampled, queries.asked_B, notes)
+        with self._interrupts.harmless(), aside_for(self._rewards):
+            answered = self.true_reward.of_step(
+                rows,
+                sampled.texts,
+                lambda: sampled.parts()[1],
+                sampled.group_B,
+                queries.asked_B,
+                notes,
+                step=self.global_step,
+            )
         return Experience(
             self.global_step,
             rows,
@@ -348,45 +333,14 @@ class LoraGAN:
             sampled,
             predicted_MB,
             queries.asked_B,
-            true_B,
-            estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, failed_B),
-            parts,
+            answered.true_B,
+            estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, answered.failed_B),
+            answered.parts,
             self.discriminator.gate,
-            failed_B,
+            answered.failed_B,
             features,
             notes,
         )
-
-    def _over_with_budget(self, signal: RewardSignal) -> bool:
-        """Whether reward_budget is spent and nothing can teach the generator without another call."""
-        return self.budget.left() == 0 and (self.config.after_budget == "stop" or signal == "true")
-
-    def _budget_is_spent(self, signal: RewardSignal) -> str:
-        """Why a run ends whose reward_budget is spent."""
-        why = "after_budget is 'stop'" if self.config.after_budget == "stop" else f"reward_signal {signal!r} needs more"
-        return f"{self.budget.spent_setting}, and {why}"
-
-    def _end_of_budget(self) -> list[str]:
-        """One notice, given once: the budget is spent, and whether the discriminator is fit to teach alone."""
-        spent = self.budget.spent_setting
-        if spent is None or self._told_of_spent_budget:
-            return []
-        self._told_of_spent_budget = True
-        measured = self.discriminator.fresh_correlation
-        if measured is None:
-            known = "The discriminator's rank correlation with the true reward was never measured"
-        else:
-            known = (
-                "The discriminator's rank correlation with the true reward, on responses that it had not learned from "
-                "and within a prompt, is {:.2f} (standard error {:.2f})".format(*measured)
-            )
-        advice = ""
-        if measured is None or measured[0] <= 2 * measured[1]:
-            advice = (
-                ". This does not show that it orders responses better than chance. To end here instead: Ctrl-C, or "
-                "after_budget='stop'. For more true rewards: resume with a larger budget"
-            )
-        return [f"{spent}. Training goes on by the discriminator's prediction alone. {known}{advice}"]
 
     @property
     def reward_calls(self) -> int:
@@ -399,83 +353,6 @@ class LoraGAN:
         """The true reward of one response, the cosine by default. Assign a function, or override the method, to change
         it; where `reward_funcs`, or a reward of TRL's form, were given, those are asked instead."""
         return self._cosine(response, target)
-
-    def _require_answerable(self, rows: list[Row], columns: Collection[str] = (), *, read: str = "no row") -> None:
-        """Raise where a reward needs a target that a row lacks, or a column that is neither in the rows nor among
-        `columns`."""
-        self._require_comparable(rows)
-        rewards.require_columns(self._rewards, data.column_names(rows).union(columns), rows=read)
-
-    def _require_comparable(self, rows: list[Row]) -> None:
-        """Raise where a reward needs a target that a row lacks."""
-        comparing = [func for func in self._rewards if getattr(func, "needs_target", False)]
-        if comparing:
-            remedy = ": give target_text (target_column names its column in data), or another reward"
-            _require_targets(rows, f"the reward {rewards.reward_name(comparing[0])!r} compares with a target", remedy)
-
-    def _true_rewards(
-        self, rows: list[Row], sampled: sampling.Rollout, asked_B: np.ndarray, notes: rewards.Notes
-    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-        """True rewards of the asked responses, NaN elsewhere, float64 [B]; their parts by name; and bool [B]: the asked
-        responses on which a reward failed to the last try, whose rewards are NaN. What rewards log goes into `notes`.
-        """
-        asked = np.flatnonzero(asked_B)
-        groups = sampled.group_B[asked].tolist()
-        if self.answers is not None:
-            self.answers.begin_step(self.global_step)
-        caller = self._caller(log=self.answers)
-        ids = sampled.parts()[1] if any(map(rewards.takes_completions, self._rewards)) else None
-        with self._interrupts.harmless():
-            parts = self._ask(
-                [rows[j] for j in groups],
-                [sampled.texts[i] for i in asked],
-                "training",
-                caller,
-                completion_ids=None if ids is None else [ids[i] for i in asked],
-                columns=self.data_columns,
-                notes=notes,
-            )
-        failed_B = np.zeros(len(sampled), dtype=bool)
-        failed_B[asked[sorted(caller.failed)]] = True
-        self.reward_failures += len(caller.failed)
-        self.reward_scales.update(parts, groups)
-
-        def spread(answers: list[float | None]) -> np.ndarray:
-            whole_B = np.full(len(sampled), np.nan)
-            whole_B[asked] = [np.nan if answer is None else answer for answer in answers]
-            return whole_B
-
-        total = self._total(parts)
-        if total and all(answer is None for answer in total) and not caller.failed:
-            warnings.warn(
-                f"the reward {' + '.join(parts)} answered for none of the step's {len(total)} responses, which teach "
-                "nothing then: does the function return its value?",
-                stacklevel=2,
-            )
-        return spread(total), {name: spread(part) for name, part in parts.items()}, failed_B
-
-    def _caller(self, log: Answers | None = None) -> Caller:
-        """How the true reward is asked."""
-        config = self.config
-        return Caller(
-            config.reward_timeout,
-            config.reward_retries,
-            config.reward_backoff,
-            config.reward_workers,
-            skip=config.on_reward_error == "skip",
-            log=log,
-            may_retry=self.budget.may_retry,
-            on_retry=lambda name, cause: self._tell_cause(
-                f"a call of the reward {name!r} failed and is made again ({cause}); reward_calls/retries counts these"
-            ),
-        )
-
-    def _tell_cause(self, words: str) -> None:
-        """Warn of a failed reward call, each cause once, at most CAUSES of them."""
-        if words not in self._causes and len(self._causes) < CAUSES:
-            self._causes.add(words)
-            self._causes_told.append(words)
-            warnings.warn(words, stacklevel=2)
 
     def ask(
         self,
@@ -507,101 +384,40 @@ class LoraGAN:
         Raises:
             BudgetSpent: reward_budget_total does not allow so many calls.
         """
-        left = self.budget.left(purpose)
-        if left is not None and left < len(responses):
-            raise BudgetSpent(
-                f"{len(responses):,} calls of the true reward are needed, and reward_budget_total="
-                f"{self.config.reward_budget_total:,} allows {left:,} more: raise it, or give fewer rows"
+        with aside_for(self._rewards):
+            return self.true_reward.ask(
+                rows,
+                responses,
+                step=self.global_step,
+                completion_ids=completion_ids,
+                columns=columns,
+                max_steps=max_steps,
+                notes=notes,
+                purpose=purpose,
             )
-        parts = self._ask(
-            rows,
-            responses,
-            purpose,
-            self._caller(),
-            completion_ids=completion_ids,
-            columns=columns,
-            max_steps=max_steps,
-            notes=notes,
-        )
-        return self._total(parts), parts
 
     @property
     def reward_names(self) -> list[str]:
         """What logs call the parts of the true reward."""
-        return rewards.reward_names(self._rewards)
+        return self.true_reward.names
 
     @property
     def reward_sources(self) -> dict[str, str]:
         """{name: digest of the reward's source}; answers are taken up again only where it is the same."""
-        return dict(zip(self.reward_names, map(rewards.source_digest, self._rewards), strict=True))
+        return self.true_reward.sources
 
     @property
     def _rewards(self) -> list[Callable[..., Any]]:
-        """The functions whose weighted sum is the true reward; what was assigned last is meant."""
+        """The functions whose weighted sum is the true reward."""
+        return self.true_reward.funcs
+
+    def _meant(self) -> tuple[list[Callable[..., Any]], list[float] | None]:
+        """The functions whose weighted sum is the true reward, and their weights; what was assigned last is meant."""
         assigned = "compute_reward" in vars(self)
         if self.reward_funcs and not assigned:
-            return self.reward_funcs
+            return self.reward_funcs, self.reward_weights
         overridden = assigned or type(self).compute_reward is not LoraGAN.compute_reward
-        return [self.compute_reward if overridden else self._cosine]
-
-    def _ask(
-        self,
-        rows: list[Row],
-        responses: list[str],
-        purpose: Purpose,
-        caller: Caller,
-        *,
-        completion_ids: list[list[int]] | None,
-        columns: Collection[str],
-        max_steps: int | None = None,
-        notes: rewards.Notes | None = None,
-    ) -> rewards.Parts:
-        """What each part of the true reward says of one response to each row, counted in the budget. Where one part
-        failed, the others have no value either: part of a sum is no reward."""
-        if not responses:
-            return {name: [] for name in self.reward_names}
-        funcs = self._rewards
-        table = data.columns_of(rows, columns)
-        if "target" not in table or any(row.target is not None for row in rows):
-            table["target"] = [row.target for row in rows]
-        if completion_ids is None and any(map(rewards.takes_completions, funcs)):
-            encoder = self.players.encoder
-            completion_ids = [encoder.response(text, row) for text, row in zip(responses, rows, strict=True)]
-        state = self.trainer_state or TrainerState(
-            global_step=self.global_step, max_steps=max_steps or self.config.max_steps or 0
-        )
-        named = dict(zip(self.reward_names, funcs, strict=True))
-        with aside_for(funcs), self.budget.asking(purpose, len(responses), caller, named):
-            parts = rewards.score_parts(
-                funcs,
-                [row.prompt for row in rows],
-                responses,
-                table,
-                caller=caller,
-                completion_ids=completion_ids,
-                trainer_state=state,
-                notes=notes,
-            )
-        if not caller.failed:
-            return parts
-        for cause in dict.fromkeys(caller.failed.values()):
-            self._tell_cause(
-                f"a reward failed to the last try on {len(caller.failed)} of {len(responses)} responses ({cause}): "
-                "they are left out (on_reward_error='skip'), which is unbiased only if failures do not depend on the "
-                "response"
-            )
-        return {
-            name: [None if i in caller.failed else answer for i, answer in enumerate(part)]
-            for name, part in parts.items()
-        }
-
-    def _total(self, parts: rewards.Parts) -> list[float | None]:
-        weights = self.reward_weights if self._rewards is self.reward_funcs else None
-        if self.config.multi_objective_aggregation == "normalize_then_sum":
-            if distributed.processes() > 1:
-                raise ValueError("normalize_then_sum keeps scales of its own in each process: use sum with several")
-            return self.reward_scales.total(parts, weights)
-        return rewards.weighted_total(parts, weights)
+        return [self.compute_reward if overridden else self._cosine], None
 
     # --- many steps -------------------------------------------------------------------------------------------------
 
@@ -648,99 +464,22 @@ class LoraGAN:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
         if self.config.save_best and held_out is None:
             raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
-        records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
-        last = self.global_step + steps
-        self.budget.reserved = 0 if held_out is None or self.config.reward_budget_total is None else len(held_out)
-        self.ending, signal = None, self.config.signal(self.config.adversarial)
         if steps:
             for player in (self.generator, self.discriminator):
-                player.optimizer.plan(self.config.max_steps or last)
-        folder, beside = Path(self.config.output_dir), not self.callbacks
-        with (
-            lock.writing_alone(folder, self),
-            Run(self, rows, steps, evaluates=held_out is not None, progress=progress) as run,
-            Saver(self, folder, run.saved, beside=beside) as saver,
-        ):
-            way_back = recovery.WayBack(self, self.global_step, run.saved_steps)
-            try:
-                with self._interrupts.catching():
-                    if steps and not self.global_step and held_out is not None and self.config.eval_on_start:
-                        self._evaluate(held_out, run)
-                        self._interrupts.check()
-                    while self.global_step < last:
-                        run.begin_step()
-                        batch = data.take(
-                            rows, self.config.prompts_per_step, seed=self.config.seed, position=self.position
-                        )
-                        coming = self.global_step + 1
-                        try:
-                            record = self._step(self.as_meant(batch), train_gen, train_disc)
-                        except FloatingPointError as failure:
-                            if self.config.on_nonfinite == "stop":
-                                raise
-                            saver.settle()
-                            way_back.go_back(failure, coming)
-                            run.went_back()
-                            while records and records[-1]["step"] > self.global_step:
-                                records.pop()
-                            saver.last = None  # what stands under a later step's name is of steps that come again
-                            continue
-                        self.position += len(batch)  # after the step: one that raised takes its rows again
-                        records.append(record)
-                        run.end_step(record, batch)
-                        if on_step is not None:
-                            on_step(record)
-                        run.stops(self._reason_to_stop(record, signal))
-                        if run.control.should_evaluate and held_out is not None:
-                            self._evaluate(held_out, run)
-                            run.stops(self._reason_to_stop(record, signal))  # the evaluation may have spent the budget
-                        due = run.control.should_save  # before looking: on_save of an earlier one takes it back
-                        if saver.look() or due:
-                            saver.save(keep=run.best_steps)
-                        if run.control.should_training_stop:
-                            break
-                        self._interrupts.check()
-                    if self.ending is None:
-                        run.ends()
-            except (Interrupted, ValueError, rewards.RewardUnavailable) as stop:
-                # A person, or a row or a reward that is not as it should be: the last step is whole.
-                saved = saver.finish(run.best_steps) if records else None
-                if not isinstance(stop, Interrupted):
-                    raise
-                why = str(stop) or f"stopped by {stop.cause}"
-                left_out = held_out is not None and not run.is_evaluated
-                run.ends(why + ("; the final evaluation was left out" if left_out else ""))
-                why += f" after {self.global_step} of {last} steps"
-                why += ", without the final evaluation" if left_out else ""
-                if not records:
-                    raise stop.ending(f"{why}: no step was done, so there is nothing new to save") from None
-                raise stop.ending(f"{why}: step {self.global_step} is saved in {saved}") from None
-            if records:
-                saver.finish(run.best_steps)
-        return list(records)
-
-    def _reason_to_stop(self, record: Mapping[str, Any], signal: RewardSignal) -> str | None:
-        """Why fit() ends after this step although steps are left; None where it goes on."""
-        if self._over_with_budget(signal):
-            return self._budget_is_spent(signal)
-        if record["alarms"] and self.config.on_exploit == "stop":
-            return f"alarm, and on_exploit is 'stop': {'; '.join(record['alarms'])}"
-        return None
-
-    def _evaluate(self, held_out: list[Row], run: Run) -> None:
-        """Judge the generator as it stands, if the budget allows it."""
-        is_last = run.control.should_training_stop
-        left = self.budget.left("evaluation")
-        if left is not None and left - (0 if is_last else self.budget.reserved) < len(held_out):
-            run.evaluation_left_out(
-                f"the evaluation is left out: it needs {len(held_out):,} calls of the true "
-                f"reward, and reward_budget_total leaves {left:,}"
-                + ("" if is_last else f", of which {self.budget.reserved:,} are for the evaluation at the end")
-            )
-            return
-        with self._interrupts.harmless():  # it changes nothing, and may ask a person
-            judged = evaluation.evaluate(self, held_out)
-        run.evaluated(judged)
+                player.optimizer.plan(self.config.max_steps or self.global_step + steps)
+        self._loop = Loop(
+            self.state,
+            rows,
+            held_out,
+            steps,
+            step=lambda batch: self._step(self.as_meant(batch), train_gen, train_disc),
+            evaluate=self.evaluate,
+            on_step=on_step,
+            callbacks=self.callbacks,
+            interrupts=self._interrupts,
+            progress=progress,
+        )
+        return self._loop.run()
 
     def steps_left(self, rows: list[Row] | data.Stream) -> int:
         """Steps that fit() runs over these rows when it is not told how many."""
@@ -841,6 +580,20 @@ class LoraGAN:
             predicted += self.discriminator.predict(pairs).mean(0).tolist()
         return predicted
 
+    def base_logprobs(self, rows: list[Row], texts: list[str], *, batch_size: int = 16) -> list[float | None]:
+        """Mean log-probability per token of each text as the response to its row, under the untouched base, in nats;
+        see `training.scoring.mean_logprobs`. The reward `Perplexity` asks it."""
+        return scoring.mean_logprobs(self.players, rows, texts, batch_size=batch_size)
+
+    @property
+    def base_name(self) -> str:
+        return self.players.base.name
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Of the base's weights."""
+        return self.players.base.fingerprint
+
     def evaluate(self, dataset: Dataset, **options: Any) -> dict[str, Any]:
         """Held-out true and predicted reward, other metrics with 95 % intervals over prompts, and samples.
 
@@ -848,7 +601,8 @@ class LoraGAN:
         """
         chats = options.get("apply_chat_template")
         rows = self.check_rows(dataset, split="test", train_gen=False, apply_chat_template=chats)
-        return evaluation.evaluate(self, rows, **options)
+        rows = self.as_meant(list(rows), options.pop("apply_chat_template", None), follow=True)
+        return evaluation.evaluate(rows, generate=self.generate, score=self.score, ask=self.ask, **options)
 
     def check_rows(
         self,
@@ -886,16 +640,17 @@ class LoraGAN:
             (row,) = self.as_meant([row], apply_chat_template, follow=held_out)
             encoder.prompt(row)
             if asks:
-                self._require_comparable([row])
+                self.true_reward.require_comparable([row])
             if imitates:
-                _require_targets([row], "imitation needs target_text")
+                require_targets([row], "imitation needs target_text")
             if (imitates or (compares and not held_out)) and row.target is not None:
                 encoder.target(row)
 
         drop_long = self.config.on_long_prompt == "drop"
         rows = row_checks.checked(rows, check, drop_long=drop_long, progress=progress)
         if asks:
-            self._require_columns(rows, "evaluation data" if held_out else "data")
+            called = "evaluation data" if held_out else "data"
+            self.true_reward.require_columns(rows, called, position=self.position)
         return rows
 
     def check_held_out(
@@ -909,14 +664,6 @@ class LoraGAN:
         first = training.take(1, self.position) if isinstance(training, data.Stream) else training
         chats = self._follows(self.prompt_kinds | self._kinds(first))
         return self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
-
-    def _require_columns(self, rows: list[Row] | data.Stream, called: str) -> None:
-        """Raise where a reward needs a column that no row has; of a stream, none of the first step's."""
-        read = f"no row of the {called}"
-        if isinstance(rows, data.Stream) and rewards.needs_columns(self._rewards):
-            rows.take(self.config.prompts_per_step, self.position)
-            read = "no row read so far from the stream"
-        rewards.require_columns(self._rewards, data.column_names(rows), rows=read)
 
     def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
         names = {"prompt_column": self.config.prompt_column, "target_column": self.config.target_column}
@@ -999,13 +746,14 @@ class LoraGAN:
 
         Nothing is deleted, whatever save_total_limit says, and fit() never deletes this checkpoint."""
         folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
-        with lock.writing_alone(folder, self):
-            return checkpoint.save(self, folder, self.global_step if step is None else step)
+        with lock.writing_alone(folder, self.state):
+            content = snapshot.take(self.state, by_hand=True)
+            return checkpoint.write(content, folder, self.global_step if step is None else step)
 
     def load_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> None:
         """Continue exactly where ckpt_dir/step-N was saved; without a step, from the newest complete one."""
         folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
-        checkpoint.load(self, checkpoint.find(folder, step))
+        snapshot.restore(self.state, checkpoint.find(folder, step))
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], model: Any = None, **arguments: Any) -> LoraGAN:
@@ -1015,18 +763,21 @@ class LoraGAN:
         `model`, or the one recorded, if that is on this machine already and its fingerprint matches: nothing is ever
         fetched because a checkpoint names it.
         """
-        return checkpoint.rebuild(cls, Path(path), model, arguments)
+        step_folder, arguments = snapshot.arguments_of(Path(path), model, arguments)
+        gan = cls(**arguments)
+        snapshot.restore(gan.state, step_folder)
+        return gan
 
     def load_generator(self, path: str | os.PathLike[str]) -> None:
         """Swap the generator for a saved one (a step's folder or its generator/), its optimizer included where it is
         there; the discriminator and its optimizer stay bitwise as they were. Where the checkpoint says whether the
         generator was trained on messages, plain prompts are sent accordingly from now on."""
-        checkpoint.load_generator(self, Path(path))
+        snapshot.load_generator(self.state, Path(path))
 
     def load_discriminator(self, path: str | os.PathLike[str]) -> None:
         """Swap the discriminator for a saved one (a step's folder or its discriminator/), with its optimizer and
         replay where they are there; the generator and its optimizer stay bitwise as they were."""
-        checkpoint.load_discriminator(self, Path(path))
+        snapshot.load_discriminator(self.state, Path(path))
 
     # --- what a run leaves
 
@@ -1038,8 +789,21 @@ class LoraGAN:
         return exporting.export(self, output_dir, **options)
 
 
-def _require_targets(rows: list[Row], need: str, remedy: str = "") -> None:
-    """Name a row without a target where one is needed, before anything is sampled or any true reward paid for."""
-    for row in rows:
-        if row.target is None:
-            raise data.RowError(row, f"{need}, and the prompt {data.excerpt(row.prompt)} has none{remedy}")
+def _check_rewards(
+    reward: RewardFunction | None,
+    reward_funcs: Sequence[BatchedRewardFunction] | None,
+    reward_weights: Sequence[float] | None,
+) -> None:
+    """Raise ValueError where the reward arguments contradict each other, or one is no function that can be asked."""
+    if reward is not None and reward_funcs:
+        raise ValueError("reward= and reward_funcs= both say what the true reward is: give one of them")
+    if reward_funcs is not None and not isinstance(reward_funcs, (list, tuple)):
+        raise ValueError("reward_funcs must be a list of functions; one alone is reward=")
+    if reward_weights is not None and len(reward_weights) != len(reward_funcs or []):
+        raise ValueError(
+            f"{len(reward_weights)} reward_weights for {len(reward_funcs or [])} reward_funcs: give one weight each"
+        )
+    for func in reward_funcs or ([] if reward is None else [reward]):
+        if not callable(func):
+            raise ValueError(f"the reward {func!r} is not a function: give one, or rewards.from_spec({func!r})")
+        rewards.check_reward(func)

@@ -564,7 +564,7 @@ def test_a_run_that_could_not_save_does_not_say_go_on(there, capsys, monkeypatch
     def stopped(*_, **__):
         raise KeyboardInterrupt("pressed again")
 
-    monkeypatch.setattr("lora_gan.storage.checkpoint.snapshot", stopped)
+    monkeypatch.setattr("lora_gan.run.snapshot.take", stopped)
     assert train("--max_steps", "1") == 130
     said = capsys.readouterr().err
     assert "pressed again" in said and "--resume" not in said

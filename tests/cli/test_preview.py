@@ -193,7 +193,7 @@ def test_evaluations_are_those_that_fit_makes(settings, first, steps, expected, 
     assert plan.evaluations(Config(**settings), first, steps) == expected
     gan, judged = small_gan(output_dir=str(tmp_path), **settings), []
     whole = {"metrics": {}, "samples": [], "distinct_2": 0.0, "logged": {}}
-    monkeypatch.setattr("lora_gan.run.evaluation.evaluate", lambda *_: judged.append(1) or whole)
+    monkeypatch.setattr("lora_gan.run.evaluation.evaluate", lambda *_, **__: judged.append(1) or whole)
     monkeypatch.setattr("lora_gan.run.callbacks.Run.evaluated", lambda *_: None)
     gan.global_step = first
     gan.fit(ROWS, steps=steps, eval_dataset=ROWS[:1], progress=False)

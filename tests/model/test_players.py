@@ -17,6 +17,7 @@ from helpers import (
     base_folder,
     copies,
     differences,
+    play,
     player_state,
     random_model,
     small_gan,
@@ -26,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lora_gan import data
-from lora_gan.storage.checkpoint import adapter_state
+from lora_gan.model.adapter_files import adapter_state
 
 BOTH = ("generator", "discriminator")
 
@@ -145,7 +146,7 @@ def test_the_generators_update_leaves_the_discriminator_bitwise(through):
     gan = small_gan(gradient_path=through, reward_signal="predicted")
     gan.step(PROMPTS[:2], TARGETS[:2])
     before = {player: player_state(gan, player) for player in BOTH}
-    experience = gan._play(data.rows_of(PROMPTS[:2], None, {}), asks=True)
+    experience = play(gan, data.rows_of(PROMPTS[:2], None, {}))
     gan.generator.update(experience.rows, experience, "predicted", 0.0, gan.players.predict)
     assert differences(before["discriminator"], player_state(gan, "discriminator")) == []
     assert differences(before["generator"], player_state(gan, "generator")) != []
@@ -232,7 +233,7 @@ def test_generator_gradients_equal_those_of_a_stock_adapter(architecture, micro_
     gan = small_gan(base, beta=0.3, temperature=0.8, num_generations=4, micro_batch_size=micro_batch_size)
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
-    experience = gan._play(data.rows_of(PROMPTS[:3], None, {}), asks=True)
+    experience = play(gan, data.rows_of(PROMPTS[:3], None, {}))
     gan.generator._reinforce(experience, gan.generator.advantages(experience, "true"), gan.players.predict, [])
     ours = {name: weight.grad for name, weight in zip(
         adapter_state(gan.players, "generator"), gan.players.parameters("generator"), strict=True

@@ -6,7 +6,7 @@ Oracles: the same adapter described by name; the whole forward; stock PEFT.
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, small_gan
+from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, play, small_gan
 
 from lora_gan import LoraGAN, data
 
@@ -84,5 +84,5 @@ def test_all_layers_share_nothing():
     gan = small_gan(disc_layers=2)
     assert not gan.players._shares_below
     rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
-    assert "below" not in gan._play(rows, asks=True, learns=True).rollout.batch(gan.players).shared
+    assert "below" not in play(gan, rows, learns=True).rollout.batch(gan.players).shared
     assert torch.isfinite(gan.players.heads_MH).all()

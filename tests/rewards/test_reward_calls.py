@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
+from helpers import PROMPTS, TARGETS, differences, play, player_state, reward, small_gan
 
 from lora_gan.data import Row
 from lora_gan.rewards import RewardError, RewardUnavailable, score_pairs, score_parts
@@ -209,7 +209,7 @@ def test_with_the_corrected_reward_a_failed_response_that_was_certain_to_be_aske
         gan.players.heads_MH.copy_(torch.linspace(-1, 1, gan.players.heads_MH.numel()).view_as(gan.players.heads_MH))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        experience = gan._play([Row(PROMPTS[0], "fails"), Row(PROMPTS[1], "stays")], asks=True)
+        experience = play(gan, [Row(PROMPTS[0], "fails"), Row(PROMPTS[1], "stays")])
     failed_B = experience.failed_B
     assert failed_B.any() and (experience.dropped_B == failed_B).all() and (experience.inclusion_B == 1).all()
     rewards_B = gan.generator.rewards(experience, "corrected")

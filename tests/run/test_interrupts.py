@@ -9,6 +9,7 @@ import pytest
 from helpers import PROMPTS, TARGETS, differences, player_state, reward, small_gan
 from transformers import TrainerCallback
 
+from lora_gan.run import snapshot
 from lora_gan.storage import checkpoint
 
 ROWS = [{"prompt": p, "target": t} for p, t in zip(PROMPTS, TARGETS, strict=True)]
@@ -93,8 +94,8 @@ def test_before_a_step_is_done_there_is_nothing_to_save(tmp_path):
 def test_what_was_just_saved_is_not_saved_twice(tmp_path, monkeypatch):
     gan = small_gan(output_dir=str(tmp_path), save_steps=1)
     saves = []
-    snapshot = checkpoint.snapshot
-    monkeypatch.setattr(checkpoint, "snapshot", lambda gan: saves.append(gan.global_step) or snapshot(gan))
+    take = snapshot.take
+    monkeypatch.setattr(snapshot, "take", lambda state: saves.append(state.global_step) or take(state))
     with pytest.raises(KeyboardInterrupt, match="step 1 is saved"):
         gan.fit(ROWS, steps=3, progress=False, on_step=lambda record: signal.raise_signal(signal.SIGINT))
     assert saves == [1]

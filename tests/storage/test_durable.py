@@ -13,6 +13,7 @@ import torch
 from helpers import PROMPTS, differences, player_state, reward, small_gan
 
 from lora_gan import LoraGAN
+from lora_gan.run import snapshot
 from lora_gan.storage import checkpoint, durable
 from lora_gan.storage.durable import Damaged, Folder
 
@@ -62,7 +63,7 @@ def two():
     contents = []
     for prompt in PROMPTS[:2]:
         gan.step(prompt)
-        contents.append(checkpoint.snapshot(gan))
+        contents.append(snapshot.take(gan.state))
     return contents
 
 

@@ -5,7 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, TARGETS, base_folder, small_gan
+from helpers import PROMPTS, TARGETS, base_folder, play, small_gan
 
 from lora_gan import data
 from lora_gan.training.discriminator import Group, fresh_metrics, micro_batches, reward_unit
@@ -144,13 +144,13 @@ def test_no_forward_is_kept_that_the_update_would_not_begin_with(settings):
     gan = small_gan(**settings)
     gan.step(PROMPTS[:2], TARGETS[:2])
     rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
-    assert gan._play(rows, asks=True, learns=True).features == []
-    assert len(small_gan()._play(rows, asks=True, learns=True).features) == 1
+    assert play(gan, rows, learns=True).features == []
+    assert len(play(small_gan(), rows, learns=True).features) == 1
 
 
 def test_the_graph_is_gone_when_it_has_served_and_before_memory_is_tried_again(monkeypatch):
     gan = small_gan()
-    experience = gan._play(data.rows_of(PROMPTS[:2], TARGETS[:2], {}), asks=True, learns=True)
+    experience = play(gan, data.rows_of(PROMPTS[:2], TARGETS[:2], {}), learns=True)
     graph, learn, alive = weakref.ref(experience.features[0]), gan.discriminator._learn, []
 
     def full(parts):

@@ -12,15 +12,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, random_model, reward, small_gan
+from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, play, random_model, reward, small_gan
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_gan import LoraGAN, data
 from lora_gan.model import sampling
+from lora_gan.model.adapter_files import adapter_state
 from lora_gan.model.packing import pooled
-from lora_gan.storage.checkpoint import adapter_state
 from lora_gan.training.experience import Experience
 
 EOS = 0
@@ -243,7 +243,7 @@ def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad
     )  # fmt: skip
     for _ in range(3):
         gan.step(PROMPTS[:2], TARGETS[:2])
-    experience = gan._play(data.rows_of(PROMPTS[:3], None, {}), asks=False)
+    experience = play(gan, data.rows_of(PROMPTS[:3], None, {}), asks=False)
     ours = gradient_of(gan, experience, "predicted")
 
     generator = stock_adapter(AutoModelForCausalLM.from_pretrained(base), gan, "generator")

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, TARGETS, differences, player_state, response_ids, small_gan
+from helpers import PROMPTS, TARGETS, differences, play, player_state, response_ids, small_gan
 
 from lora_gan import data
 from lora_gan.gan import BudgetSpent
@@ -13,6 +13,7 @@ from lora_gan.model import sampling
 from lora_gan.training import estimate, losses
 from lora_gan.training.discriminator import Group, Replay
 from lora_gan.training.monitor import Monitor, repetition
+from lora_gan.training.plan import plan_step
 
 
 def _rows(count):
@@ -189,8 +190,8 @@ def test_imitation_fades():
     gan = small_gan(imitation_weight=0.5, imitation_warmup_steps=2, imitation_decay_steps=4)
     weights = []
     for step in range(8):
-        gan.global_step = step
-        weights.append(gan._teaching(_rows(1), True)[0])
+        plan = plan_step(gan.config, step, "corrected", train_gen=True, train_disc=True)
+        weights.append(plan.imitation_weight)
     assert weights == [0.5, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
 
 
@@ -242,7 +243,7 @@ def test_the_reservoir_keeps_an_even_sample():
 def test_the_gate_is_a_fading_mean_of_the_fresh_correlation_within_groups():
     """By hand: correlations 1, 1 and −1, a step weighing 0.9 of the next, against a threshold of 0.8."""
     gan = small_gan(gate_correlation=0.8)
-    experience = gan._play(_rows(2), asks=True)
+    experience = play(gan, _rows(2))
     true_B = np.tile(np.arange(4.0), 2)
     assert gan.discriminator.gate == 1  # predictions are all alike; and a discriminator from elsewhere is trusted
     gan.discriminator.knows_unit = True
@@ -259,7 +260,7 @@ def test_the_gate_is_a_fading_mean_of_the_fresh_correlation_within_groups():
 
 def exploited(gan, steps, true, predicted):
     """Feed the monitor steps whose means are these; its alarms."""
-    experience, alarms = gan._play(_rows(2), asks=True), []
+    experience, alarms = play(gan, _rows(2)), []
     for step in range(steps):
         size = len(experience.true_B)
         now = dataclasses.replace(
@@ -297,7 +298,7 @@ def test_rollback_brings_the_best_generator_back(tmp_path):
     exploited(gan, 4, lambda s: 0.5, lambda s: 0.5)
     best = player_state(gan, "generator")
     for _ in range(2):
-        gan.generator.update(_rows(2), gan._play(_rows(2), asks=True), "true", 0.0)
+        gan.generator.update(_rows(2), play(gan, _rows(2)), "true", 0.0)
     assert differences(best["parameters"], player_state(gan, "generator")["parameters"]) != []
     alarms = exploited(gan, 6, lambda s: 0.1, lambda s: 0.9)
     assert "back" in alarms[0]
@@ -308,7 +309,7 @@ def test_rollback_brings_the_best_generator_back(tmp_path):
 
 def test_repetition_is_the_share_of_pairs_seen_before():
     gan = small_gan()
-    experience = gan._play(_rows(1), asks=False)
+    experience = play(gan, _rows(1), asks=False)
     rows = sampling.assemble(gan.players.base, gan.players.device, [[5], [5]], [[7, 8, 7, 8, 7], [7, 8, 9]])
     assert repetition(dataclasses.replace(experience, rollout=rows)) == pytest.approx((0.5 + 0.0) / 2)
 

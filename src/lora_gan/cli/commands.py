@@ -152,15 +152,16 @@ def train(
             print(line, file=sys.stderr)
 
     from ..gan import NO_GROUP, LoraGAN
-    from ..model.initial_adapter import of_resumed
+    from ..run.resuming import adapter_arguments
     from ..run.tracking import trackers_of
-    from ..storage.checkpoint import complete, settings_of
+    from ..run.trainer_state import settings_of
+    from ..storage.checkpoint import complete
     from . import preview
 
     trackers_of(config.report_to)
     generator = {"init_adapter": init_adapter, "peft_config": _lora("peft_config", peft_config)}
     if resume:
-        generator, said = of_resumed(folder, generator, config.kl_reference)
+        generator, said = adapter_arguments(folder, generator, config.kl_reference)
         if said:
             print(said, file=sys.stderr)
     gan = LoraGAN(

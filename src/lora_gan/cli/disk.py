@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import Config
+from ..run import snapshot
 from ..storage import checkpoint
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def saves(config: Config, first: int, steps: int) -> int:
 
 
 def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:
-    config, content = gan.config, checkpoint.snapshot(gan)
+    config, content = gan.config, snapshot.take(gan.state)
     for player in checkpoint.PLAYERS:
         parameters = gan.players.parameters(player)
         moments = {

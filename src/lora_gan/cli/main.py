@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from .. import __version__
 from ..config import Config
 from ..run.interrupts import Terminated
 from ..run.resuming import in_moved_folder
+from ..version import __version__
 from . import commands
 from .notices import one_line_each
 

@@ -18,7 +18,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from .. import __version__
 from ..config import Config
 from ..model import fetch, named_bases
 from ..model.base import Base
@@ -28,6 +27,7 @@ from ..model.endings import ids_of
 from ..run import evaluation
 from ..run.options import kept_options
 from ..storage.json_lines import read_lines
+from ..version import __version__
 
 if TYPE_CHECKING:
     from ..gan import LoraGAN

@@ -36,12 +36,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import __version__
 from ..model import base_checks
+from ..model.adapter_files import save_adapter
 from ..model.base import Base, without_progress_bars
 from ..model.endings import ids_of
 from ..model.players import Players
-from ..storage.checkpoint import readable, save_adapter
+from ..storage.checkpoint import readable
+from ..version import __version__
 from . import card
 from .licences import licence_id
 

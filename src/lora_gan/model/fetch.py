@@ -16,8 +16,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__
 from ..storage import user_cache
+from ..version import __version__
 from . import gguf_files
 
 LICENCE = """\

@@ -2,7 +2,7 @@
 
 The folder is a stock PEFT one, or a generator of this library: a run, one of its steps, its generator/, an export.
 Everything is read and checked as a stranger's files: nothing is executed, and the base that the adapter names is never
-followed. Used by `gan` and, on a resume, by `commands`.
+followed. Used by `gan`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..storage import checkpoint, untrusted
 from ..storage.durable import MANIFEST, Folder
 from ..wording import shown
+from .adapter_files import adapter_state
 from .players import ACCEPTED, INITS, SET_HERE, WHY_NOT
 
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ class InitAdapter:
         """
         embeddings = _embeddings(players)
         try:
-            weights = untrusted.read_weights(
-                self.folder, checkpoint.adapter_state(players, "generator"), optional=embeddings
-            )
+            weights = untrusted.read_weights(self.folder, adapter_state(players, "generator"), optional=embeddings)
         except ValueError as error:
             raise type(error)(f"init_adapter={self.name} cannot be the generator's start: {error}") from error
         for name in embeddings.keys() & weights.keys():
@@ -106,7 +105,7 @@ class InitAdapter:
                 )
         for player in ("generator", *(["reference"] if players.has_reference else [])):
             with torch.no_grad():
-                for name, tensor in checkpoint.adapter_state(players, player).items():
+                for name, tensor in adapter_state(players, player).items():
                     tensor.copy_(weights[name])
 
 
@@ -151,43 +150,6 @@ def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitA
     )
 
 
-def of_resumed(run: Path, given: Mapping[str, Any], kl_reference: str | None) -> tuple[dict[str, Any], str]:
-    """The arguments that describe the generator's adapter of a run that goes on. The checkpoint holds the adapter, so
-    the folder that the run started from may be gone.
-
-    Args:
-        run: the folder of the run.
-        given: init_adapter and peft_config, as the command line has them.
-        kl_reference: the setting from now on.
-
-    Returns:
-        The arguments, and one line that says what is not read; empty where there is nothing to say.
-
-    Raises:
-        ValueError: the run was started without an adapter, or the checkpoint has none that the KL could be measured to.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the resume itself tells of checkpoints that it skips
-        step = checkpoint.find(run, None)
-    before, now = checkpoint.init_adapter_of(step), given["init_adapter"]
-    kept = checkpoint.generator_arguments(step, kl_reference)
-    if before is None:
-        if now is not None:
-            raise ValueError(
-                f"init_adapter={now} is where a run starts, and the run in {run} started without one: leave it out to "
-                "go on, or start a new run in another output_dir"
-            )
-        return dict(given), ""
-    if "init_adapter" not in kept and kl_reference == "init_adapter":
-        raise ValueError(
-            f"kl_reference=init_adapter cannot be set for the run in {run}: its KL is to the base, and its checkpoints "
-            "hold no other reference. Leave kl_reference out, or start a new run in another output_dir"
-        )
-    other = now is not None and Path(now).name != Path(before).name
-    said = f"init_adapter is another one than before: the run started from {before}, and {now} is not read."
-    return kept, said if other else ""
-
-
 def _folder(path: Path) -> Folder:
     """The folder of the adapter itself, named so, or by its checkpoint or export; a manifest beside it holds."""
     if (path / MANIFEST).exists():
@@ -202,7 +164,9 @@ def _fingerprint(folder: Folder) -> str | None:
     """Of the base's weights, where the adapter is part of a checkpoint of this library."""
     if folder.files is None:
         return None
-    return checkpoint.fingerprint_of(folder.path.parent)
+    base = Folder(folder.path.parent, manifest=True).read_json(checkpoint.STATE).get("base")
+    fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraConfig:

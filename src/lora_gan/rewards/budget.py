@@ -1,4 +1,4 @@
-"""How often the true reward was asked, for which purpose, and how often it may still be asked. `LoraGAN.budget`.
+"""Counts of true-reward calls by purpose, and their limits. `LoraGAN.budget`.
 
 One call is the true reward of one response, however many rewards it is the sum of. So 4 prompts with 8 responses each
 are 32 calls, whether a function gets them one by one or all in one list.
@@ -18,6 +18,10 @@ Purpose = Literal["training", "evaluation", "retries", "dry_run", "other"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 OTHERS: tuple[Purpose, ...] = ("evaluation", "retries", "other")  # what a checkpoint holds beside training
 KEPT = (*OTHERS, "cached")
+
+
+class BudgetSpent(ValueError):
+    """The true reward was needed, and `reward_budget` or `reward_budget_total` allows no further call."""
 
 
 class Budget:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import (
     DefaultFlowCallback,
@@ -33,14 +33,12 @@ from .. import data
 from ..config import Config
 from ..data import Row
 from ..rewards.answers import Answers
+from ..state import State
 from ..storage import checkpoint, durable
 from ..storage.json_lines import JsonLines, read_lines
 from . import tracking
 from .display import Display
 from .ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
-
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
 
 #: Lines that `state.log_history` holds, the newest ones; a long run's memory does not grow. metrics.jsonl has them all.
 LOG_HISTORY = 500
@@ -99,16 +97,27 @@ class Run:
     should_save, should_training_stop.
 
     Args:
-        gan: whose run it is.
+        carried: what the run carries.
+        callbacks: the user's.
         rows: the training data; where it has no length, there are no epochs.
         steps: how many further steps.
         evaluates: whether there is an evaluation to ask for.
         progress: whether anything is shown.
     """
 
-    def __init__(self, gan: LoraGAN, rows: Any, steps: int, *, evaluates: bool = False, progress: bool = True) -> None:
-        config, last = gan.config, gan.global_step + steps
-        self.gan, self.first, self._rows = gan, gan.global_step, rows
+    def __init__(
+        self,
+        carried: State,
+        callbacks: Sequence[Callback],
+        rows: Any,
+        steps: int,
+        *,
+        evaluates: bool = False,
+        progress: bool = True,
+    ) -> None:
+        config, last = carried.config, carried.global_step + steps
+        self.carried, self.first, self._rows = carried, carried.global_step, rows
+        self.ending: Ending | None = None
         self._epoch_length = len(rows) if hasattr(rows, "__len__") else None
         self._epoch_is_open = False
         self.args = Arguments(config, max_steps=last, evaluates=evaluates)
@@ -121,16 +130,16 @@ class Run:
             eval_steps=self.args.eval_steps,
             save_steps=self.args.save_steps,
         )
-        own = [callback for callback in gan.callbacks if not _is_a(callback, DefaultFlowCallback)]
+        own = [callback for callback in callbacks if not _is_a(callback, DefaultFlowCallback)]
         self._stops_early = any(_is_a(callback, EarlyStoppingCallback) for callback in own)
         if self._stops_early and not evaluates:
             raise ValueError("EarlyStoppingCallback watches an evaluation: give fit() an eval_dataset")
         self.handler = StopWatchingHandler(
             [DefaultFlowCallback, *own],
-            gan.players.peft,
-            gan.players.base.tokenizer,
-            gan.generator.optimizer.adamw,
-            gan.generator.optimizer.schedule,
+            carried.players.peft,
+            carried.players.base.tokenizer,
+            carried.generator.optimizer.adamw,
+            carried.generator.optimizer.schedule,
         )
         shown = progress and not any(_is_a(callback, ProgressCallback) for callback in own)  # it shows its own
         self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
@@ -142,24 +151,25 @@ class Run:
         self._began = time.perf_counter()
 
     def __enter__(self) -> Run:
-        config, folder = self.gan.config, Path(self.gan.config.output_dir)
+        config, folder = self.carried.config, Path(self.carried.config.output_dir)
         tracking.trackers_of(config.report_to)  # before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         durable.tidy(folder)
         with ExitStack() as stack:
             self.answers = stack.enter_context(self._answers(folder))
-            self.gan.answers, self.gan.trainer_state = self.answers, self.state
-            self.gan.data_columns = data.column_names(self._rows)
+            true_reward = self.carried.true_reward
+            true_reward.answers, true_reward.trainer_state = self.answers, self.state
+            true_reward.data_columns = data.column_names(self._rows)
             stack.callback(self._leave)
             self._catch_up_with_calls(folder / "metrics.jsonl")
             self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
                 self.completions = stack.enter_context(lines)
-            settings = {"model": self.gan.players.base.name, **config.to_file()}
+            settings = {"model": self.carried.players.base.name, **config.to_file()}
             self.trackers = stack.enter_context(tracking.Trackers(config, settings, after=self.first))
             self._go_on()
-            self._logged_calls = _counts(self.gan.budget.metrics())
+            self._logged_calls = _counts(self.carried.true_reward.budget.metrics())
             stack.enter_context(self.display)
             self._fire("on_init_end")
             self._fire("on_train_begin")
@@ -178,30 +188,31 @@ class Run:
 
     def _log_late_calls(self) -> None:
         """Log counts that changed since the last line, as in a step that failed: a resumed run goes on from them."""
-        counts = _counts(self.gan.budget.metrics())
+        counts = _counts(self.carried.true_reward.budget.metrics())
         has_begun = self.metrics.file is not None or self.metrics.kept  # a first step that fails leaves nothing
         if counts != self._logged_calls and has_begun:
-            self.metrics.write({"step": self.gan.global_step, **counts})
+            self.metrics.write({"step": self.carried.global_step, **counts})
 
     def _leave(self) -> None:
-        """The LoraGAN is on its own again."""
-        self.gan.answers, self.gan.trainer_state, self.gan.data_columns = None, None, ()
+        """The run is over: asking goes on without its log."""
+        true_reward = self.carried.true_reward
+        true_reward.answers, true_reward.trainer_state, true_reward.data_columns = None, None, ()
 
     def _answers(self, folder: Path) -> Answers:
         newest = max(map(checkpoint.step_of, checkpoint.complete(folder)), default=0)
         run = {
-            "seed": self.gan.config.seed,
-            "base": self.gan.players.base.fingerprint,
-            "rewards": self.gan.reward_names,
-            "sources": self.gan.reward_sources,
+            "seed": self.carried.config.seed,
+            "base": self.carried.players.base.fingerprint,
+            "rewards": self.carried.true_reward.names,
+            "sources": self.carried.true_reward.sources,
         }
-        return Answers(folder, run, step=self.first, newest=newest, reuse=self.gan.config.reuse_answers)
+        return Answers(folder, run, step=self.first, newest=newest, reuse=self.carried.config.reuse_answers)
 
     def _catch_up_with_calls(self, file: Path) -> None:
         """Count calls that were made after the checkpoint which the run goes on from: they were paid for."""
         if self.first and file.is_file():
             for line in read_lines(file):
-                self.gan.budget.catch_up(line)
+                self.carried.true_reward.budget.catch_up(line)
 
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
@@ -209,7 +220,7 @@ class Run:
         for line in self.metrics.kept:
             self.num_tokens = line.get("num_tokens", self.num_tokens)
             if self._keep_best(line, line["step"]):
-                path = Path(self.gan.config.output_dir, f"step-{line['step']}")
+                path = Path(self.carried.config.output_dir, f"step-{line['step']}")
                 self.state.best_model_checkpoint = str(path) if path.is_dir() else None
 
     # --- what fit() says
@@ -225,7 +236,7 @@ class Run:
         """A step was taken on these rows: its numbers are kept, and logged where it is time."""
         seconds = time.perf_counter() - self._began
         epoch = self._epoch
-        values = tracking.summary(record) | {"step_time": seconds, **self.gan.budget.metrics()}
+        values = tracking.summary(record) | {"step_time": seconds, **self.carried.true_reward.budget.metrics()}
         self.num_tokens += values.pop("step_tokens", 0)
         values |= {"num_tokens": self.num_tokens} | ({"epoch": epoch} if self._epoch_length else {})
         ended = int(epoch) > int(self.state.epoch)
@@ -233,7 +244,7 @@ class Run:
         self.state.num_input_tokens_seen = self.num_tokens
         self.window.add(values)
         self.display.update(record["step"], values)
-        if self.gan.config.log_completions:
+        if self.carried.config.log_completions:
             self._keep_samples(record["step"], tracking.samples_of(record, rows))
         self._fire("on_step_end")
         if ended or self.control.should_training_stop:
@@ -259,7 +270,7 @@ class Run:
             )
         self.display.update(self.state.global_step, metrics)
         epoch = {"epoch": self._epoch} if self._epoch_length else {}
-        self._log({"step": self.state.global_step, **epoch, **metrics, **self.gan.budget.metrics()})
+        self._log({"step": self.state.global_step, **epoch, **metrics, **self.carried.true_reward.budget.metrics()})
         self._fire("on_evaluate", metrics=dict(metrics))
         if self._keep_best(metrics, self.state.global_step) and self.args.save_best:
             self.control.should_save = True
@@ -270,13 +281,13 @@ class Run:
 
         Trackers keep it: theirs cannot be taken back.
         """
-        step, gan = self.gan.global_step, self.gan
+        step, carried = self.carried.global_step, self.carried
         self.metrics.go_back(step)
-        if gan.config.log_completions:
+        if carried.config.log_completions:
             self.completions.go_back(step)
         self.handler.optimizer, self.handler.lr_scheduler = (
-            gan.generator.optimizer.adamw,
-            gan.generator.optimizer.schedule,
+            carried.generator.optimizer.adamw,
+            carried.generator.optimizer.schedule,
         )
         self.window, self.num_tokens, self._evaluated_at = tracking.Window(), 0, None
         self._last_samples = {}
@@ -317,7 +328,7 @@ class Run:
         stopped = self.control.should_training_stop
         if reason is None:
             reason = reason_of(self.handler.stopped_by, self.state, self._best_name) if stopped else ALL_STEPS
-        self.gan.ending = self.display.ending = Ending(self.gan.global_step, self.args.max_steps, reason)
+        self.ending = self.display.ending = Ending(self.carried.global_step, self.args.max_steps, reason)
 
     # --- what follows from it
 
@@ -337,7 +348,7 @@ class Run:
 
     def _write(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl, also in the state's history."""
-        if self.gan.config.log_completions:
+        if self.carried.config.log_completions:
             self.completions.begin()  # so that none of another run, or of steps that come again, stand beside
         self.metrics.write(line)
         self._logged_calls = _counts(line) or self._logged_calls
@@ -346,7 +357,7 @@ class Run:
 
     def _keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """A step's responses go where it is time; `_keep_last` makes up for the last step of a run that ends early."""
-        config, at_an_end = self.gan.config, step in (self.first + 1, self.args.max_steps)
+        config, at_an_end = self.carried.config, step in (self.first + 1, self.args.max_steps)
         self._last_samples = {"file": samples, "display": samples} if samples else {}
         if not samples:
             return
@@ -402,7 +413,7 @@ class Run:
     @property
     def _epoch(self) -> float:
         """Passes over the data so far."""
-        return self.gan.position / self._epoch_length if self._epoch_length else 0.0
+        return self.carried.position / self._epoch_length if self._epoch_length else 0.0
 
 
 def _is_a(callback: Callback, kind: type[TrainerCallback]) -> bool:

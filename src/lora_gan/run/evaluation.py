@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,34 +12,48 @@ from .. import randomness
 from ..data import Row
 from ..model.players import Player
 from ..rewards import Notes, text
+from ..rewards.budget import Purpose
+from ..rewards.combine import Parts
 from . import tracking
 
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
+
+class Asks(Protocol):
+    """`LoraGAN.ask`: the true reward of responses, and its parts by name."""
+
+    def __call__(
+        self,
+        rows: list[Row],
+        responses: list[str],
+        *,
+        completion_ids: list[list[int]] | None,
+        notes: Notes,
+        purpose: Purpose,
+    ) -> tuple[list[float | None], Parts]: ...
 
 
 def evaluate(
-    gan: LoraGAN,
     rows: list[Row],
     *,
+    generate: Callable[..., list[str]],
+    score: Callable[..., list[float]],
+    ask: Asks,
     temperature: float | None = None,
     player: Player = "generator",
     best_of: int = 1,
     seed: int | None = None,
     batch_size: int = 64,
-    apply_chat_template: bool | None = None,
 ) -> dict[str, Any]:
-    """One response to each row, and what every judge says of it.
+    """One response per row, and what every judge says of it.
 
     Args:
+        rows: as they are sent: `LoraGAN.evaluate` has made messages of plain prompts where that is wanted.
+        generate, score, ask: `LoraGAN`'s methods.
         temperature: of sampling, the config's where not given; 0 is greedy.
         player: "reference" evaluates what the KL is measured to (the untouched base, or the adapter that the generator
             started from), "base" the untouched base.
-        best_of: responses sampled a row; the discriminator picks.
+        best_of: responses sampled per row; the discriminator picks.
         seed: of the sampling; the same one gives the same responses at the same step.
         batch_size: rows in one batch; changes memory, and results only to rounding.
-        apply_chat_template: whether plain prompts are sent as user messages; None: as the setting says, else as the
-            prompts were that the generator was trained on.
 
     Returns:
         metrics: name -> {"mean", "low", "high"}, a 95 % bootstrap interval over rows, None where nothing was measured:
@@ -50,26 +64,35 @@ def evaluate(
         samples: prompt, target, response, true_reward, pred_reward of every row, and what rewards gave log_extra.
         logged: name -> mean of what rewards gave log_metric.
     """
-    rows = gan.as_meant(rows, apply_chat_template, follow=True)
     as_they_are = {"batch_size": batch_size, "apply_chat_template": False}
-    responses = gan.generate(rows, best_of, temperature=temperature, seed=seed, player=player, **as_they_are)
-    predicted = gan.score(rows, responses, **as_they_are)
+    responses = generate(rows, best_of, temperature=temperature, seed=seed, player=player, **as_they_are)
+    predicted = score(rows, responses, **as_they_are)
     notes = Notes()
     ids = getattr(responses, "token_ids", None)  # a generate() of the user's own may return plain texts
-    true, parts = gan.ask(rows, responses, completion_ids=ids, notes=notes, purpose="evaluation")
-
+    true, parts = ask(rows, responses, completion_ids=ids, notes=notes, purpose="evaluation")
     columns: dict[str, list[float | None]] = {
         "true_reward": true,
-        "pred_reward": predicted,
+        "pred_reward": [*predicted],
         "length": [float(len(response.split())) for response in responses],
     }
     if len(parts) > 1:
         columns |= {f"rewards/{name}": part for name, part in parts.items()}
-    if all(row.target is not None for row in rows):
-        pairs = list(zip(responses, (row.target for row in rows), strict=True))
-        columns["exact_match"] = [text.exact_match(*pair) for pair in pairs]
-        if find_spec("sacrebleu"):
-            columns["chrf"] = [100 * text.chrf(*pair) for pair in pairs]
+    columns |= _compared(rows, responses)
+    metrics = {name: interval(values) for name, values in columns.items()}
+    logged = tracking.measured(tracking.logged_metrics(notes, (*metrics, "distinct_2")))
+    return {
+        "metrics": metrics,
+        "distinct_2": text.distinct_n(responses, 2),
+        "per_row": columns,
+        "samples": _samples(rows, responses, true, predicted, notes),
+        "logged": logged,
+    }
+
+
+def _samples(
+    rows: list[Row], responses: list[str], true: list[float | None], predicted: list[float], notes: Notes
+) -> list[dict[str, Any]]:
+    """Each row with its response and rewards, and what rewards gave log_extra."""
     samples = [
         {"prompt": row.prompt, "target": row.target, "response": response, "true_reward": t, "pred_reward": p}
         for row, response, t, p in zip(rows, responses, true, predicted, strict=True)
@@ -77,15 +100,18 @@ def evaluate(
     for column, values in tracking.logged_extras(notes, tuple(samples[0]) if samples else ()).items():
         for sample, value in zip(samples, values, strict=True):
             sample[column] = value
-    metrics = {name: interval(values) for name, values in columns.items()}
-    logged = tracking.measured(tracking.logged_metrics(notes, (*metrics, "distinct_2")))
-    return {
-        "metrics": metrics,
-        "distinct_2": text.distinct_n(responses, 2),
-        "per_row": columns,
-        "samples": samples,
-        "logged": logged,
-    }
+    return samples
+
+
+def _compared(rows: list[Row], responses: list[str]) -> dict[str, list[float | None]]:
+    """Metrics of each response against its target, by name; none where a row has no target."""
+    pairs = [(response, row.target) for row, response in zip(rows, responses, strict=True) if row.target is not None]
+    if len(pairs) < len(rows):
+        return {}
+    columns: dict[str, list[float | None]] = {"exact_match": [text.exact_match(*pair) for pair in pairs]}
+    if find_spec("sacrebleu"):
+        columns["chrf"] = [100 * text.chrf(*pair) for pair in pairs]
+    return columns
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -10,25 +10,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..state import State
 from ..storage import checkpoint
-
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
+from . import snapshot
 
 
-def require_progress(gan: LoraGAN, gen: dict[str, Any], disc: dict[str, Any]) -> None:
+def require_progress(state: State, gen: dict[str, Any], disc: dict[str, Any]) -> None:
     """After a step with these results: raise where a player's last `max_skipped_updates` updates were all skipped."""
     for player, skipped, optimizer in (
-        ("generator", gen.get("gen_skipped"), gan.generator.optimizer),
-        ("discriminator", disc.get("disc_skipped"), gan.discriminator.optimizer),
+        ("generator", gen.get("gen_skipped"), state.generator.optimizer),
+        ("discriminator", disc.get("disc_skipped"), state.discriminator.optimizer),
     ):
-        if skipped and optimizer.skipped >= gan.config.max_skipped_updates:
+        if skipped and optimizer.skipped >= state.config.max_skipped_updates:
             rate = "learning_rate" if player == "generator" else "disc_learning_rate"
             raise FloatingPointError(
-                f"step {gan.global_step}: the {player}'s last {optimizer.skipped} updates had a loss or gradient that "
-                f"is not finite, and were skipped: try a smaller {rate}, or dtype='float32', from a checkpoint before"
+                f"step {state.global_step}: the {player}'s last {optimizer.skipped} updates had a loss or gradient "
+                f"that is not finite, and were skipped: try a smaller {rate}, or dtype='float32', from a checkpoint "
+                "before"
             )
 
 
@@ -36,13 +36,13 @@ class WayBack:
     """One call of fit()'s way back.
 
     Args:
-        gan: whose run it is.
+        state: of the run.
         first: the step that the run began at; checkpoints up to there are its own where it went on from one.
         saved: steps of the checkpoints that the run has written, as they come.
     """
 
-    def __init__(self, gan: LoraGAN, first: int, saved: Collection[int]) -> None:
-        self.gan, self.first, self.saved = gan, first, saved
+    def __init__(self, state: State, first: int, saved: Collection[int]) -> None:
+        self.state, self.first, self.saved = state, first, saved
         self._failed: dict[int, int] = {}  # the step that failed last, by the step gone back to
 
     def go_back(self, failure: FloatingPointError, failed: int) -> None:
@@ -51,13 +51,14 @@ class WayBack:
         Raises:
             FloatingPointError: there is none, or the run has been there before and came no further since.
         """
-        gan = self.gan
-        players = (gan.generator, gan.discriminator)
+        state = self.state
+        players = (state.generator, state.discriminator)
+        budget = state.true_reward.budget
         scales = [player.optimizer.scale for player in players]
-        counts, cached = dict(gan.budget.counts), gan.budget.cached
+        counts, cached = dict(budget.counts), budget.cached
         for step in self._candidates(failed):
             try:
-                gan.load_checkpoint(step)
+                snapshot.restore(state, checkpoint.find(Path(state.config.output_dir), step))
             except ValueError:  # damaged: an older one may do
                 continue
             if not self._is_well():
@@ -67,26 +68,26 @@ class WayBack:
                     f"{failure}. The run went back to step {step} before, and came no further since"
                 ) from failure
             self._failed[step] = failed
-            gan.budget.counts, gan.budget.cached = counts, cached  # the calls were made
+            budget.counts, budget.cached = counts, cached  # the calls were made
             for player, scale in zip(players, scales, strict=True):
                 player.optimizer.rescale(scale / 2)
             warnings.warn(f"{failure}; back at step {step}, with both learning rates halved", stacklevel=3)
             return
         raise FloatingPointError(
-            f"{failure}. There is nothing to go back to: {gan.config.output_dir} has no checkpoint of this run that "
+            f"{failure}. There is nothing to go back to: {state.config.output_dir} has no checkpoint of this run that "
             "was taken while no update was being skipped (save_steps)"
         ) from failure
 
     def _is_well(self) -> bool:
         """Whether no update was being skipped when this state was saved, and its weights are finite."""
-        gan = self.gan
-        skipping = gan.generator.optimizer.skipped or gan.discriminator.optimizer.skipped
-        weights = gan.players.parameters("generator") + gan.players.parameters("discriminator")
+        state = self.state
+        skipping = state.generator.optimizer.skipped or state.discriminator.optimizer.skipped
+        weights = state.players.parameters("generator") + state.players.parameters("discriminator")
         return not skipping and all(bool(weight.isfinite().all()) for weight in weights)
 
     def _candidates(self, failed: int) -> Iterator[int]:
         """Steps of this run's complete checkpoints from before a step, the newest first."""
-        for path in reversed(checkpoint.complete(Path(self.gan.config.output_dir))):
+        for path in reversed(checkpoint.complete(Path(self.state.config.output_dir))):
             step = checkpoint.step_of(path)
             if step < failed and (step in self.saved or 0 < step <= self.first):
                 yield step

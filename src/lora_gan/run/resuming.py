@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,43 @@ def _described(known: Any) -> str:
     count = known.get("rows")
     rows = f" ({count:,} row{'' if count == 1 else 's'})" if isinstance(count, int) else ""
     return f"{known.get('source')}{rows}"
+
+
+def adapter_arguments(run: Path, given: Mapping[str, Any], kl_reference: str | None) -> tuple[dict[str, Any], str]:
+    """The arguments that describe the generator's adapter of a run that goes on. The checkpoint holds the adapter, so
+    the folder that the run started from may be gone.
+
+    Args:
+        run: the folder of the run.
+        given: init_adapter and peft_config, as the command line has them.
+        kl_reference: the setting from now on.
+
+    Returns:
+        The arguments, and one line that says what is not read; empty where there is nothing to say.
+
+    Raises:
+        ValueError: the run was started without an adapter, or the checkpoint has none that the KL could be measured to.
+    """
+    from ..storage import checkpoint
+    from . import trainer_state  # here, because it takes long: PyTorch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the resume itself tells of checkpoints that it skips
+        step = checkpoint.find(run, None)
+    before, now = trainer_state.init_adapter_of(step), given["init_adapter"]
+    kept = trainer_state.generator_arguments(step, kl_reference)
+    if before is None:
+        if now is not None:
+            raise ValueError(
+                f"init_adapter={now} is where a run starts, and the run in {run} started without one: leave it out to "
+                "go on, or start a new run in another output_dir"
+            )
+        return dict(given), ""
+    if "init_adapter" not in kept and kl_reference == "init_adapter":
+        raise ValueError(
+            f"kl_reference=init_adapter cannot be set for the run in {run}: its KL is to the base, and its checkpoints "
+            "hold no other reference. Leave kl_reference out, or start a new run in another output_dir"
+        )
+    other = now is not None and Path(now).name != Path(before).name
+    said = f"init_adapter is another one than before: the run started from {before}, and {now} is not read."
+    return kept, said if other else ""

@@ -9,26 +9,24 @@ import threading
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..state import State
 from ..storage import checkpoint
-
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
+from . import snapshot
 
 
 class Saver:
     """One run's checkpoints; a context manager, at whose end nothing is being written any more.
 
     Args:
-        gan: whose checkpoints.
+        state: of the run.
         folder: where step-N/ go.
         saved: called, in the thread that trains, with each checkpoint that stands.
         beside: whether they are written by a thread of their own.
     """
 
-    def __init__(self, gan: LoraGAN, folder: Path, saved: Callable[[Path], None], *, beside: bool) -> None:
-        self.gan, self.folder, self.saved, self.beside = gan, folder, saved, beside
+    def __init__(self, state: State, folder: Path, saved: Callable[[Path], None], *, beside: bool) -> None:
+        self.state, self.folder, self.saved, self.beside = state, folder, saved, beside
         self.last: Path | None = None  # the newest that stands
         self._thread: threading.Thread | None = None
         self._outcome: Path | Exception | None = None
@@ -43,9 +41,9 @@ class Saver:
 
     def _begin(self, keep: Collection[int]) -> None:
         self.settle()
-        content, step = checkpoint.snapshot(self.gan), self.gan.global_step
-        limit = self.gan.config.save_total_limit
-        if self.gan.generator.optimizer.skipped or self.gan.discriminator.optimizer.skipped:
+        content, step = snapshot.take(self.state), self.state.global_step
+        limit = self.state.config.save_total_limit
+        if self.state.generator.optimizer.skipped or self.state.discriminator.optimizer.skipped:
             limit = None  # an older one may be the last good one, which on_nonfinite="rollback" goes back to
 
         def write() -> None:
@@ -61,7 +59,7 @@ class Saver:
         """Between steps: tell of what was written meanwhile; whether a checkpoint that failed is due again."""
         if self._thread is not None and not self._thread.is_alive():
             self.settle()
-        return self._retry_at is not None and self.gan.global_step >= self._retry_at
+        return self._retry_at is not None and self.state.global_step >= self._retry_at
 
     def finish(self, keep: Collection[int] = ()) -> Path:
         """The run ends here: a checkpoint of this step stands when this returns.
@@ -70,7 +68,7 @@ class Saver:
             OSError: it could not be written.
         """
         self.settle()
-        if self.last is None or self.last.name != f"step-{self.gan.global_step}":
+        if self.last is None or self.last.name != f"step-{self.state.global_step}":
             self._begin(keep)
             self.settle(raising=True)
         assert self.last is not None
@@ -86,7 +84,7 @@ class Saver:
             self.last, self._retry_at, self._wait = outcome, None, 1
             self.saved(outcome)
         elif isinstance(outcome, OSError) and not raising:
-            self._retry_at, self._wait = self.gan.global_step + self._wait, 2 * self._wait
+            self._retry_at, self._wait = self.state.global_step + self._wait, 2 * self._wait
             warnings.warn(
                 f"a checkpoint could not be written to {self.folder} ({outcome}): training goes on UNSAVED, and tries "
                 f"again at step {self._retry_at}; make room there",

@@ -19,7 +19,6 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from ..config import is_finite
-from ..training.optimizer import PlayerOptimizer
 from .durable import Damaged, Folder
 
 #: Bytes that a file of tensors may have beside the tensors: names, headers, padding.
@@ -85,7 +84,7 @@ def read_weights(
     else:
         weights = read_tensors(folder, names[0], limit=limit)
     if not isinstance(weights, dict):
-        raise Damaged(f"{file} holds no tensors by their names, but {_kind(weights)}")
+        raise Damaged(f"{file} holds no tensors by their names, but {kind_of(weights)}")
     strange = [name for name, tensor in weights.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
     if strange:
         raise Damaged(f"{file} holds something else than tensors by their names: {str(strange[0])[:80]!r}")
@@ -114,7 +113,7 @@ def read_weights(
 def require_numbers(tensor: Any, where: str, like: Tensor | None = None) -> None:
     """A tensor of finite floating-point numbers, of the shape of `like`."""
     if not isinstance(tensor, Tensor):
-        raise Damaged(f"{where} is no tensor, but {_kind(tensor)}")
+        raise Damaged(f"{where} is no tensor, but {kind_of(tensor)}")
     if like is not None and tensor.shape != like.shape:
         raise Damaged(f"{where} is {tuple(tensor.shape)} there and {tuple(like.shape)} here")
     if not tensor.dtype.is_floating_point:
@@ -142,77 +141,7 @@ def _require_plain(value: Any, file: Path) -> None:
         elif isinstance(entry, list | tuple):
             left += entry
         elif not isinstance(entry, bool | int | float | str | None):
-            raise Damaged(f"{file} holds {_kind(entry)}, which no checkpoint does")
-
-
-# --- optimizers
-
-
-def read_optimizer(folder: Folder, optimizer: PlayerOptimizer) -> Any:
-    """The optimizer's saved state, None where there is none or another trainer's."""
-    if not folder.has("optimizer.pt"):
-        return None
-    file = folder.path / "optimizer.pt"
-    state = read_tensors(folder, "optimizer.pt", limit=room_for(optimizer.parameters, times=3))
-    if folder.files is None and isinstance(state, dict) and "param_groups" in state:
-        return None  # another trainer's: its moments belong to its own parameters
-    require_optimizer(state, optimizer, str(file))
-    return state
-
-
-def require_optimizer(state: Any, optimizer: PlayerOptimizer, where: str) -> None:
-    """A state_dict() of such an optimizer: everything but learning rates, moments and counts must be as here. It may
-    have followed another schedule, of which it holds no more than that."""
-    ours = optimizer.state_dict()
-    require_keys(state, ours, where)
-    adamw, schedule = state["optimizer"], state["schedule"]
-    require_keys(adamw, ours["optimizer"], f"{where}: optimizer")
-    groups, our_groups = adamw["param_groups"], ours["optimizer"]["param_groups"]
-    if not isinstance(groups, list) or len(groups) != len(our_groups):
-        raise Damaged(f"{where} does not fit: it is of {_kind(groups)} in place of {len(our_groups)} parameter groups")
-    for theirs, here in zip(groups, our_groups, strict=True):
-        require_keys(theirs, here, f"{where}: param_groups")
-        for name, value in here.items():
-            if name in ("lr", "initial_lr"):
-                _require_number(theirs[name], f"{where}: {name}", least=0.0)
-            elif name == "params" and theirs[name] != value:
-                raise Damaged(f"{where} does not fit: it was saved for other parameters than these")
-            elif theirs[name] != value or type(theirs[name]) is not type(value):
-                raise Damaged(f"{where} has {name}={str(theirs[name])[:60]}, this optimizer {value!r}")
-    if not isinstance(adamw["state"], dict):
-        raise Damaged(f"{where}: state is {_kind(adamw['state'])}")
-    for i, moments in adamw["state"].items():
-        if type(i) is not int or not 0 <= i < len(optimizer.parameters):
-            raise Damaged(f"{where} does not fit: it has moments of a parameter {str(i)[:60]!r}")
-        require_keys(moments, ("step", "exp_avg", "exp_avg_sq"), f"{where}: state {i}")
-        require_numbers(moments["step"], f"{where}: step {i}", like=torch.zeros(()))
-        for name in ("exp_avg", "exp_avg_sq"):
-            require_numbers(moments[name], f"{where}: {name} {i}", like=optimizer.parameters[i])
-        if moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
-            raise Damaged(f"{where}: state {i} is negative where only squares and counts stand")
-    require_whole(state["skipped"], f"{where}: skipped")
-    if require_float(state["scale"], f"{where}: scale") <= 0:
-        raise Damaged(f"{where}: scale must be above 0")
-    if state["micro_batch_size"] is not None:
-        require_whole(state["micro_batch_size"], f"{where}: micro_batch_size", least=1)
-    require_keys(schedule, ours["schedule"], f"{where}: schedule")
-    for name, value in ours["schedule"].items():
-        theirs = schedule[name]
-        if isinstance(value, list):
-            if not isinstance(theirs, list) or len(theirs) != len(value):
-                raise Damaged(f"{where}: schedule: {name} is {_kind(theirs)}")
-            for rate, here in zip(theirs, value, strict=True):
-                if isinstance(here, int | float):
-                    _require_number(rate, f"{where}: schedule: {name}", least=0.0)
-                elif rate not in (None, {}):  # of a schedule's functions, another one's too, there is nothing to save
-                    raise Damaged(f"{where}: schedule: {name} is {str(theirs)[:60]}, here {value}")
-        elif isinstance(value, bool) or isinstance(theirs, bool):
-            if theirs is not value:
-                raise Damaged(f"{where}: schedule: {name} is {theirs!r}, here {value!r}")
-        else:
-            _require_number(theirs, f"{where}: schedule: {name}", least=0, whole=isinstance(value, int))
-    if not all(rate > 0 for rate in schedule["base_lrs"]):
-        raise Damaged(f"{where}: schedule: base_lrs must be above 0")
+            raise Damaged(f"{file} holds {kind_of(entry)}, which no checkpoint does")
 
 
 # --- plain values
@@ -221,7 +150,7 @@ def require_optimizer(state: Any, optimizer: PlayerOptimizer, where: str) -> Non
 def require_keys(value: Any, expected: Any, where: str) -> None:
     """A dict with exactly these keys."""
     if not isinstance(value, dict):
-        raise Damaged(f"{where} is {_kind(value)}, where a mapping belongs")
+        raise Damaged(f"{where} is {kind_of(value)}, where a mapping belongs")
     missing = [name for name in expected if name not in value]
     surplus = [name for name in value if name not in expected]
     if missing or surplus:
@@ -229,7 +158,7 @@ def require_keys(value: Any, expected: Any, where: str) -> None:
         raise Damaged(f"{where} {what}")
 
 
-def _require_number(value: Any, where: str, *, least: float = -math.inf, whole: bool = False) -> None:
+def require_number(value: Any, where: str, *, least: float = -math.inf, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
     if type(value) not in kinds or not is_finite(value) or value < least:
         raise Damaged(
@@ -238,16 +167,16 @@ def _require_number(value: Any, where: str, *, least: float = -math.inf, whole: 
 
 
 def require_whole(value: Any, where: str, least: int = 0) -> int:
-    _require_number(value, where, least=least, whole=True)
+    require_number(value, where, least=least, whole=True)
     return int(value)
 
 
 def require_float(value: Any, where: str, least: float = -math.inf) -> float:
-    _require_number(value, where, least=least)
+    require_number(value, where, least=least)
     return float(value)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
@@ -290,7 +219,7 @@ def require_list(value: Any, where: str, check: Callable[[Any, str], object], le
     """A list, of `length` entries, each of which passes."""
     if not isinstance(value, list) or (length is not None and len(value) != length):
         wanted = "a list" if length is None else f"a list of {length}"
-        raise Damaged(f"{where} is {_kind(value)}, where {wanted} belongs")
+        raise Damaged(f"{where} is {kind_of(value)}, where {wanted} belongs")
     for i, entry in enumerate(value):
         check(entry, f"{where}, entry {i}")
 
@@ -303,4 +232,4 @@ def require_tensors_like(value: Any, like: Sequence[Tensor], where: str) -> None
 
 def float_or_none(value: Any, where: str) -> None:
     if value is not None and type(value) not in (int, float):
-        raise Damaged(f"{where} is {_kind(value)}, where a number or nothing belongs")
+        raise Damaged(f"{where} is {kind_of(value)}, where a number or nothing belongs")

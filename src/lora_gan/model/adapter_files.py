@@ -1,0 +1,89 @@
+"""Adapters as files: what stock PEFT opens, and what is accepted of such files. Used by `run.snapshot` and `export`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model_state_dict
+from torch import Tensor
+
+from ..storage import checkpoint
+from ..storage.durable import Damaged, Folder
+from . import composite
+from .players import ACCEPTED, Players
+
+SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
+
+
+def adapter_state(players: Players, player: str) -> dict[str, Tensor]:
+    """The player's LoRA weights by PEFT's names; they share memory with the parameters."""
+    return get_peft_model_state_dict(players.peft, adapter_name=player, save_embedding_layers=False)
+
+
+def adapter_content(players: Players, player: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter's config and weights as stock PEFT reads them; the weights share memory with the parameters."""
+    state = {name: tensor.detach() for name, tensor in adapter_state(players, player).items()}
+    config: Any = copy.deepcopy(players.peft.peft_config[player])
+    config.base_model_name_or_path = players.base.path
+    config.inference_mode = True
+    if player == "discriminator":
+        config.task_type = TaskType.SEQ_CLS
+        config.modules_to_save = ["classifier", "score"]
+        state[SCORE] = players.score_MH.detach().mean(0, keepdim=True)  # heads folded into the one that scores
+        if players.base.composite is not None:
+            state = composite.stock_tensors(state)
+            if not isinstance(config.target_modules, str):
+                config.target_modules = composite.targets_of_both(config.target_modules)
+    # A set's order would change with PYTHONHASHSEED.
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    return dict(sorted(values.items())), state
+
+
+def save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
+    """Adapter weights and config as stock PEFT reads them, into a folder."""
+    config, weights = adapter_content(players, player)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (
+        ("adapter_config.json", config),
+        (checkpoint.weights_name(weights_format), checkpoint.copied(weights)),
+    ):
+        (folder / name).write_bytes(checkpoint.serialized(name, value))
+
+
+def read_lora_config(folder: Folder) -> LoraConfig:
+    """The adapter a checkpoint holds, from what of its JSON is accepted; the base it names is never followed."""
+    theirs = _read_adapter_config(folder)
+    try:
+        return LoraConfig(**{name: theirs[name] for name in ACCEPTED if name in theirs})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder.path / 'adapter_config.json'} does not describe a LoRA adapter: {error}") from error
+
+
+def _read_adapter_config(folder: Folder) -> dict[str, Any]:
+    try:
+        return folder.read_json("adapter_config.json")
+    except Damaged as error:
+        raise Damaged(f"{folder.path} has no readable adapter_config.json: it is not an adapter ({error})") from error
+
+
+def require_same_scaling(folder: Folder, ours: LoraConfig) -> None:
+    """The settings that tensors do not show: an adapter under another alpha is another adapter."""
+    theirs, stock = _read_adapter_config(folder), LoraConfig()
+    for name in (
+        "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+        "alora_invocation_tokens", "use_bdlora",
+    ):  # fmt: skip
+        saved, here = theirs.get(name, getattr(stock, name)), getattr(ours, name)
+        if saved != here:
+            raise ValueError(
+                f"{folder.path} does not fit: it was saved with {name}={repr(saved)[:60]}, this adapter has {here!r}"
+            )
+
+
+def copy_weights(source: dict[str, Tensor], destination: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in destination.items():
+            tensor.copy_(source[name])

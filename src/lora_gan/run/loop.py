@@ -1,0 +1,169 @@
+"""The loop of fit(): steps, evaluations, checkpoints, and the ways in which a run ends. Used by `gan`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import data
+from ..data import Row
+from ..rewards import RewardUnavailable
+from ..state import State
+from ..storage import lock
+from .callbacks import Callback, Run
+from .ending import Ending
+from .interrupts import Interrupted, Interrupts
+from .recovery import WayBack
+from .saving import Saver
+
+#: Records that fit() returns at the most: they hold every response, and a long run's memory must not grow with it.
+RECORDS = 500
+
+Record = dict[str, Any]
+
+
+class Loop:
+    """One call of fit().
+
+    Args:
+        state: what the run carries; each step changes it.
+        rows: the training data.
+        held_out: rows of the evaluations; None: there are none.
+        steps: how many further steps.
+        step: takes one step on a batch of rows and returns its record.
+        evaluate: judges the generator on held-out rows.
+        on_step: called with every step's record.
+        callbacks: transformers' callbacks.
+        interrupts: what catches Ctrl-C and SIGTERM.
+        progress: whether anything is shown.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        rows: list[Row] | data.Stream,
+        held_out: list[Row] | None,
+        steps: int,
+        *,
+        step: Callable[[list[Row]], Record],
+        evaluate: Callable[[list[Row]], dict[str, Any]],
+        on_step: Callable[[Record], None] | None,
+        callbacks: Sequence[Callback],
+        interrupts: Interrupts,
+        progress: bool,
+    ) -> None:
+        self.state, self.config, self.budget = state, state.config, state.true_reward.budget
+        self._rows, self._held_out, self._last = rows, held_out, state.global_step + steps
+        self._step, self._evaluate, self._on_step = step, evaluate, on_step
+        self._interrupts = interrupts
+        self._signal = self.config.signal(self.config.adversarial)
+        self._records: deque[Record] = deque(maxlen=RECORDS)
+        self.budget.reserved = 0 if held_out is None or self.config.reward_budget_total is None else len(held_out)
+        self._folder = Path(self.config.output_dir)
+        self._run = Run(state, callbacks, rows, steps, evaluates=held_out is not None, progress=progress)
+        self._saver = Saver(state, self._folder, self._run.saved, beside=not callbacks)
+        self._way_back = WayBack(state, state.global_step, self._run.saved_steps)
+
+    @property
+    def ending(self) -> Ending | None:
+        """How the run ended; None where it has not."""
+        return self._run.ending
+
+    def run(self) -> list[Record]:
+        """Take the steps, and return the records of the last ones. `LoraGAN.fit` says what is raised."""
+        with lock.writing_alone(self._folder, self.state), self._run, self._saver:
+            try:
+                with self._interrupts.catching():
+                    self._take_steps()
+            except (Interrupted, ValueError, RewardUnavailable) as stop:
+                # A person, or a row or a reward that is not as it should be: the last step is whole.
+                saved = self._saver.finish(self._run.best_steps) if self._records else None
+                if not isinstance(stop, Interrupted):
+                    raise
+                raise self._interrupted(stop, saved) from None
+            if self._records:
+                self._saver.finish(self._run.best_steps)
+        return list(self._records)
+
+    def _take_steps(self) -> None:
+        state, run = self.state, self._run
+        if state.global_step < self._last and not state.global_step and self.config.eval_on_start:
+            self._judge()
+            self._interrupts.check()
+        while state.global_step < self._last:
+            run.begin_step()
+            batch = data.take(self._rows, self.config.prompts_per_step, seed=self.config.seed, position=state.position)
+            record = self._step_or_way_back(batch)
+            if record is None:
+                continue
+            state.position += len(batch)  # after the step: one that raised takes its rows again
+            self._records.append(record)
+            run.end_step(record, batch)
+            if self._on_step is not None:
+                self._on_step(record)
+            run.stops(self._reason_to_stop(record))
+            if run.control.should_evaluate:
+                self._judge()
+                run.stops(self._reason_to_stop(record))  # the evaluation may have spent the budget
+            due = run.control.should_save  # before looking: on_save of an earlier one takes it back
+            if self._saver.look() or due:
+                self._saver.save(keep=run.best_steps)
+            if run.control.should_training_stop:
+                break
+            self._interrupts.check()
+        if run.ending is None:
+            run.ends()
+
+    def _step_or_way_back(self, batch: list[Row]) -> Record | None:
+        """The step's record; None where its numbers are not finite and the run has gone back to a checkpoint."""
+        coming = self.state.global_step + 1
+        try:
+            return self._step(batch)
+        except FloatingPointError as failure:
+            if self.config.on_nonfinite == "stop":
+                raise
+            self._saver.settle()
+            self._way_back.go_back(failure, coming)
+            self._run.went_back()
+            while self._records and self._records[-1]["step"] > self.state.global_step:
+                self._records.pop()
+            self._saver.last = None  # what stands under a later step's name is of steps that come again
+            return None
+
+    def _judge(self) -> None:
+        """Evaluate the generator as it stands, if there are held-out rows and the budget allows it."""
+        if self._held_out is None:
+            return
+        is_last, needed = self._run.control.should_training_stop, len(self._held_out)
+        left = self.budget.left("evaluation")
+        if left is not None and left - (0 if is_last else self.budget.reserved) < needed:
+            self._run.evaluation_left_out(
+                f"the evaluation is left out: it needs {needed:,} calls of the true reward, and reward_budget_total "
+                f"leaves {left:,}"
+                + ("" if is_last else f", of which {self.budget.reserved:,} are for the evaluation at the end")
+            )
+            return
+        with self._interrupts.harmless():  # it changes nothing, and may ask a person
+            judged = self._evaluate(self._held_out)
+        self._run.evaluated(judged)
+
+    def _reason_to_stop(self, record: Mapping[str, Any]) -> str | None:
+        """Why fit() ends after this step although steps are left; None where it goes on."""
+        if self.state.true_reward.is_over(self._signal):
+            return self.state.true_reward.why_over(self._signal)
+        if record["alarms"] and self.config.on_exploit == "stop":
+            return f"alarm, and on_exploit is 'stop': {'; '.join(record['alarms'])}"
+        return None
+
+    def _interrupted(self, stop: Interrupted, saved: Path | None) -> BaseException:
+        """What fit() raises after a signal; its text says what is saved and what was left out."""
+        step, why = self.state.global_step, str(stop) or f"stopped by {stop.cause}"
+        left_out = self._held_out is not None and not self._run.is_evaluated
+        self._run.ends(why + ("; the final evaluation was left out" if left_out else ""))
+        why += f" after {step} of {self._last} steps"
+        why += ", without the final evaluation" if left_out else ""
+        if saved is None:
+            return stop.ending(f"{why}: no step was done, so there is nothing new to save")
+        return stop.ending(f"{why}: step {step} is saved in {saved}")

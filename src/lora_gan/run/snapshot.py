@@ -1,0 +1,302 @@
+"""A run's state as the files of a checkpoint, and back: everything is read and checked before anything changes.
+
+`untrusted` checks what the files may hold; `storage.checkpoint` says where they stand. Used by `gan` and `saving`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import Config
+from ..model import composite, gguf_files, named_bases
+from ..model.adapter_files import (
+    SCORE,
+    adapter_content,
+    adapter_state,
+    copy_weights,
+    read_lora_config,
+    require_same_scaling,
+)
+from ..model.base import load_base
+from ..model.base_checks import UNLIMITED
+from ..state import State
+from ..storage import checkpoint, untrusted
+from ..storage.checkpoint import BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference, weights_name
+from ..storage.durable import MANIFEST, Damaged, Folder
+from . import saved_optimizer, trainer_state
+
+#: Tokens that a text in replay is taken to have at most, on a base that names no limit. It bounds the size of a file,
+#: not one text: a group stores its prompt once, so a prompt may be several times as long.
+LONGEST_TEXT = 2**17
+
+
+def take(state: State, *, by_hand: bool = False) -> Content:
+    """Copies of all that a checkpoint holds: training may go on while they are written.
+
+    Args:
+        state: whose checkpoint.
+        by_hand: whether `save_checkpoint()` was called: save_total_limit then never deletes it.
+    """
+    content: Content = {}
+    for player, carries in zip(PLAYERS, (state.generator, state.discriminator), strict=True):
+        with state.discriminator.scoring():
+            config, weights = adapter_content(state.players, player)
+        content[f"{player}/adapter_config.json"] = config
+        content[f"{player}/{weights_name(state.config.weights_format)}"] = weights
+        content[f"{player}/optimizer.pt"] = carries.optimizer.state_dict()
+    if state.players.has_reference:
+        config, weights = adapter_content(state.players, REFERENCE)
+        content[f"{REFERENCE}/adapter_config.json"] = config
+        content[f"{REFERENCE}/{weights_name(state.config.weights_format)}"] = weights
+    content["discriminator/state.pt"] = state.discriminator.state_dict()
+    content["generator/monitor.pt"] = state.monitor.state_dict()
+    content[STATE] = trainer_state.content(state) | {"saved_by": BY_HAND if by_hand else "fit"}
+    return copied(content)
+
+
+def restore(state: State, path: Path) -> None:
+    """Continue exactly: everything is read and checked before anything in memory changes."""
+    folder, base = Folder(path, manifest=True), state.players.base
+    saved = trainer_state.read(folder)
+    if saved["base"]["fingerprint"] != base.fingerprint:
+        theirs = f"{saved['base'].get('name') or 'in memory'!r} ({saved['base'].get('architecture', 'unknown')})"
+        raise ValueError(
+            f"{path} was made on the base {theirs[:200]}, whose weights are not those of {base.name or 'in memory'!r} "
+            f"({type(base.model).__name__}): give that base, in the same revision and quantized alike"
+        )
+    put_generator = _read_generator(state, folder.part("generator"))
+    put_discriminator = _read_discriminator(state, folder.part("discriminator"))
+    put_reference = _read_reference(state, folder)
+    monitor = _read_monitor(state, folder.part("generator"))
+    put_generator()
+    put_discriminator()
+    put_reference()
+    state.init_adapter = saved["init_adapter"]
+    state.monitor.load_state_dict(monitor)
+    state.global_step, state.position = saved["global_step"], saved["position"]
+    state.true_reward.budget.counts["training"] = saved["reward_calls"]
+    state.true_reward.budget.load_state_dict(saved["other_calls"])
+    state.prompt_kinds = set(saved["prompt_kinds"])
+    state.generator.beta_scale = saved["beta_scale"]
+    state.generator.baseline.total = saved["baseline"]["total"]
+    state.generator.baseline.weight = saved["baseline"]["weight"]
+    state.true_reward.scales.load_state_dict(saved["reward_scales"])
+    state.health.load_state_dict(saved["health"])
+    _warn_of_another_machine(state, saved)
+
+
+def _warn_of_another_machine(state: State, saved: Mapping[str, Any]) -> None:
+    now = trainer_state.machine(state.players) | trainer_state.versions()
+    then = saved["machine"] | saved["versions"]
+    changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
+    if changed:
+        warnings.warn(
+            f"the run goes on, but not equal to the bit to one that was never interrupted: {'; '.join(changed)}",
+            stacklevel=4,
+        )
+
+
+def _read_generator(state: State, folder: Folder) -> Callable[[], None]:
+    """Read and check a generator's folder; the function returned puts it in place."""
+    require_same_scaling(folder, state.players.peft.peft_config["generator"])
+    weights = untrusted.read_weights(folder, adapter_state(state.players, "generator"))
+    optimizer = saved_optimizer.read(folder, state.generator.optimizer)
+
+    def put() -> None:
+        copy_weights(weights, adapter_state(state.players, "generator"))
+        state.generator.optimizer.restart(optimizer)
+
+    return put
+
+
+def _read_reference(state: State, folder: Folder) -> Callable[[], None]:
+    """The same for the adapter that the KL is measured to. A checkpoint without one leaves the reference as it is."""
+    there = has_reference(folder)
+    if not state.players.has_reference:
+        if there and state.config.kl_reference is None:
+            raise ValueError(
+                f"the KL of the run in {folder.path.parent} is measured to an adapter, {REFERENCE}/ in each "
+                "checkpoint: open it by LoraGAN.from_checkpoint(), give init_adapter=FOLDER as before, or set "
+                "kl_reference='base' to measure it to the base from now on"
+            )
+        return lambda: None
+    if not there:
+        return lambda: None
+    part = folder.part(REFERENCE)
+    require_same_scaling(part, state.players.peft.peft_config[REFERENCE])
+    weights = untrusted.read_weights(part, adapter_state(state.players, REFERENCE))
+    return lambda: copy_weights(weights, adapter_state(state.players, REFERENCE))
+
+
+def _read_monitor(state: State, folder: Folder) -> dict[str, Any]:
+    parameters, file = state.players.parameters("generator"), "monitor.pt"
+    limit = untrusted.room_for(parameters, times=4)
+    saved, where = untrusted.read_tensors(folder, file, limit=limit), str(folder.path / file)
+    untrusted.require_keys(saved, state.monitor.state_dict(), where)
+
+    def floats(length: int) -> Callable[[Any, str], None]:
+        return lambda value, inside: untrusted.require_list(value, inside, untrusted.float_or_none, length)
+
+    untrusted.require_list(saved["window"], f"{where}: window", floats(5))
+    for name, length in (("first", 2), ("best", 3)):
+        if saved[name] is not None:
+            floats(length)(saved[name], f"{where}: {name}")
+    if any(not isinstance(words, str) for words in saved["told"]):
+        raise Damaged(f"{where}: told holds something else than texts")
+    if saved["kept"] is not None:
+        untrusted.require_keys(saved["kept"], ("weights", "optimizer"), f"{where}: kept")
+        untrusted.require_tensors_like(saved["kept"]["weights"], parameters, f"{where}: kept: weights")
+        saved_optimizer.require(saved["kept"]["optimizer"], state.generator.optimizer, f"{where}: kept: optimizer")
+    return saved
+
+
+def _read_discriminator(state: State, folder: Folder) -> Callable[[], None]:
+    """The same for a discriminator's; one without state.pt gives all heads the one that scores, and no replay."""
+    heads_MH = state.players.heads_MH
+    require_same_scaling(folder, state.players.peft.peft_config["discriminator"])
+    expected = {**adapter_state(state.players, "discriminator"), SCORE: heads_MH[:1]}
+    weights = untrusted.read_weights(folder, expected, called=composite.plain_name)
+    score_1H = weights.pop(SCORE)
+    saved = _read_discriminator_state(state, folder) if folder.has("state.pt") else None
+    optimizer = saved_optimizer.read(folder, state.discriminator.optimizer) if saved else None
+
+    def put() -> None:
+        copy_weights(weights, adapter_state(state.players, "discriminator"))
+        state.discriminator.optimizer.restart(optimizer)
+        if saved is not None:
+            state.discriminator.load_state_dict(saved)
+        else:
+            state.discriminator.restart(score_1H)
+
+    return put
+
+
+def _read_discriminator_state(state: State, folder: Folder) -> dict[str, Any]:
+    parameters, heads_MH = state.players.parameters("discriminator"), state.players.heads_MH
+    base, config = state.players.base, state.config
+    tokens = base.context if base.context < UNLIMITED else LONGEST_TEXT
+    replay = config.disc_replay_groups * (config.num_generations + 2) * tokens * 8  # bytes, at the most
+    saved = untrusted.read_tensors(folder, "state.pt", limit=untrusted.room_for(parameters, times=3) + replay)
+    where = str(folder.path / "state.pt")
+    untrusted.require_keys(saved, state.discriminator.state_dict(), where)
+    if isinstance(saved["heads_MH"], Tensor) and saved["heads_MH"].shape[1:] == heads_MH.shape[1:]:
+        theirs, ours = len(saved["heads_MH"]), len(heads_MH)
+        if theirs != ours:
+            raise ValueError(f"{folder.path} has {theirs} heads, this discriminator {ours}: set disc_heads to match")
+    untrusted.require_numbers(saved["heads_MH"], f"{where}: heads_MH", like=heads_MH)
+    if untrusted.require_float(saved["reward_unit"], f"{where}: reward_unit") <= 0:
+        raise Damaged(f"{where}: reward_unit must be above 0")
+    if not isinstance(saved["knows_unit"], bool):
+        raise Damaged(f"{where}: knows_unit must be True or False")
+    vocabulary = state.players.lm.get_input_embeddings().weight.shape[0]
+    untrusted.require_replay(saved["replay"], vocabulary, len(heads_MH), f"{where}: replay")
+    untrusted.require_tensors_like(saved["raw"], parameters[:-1], f"{where}: raw")
+    if saved["average"] is not None:
+        untrusted.require_tensors_like(saved["average"], parameters, f"{where}: average")
+    untrusted.require_list(saved["correlation"], f"{where}: correlation", untrusted.require_float, 2)
+    return saved
+
+
+def load_generator(state: State, path: Path) -> None:
+    _read_generator(state, _player_folder(path, "generator"))()
+    state.prompt_kinds = _prompt_kinds_beside(path) or state.prompt_kinds
+
+
+def load_discriminator(state: State, path: Path) -> None:
+    _read_discriminator(state, _player_folder(path, "discriminator"))()
+
+
+def _prompt_kinds_beside(path: Path) -> set[str]:
+    """Kinds of the prompts that a saved generator was trained on; empty where no readable checkpoint says so."""
+    whole = path if (path / STATE).is_file() else path.parent
+    try:
+        return set(trainer_state.read(Folder(whole, manifest=True))["prompt_kinds"])
+    except Damaged:
+        return set()
+
+
+def _player_folder(path: Path, player: str) -> Folder:
+    """A player's folder, named itself or by its checkpoint, whose manifest then holds; another tool's has none."""
+    if (path / MANIFEST).exists():
+        return Folder(path, manifest=True).part(player)
+    if path.name == player and (path.parent / MANIFEST).exists():
+        return Folder(path.parent, manifest=True).part(player)
+    return Folder(path / player if (path / player).is_dir() else path, manifest=False)
+
+
+def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """What a LoraGAN is made with so that a checkpoint fits into it.
+
+    Args:
+        path: a step's folder, or a run's, whose newest complete step is taken.
+        model: the base; None: the one that the checkpoint names, if it is on this machine.
+        given: arguments and settings that override those of the checkpoint.
+
+    Returns:
+        The step's folder, and the arguments of LoraGAN.
+    """
+    arguments, why = dict(given), checkpoint.fault(path)
+    if why is not None and (path / MANIFEST).exists():  # one step's folder, and not a run's
+        raise Damaged(f"{path} is no complete checkpoint: {why}")
+    step_folder = path if why is None else checkpoint.find(path, None)
+    saved = trainer_state.read(Folder(step_folder, manifest=True))
+    settings = _harmless(saved["config"])
+    # Where the run's folder was moved, it goes on there, unless told otherwise.
+    settings["output_dir"] = str(step_folder.parent)
+    known = set(Config.__dataclass_fields__)
+    settings |= {name: arguments.pop(name) for name in list(arguments) if name in known}
+    generator = trainer_state.generator_arguments(step_folder, settings.get("kl_reference"))
+    if not arguments.keys() & {"peft_config", "init_adapter"}:
+        arguments |= generator
+    if "discriminator" in saved["by_peft_config"]:
+        theirs = Folder(step_folder, manifest=True).part("discriminator")
+        arguments.setdefault("disc_peft_config", read_lora_config(theirs))
+    if isinstance(model, PreTrainedModel):
+        settings["model_init_kwargs"] = None  # it is loaded
+    if model is None:
+        # What says how to load the base is used up here; the tokenizer is part of it.
+        how = {name: arguments.pop(name, None) for name in ("processing_class", "quantization_config")}
+        model = _recorded_base(saved["base"], Config.from_dict(settings), **how)
+    return step_folder, {"model": model, "config": Config.from_dict(settings), **arguments}
+
+
+def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings, without what would let a stranger's checkpoint run code when its base is loaded."""
+    theirs = settings.get("model_init_kwargs")
+    kept = {
+        key: value
+        for key, value in (theirs if isinstance(theirs, dict) else {}).items()
+        if key in ("revision", "subfolder", "variant")
+        or (key == "attn_implementation" and value in ("eager", "sdpa", "flash_attention_2"))
+    }
+    return settings | {"trust_remote_code": False, "model_init_kwargs": kept or None}
+
+
+def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class: Any, quantization_config: Any) -> Any:
+    """The base a checkpoint names, only if it is on this machine: a stranger's path fetches nothing."""
+    name, path = recorded["name"], recorded["path"]
+    try:
+        base = load_base(
+            name if name in named_bases.NAMES else path,
+            processing_class,
+            config,
+            quantization_config=quantization_config,
+            local_files_only=True,
+        )
+        # Later checkpoints name the GGUF file too, not the folder in the cache.
+        return replace(base, name=name) if name and gguf_files.is_converted(path) else base
+    except ValueError as error:
+        which = "to say which to use"
+        if gguf_files.is_converted(path):
+            which = "with the GGUF file that it was converted from, as model='FILE.gguf'"
+        raise ValueError(
+            f"the checkpoint was made on the base {name or 'in memory'!r}, which could not be opened from this machine "
+            f"alone, and nothing is fetched because a checkpoint names it: pass model= {which} ({error})"
+        ) from error

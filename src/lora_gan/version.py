@@ -1,0 +1,8 @@
+"""The version of the installed package."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("lora-gan")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
