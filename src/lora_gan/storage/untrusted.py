@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ..config import is_finite
+from ..settings import is_finite
 from ..training.optimizer import PlayerOptimizer
 from .durable import Damaged, Folder
 
