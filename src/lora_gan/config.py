@@ -19,20 +19,8 @@ from .settings import Group, Mark, accepted, fits
 from .wording import shown
 
 RewardSignal = Literal["true", "predicted", "corrected"]
-GradientPath = Literal["policy_gradient", "straight_through"]
 QueryDesign = Literal["uniform", "groups", "uncertain"]
-AfterBudget = Literal["predicted", "stop"]
-DiscObjective = Literal["regression", "real_vs_generated"]
-ReplayPolicy = Literal["fifo", "reservoir"]
-OnRewardError = Literal["raise", "skip"]
-OnExploit = Literal["warn", "stop", "rollback"]
-OnNonfinite = Literal["stop", "rollback"]
-OnLongPrompt = Literal["raise", "drop", "truncate_left"]
-WeightsFormat = Literal["bin", "safetensors"]
-KLReference = Literal["base", "init_adapter"]
-Aggregation = Literal["sum", "normalize_then_sum"]  # the latter is TRL's name
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ class Config:
     save_best: Annotated[bool, Group.RUN, Mark.SILENT] = False
     """Whether to save each evaluation that is the best so far by metric_for_best_model, and to keep the best
     checkpoint beside the newest ones."""
-    weights_format: Annotated[WeightsFormat, Group.RUN, Mark.SILENT, Mark.UNLISTED] = "bin"
+    weights_format: Annotated[Literal["bin", "safetensors"], Group.RUN, Mark.SILENT, Mark.UNLISTED] = "bin"
     """Write adapter_model.bin or adapter_model.safetensors. Stock PEFT reads both."""
 
     logging_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 1
@@ -90,7 +78,7 @@ class Config:
     project: Annotated[str, Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "lora-gan"
     """The project's name in trackers that have projects."""
 
-    dtype: Annotated[Precision, Group.BASE, Mark.SILENT] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Group.BASE, Mark.SILENT] = "auto"
     """Data type of the frozen base. auto: bfloat16 on a GPU that supports it, else float32."""
     device: Annotated[str, Group.BASE, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "auto"
     """"cpu", "cuda" or "cuda:1". auto: the GPU if there is one, else the CPU."""
@@ -118,7 +106,7 @@ class Config:
     skip_special_tokens: Annotated[bool, Group.DATA] = True
     """Whether special tokens, such as a <think> that the tokenizer counts as special, are removed from the text of a
     response before rewards see it. The token that ends the response is always removed."""
-    on_long_prompt: Annotated[OnLongPrompt, Group.DATA] = "raise"
+    on_long_prompt: Annotated[Literal["raise", "drop", "truncate_left"], Group.DATA] = "raise"
     """When a prompt leaves no room for max_completion_length tokens in the base's context: raise an error before the
     first step, drop the row, or cut the prompt's beginning (truncate_left)."""
 
@@ -155,7 +143,7 @@ class Config:
     """Where num_iterations is above 1: a token's probability ratio is clipped to 1 ± epsilon."""
     beta: Annotated[float, Group.GENERATOR, Ge(0), Unit("reward units per nat"), Mark.FIRST] = 0.03
     """Weight of the KL to the reference. The KL is summed over a response."""
-    kl_reference: Annotated[KLReference | None, Group.GENERATOR] = None
+    kl_reference: Annotated[Literal["base", "init_adapter"] | None, Group.GENERATOR] = None
     """Reference of the KL: the base with all adapters off (base), or the adapter that the generator starts from
     (init_adapter), a copy of which is then kept and saved in each checkpoint. None: init_adapter if one is given, else
     base."""
@@ -189,9 +177,9 @@ class Config:
     reward_budget_total: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls")] = None
     """Most true-reward calls of the whole run, with evaluations and retries. None: no limit. Training leaves enough for
     the evaluation at the end; other evaluations are left out when too few calls are left."""
-    after_budget: Annotated[AfterBudget, Group.REWARD] = "predicted"
+    after_budget: Annotated[Literal["predicted", "stop"], Group.REWARD] = "predicted"
     """When the budget is spent: continue with the predicted reward alone, or stop (fit() ends, step() raises)."""
-    gradient_path: Annotated[GradientPath, Group.REWARD] = "policy_gradient"
+    gradient_path: Annotated[Literal["policy_gradient", "straight_through"], Group.REWARD] = "policy_gradient"
     """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
     straight_through_weight: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of the predicted reward")] = 1.0
     """Where gradient_path is straight_through: the share that takes this path; the rest takes the policy gradient."""
@@ -204,12 +192,12 @@ class Config:
     reward_workers: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls at once"), Mark.SILENT] = None
     """Calls of a reward f(response, target) at once, in threads; an async one is awaited. The numbers are the same.
     None: 1, and 16 for an `async def` reward."""
-    on_reward_error: Annotated[OnRewardError, Group.REWARD] = "raise"
+    on_reward_error: Annotated[Literal["raise", "skip"], Group.REWARD] = "raise"
     """When the last try has failed: end the run, saved (raise), or learn nothing from the true reward of this response
     in this step (skip). skip assumes that failures do not depend on the response; otherwise it biases the learning."""
     reuse_answers: Annotated[bool, Group.REWARD, Mark.SILENT] = False
     """Whether a run that broke off takes answers from answers.jsonl although the reward's source has changed since."""
-    multi_objective_aggregation: Annotated[Aggregation, Group.REWARD] = "sum"
+    multi_objective_aggregation: Annotated[Literal["sum", "normalize_then_sum"], Group.REWARD] = "sum"
     """Several rewards: sum (weighted, as they are), or normalize_then_sum (each in units of its own spread first)."""
 
     disc_learning_rate: Annotated[float, Group.DISCRIMINATOR, Gt(0), Unit("per update")] = 5e-4
@@ -234,12 +222,12 @@ class Config:
     """Weight of the group's mean in the regression, relative to 1 for differences within the group."""
     disc_rank_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.5
     """Weight of the ranking loss within the group, relative to 1 for the regression."""
-    disc_objective: Annotated[DiscObjective, Group.DISCRIMINATOR] = "regression"
+    disc_objective: Annotated[Literal["regression", "real_vs_generated"], Group.DISCRIMINATOR] = "regression"
     """regression: learns the true reward. real_vs_generated: learns to tell target texts from responses, and asks for
     no true reward."""
     disc_average: Annotated[float, Group.DISCRIMINATOR, Ge(0), Lt(1), Unit("decay per update")] = 0.0
     """Decay of a moving average of the discriminator's weights, which then scores. 0: the weights themselves score."""
-    disc_replay_policy: Annotated[ReplayPolicy, Group.DISCRIMINATOR] = "fifo"
+    disc_replay_policy: Annotated[Literal["fifo", "reservoir"], Group.DISCRIMINATOR] = "fifo"
     """Which groups replay keeps: the last ones (fifo), or an even sample of all (reservoir)."""
     disc_anchor_reward: Annotated[float | None, Group.DISCRIMINATOR, Unit("reward units")] = None
     """The true reward of a target text, if it is known (1 for the default reward). The target is then one more answer
@@ -250,7 +238,7 @@ class Config:
     gate_correlation: Annotated[float, Group.GUARD, Ge(0), Lt(1), Unit("rank correlation")] = 0.0
     """Predictions get full weight at or above this fresh rank correlation within groups, proportional weight below it,
     none at 0 or less. 0: no gate. The gate saved some runs from exploitation and stalled others (docs/learning/)."""
-    on_exploit: Annotated[OnExploit, Group.GUARD] = "warn"
+    on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
     """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator
     to the step where the true reward was best (rollback)."""
     monitor_window: Annotated[int, Group.GUARD, Ge(1), Unit("steps")] = 10
@@ -258,7 +246,7 @@ class Config:
     max_skipped_updates: Annotated[int, Group.GUARD, Ge(1), Unit("updates")] = 10
     """Updates in a row, of either player, that are skipped because a loss or gradient is not finite, before
     on_nonfinite acts."""
-    on_nonfinite: Annotated[OnNonfinite, Group.GUARD] = "stop"
+    on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
     """After max_skipped_updates: stop, or return to the newest checkpoint of a healthy run and continue with both
     learning rates halved (rollback; fit() only, step() raises)."""
 
@@ -271,7 +259,7 @@ class Config:
         self._require_consistent()
 
     def _unify_forms(self) -> None:
-        """One form for what may be given in several: paths are texts, lists (of YAML and JSON) are tuples."""
+        """One form for what may be given in several: paths become texts, lists of YAML tuples, 0 and 1 flags."""
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         if isinstance(self.report_to, str) and "," in self.report_to:
@@ -280,6 +268,8 @@ class Config:
             value = getattr(self, field.name)
             if isinstance(value, list) and fits(field.type, tuple(value)):
                 object.__setattr__(self, field.name, tuple(value))
+            if isinstance(value, int | float) and value in (0, 1) and fits(field.type, bool(value)):
+                object.__setattr__(self, field.name, bool(value))
 
     def _require_consistent(self) -> None:
         """The rules that concern several settings; those of the reward signal stand in `signal`."""

@@ -193,7 +193,7 @@ def _add_train_options(parser: Parser, function: Callable[..., Any]) -> None:
         kind = plain_type(field)
         facts = ["type: %(type)s", *bounds(field), *(f"unit: {unit}" for unit in units(field)), "default: %(default)s"]
         # Choices as the metavar would make lines of more than 80 columns.
-        metavar = {"metavar": field.name.upper()} if get_origin(kind) is Literal else {}
+        metavar: dict[str, Any] = {"metavar": field.name.upper()} if get_origin(kind) is Literal else {}
         text = f"{described[field.name]} ({', '.join(facts)})"
         place.add_argument(f"--{field.name}", type=kind, default=field.default, help=text, **metavar)
 
