@@ -30,7 +30,6 @@ LONG = {
     "cli.commands.evaluate",
     "cli.commands.train",
     "cli.demo_chat.run",
-    "config.__post_init__",
     "data.read_rows",
     "export.card._loading",
     "export.exporting.export",

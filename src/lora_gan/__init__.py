@@ -3,18 +3,23 @@
 from typing import TYPE_CHECKING, Any
 
 from .config import Config
-from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .gan import LoraGAN
+
+    __version__: str
 
 __all__ = ["Config", "LoraGAN"]
 
 
 def __getattr__(name: str) -> Any:
-    """LoraGAN brings torch along, which takes seconds: `lora-gan --help` must not wait for it."""
+    """What is slow to import: LoraGAN needs torch, which takes seconds, and `lora-gan --help` must not wait for it."""
     if name == "LoraGAN":
         from .gan import LoraGAN
 
         return LoraGAN
+    if name == "__version__":
+        from .version import __version__
+
+        return __version__
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

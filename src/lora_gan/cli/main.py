@@ -1,7 +1,7 @@
 """The command line: what its commands accept, and how wrong input is answered. What they do stands in `commands`.
 
-Parsing is jsonargparse's work: options and their help are the parameters and docstrings of the functions in `commands`,
-and every setting of `Config` is an option of `train` under its own name. A YAML file given by --config says the same as
+jsonargparse parses: options and their help are the parameters and docstrings of the functions in `commands`, and every
+setting of `Config` is an option of `train` under its own name. A YAML file given by --config says the same as
 `name: value`, and what stands on the command line after it wins. Nothing heavy is imported before a command runs:
 `--help` answers at once.
 """
@@ -14,15 +14,17 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_origin
 
 import docstring_parser
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..config import Config
 from ..run.interrupts import Terminated
 from ..run.resuming import in_moved_folder
+from ..settings import Group, Mark, bounds, group, markers, plain_type, units
 from ..version import __version__
 from . import commands
 from .notices import one_line_each
@@ -37,7 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": commands.evaluate,
     "export": commands.export,
 }
-
+USAGE = {"fetch": "NAME", "train": "--model MODEL --data DATA [OPTION VALUE ...]"}
 
 UNKNOWN = re.compile(
     r"option '(?:\w+\.)?([\w-]+)' is not accepted|does not accept option '([\w-]+)'|unrecognized arguments: -+([\w-]+)",
@@ -153,7 +155,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
         prog="lora-gan",
         description="Train a language model against any reward: two LoRA adapters on one frozen base.",
@@ -165,7 +166,7 @@ def _parser() -> Parser:
     for name, function in COMMANDS.items():
         summary, _, more = (function.__doc__ or "").partition("\n")
         one = Parser(
-            usage=f"lora-gan {name} {'NAME' if name == 'fetch' else '[OPTION VALUE ...]'}",
+            usage=f"lora-gan {name} {USAGE.get(name, '[OPTION VALUE ...]')}",
             description=summary + more.partition("Args:")[0].rstrip(),
             allow_abbrev=False,
         )
@@ -173,21 +174,37 @@ def _parser() -> Parser:
             one.add_argument(
                 "--config", action=ConfigFile, help="YAML file of options; what follows it on the line wins"
             )
-        _add_options(one, function, as_positional=name == "fetch")
-        if name == "train":
-            one.add_class_arguments(Config)
+            _add_train_options(one, function)
+        else:
+            _add_options(one, function, as_positional=name == "fetch")
         Parser.options |= {option.lstrip("-") for action in one._actions for option in action.option_strings}
         commands.add_subcommand(name, one, help=summary.rstrip("."))
     return parser
 
 
-def _add_options(parser: Parser, function: Callable[..., Any], *, as_positional: bool) -> None:
-    """The function's parameters; the true-or-false ones as flags that take no value."""
+def _add_train_options(parser: Parser, function: Callable[..., Any]) -> None:
+    """The ten settings that matter most, the function's parameters, and the other settings by group."""
+    first = parser.add_argument_group("the settings that matter most")
+    _add_options(parser.add_argument_group("the model, the data and the reward"), function)
+    groups = {one: parser.add_argument_group(one.value) for one in Group}
+    described = {p.arg_name: p.description for p in docstring_parser.parse_from_object(Config).params}
+    for field in fields(Config):
+        place = first if Mark.FIRST in markers(field) else groups[group(field)]
+        kind = plain_type(field)
+        facts = ["type: %(type)s", *bounds(field), *(f"unit: {unit}" for unit in units(field)), "default: %(default)s"]
+        # Choices as the metavar would make lines of more than 80 columns.
+        metavar: dict[str, Any] = {"metavar": field.name.upper()} if get_origin(kind) is Literal else {}
+        text = f"{described[field.name]} ({', '.join(facts)})"
+        place.add_argument(f"--{field.name}", type=kind, default=field.default, help=text, **metavar)
+
+
+def _add_options(container: Any, function: Callable[..., Any], *, as_positional: bool = False) -> None:
+    """The function's parameters, to a parser or a group; the true-or-false ones as flags that take no value."""
     flags = [name for name, hint in function.__annotations__.items() if hint in (bool, "bool")]
-    parser.add_function_arguments(function, as_group=False, as_positional=as_positional, skip={*flags, "config"})
+    container.add_function_arguments(function, as_group=False, as_positional=as_positional, skip={*flags, "config"})
     described = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for flag in flags:
-        parser.add_argument(f"--{flag}", action="store_true", help=described[flag])
+        container.add_argument(f"--{flag}", action="store_true", help=described[flag])
 
 
 if __name__ == "__main__":

@@ -26,19 +26,13 @@ from ..model.encoding import Encoder
 from ..model.endings import ids_of
 from ..run import evaluation
 from ..run.options import kept_options
+from ..settings import Mark, marked
 from ..storage.json_lines import read_lines
 from ..version import __version__
 
 if TYPE_CHECKING:
     from ..gan import LoraGAN
 
-# Settings that say nothing of the weights, or may hold a token; and those that `peft_config=` may have overruled.
-NOT_SHOWN = (
-    "output_dir", "weights_format", "save_steps", "save_total_limit", "logging_steps", "log_completions",
-    "log_completions_steps", "completions_steps", "num_completions_to_print", "report_to", "run_name", "project",
-    "device", "model_init_kwargs",
-    "lora_r", "lora_alpha", "target_modules", "disc_lora_r", "disc_lora_alpha", "disc_target_modules",
-)  # fmt: skip
 COUNTS = ("step", "seconds")  # told elsewhere in the card, or of no interest in it; so are all counts of reward calls
 
 
@@ -480,7 +474,8 @@ def _limits(run: Run, part: str) -> str:
 
 
 def _settings(config: Config) -> str:
-    kept = {name: value for name, value in config.to_dict().items() if name not in NOT_SHOWN}
+    unlisted = marked(config, Mark.UNLISTED)
+    kept = {name: value for name, value in config.to_dict().items() if name not in unlisted}
     return json.dumps(kept, indent=2, ensure_ascii=False)
 
 

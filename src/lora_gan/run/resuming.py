@@ -13,19 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import Config
+from ..settings import Mark, marked
 from .options import SETTINGS_FILE, kept_options
 
 DATA_FILE = "data.json"
-
-#: Settings that change neither what is learned nor what is asked for.
-SILENT = {
-    "output_dir", "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "save_best", "weights_format",
-    "logging_steps", "eval_steps", "eval_on_start", "metric_for_best_model", "greater_is_better", "log_completions",
-    "completions_steps", "log_completions_steps", "num_completions_to_print", "report_to", "run_name", "project",
-    "device", "dtype", "micro_batch_size", "gradient_checkpointing", "model_init_kwargs", "trust_remote_code",
-    "prompt_column", "target_column", "reward_timeout", "reward_retries", "reward_backoff", "reward_workers",
-    "reuse_answers",
-}  # fmt: skip
 
 
 def in_moved_folder(values: Mapping[str, Any], file: Path, *, folder_is_given: bool) -> tuple[dict[str, Any], str]:
@@ -68,10 +60,11 @@ def moved_paths(value: Any, old: str, new: Path) -> Any:
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[str]:
     """A line per setting that changes what is learned and differs, both given as `Config.to_dict()` gives them."""
+    silent = marked(Config, Mark.SILENT)
     return [
         f"{name} is another one than before: {_shown(before[name])} up to step {step}, {_shown(value)} from now on."
         for name, value in now.items()
-        if name in before and name not in SILENT and before[name] != value
+        if name in before and name not in silent and before[name] != value
     ]
 
 

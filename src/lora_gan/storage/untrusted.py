@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ..config import is_finite
+from ..settings import is_finite
 from .durable import Damaged, Folder
 
 #: Bytes that a file of tensors may have beside the tensors: names, headers, padding.
