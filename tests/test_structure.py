@@ -20,8 +20,6 @@ LINES = 60  # of a function, its docstring included
 
 #: Imports that point the wrong way, {module: modules}.
 UPWARDS = {
-    "export.card": {"gan"},
-    "export.exporting": {"gan"},
     "rewards.perplexity": {"gan", "model.sampling", "training.losses"},
     "rewards.model": {"model.base_checks"},
     "run.callbacks": {"gan"},
@@ -41,8 +39,6 @@ LONG = {
     "cli.demo_chat.run",
     "config.__post_init__",
     "data.read_rows",
-    "export.card._loading",
-    "export.exporting.export",
     "gan.__init__",
     "gan._step",
     "gan.fit",
