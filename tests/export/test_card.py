@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from lora_gan import LoraGAN
 from lora_gan.cli import main as cli
-from lora_gan.export import card
+from lora_gan.export import facts
 from lora_gan.export.licences import IDS, licence_id
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
@@ -54,7 +54,7 @@ def test_the_runs_first_and_last_evaluation_are_there(tmp_path, logging_steps):
 
     early = LoraGAN.from_checkpoint(tmp_path / "run" / "step-5", reward=reward)
     early.global_step = 3  # weights of an earlier step have the evaluations up to it
-    heads = [line["step"] for line in card._evaluations(early, True)]
+    heads = [line["step"] for line in facts._evaluations(early, True)]
     assert heads == [0, 2]
 
 

@@ -42,7 +42,7 @@ from ..model.base import Base, without_progress_bars
 from ..model.endings import ids_of
 from ..model.players import Players
 from ..storage.checkpoint import readable, save_adapter
-from . import card
+from . import card, facts
 from .licences import licence_id
 
 Player = Literal["generator", "discriminator"]
@@ -52,7 +52,7 @@ PAD_TOKEN = "<|pad|>"
 
 
 def export(
-    gan: card.Trained,
+    gan: facts.Trained,
     folder: str | os.PathLike[str],
     *,
     parts: tuple[str, ...] | list[str] = PARTS,
@@ -93,7 +93,7 @@ def export(
     if any(part.endswith("-merged") for part in parts):
         _require_mergeable(gan.players)
 
-    run = card.Run.of(gan, evaluation, license)
+    run = facts.Run.of(gan, evaluation, license)
     with _replacing(final) as writing, gan.discriminator.scoring():
         for part in parts:
             with _exporting(part):
