@@ -70,7 +70,8 @@ def export(
         parts: which of "generator", "generator-merged", "discriminator", "discriminator-merged".
         dtype: of the merged weights: float32, bfloat16, float16; None: what the base is in here, so that the merged
             models say what was trained. Merging is computed in float32 and rounded once.
-        evaluation: what gan.evaluate() returned, or several of these by name, for the cards.
+        evaluation: what gan.evaluate() returned, or several of these by name, for the cards. The means of one that has
+            no name, or the name "generator", stand in the metadata of the generator's cards too.
         license: its id on the hub, such as "apache-2.0", for the cards; None: the cards name none.
         push_to_hub: a name on the hub, "user/name": each part is uploaded as a model of its own, "user/name-PART".
         private: whether repositories that are made for it are private.
