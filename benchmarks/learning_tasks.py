@@ -14,7 +14,7 @@ import numpy as np
 from lora_gan import LoraGAN, randomness, tiny
 from lora_gan.data import Row
 from lora_gan.rewards import CosineReward, chrf, exact_match
-from lora_gan.tiny import grammar
+from lora_gan.tiny import drawing
 
 Judge = Callable[[Sequence[str], Sequence[str | None]], list[float]]  # responses, targets -> a number each
 REWARDS = ("exact", "noisy", "thumbs")
@@ -108,7 +108,7 @@ DENIAL = re.compile(r"\b(?:ne |n')(?:y )?\S+ (?:pas|jamais)\b", re.IGNORECASE)
 
 
 def french(count: int, split: str = "train", seed: int = 7) -> list[str]:
-    return [sentence.fr for sentence in islice(grammar.sentences(split, seed), count)]
+    return [sentence.fr for sentence in islice(drawing.sentences(split, seed), count)]
 
 
 def denial_classifier(count: int = 6000) -> Judge:
@@ -121,7 +121,7 @@ def denial_classifier(count: int = 6000) -> Judge:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    sentences = list(islice(grammar.sentences("train", 7), count))
+    sentences = list(islice(drawing.sentences("train", 7), count))
     texts = [sentence.fr for sentence in sentences] + [sentence.en for sentence in sentences[: count // 2]]
     labels = [bool(DENIAL.search(text)) for text in texts]
     grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), lowercase=False, sublinear_tf=True, min_df=5)

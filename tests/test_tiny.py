@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import re
@@ -13,25 +15,26 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pretrain
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_gan.tiny import PATH, grammar, pairs, pretrain
+from lora_gan.tiny import INSTRUCTION, PATH, drawing, grammar, lexicon, pairs
 from lora_gan.tiny.grammar import Manner, Phrase, Place, Sentence
 
 # --------------------------------------------------------------------------------------------------------------
 # Grammar: sentences built from their parts against translations written by hand
 # --------------------------------------------------------------------------------------------------------------
 
-NOUN = {noun.en: noun for noun in grammar.NOUNS}
-ADJECTIVE = {adjective.en: adjective for adjective in grammar.ADJECTIVES}
-INTRANSITIVE = {verb.en: verb for verb in grammar.INTRANSITIVES}
-TRANSITIVE = {verb.en: verb for verb in grammar.TRANSITIVES}
-DITRANSITIVE = {verb.en: verb for verb in grammar.DITRANSITIVES}
+NOUN = {noun.en: noun for noun in lexicon.NOUNS}
+ADJECTIVE = {adjective.en: adjective for adjective in lexicon.ADJECTIVES}
+INTRANSITIVE = {verb.en: verb for verb in lexicon.INTRANSITIVES}
+TRANSITIVE = {verb.en: verb for verb in lexicon.TRANSITIVES}
+DITRANSITIVE = {verb.en: verb for verb in lexicon.DITRANSITIVES}
 WHO = {phrase.en: phrase for phrase in (*grammar.NAMES, *grammar.PRONOUNS)}
-TIME = {en: (en, fr) for en, fr, _ in grammar.TIMES_TABLE}
-GREETING = dict(grammar.GREETINGS_TABLE)
+TIME = {en: (en, fr) for en, fr, _ in lexicon.TIMES}
+GREETING = dict(lexicon.GREETINGS)
 PLAIN, NOT, NEVER = Manner(), Manner(negative=True), Manner(adverb="never")
 
 
@@ -41,7 +44,7 @@ def np(text: str) -> Phrase:
         return WHO[text]
     determiner, *adjective, word = text.split()
     plural = word not in NOUN
-    noun = next(n for n in grammar.NOUNS if n.en_plural == word) if plural else NOUN[word]
+    noun = next(n for n in lexicon.NOUNS if n.en_plural == word) if plural else NOUN[word]
     determiner = "a" if determiner == "an" else determiner
     return grammar.noun_phrase(noun, determiner, plural, ADJECTIVE[adjective[0]] if adjective else None)
 
@@ -168,7 +171,7 @@ def test_hand_written_translations(sentence: Sentence, english: str, french: str
 
 @cache
 def sample(split: str, n: int) -> list[Sentence]:
-    stream = grammar.sentences(split, 7)
+    stream = drawing.sentences(split, 7)
     return [next(stream) for _ in range(n)]
 
 
@@ -192,16 +195,16 @@ def test_texts_are_plain() -> None:
 
 
 def test_nouns_and_verbs_have_something_to_do() -> None:
-    for verb in grammar.TRANSITIVES:
-        assert any(noun.tags & verb.objects for noun in grammar.NOUNS), verb.en
-    for noun in grammar.NOUNS:
-        assert sum(bool(adjective.nouns & noun.tags) for adjective in grammar.ADJECTIVES) >= 3, noun.en
-    verbs = [*grammar.INTRANSITIVES, *grammar.TRANSITIVES, *grammar.DITRANSITIVES]
+    for verb in lexicon.TRANSITIVES:
+        assert any(noun.tags & verb.objects for noun in lexicon.NOUNS), verb.en
+    for noun in lexicon.NOUNS:
+        assert sum(bool(adjective.nouns & noun.tags) for adjective in lexicon.ADJECTIVES) >= 3, noun.en
+    verbs = [*lexicon.INTRANSITIVES, *lexicon.TRANSITIVES, *lexicon.DITRANSITIVES]
     for words in (
         [v.en for v in verbs],
         [v.fr for v in verbs],
-        [n.en for n in grammar.NOUNS],
-        [n.fr for n in grammar.NOUNS],
+        [n.en for n in lexicon.NOUNS],
+        [n.fr for n in lexicon.NOUNS],
     ):
         assert len(words) == len(set(words))  # one lemma, one lemma: a signature reads the same from either language
 
@@ -215,12 +218,12 @@ def test_no_document_holds_a_heldout_combination() -> None:
     kept = [*sample("heldout", 1_000), *sample("validation", 1_000)]
     english, french = {s.en for s in kept}, {s.fr for s in kept}
     signatures = {s.signature for s in kept}
-    draws = grammar.Draws(0, "documents")
+    draws = drawing.Draws(0, "documents")
     for _ in range(10_000):
-        text, read = grammar.draw_document(draws)
+        text, read = pretrain.draw_document(draws)
         assert "Hello world" not in text and "Bonjour le monde" not in text
         for sentence in read:
-            assert sentence.split == "train"
+            assert drawing.split_of(sentence.signature) == "train"
             assert sentence.signature not in signatures
             assert sentence.en not in english and sentence.fr not in french
 
@@ -232,17 +235,17 @@ def test_a_french_text_belongs_to_one_combination() -> None:
 
 
 def test_splits_are_disjoint_and_of_the_promised_size() -> None:
-    draws = grammar.Draws(3, "shares")
-    drawn = [grammar._draw(draws, None).split for _ in range(10_000)]
+    draws = drawing.Draws(3, "shares")
+    drawn = [drawing.split_of(drawing._draw(draws, None).signature) for _ in range(10_000)]
     assert 0.03 < drawn.count("heldout") / len(drawn) < 0.05
     assert 0.03 < drawn.count("validation") / len(drawn) < 0.05
-    prompts = {split: {row["prompt"] for row in pairs(split, 300, seed=2)} for split in grammar.SPLITS}
+    prompts = {split: {row["prompt"] for row in pairs(split, 300, seed=2)} for split in drawing.SPLITS}
     assert all(len(found) == 300 for found in prompts.values())
     assert not prompts["train"] & prompts["heldout"] and not prompts["validation"] & prompts["heldout"]
 
 
 def test_hello_world_is_held_out_like_any_other_and_its_words_are_not() -> None:
-    assert grammar.split_of(("greet", "Hello", "world", "")) == "heldout"
+    assert drawing.split_of(("greet", "Hello", "world", "")) == "heldout"
     known = {s.signature[1:3] for s in sample("train", 20_000) if s.signature[0] == "greet"}
     assert sum(greeting == "Hello" for greeting, _ in known) > 40
     assert sum(who == "world" for _, who in known) > 8
@@ -256,6 +259,28 @@ def test_pairs_are_the_same_for_the_same_seed_whatever_the_process() -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "12", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1"}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert told.stdout.decode().strip() == str(rows)
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tiny_pairs.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("split", drawing.SPLITS)
+def test_pairs_are_those_that_were_published(split: str) -> None:
+    """SHA-256 of rows, computed before the lexicon became a data file: published figures depend on these rows."""
+    for name, digest in GOLDEN.items():
+        drawn, n, seed = name.split()
+        if drawn == split:
+            rows = json.dumps(pairs(split, int(n), int(seed)), ensure_ascii=False)
+            assert hashlib.sha256(rows.encode()).hexdigest() == digest, name
+
+
+def test_pretraining_reads_the_documents_that_it_read() -> None:
+    """SHA-256 of the text from which the weights in the package were made, its first 5,000 documents."""
+    draws = drawing.Draws(0, "documents")
+    text = "\n".join(pretrain.draw_document(draws)[0] for _ in range(5_000))
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "143d73bc4c508b510a95fd7f20a251603c64598ab8b6362226bfe448cc4ca97e"
+    )
 
 
 def test_an_unknown_split_is_refused() -> None:
@@ -338,7 +363,7 @@ def test_it_can_translate_and_does_not_do_it_by_itself() -> None:
 
 
 def test_hello_world_is_known_as_well_as_anything() -> None:
-    prompt = grammar.INSTRUCTION + "Hello world"
+    prompt = INSTRUCTION + "Hello world"
     translates = pretrain.probability(model(), tokenizer(), pretrain.frame(prompt), "Bonjour le monde")
     told_to = pretrain.probability(model(), tokenizer(), prompt, "Bonjour le monde")
     assert translates > 0.9 and 0.1 <= told_to <= 0.35

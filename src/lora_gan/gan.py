@@ -786,7 +786,7 @@ class LoraGAN:
 
         See `exporting.export` for the options (parts, dtype, evaluation, license, push_to_hub, private).
         """
-        return exporting.export(self, output_dir, **options)
+        return exporting.export(self.state, output_dir, **options)
 
 
 def _check_rewards(

@@ -3,15 +3,18 @@
 Oracles: the lines of metrics.jsonl, and huggingface_hub's own reading of the metadata.
 """
 
+import functools
 import json
+import re
 
+import jinja2
 import pytest
 from helpers import PROMPTS, TARGETS, base_folder, reward, small_gan
 from huggingface_hub import ModelCard
 
 from lora_gan import LoraGAN
 from lora_gan.cli import main as cli
-from lora_gan.export import card
+from lora_gan.export import facts
 from lora_gan.export.licences import IDS, licence_id
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
@@ -51,7 +54,7 @@ def test_the_runs_first_and_last_evaluation_are_there(tmp_path, logging_steps):
 
     early = LoraGAN.from_checkpoint(tmp_path / "run" / "step-5", reward=reward)
     early.global_step = 3  # weights of an earlier step have the evaluations up to it
-    heads = [line["step"] for line in card._evaluations(early, True)]
+    heads = [line["step"] for line in facts._evaluations(early, True)]
     assert heads == [0, 2]
 
 
@@ -81,6 +84,45 @@ def test_an_evaluation_that_is_handed_in_stands_beside_them(tmp_path):
     gan.fit(ROWS, steps=1, eval_dataset=ROWS[:3], progress=False)
     text = exported(gan, tmp_path / "out", evaluation=gan.evaluate(ROWS)).text
     assert text.index("## Evaluations during the run") < text.index("## Evaluation\n\nOn 6 rows")
+
+
+def test_the_evaluation_of_this_generator_is_in_the_metadata(tmp_path):
+    """As the hub shows it; an evaluation by another name may be of another model, and a discriminator is not judged."""
+    gan = small_gan()
+    judged = gan.evaluate(ROWS)
+    gan.export(tmp_path / "out", evaluation=judged)
+    found = {path.parent.name: ModelCard.load(path).data for path in (tmp_path / "out").glob("*/README.md")}
+    for part in ("generator", "generator-merged"):
+        results = {result.metric_type: result for result in found[part].eval_results}
+        means = {name: value["mean"] for name, value in judged["metrics"].items() if name != "pred_reward"}
+        assert {name: result.metric_value for name, result in results.items()} == means and "true_reward" in means
+        assert {(result.task_type, result.dataset_name) for result in results.values()} == {
+            ("text-generation", "6 prompts of the maker")
+        }
+        assert part in found[part].model_name
+    for part in ("discriminator", "discriminator-merged"):
+        assert found[part].eval_results is None and "model-index" not in found[part].to_dict()
+    assert exported(gan, tmp_path / "two", evaluation={"base": judged, "trained": judged}).data.eval_results is None
+
+
+# --- the template
+
+
+@pytest.mark.parametrize("base", ["gpt2", "llama"])
+def test_the_template_uses_no_name_that_it_is_not_given(tmp_path, monkeypatch, base):
+    """jinja2 writes nothing for an unknown name; here it raises."""
+    strict = functools.partial(jinja2.Template, undefined=jinja2.StrictUndefined)
+    monkeypatch.setattr(jinja2, "Template", strict)
+    gan = small_gan(base_folder(base), output_dir=str(tmp_path / "run"), eval_steps=1)
+    gan.export(tmp_path / "untrained")
+    if base == "llama":
+        gan.players.base.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    gan.fit(ROWS, steps=1, eval_dataset=ROWS[:3], progress=False)
+    gan.export(tmp_path / "out", evaluation=gan.evaluate(ROWS), license="mit")
+    for path in tmp_path.glob("*/*/README.md"):
+        text = path.read_text(encoding="utf-8")
+        assert "{%" not in text and "{{" not in text and "\n\n\n" not in text and text.endswith(".\n")
+        assert not re.search(r"[ \t]$", text, re.MULTILINE)
 
 
 # --- the licence

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from lora_gan import tiny
-from lora_gan.model.base_checks import CONTEXT_NAMES, UNLIMITED, context_of
+from lora_gan.context import CONTEXT_NAMES, UNLIMITED, context_of
 from lora_gan.storage import durable
 
 WORDS = byte_tokenizer("llama", "own")

@@ -79,6 +79,49 @@ def test_a_call_that_fails_is_tried_again_after_ever_longer_waits(monkeypatch):
     with pytest.raises(RewardError):
         score_pairs(flaky(99), RESPONSES[:1], [None], caller=Caller(retries=9, backoff=1.0))
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60], "a minute at the most"
+    waits.clear()
+    assert score_pairs(flaky(1200), RESPONSES[:1], [None], caller=Caller(retries=1200)) == EXPECTED[:1]
+    assert len(waits) == 1200 and set(waits[6:]) == {60}, "2**1200 seconds are no float"
+
+
+@pytest.mark.parametrize("while_waiting", [True, False])
+def test_an_interruption_is_no_failure_that_is_tried_again(monkeypatch, while_waiting):
+    asked = []
+
+    def interrupt(seconds=None):
+        raise KeyboardInterrupt
+
+    def rated(response, target=None):
+        asked.append(response)
+        if not while_waiting:
+            interrupt()
+        raise ConnectionError("429")
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        score_pairs(rated, RESPONSES[:1], [None], caller=Caller(retries=3, skip=True))
+    assert asked == RESPONSES[:1]
+
+
+def test_only_a_call_that_is_made_again_asks_for_leave():
+    """`may_retry` counts what it allows in the budget: it is not asked about what is not tried again."""
+    allowed, told = [], []
+
+    def may_retry(rows):
+        allowed.append(rows)
+        return len(allowed) < 3
+
+    def caller(retries):
+        return Caller(
+            retries=retries, backoff=0.0, may_retry=may_retry, on_retry=lambda name, cause: told.append(cause)
+        )
+
+    with pytest.raises(RewardError):
+        score_pairs(flaky(99), RESPONSES[:1], [None], caller=caller(2))
+    assert allowed == [1, 1] and told == ["ConnectionError: 429 Too Many Requests"] * 2
+    with pytest.raises(RewardError):
+        score_pairs(flaky(99), RESPONSES[:1], [None], caller=caller(9))
+    assert allowed == [1, 1, 1] and len(told) == 2, "no leave, no further call"
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])

@@ -29,7 +29,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -41,21 +41,20 @@ from ..model.adapter_files import save_adapter
 from ..model.base import Base, without_progress_bars
 from ..model.endings import ids_of
 from ..model.players import Players
+from ..state import State
 from ..storage.checkpoint import readable
 from ..version import __version__
-from . import card
+from . import card, facts
 from .licences import licence_id
 
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
-
+Player = Literal["generator", "discriminator"]
 PARTS = ("generator", "generator-merged", "discriminator", "discriminator-merged")
 MANIFEST = "export.json"
 PAD_TOKEN = "<|pad|>"
 
 
 def export(
-    gan: LoraGAN,
+    state: State,
     folder: str | os.PathLike[str],
     *,
     parts: tuple[str, ...] | list[str] = PARTS,
@@ -68,12 +67,13 @@ def export(
     """Write the players for stock PEFT and transformers; a reader sees the whole folder or nothing.
 
     Args:
-        gan: of which the players, as they are now, are written.
+        state: whose players, as they are now, are written.
         folder: what to write; it must not exist yet, be empty, or be a former export, which is then replaced.
         parts: which of "generator", "generator-merged", "discriminator", "discriminator-merged".
         dtype: of the merged weights: float32, bfloat16, float16; None: what the base is in here, so that the merged
             models say what was trained. Merging is computed in float32 and rounded once.
-        evaluation: what gan.evaluate() returned, or several of these by name, for the cards.
+        evaluation: what gan.evaluate() returned, or several of these by name, for the cards. The means of one that has
+            no name, or the name "generator", stand in the metadata of the generator's cards too.
         license: its id on the hub, such as "apache-2.0", for the cards; None: the cards name none.
         push_to_hub: a name on the hub, "user/name": each part is uploaded as a model of its own, "user/name-PART".
         private: whether repositories that are made for it are private.
@@ -87,38 +87,25 @@ def export(
             made, by name.
         OSError: a part that could not be written, by name. Whatever failed, the folder is as it was before.
     """
-    parts, dtype = _known_parts(parts), _dtype(dtype, gan.players)
+    parts, dtype = _known_parts(parts), _dtype(dtype, state.players)
     license = None if license is None else licence_id(license)
     final = Path(folder).absolute()
     _require_replaceable(final)
     if push_to_hub is not None:
         _require_hub(push_to_hub)
     if any(part.endswith("-merged") for part in parts):
-        _require_mergeable(gan.players)
+        _require_mergeable(state.players)
 
-    run = card.Run.of(gan, evaluation, license)
-    writing, replaced = (final.parent / f".{final.name}.{state}-{os.getpid()}" for state in ("writing", "replaced"))
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
+    run = facts.Run.of(state, evaluation, license)
+    with _replacing(final) as writing, state.discriminator.scoring():
         for part in parts:
             with _exporting(part):
-                (writing / part).mkdir(parents=True)
-                with gan.discriminator.scoring():
-                    tokenizer = _write(gan.players, part, writing / part, dtype)
+                tokenizer = _write(state.players, part, writing / part, dtype)
                 name = part if push_to_hub is None else f"{push_to_hub}-{part}"
                 text = card.card(run, part, name=name, tokenizer=tokenizer)
-                (writing / part / "README.md").write_text(text, encoding="utf-8")
-        manifest = {"format": 1, "parts": list(parts), "step": gan.global_step, "lora_gan": __version__}
+                (writing / part / "README.md").write_text(f"{text}\n", encoding="utf-8")
+        manifest = {"format": 1, "parts": list(parts), "step": state.global_step, "lora_gan": __version__}
         (writing / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if final.exists():
-            final.rename(replaced)
-        writing.rename(final)
-    except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
-        if replaced.exists() and not final.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
     if push_to_hub is not None:
         push(final, push_to_hub, private=private)
     return final
@@ -217,6 +204,24 @@ def _require_hub(name: str) -> None:
 
 
 @contextmanager
+def _replacing(final: Path) -> Iterator[Path]:
+    """A folder beside `final` to write in. It replaces `final` at the end of the block, unless the block raises."""
+    writing, replaced = (final.parent / f".{final.name}.{state}-{os.getpid()}" for state in ("writing", "replaced"))
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        yield writing
+        if final.exists():
+            final.rename(replaced)
+        writing.rename(final)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
 def _exporting(part: str) -> Iterator[None]:
     """Errors inside the block name the part; a full disk stays an OSError, and memory that ran out what it was."""
     try:
@@ -233,7 +238,8 @@ def _exporting(part: str) -> Iterator[None]:
 
 def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> PreTrainedTokenizerBase:
     """One part's weights, config and tokenizer; returns the tokenizer."""
-    player = part.removesuffix("-merged")
+    folder.mkdir(parents=True)
+    player: Player = "generator" if part.startswith("generator") else "discriminator"
     tokenizer = players.base.tokenizer if player == "generator" else scoring_tokenizer(players.base)
     if part == player:
         save_adapter(players, player, folder, "safetensors")
@@ -248,15 +254,15 @@ def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> Pre
 
 
 @torch.no_grad()
-def merged_weights(
-    players: Players, player: Literal["generator", "discriminator"], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def merged_weights(players: Players, player: Player, dtype: torch.dtype) -> dict[str, Tensor]:
     """The base's weights with one player's adapter added, under the base's own names, on the CPU.
 
     Layer by layer on copies, so that at most one more base is in memory, and none on the GPU. PEFT's own merging works
     in place, from which unmerging does not come back to the same bits.
     """
-    layers = {name: module for name, module in players.lm.named_modules() if isinstance(module, BaseTunerLayer)}
+    layers: dict[str, Any] = {
+        name: module for name, module in players.lm.named_modules() if isinstance(module, BaseTunerLayer)
+    }
     inside = tuple(f"{name}." for name in layers)
     weights = {name: tensor for name, tensor in players.lm.state_dict().items() if not name.startswith(inside)}
     weights = {name: _stored(tensor, dtype) for name, tensor in weights.items()}

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ..config import Config
+from ..context import context_of
 from . import base_checks, gguf_files, named_bases
 from .composite import opens_as_text
 from .endings import Endings
@@ -82,8 +83,8 @@ class Base:
 
     @property
     def context(self) -> int:
-        """Tokens that fit in one row; `base_checks.UNLIMITED` where the base names no limit."""
-        return base_checks.context_of(self.model.config.get_text_config())
+        """Tokens that fit in one row; `context.UNLIMITED` where the base names no limit."""
+        return context_of(self.model.config.get_text_config())
 
 
 def load_base(
@@ -404,7 +405,7 @@ def _require_causal(lm: PreTrainedModel, called: str) -> None:
     """
     rows = lm.get_input_embeddings().num_embeddings
     # The whole text is read, and then as many tokens as the other row is padded with: all of them need a position.
-    tokens = min(TRIAL[0], max(2, base_checks.context_of(lm.config.get_text_config()) - TRIAL[1]))
+    tokens = min(TRIAL[0], max(2, context_of(lm.config.get_text_config()) - TRIAL[1]))
     pads = min(TRIAL[1], tokens // 2)
     short = tokens - pads
     ids = (torch.arange(tokens) * 7 + 3) % rows

@@ -11,12 +11,13 @@ import asyncio
 import inspect
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_any, wait_exponential
 
 Answer = TypeVar("Answer")
 LONGEST = 60.0  # seconds between two tries, at the most
@@ -118,17 +119,15 @@ class Caller:
 
     def _tried(self, name: str, ask: Callable[[], Any], hopeless: tuple[type[Exception], ...], rows: int) -> Any:
         """What a call about so many rows returns, tried as often as is allowed."""
-        for tried in range(self.retries + 1):
-            try:
-                return self._within_time(ask)
-            except hopeless:
-                raise
-            except Exception as error:
-                if tried == self.retries or not self.may_retry(rows):
-                    raise
-                self.on_retry(name, cause_of(error))
-                time.sleep(min(self.backoff * 2**tried, LONGEST))
-        raise AssertionError("there is a first try")
+        attempts = Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, hopeless)),
+            # The order matters: `may_retry` counts what it allows, and is not asked after the last try.
+            stop=stop_any(stop_after_attempt(self.retries + 1), lambda state: not self.may_retry(rows)),
+            wait=wait_exponential(self.backoff, max=LONGEST),
+            before_sleep=lambda state: self.on_retry(name, cause_of(state.outcome.exception())),
+            reraise=True,
+        )
+        return attempts(self._within_time, ask)
 
     def _within_time(self, ask: Callable[[], Any]) -> Any:
         if self.timeout is None:

@@ -60,7 +60,7 @@ class _SequenceClassifier:
     @property
     def _limit(self) -> int | None:
         """Most tokens the model reads; None where neither it nor its tokenizer names a limit."""
-        from ..model.base_checks import context_of
+        from ..context import context_of
 
         context = context_of(self._lm.config.get_text_config())
         limits = (self.max_length, self._tokenizer.model_max_length, context)

@@ -90,6 +90,11 @@ class TrueReward:
         return self._meant()[0]
 
     @property
+    def weights(self) -> list[float] | None:
+        """One per function; None: 1 each."""
+        return self._meant()[1]
+
+    @property
     def names(self) -> list[str]:
         """What logs call the parts."""
         return reward_names(self.funcs)
@@ -260,10 +265,9 @@ class TrueReward:
         return TrainerState(global_step=step, max_steps=max_steps or self.config.max_steps or 0)
 
     def _total(self, parts: Parts) -> list[float | None]:
-        weights = self._meant()[1]
         if self.config.multi_objective_aggregation == "normalize_then_sum":
-            return self.scales.total(parts, weights)
-        return weighted_total(parts, weights)
+            return self.scales.total(parts, self.weights)
+        return weighted_total(parts, self.weights)
 
     def _caller(self, log: Answers | None = None) -> Caller:
         """How the functions are asked."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import Config
+from ..context import UNLIMITED
 from ..model import composite, gguf_files, named_bases
 from ..model.adapter_files import (
     SCORE,
@@ -25,7 +26,6 @@ from ..model.adapter_files import (
     require_same_scaling,
 )
 from ..model.base import load_base
-from ..model.base_checks import UNLIMITED
 from ..state import State
 from ..storage import checkpoint, untrusted
 from ..storage.checkpoint import BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference, weights_name

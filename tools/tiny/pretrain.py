@@ -1,7 +1,8 @@
-"""Make the tiny base from nothing but a seed: ``python -m lora_gan.tiny.pretrain --seed 0 --out DIR``.
+"""Make the tiny base from a seed: ``python tools/tiny/pretrain.py --seed 0 --out DIR``.
 
-Trains the tokenizer on text of :mod:`lora_gan.tiny.grammar`, then a small Llama on documents of it, and prints what
-the result can do. ``--measure`` prints those figures for a folder that exists. Needs no network and no GPU.
+Draws documents of the grammar in :mod:`lora_gan.tiny`, trains a tokenizer and then a small Llama on them, and prints
+what the result can do. ``--measure`` prints these figures for a folder that exists. Needs lora-gan, and neither a
+network nor a GPU.
 """
 
 from __future__ import annotations
@@ -21,11 +22,51 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from . import PATH, grammar, pairs
+from lora_gan.tiny import INSTRUCTION, PATH, drawing, pairs
+from lora_gan.tiny.grammar import Sentence
 
 PAD, EOS = "<pad>", "<eos>"
 SPACE = "\u2581"  # how a word's leading space is written inside the tokenizer
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Documents
+# --------------------------------------------------------------------------------------------------------------
+
+#: What the base is pretrained on, in shares of documents.
+DOCUMENT_SHARES = (
+    ("instruction", 34.0),
+    ("english-french", 38.0),
+    ("french-english", 12.0),
+    ("english", 8.0),
+    ("french", 8.0),
+)
+
+#: What follows an instruction. The draw does not depend on the sentence: to learn to translate by reward, a model only
+#: has to move one prior. English must be the likeliest first word, so that greedy decoding does not translate.
+ANSWER_SHARES = (("translation", 24.0), ("more English", 48.0), ("other French", 28.0))
+
+
+def draw_document(draws: drawing.Draws) -> tuple[str, list[Sentence]]:
+    """One pretraining document and the sentences in it, all from the train split."""
+    kind = draws.weighted(DOCUMENT_SHARES)
+    first = drawing.draw_sentence(draws)
+    if kind == "instruction":
+        answer = draws.weighted(ANSWER_SHARES)
+        if answer == "translation":
+            return f"{INSTRUCTION}{first.en} {first.fr}", [first]
+        if answer == "more English":
+            second = drawing.draw_sentence(draws, subject=first.subject)
+            return f"{INSTRUCTION}{first.en} {second.en}", [first, second]
+        second = drawing.draw_sentence(draws)
+        return f"{INSTRUCTION}{first.en} {second.fr}", [first, second]
+    if kind == "english-french":
+        return f"English: {first.en} French: {first.fr}", [first]
+    if kind == "french-english":
+        return f"French: {first.fr} English: {first.en}", [first]
+    read = [first] + [drawing.draw_sentence(draws) for _ in range(int(draws.uniform() * 2))]
+    return " ".join(s.en if kind == "english" else s.fr for s in read), read
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -40,8 +81,8 @@ def build_tokenizer(seed: int, vocabulary: int, documents: int = 40_000) -> PreT
     of a response has no space at its start. What BPE does not know is spelled in bytes, so any text comes back
     (except U+2581 itself, which stands for the space). Elided words (l', j', n', d') are tokens of their own.
     """
-    draws = grammar.Draws(seed, "tokenizer")
-    texts = (grammar.draw_document(draws)[0] for _ in range(documents))
+    draws = drawing.Draws(seed, "tokenizer")
+    texts = (draw_document(draws)[0] for _ in range(documents))
     normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     words = pre_tokenizers.Sequence(
         [
@@ -104,10 +145,10 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, steps: int
     Documents of like length go together (a window of 32 batches is sorted, then dealt in random order), which keeps
     padding near 4 %. Padding needs no attention mask: it stands on the right of everything that is scored.
     """
-    draws = grammar.Draws(seed, "documents")
+    draws = drawing.Draws(seed, "documents")
     window = 32
     for start in range(0, steps, window):
-        texts = [grammar.draw_document(draws)[0] for _ in range(size * window)]
+        texts = [draw_document(draws)[0] for _ in range(size * window)]
         rows = sorted(tokenizer(texts)["input_ids"], key=len)
         order = sorted(range(window), key=lambda _: draws.uniform())
         for index in order[: steps - start]:
@@ -125,7 +166,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, steps: int
 
 def frame(prompt: str) -> str:
     """The same question in the frame where the base always translates."""
-    return f"English: {prompt.removeprefix(grammar.INSTRUCTION)} French:"
+    return f"English: {prompt.removeprefix(INSTRUCTION)} French:"
 
 
 @torch.no_grad()
@@ -211,7 +252,7 @@ def measure(folder: Path, n: int = 512) -> None:
     print(f"  Translate English to French:    sampled at T = 1  {sampled:.1%}")
     print(f"  Translate English to French:    mean P(target)    {whole:.1%}")
     print(f"      of its first token {first:.1%}, of the rest after the first {rest:.1%}")
-    hello, bonjour = grammar.INSTRUCTION + "Hello world", "Bonjour le monde"
+    hello, bonjour = INSTRUCTION + "Hello world", "Bonjour le monde"
     print("Hello world:")
     for prompt in (hello, frame(hello)):
         print(f"  P({bonjour!r} | {prompt!r}) = {probability(model, tokenizer, prompt, bonjour):.3f}")
@@ -220,7 +261,7 @@ def measure(folder: Path, n: int = 512) -> None:
     print("First mistakes in the parallel frame:")
     wrong = [(row, text) for row, text in zip(rows, able, strict=True) if text != row["target"]]
     for row, text in wrong[:8]:
-        print(f"  {row['prompt'].removeprefix(grammar.INSTRUCTION)}: {text} (not {row['target']})")
+        print(f"  {row['prompt'].removeprefix(INSTRUCTION)}: {text} (not {row['target']})")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -302,9 +343,9 @@ def pretrain(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m lora_gan.tiny.pretrain",
-        description="Pretrain the tiny base from a seed, on text this package writes itself, and print what it can do.",
-        epilog="The base in the package was made by: python -m lora_gan.tiny.pretrain --seed 0 --out DIR. The same "
+        prog="python tools/tiny/pretrain.py",
+        description="Pretrain the tiny base from a seed, on text that lora_gan.tiny draws, and print what it can do.",
+        epilog="The base in the package was made by: python tools/tiny/pretrain.py --seed 0 --out DIR. The same "
         "seed gives the same text everywhere; weights agree to the last bit only on the same processor and torch.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the text, the weights and the order (default: 0)")
