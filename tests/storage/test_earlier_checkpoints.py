@@ -1,0 +1,73 @@
+"""Checkpoints that an earlier version wrote load, and the run goes on as the earlier version went on.
+
+checkpoints/KIND/step-2 was written by version 0.1.0 before its modules were sorted into packages, after two steps on
+`tiny`; continued.json holds what that version did in the two steps after them. The kinds differ in what they hold:
+plain (adapter_model.bin), safetensors (several heads, a moving average, replay, scales of two rewards), init_adapter (a
+third adapter as the reference), peft_config (adapters that the settings do not describe).
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_gan import LoraGAN, tiny
+from lora_gan.storage import checkpoint
+
+FOLDER = Path(__file__).parent / "checkpoints"
+KINDS = sorted(path.name for path in FOLDER.iterdir())
+
+
+def letters(response, target):
+    return len(set(response)) / 20 + response.count("e") / 4
+
+
+def length(prompts, completions, **columns):
+    return [len(text) / 10 for text in completions]
+
+
+def opened(folder: Path) -> LoraGAN:
+    rewards = {"reward_funcs": [letters, length]} if folder.name == "safetensors" else {"reward": letters}
+    return LoraGAN.from_checkpoint(folder, model="tiny", **rewards)
+
+
+def numbers(value: float | None | list[float | None]) -> list[float]:
+    return [math.nan if one is None else one for one in (value if isinstance(value, list) else [value])]
+
+
+def test_there_are_four_kinds():
+    assert KINDS == ["init_adapter", "peft_config", "plain", "safetensors"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_loads_and_goes_on_as_it_did(kind):
+    pairs = tiny.pairs("train", 2, seed=0)
+    prompts, targets = ([pair[name] for pair in pairs] for name in ("prompt", "target"))
+    gan = opened(FOLDER / kind)
+    assert gan.global_step == 2
+    expected = json.loads((FOLDER / kind / "continued.json").read_text(encoding="utf-8"))
+    for before in expected:
+        record = gan.step(prompts, targets)
+        assert record["response"] == before.pop("response")
+        for name, value in before.items():
+            assert numbers(record[name]) == pytest.approx(numbers(value), rel=1e-3, abs=1e-5, nan_ok=True), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_is_saved_as_again_is_complete_and_loads(kind, tmp_path):
+    gan = opened(FOLDER / kind)
+    gan.save_checkpoint(ckpt_dir=tmp_path / kind)
+    assert checkpoint.fault(tmp_path / kind / "step-2", deep=True) is None
+    assert opened(tmp_path / kind).reward_calls == gan.reward_calls
+
+
+def test_a_changed_file_is_still_found_out(tmp_path):
+    shutil.copytree(FOLDER / "plain", tmp_path / "plain")
+    file = tmp_path / "plain" / "step-2" / "discriminator" / "state.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        opened(tmp_path / "plain")
