@@ -32,6 +32,7 @@ from transformers import (
 
 from lora_gan import LoraGAN
 from lora_gan.data import Row
+from lora_gan.model.tokens import pad
 from lora_gan.storage import durable
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,18 @@ def rollout_of(gan: LoraGAN, prompts, count, purpose="sample", *, step=None, len
     finally:
         gan.global_step = now
     return gan._sample(encoded, uniforms, **options)
+
+
+def logits(gan: LoraGAN, ids_BL: torch.Tensor, mask_BL: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [B, L, V] of the active player in one plain forward; the rows may be padded on the left."""
+    mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
+    positions = gan.players.positions(mask_BL)
+    return gan.players.lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **positions).logits.float()
+
+
+def prompt_logits(gan: LoraGAN, prompts: list[list[int]]) -> torch.Tensor:
+    """`logits` of prompts in one batch, padded on the left."""
+    return logits(gan, *map(torch.from_numpy, pad(prompts, gan.players.base.pad_id, side="left")))
 
 
 def response_ids(gan: LoraGAN, text: str) -> list[int]:

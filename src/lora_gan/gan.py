@@ -37,7 +37,7 @@ from .run.saving import Saver
 from .storage import checkpoint, lock
 from .training import distributed, estimate
 from .training.discriminator import Discriminator
-from .training.experience import Experience
+from .training.experience import Experience, RetainedFeatures
 from .training.generator import Generator
 from .training.health import Health, prediction_counts
 from .training.monitor import Monitor
@@ -264,9 +264,7 @@ class LoraGAN:
                 disc = self.discriminator.update(experience)
         if train_gen:
             with self.discriminator.scoring():
-                gen = self.generator.update(
-                    rows, experience if reinforce else None, signal, imitation_weight, self.players.predict
-                )
+                gen = self.generator.update(rows, experience if reinforce else None, signal, imitation_weight)
         if train_disc and experience is not None and through:
             disc = self.discriminator.update(experience)
         alarms: list[str] = []
@@ -321,7 +319,7 @@ class LoraGAN:
             self._require_answerable(rows, self.data_columns)
         prompts = self.players.encoder.prompts(rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
-        features: list[Tensor] = []
+        features = RetainedFeatures()
         left = self.budget.left()
         if learns and asks and left != 0:
             predicted_MB, features = self.discriminator.predict_to_learn(sampled)
@@ -342,19 +340,19 @@ class LoraGAN:
         notes = rewards.Notes()
         true_B, parts, failed_B = self._true_rewards(rows, sampled, queries.asked_B, notes)
         return Experience(
-            self.global_step,
-            rows,
-            prompts,
-            sampled,
-            predicted_MB,
-            queries.asked_B,
-            true_B,
-            estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, failed_B),
-            parts,
-            self.discriminator.gate,
-            failed_B,
-            features,
-            notes,
+            step=self.global_step,
+            rows=rows,
+            prompts=prompts,
+            rollout=sampled,
+            predicted_MB=predicted_MB,
+            asked_B=queries.asked_B,
+            true_B=true_B,
+            inclusion_B=estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, failed_B),
+            parts=parts,
+            gate=self.discriminator.gate,
+            failed_B=failed_B,
+            features=features,
+            notes=notes,
         )
 
     def _over_with_budget(self, signal: RewardSignal) -> bool:
@@ -837,7 +835,7 @@ class LoraGAN:
         predicted: list[float] = []
         for part in sampling.chunks(len(rows), batch_size):
             encoded = self.players.encoder.pairs(rows[part], responses[part])
-            pairs = sampling.assemble(self.players.base, self.players.device, *encoded, responses[part])
+            pairs = sampling.Rollout(self.players, *encoded, np.arange(len(rows[part])), responses[part])
             predicted += self.discriminator.predict(pairs).mean(0).tolist()
         return predicted
 

@@ -13,7 +13,7 @@ import pytest
 import test_sampling
 import torch
 import transformers
-from helpers import TARGETS, differences, player_state, rollout_of, small_gan, word_tokenizer
+from helpers import TARGETS, differences, logits, player_state, rollout_of, small_gan, word_tokenizer
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from test_bases import (  # noqa: F401, collected here with the bases of this file
     COMMON,
@@ -301,7 +301,7 @@ def test_what_is_exported_says_in_stock_clients_what_the_players_say(name, tmp_p
     folder = gan.export(tmp_path / "export", parts=parts if judged else parts[:2])
     rows = [ids[:6] for ids in gan._encode(MANY)]
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = [gan.players.logits(torch.tensor([row]), torch.ones(1, len(row)).long(), len(row))[0] for row in rows]
+        ours = [logits(gan, torch.tensor([row]))[0] for row in rows]
     adapter = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     merged = AutoModelForCausalLM.from_pretrained(folder / "generator-merged").eval()
     # Weights that are one rounding apart move the logits of these small bases by up to 8e-5: short vectors are divided

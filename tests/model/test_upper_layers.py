@@ -84,5 +84,5 @@ def test_all_layers_share_nothing():
     gan = small_gan(disc_layers=2)
     assert not gan.players._shares_below
     rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
-    assert "below" not in gan._play(rows, asks=True, learns=True).rollout.batch(gan.players).shared
+    assert "below" not in gan._play(rows, asks=True, learns=True).rollout.batch().shared
     assert torch.isfinite(gan.players.heads_MH).all()

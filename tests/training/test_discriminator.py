@@ -8,7 +8,10 @@ import torch
 from helpers import PROMPTS, TARGETS, base_folder, small_gan
 
 from lora_gan import data
-from lora_gan.training.discriminator import Group, fresh_metrics, micro_batches, reward_unit
+from lora_gan.training.discriminator import reward_unit
+from lora_gan.training.experience import RetainedFeatures
+from lora_gan.training.fresh_metrics import fresh_metrics
+from lora_gan.training.replay import Group, micro_batches
 
 
 def group(rewards: list[float], prompt: int = 5, heads: int = 4) -> Group:
@@ -117,9 +120,8 @@ def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(
     gan, oracle = (small_gan(query_rate=query_rate, query_design="uniform") for _ in range(2))
     kept, learn = [], gan.discriminator._learn
     monkeypatch.setattr(gan.discriminator, "_learn", lambda parts: kept.append(parts[0][1] is not None) or learn(parts))
-    monkeypatch.setattr(
-        oracle.discriminator, "predict_to_learn", lambda rollout: (oracle.discriminator.predict(rollout), [])
-    )
+    predict = oracle.discriminator.predict
+    monkeypatch.setattr(oracle.discriminator, "predict_to_learn", lambda rows: (predict(rows), RetainedFeatures()))
     for _ in range(3):
         one, other = (g.step(PROMPTS[:2], TARGETS[:2]) for g in (gan, oracle))
         assert one["pred_rewards"] == [pytest.approx(p, abs=1e-4) for p in other["pred_rewards"]]
@@ -144,14 +146,14 @@ def test_no_forward_is_kept_that_the_update_would_not_begin_with(settings):
     gan = small_gan(**settings)
     gan.step(PROMPTS[:2], TARGETS[:2])
     rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
-    assert gan._play(rows, asks=True, learns=True).features == []
-    assert len(small_gan()._play(rows, asks=True, learns=True).features) == 1
+    assert gan._play(rows, asks=True, learns=True).features.take() is None
+    assert small_gan()._play(rows, asks=True, learns=True).features.take() is not None
 
 
 def test_the_graph_is_gone_when_it_has_served_and_before_memory_is_tried_again(monkeypatch):
     gan = small_gan()
     experience = gan._play(data.rows_of(PROMPTS[:2], TARGETS[:2], {}), asks=True, learns=True)
-    graph, learn, alive = weakref.ref(experience.features[0]), gan.discriminator._learn, []
+    graph, learn, alive = weakref.ref(experience.features._features_BH), gan.discriminator._learn, []
 
     def full(parts):
         alive.append(graph() is not None)
@@ -162,7 +164,7 @@ def test_the_graph_is_gone_when_it_has_served_and_before_memory_is_tried_again(m
     monkeypatch.setattr(gan.discriminator, "_learn", full)
     with pytest.warns(UserWarning, match="out of memory"):
         gan.discriminator.update(experience)
-    assert len(alive) == 3 and not any(alive[1:]) and experience.features == []
+    assert len(alive) == 3 and not any(alive[1:]) and experience.features.take() is None
 
 
 def test_plain_rl_asks_the_discriminator_nothing(monkeypatch):

@@ -11,8 +11,8 @@ from lora_gan import data
 from lora_gan.gan import BudgetSpent
 from lora_gan.model import sampling
 from lora_gan.training import estimate, losses
-from lora_gan.training.discriminator import Group, Replay
 from lora_gan.training.monitor import Monitor, repetition
+from lora_gan.training.replay import Group, Replay
 
 
 def _rows(count):
@@ -309,7 +309,8 @@ def test_rollback_brings_the_best_generator_back(tmp_path):
 def test_repetition_is_the_share_of_pairs_seen_before():
     gan = small_gan()
     experience = gan._play(_rows(1), asks=False)
-    rows = sampling.assemble(gan.players.base, gan.players.device, [[5], [5]], [[7, 8, 7, 8, 7], [7, 8, 9]])
+    responses = [[7, 8, 7, 8, 7], [7, 8, 9]]
+    rows = sampling.Rollout(gan.players, [[5], [5]], responses, np.arange(2), ["", ""])
     assert repetition(dataclasses.replace(experience, rollout=rows)) == pytest.approx((0.5 + 0.0) / 2)
 
 

@@ -29,6 +29,7 @@ from . import base_checks, gguf_files, named_bases
 from .composite import opens_as_text
 from .endings import Endings
 from .kv_cache import cache_argument, cache_inputs, roomy_cache
+from .tokens import positions
 
 # Keys of model_init_kwargs that another setting decides.
 DECIDED_ELSEWHERE = {
@@ -468,11 +469,6 @@ def _require_causal(lm: PreTrainedModel, called: str) -> None:
             f"{called} cannot be the base: read token by token with its cache, as sampling reads it, a text gets other "
             "logits than in one forward"
         )
-
-
-def positions(mask_BL: Tensor) -> Tensor:
-    """Positions counted from the first real token, [B, L]: rows are padded on the left."""
-    return (mask_BL.cumsum(-1) - 1).clamp(min=0)
 
 
 # --- what must be known of it -----------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .tokens import pad, positions
+
 ATTENTION = "lora_gan_packed"  # its name in transformers' attention interface
 
 
@@ -138,21 +140,13 @@ def _padded(
     device: torch.device,
 ) -> Laid:
     """Rows, each with its own copy of the prompt, padded on the left, and the response, padded on the right."""
-    left = max(len(prompts[j]) for j in prompt_of)
-    length = left + max(1, max(map(len, responses)))
-    ids = np.full((len(responses), length), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, (response, j) in enumerate(zip(responses, prompt_of, strict=True)):
-        ids[row, left - len(prompts[j]) : left] = prompts[j]
-        ids[row, left : left + len(response)] = response
-        mask[row, left - len(prompts[j]) : left + len(response)] = 1
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)
-    inputs = {
-        "attention_mask": torch.from_numpy(mask).to(device),
-        "position_ids": torch.from_numpy(positions).to(device),
-    }
-    first_B = np.arange(len(responses)) * length + left
-    return inputs, torch.from_numpy(ids).to(device), first_B, first_B - 1
+    prompt_ids, prompt_mask = pad([prompts[j] for j in prompt_of], pad_id, side="left")
+    response_ids, response_mask = pad(responses, pad_id, side="right")
+    ids_BL = torch.from_numpy(np.concatenate([prompt_ids, response_ids], -1)).to(device)
+    mask_BL = torch.from_numpy(np.concatenate([prompt_mask, response_mask], -1).astype(np.int64)).to(device)
+    inputs = {"attention_mask": mask_BL, "position_ids": positions(mask_BL)}
+    first_B = np.arange(len(responses)) * ids_BL.shape[1] + prompt_ids.shape[1]
+    return inputs, ids_BL, first_B, first_B - 1
 
 
 def _packed(
@@ -167,8 +161,8 @@ def _packed(
     starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_lengths, lengths]))])
     prompt_starts, first_B = starts[: len(prompts)], starts[len(prompts) : -1]
     ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (*prompts, *responses)])
-    positions = [np.arange(length) for length in prompt_lengths]
-    positions += [np.arange(length) + prompt_lengths[j] for length, j in zip(lengths, prompt_of, strict=True)]
+    counted = [np.arange(length) for length in prompt_lengths]
+    counted += [np.arange(length) + prompt_lengths[j] for length, j in zip(lengths, prompt_of, strict=True)]
 
     wide, long = prompt_lengths.max(), max(1, lengths.max())
     of_prompt_PS = np.arange(wide) < prompt_lengths[:, None]
@@ -199,7 +193,7 @@ def _packed(
     )
     inputs = {
         "attention_mask": torch.ones(1, len(ids), dtype=torch.int64, device=device),  # some bases warn without one
-        "position_ids": tensor(np.concatenate(positions)[None]),
+        "position_ids": tensor(np.concatenate(counted)[None]),
         "packing": places,
     }
     return inputs, tensor(ids[None]), first_B, prompt_starts[prompt_of] + prompt_lengths[prompt_of] - 1

@@ -42,12 +42,13 @@ from transformers.pytorch_utils import Conv1D
 from .. import randomness
 from ..config import Config
 from . import composite, packing
-from .base import Base, load_base, positions
+from .base import Base, load_base
 from .checkpointing import Again, recomputing
 from .encoding import Encoder
 from .fast_lora import quicken
 from .kv_cache import cache_inputs, has_other_than_full_attention
 from .packing import Batch, batch_of
+from .tokens import positions
 
 if TYPE_CHECKING:
     from .initial_adapter import InitAdapter
@@ -267,13 +268,6 @@ class Players:
         return output
 
     # --- forwards
-
-    def logits(self, ids_BL: Tensor, mask_BL: Tensor, keep: int) -> Tensor:
-        """Logits of the active player at the last `keep` places, [B, keep, V], float32."""
-        output = self.lm(
-            input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **self.keep(keep), **self.positions(mask_BL)
-        )
-        return self._watch(output.logits[:, -keep:].float())
 
     def keep(self, places: int) -> dict[str, int]:
         """Asks for the logits of the last places alone, of bases that can be asked: the others compute all."""

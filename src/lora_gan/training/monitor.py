@@ -9,6 +9,7 @@ discriminator's (`Discriminator.gate`).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ ERRORS = 5.0
 def repetition(experience: Experience) -> float:
     """Share of a response's token pairs that it has written before, mean over responses."""
     shares = []
-    for ids, length in zip(experience.rollout.response_ids_BT.tolist(), experience.rollout.lengths_B, strict=True):
-        pairs = list(zip(ids[: length - 1], ids[1:length], strict=True))
+    for ids in experience.rollout.responses:
+        pairs = list(pairwise(ids))
         shares.append(1 - len(set(pairs)) / len(pairs) if pairs else 0.0)
     return float(np.mean(shares))
 
