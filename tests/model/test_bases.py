@@ -28,7 +28,7 @@ from helpers import (
 )
 from helpers import _folders as folders
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-from test_sampling import MANY, draw, reference_decode, responses_of
+from test_sampling import MANY, draw, reference_decode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lora_gan import LoraGAN
@@ -301,7 +301,7 @@ def test_sampling_equals_an_uncached_unbatched_decode(trained):
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts, count, length = gan._encode(MANY), 2, 14
     uniforms = sampling.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
-    ours, ties = responses_of(draw(gan, MANY, count, length)), 0
+    ours, ties = draw(gan, MANY, count, length).responses, 0
     for row, response in enumerate(ours):
         prompt = prompts[row // count]
         expected, tie = reference_decode(stock, prompt, uniforms[row].numpy(), gan.players.base.eos_ids)
