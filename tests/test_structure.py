@@ -30,7 +30,7 @@ UPWARDS = {
     "run.saving": {"gan"},
     "storage.checkpoint": {
         "gan", "model.base", "model.base_checks", "model.composite", "model.gguf_files", "model.named_bases",
-        "model.players", "rewards.budget", "training.health",
+        "model.peft_config", "model.players", "rewards.budget", "training.health",
     },
     "storage.untrusted": {"training.optimizer"},
 }  # fmt: skip
@@ -46,8 +46,6 @@ LONG = {
     "gan.__init__",
     "gan._step",
     "gan.fit",
-    "model.base._require_causal",
-    "model.sampling.sample",
     "rewards.combine.score_pairs",
     "rewards.combine.score_parts",
     "run.evaluation.evaluate",

@@ -187,7 +187,7 @@ def test_lower_layers_are_shared_with_the_base_and_not_with_the_adapter(plain):
     for player in ("discriminator", "base", "reference", "generator"):
         with torch.no_grad(), gan.players.playing(player):
             seen[player] = gan.players.hidden(batch, batch.predicting_R)
-    assert "below" in batch.shared
+    assert "layers" in batch.frozen_outputs
     torch.testing.assert_close(seen["reference"], seen["generator"])
     assert (seen["reference"] - seen["base"]).abs().max() > 0.01
 

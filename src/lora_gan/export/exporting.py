@@ -38,8 +38,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from .. import __version__
 from ..model import base_checks
-from ..model.base import Base, without_progress_bars
+from ..model.base import Base
 from ..model.endings import ids_of
+from ..model.opening import without_progress_bars
 from ..model.players import Players
 from ..storage.checkpoint import readable, save_adapter
 from . import card

@@ -147,7 +147,7 @@ def convert(file: Path, folder: Path) -> None:
     import transformers
 
     from ..storage.checkpoint import readable
-    from .base import without_progress_bars
+    from .opening import without_progress_bars
 
     header = _header(file)
     # Newer releases of transformers can keep weights in GGUF's blocks, which no adapter could be trained on.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..storage import checkpoint, untrusted
 from ..storage.durable import MANIFEST, Folder
 from ..wording import shown
-from .players import ACCEPTED, INITS, SET_HERE, WHY_NOT
+from .peft_config import ACCEPTED, INIT_METHODS, SET_BY_LIBRARY, default_of, require_shareable
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: Fields that may say anything: dropout does nothing here, and how the weights began is past.
 OF_ITS_TRAINING = ("lora_dropout", "eva_config")
 #: Ways to begin that left the base as it was. The others (pissa, olora, loftq, corda, …) changed it.
-HARMLESS_INITS = (*INITS, "eva")
+HARMLESS_INITS = (*INIT_METHODS, "eva")
 LARGEST_RANK = 2**14
 
 
@@ -220,13 +220,10 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
                 f"{setting}={value!r} and init_adapter= both describe the generator's adapter, whose settings are "
                 f"those it was saved with: leave {setting} out"
             )
-    stock = {field.name: _default(field) for field in fields(LoraConfig)}
-    for name, value in theirs.items():
-        if name in (*ACCEPTED, *SET_HERE, *OF_ITS_TRAINING) or not value or value == stock.get(name):
-            continue
-        reason = WHY_NOT.get(name, "it is not known to work on a base that two adapters share")
-        remedy = ". Merge the adapter into its base, and give the result as model= instead"
-        raise ValueError(f"{where} has {str(name)[:60]}={shown(value)}, which is not accepted: {reason}{remedy}")
+    remedy = ". Merge the adapter into its base, and give the result as model= instead"
+    accepted = (*ACCEPTED, *SET_BY_LIBRARY, *OF_ITS_TRAINING)
+    require_shareable(theirs.items(), where, accepted=accepted, remedy=remedy)
+    stock = {field.name: default_of(field) for field in fields(LoraConfig)}
     init = theirs.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in HARMLESS_INITS:
         raise ValueError(
@@ -256,10 +253,6 @@ def _embeddings(players: Players) -> dict[str, torch.Tensor]:
             weight = (module.base_layer if isinstance(module, BaseTunerLayer) else module).weight
             found |= {f"base_model.model.{name}.{inner}weight": weight for inner in ("", "base_layer.")}
     return found
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _values(pattern: Any) -> list[Any]:

@@ -30,7 +30,7 @@ ATTENTION = "lora_gan_packed"  # its name in transformers' attention interface
 
 
 @dataclass(frozen=True)
-class Places:
+class PackedLayout:
     """Where the attention finds each prompt and each response in a row of N tokens."""
 
     prompt_PS: Tensor  # places in the row; 0 where a prompt is shorter than S
@@ -56,7 +56,8 @@ class Batch:
     pooled_B: Tensor  # what the score is read off
     row_R: Tensor  # which response a token is of
     packed: bool
-    shared: dict[str, Tensor] = field(default_factory=dict)  # what frozen layers said of it, for whoever comes next
+    # Outputs of frozen parts of the base, which both players use: of the lower layers, of the reference.
+    frozen_outputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def response_ids_R(self) -> Tensor:
@@ -184,7 +185,7 @@ def _packed(
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    places = Places(
+    places = PackedLayout(
         tensor(prompt_PS),
         tensor(response_BT),
         tensor(token_N),
@@ -202,7 +203,7 @@ def _packed(
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-class _Apart(torch.autograd.Function):
+class UnpackTokens(torch.autograd.Function):
     """Tokens [N, …] taken apart into the places [P·S + B·T, …]. Each token has one place, so the way back is a look-up
     too, and no sum whose order could change; what stands where a row is shorter is seen by nobody."""
 
@@ -217,8 +218,8 @@ class _Apart(torch.autograd.Function):
         return gradients[0].index_select(0, token_N), None, None
 
 
-class _Together(torch.autograd.Function):
-    """The inverse of `_Apart`: no gradient reaches the places that hold no token."""
+class PackTokens(torch.autograd.Function):
+    """The inverse of `UnpackTokens`: no gradient reaches the places that hold no token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_N: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: Places | None = None,
+    packing: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed row, by transformers' attention interface: query, key and value [1, A, N, D].
@@ -260,7 +261,7 @@ def attention(
         x_NAD = x_1AND[0].transpose(0, 1)
         if x_NAD.shape[1] != query.shape[1]:  # fewer heads of keys and values than of queries
             x_NAD = x_NAD.repeat_interleave(query.shape[1] // x_NAD.shape[1], 1)
-        of_prompts, of_responses = _Apart.apply(x_NAD, place, packing.token_N).split([prompts * S, responses * T])
+        of_prompts, of_responses = UnpackTokens.apply(x_NAD, place, packing.token_N).split([prompts * S, responses * T])
         return of_prompts.unflatten(0, (prompts, S)), of_responses.unflatten(0, (responses, T))
 
     def with_prompt(of_prompts: Tensor, of_responses: Tensor) -> Tensor:
@@ -284,7 +285,7 @@ def attention(
         scale=scaling,
     ).transpose(1, 2)
     out = torch.cat([out_PSAD.flatten(0, 1), out_BTAD.flatten(0, 1)])
-    return _Together.apply(out, packing.token_N)[None], None  # [1, N, A, D]
+    return PackTokens.apply(out, packing.token_N)[None], None  # [1, N, A, D]
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

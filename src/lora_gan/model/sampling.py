@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import randomness
-from .fast_lora import merged
-from .kv_cache import RowCache, roomy_cache
+from .fast_lora import merged_adapter
+from .kv_cache import RowCache, preallocated_cache
 from .packing import Batch
 from .players import Players
 from .tokens import pad
@@ -124,7 +124,7 @@ def _prefill(
     ids, mask = pad(prompts, players.base.pad_id, side="left")
     ids_BL = torch.from_numpy(ids).to(players.device)
     mask_BL = torch.from_numpy(mask.astype(np.int64)).to(players.device)
-    cache = roomy_cache(players.lm.config, ids.shape[1] + length)
+    cache = preallocated_cache(players.lm.config, ids.shape[1] + length)
     logits_BV = players.lm(
         input_ids=ids_BL, attention_mask=mask_BL, use_cache=True,
         **players.cached(cache), **players.keep(1), **players.positions(mask_BL),
@@ -151,7 +151,7 @@ def _decode(
     alive = torch.arange(rows, device=device)  # which row of the result each row of the batch is
     running = torch.ones(rows, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    with merged(players.lm):
+    with merged_adapter(players.lm):
         for t in range(length):
             finite = finite & logits_BV.amax(-1).isfinite().all()  # −∞ forbids a token; NaN, +∞ are no distribution
             token = choose(logits_BV, uniforms_BT[alive, t], temperature, top_p)

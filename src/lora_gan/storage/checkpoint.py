@@ -36,7 +36,8 @@ from ..config import Config
 from ..model import composite, gguf_files, named_bases
 from ..model.base import load_base
 from ..model.base_checks import UNLIMITED
-from ..model.players import ACCEPTED, Players
+from ..model.peft_config import ACCEPTED
+from ..model.players import Players
 from ..rewards import budget
 from ..training import health
 from . import durable, untrusted

@@ -119,7 +119,7 @@ class Discriminator:
         if whole and scores and plain:
             with suppress(torch.OutOfMemoryError), self.players.playing("discriminator"):
                 # A graph takes more than a prediction does.
-                features_BH = self.players.set_aside(self.players.features(rollout.batch()))
+                features_BH = self.players.defer_backward(self.players.features(rollout.batch()))
         if features_BH is None:
             return self.predict(rollout), RetainedFeatures()
         with torch.no_grad():

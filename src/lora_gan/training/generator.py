@@ -207,10 +207,10 @@ class Generator:
     ) -> tuple[np.ndarray, Tensor]:
         """One forward, and backward of these responses' summed losses times `scale`; the sums of their policy losses,
         KLs and entropies, and the log-probabilities of their tokens, [R]."""
-        if self.beta and "reference" not in batch.shared:
+        if self.beta and "reference" not in batch.frozen_outputs:
             with torch.no_grad(), self.players.playing("reference"):
-                batch.shared["reference"] = self.players.hidden(batch, batch.predicting_R)
-        reference_RH = batch.shared["reference"] if self.beta else None
+                batch.frozen_outputs["reference"] = self.players.hidden(batch, batch.predicting_R)
+        reference_RH = batch.frozen_outputs["reference"] if self.beta else None
 
         def loss(logits_R1V: Tensor, part: slice) -> tuple[Tensor, tuple[list[float], Tensor]]:
             """Every loss of a response is a sum over its tokens: here each token is a row of its own."""
