@@ -204,7 +204,8 @@ def logits(gan: LoraGAN, ids_BL: torch.Tensor, mask_BL: torch.Tensor | None = No
 
 def prompt_logits(gan: LoraGAN, prompts: list[list[int]]) -> torch.Tensor:
     """`logits` of prompts in one batch, padded on the left."""
-    return logits(gan, *map(torch.from_numpy, pad(prompts, gan.players.base.pad_id, side="left")))
+    ids_BL, mask_BL = map(torch.from_numpy, pad(prompts, gan.players.base.pad_id, side="left"))
+    return logits(gan, ids_BL, mask_BL.long())
 
 
 def response_ids(gan: LoraGAN, text: str) -> list[int]:

@@ -25,10 +25,9 @@ def pad(rows: Sequence[list[int]], pad_id: int, *, side: Literal["left", "right"
     Returns:
         The ids, int64 [B, L], and the mask, bool [B, L]: True on tokens. L is the longest row's length, at least 1.
     """
-    lengths_B = np.array([len(row) for row in rows])
-    mask_BL = np.arange(max(1, lengths_B.max())) < lengths_B[:, None]
-    if side == "left":
-        mask_BL = mask_BL[:, ::-1]
+    lengths_B1 = np.array([[len(row)] for row in rows])
+    width = max(1, lengths_B1.max())
+    mask_BL = np.arange(width) < lengths_B1 if side == "right" else np.arange(width) >= width - lengths_B1
     ids_BL = np.full(mask_BL.shape, pad_id, dtype=np.int64)
     ids_BL[mask_BL] = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
     return ids_BL, mask_BL
