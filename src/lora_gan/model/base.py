@@ -117,7 +117,7 @@ def load_base(
     base_checks.require_floating(lm)
     lm.eval().requires_grad_(False)
     if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
-        lm.to(device)
+        lm.to(device)  # type: ignore[arg-type]  # a decorator of transformers hides its signature
     rows, called = base_checks.embedding_rows(lm), _called(lm, name)
     tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, called)
     endings = Endings.of(lm, tokenizer, config.chat_template_kwargs)

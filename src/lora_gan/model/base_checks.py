@@ -9,12 +9,14 @@ import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..wording import one_line
 
 #: Names under which transformers' configs, and those of remote code, say how many tokens a row may have. Where a config
 #: has several, the first one counts. GPT-2's n_positions is max_position_embeddings by transformers' attribute map.
@@ -96,10 +98,10 @@ def trial(called: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the model's own code
-        reason = " ".join(str(error).split())[:400]
         remedy = "; its tensors must be on one device and of one dtype" if isinstance(error, RuntimeError) else ""
         raise ValueError(
-            f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: {reason}){remedy}"
+            f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: "
+            f"{one_line(error)}){remedy}"
         ) from error
 
 
@@ -167,7 +169,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def embedding_rows(lm: PreTrainedModel) -> int:
     """Token ids that the base can read: 0 to this, exclusive."""
-    return int(lm.get_input_embeddings().weight.shape[0])
+    return len(cast(Tensor, lm.get_input_embeddings().weight))
 
 
 def pad_with_a_row(pad_id: int | None, rows: int) -> int | None:
@@ -187,9 +189,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Special tokens by id: those with a role, and those that were added as special."""
     added = tokenizer.added_tokens_decoder  # of some backends no mapping, but a method that raises
     tokens = {id: str(token) for id, token in added.items() if token.special} if isinstance(added, Mapping) else {}
-    with_a_role = zip(
-        tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens), tokenizer.all_special_tokens, strict=True
-    )
+    ids = cast(list[int | None], tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens))
+    with_a_role = zip(ids, tokenizer.all_special_tokens, strict=True)
     return tokens | {id: token for id, token in with_a_role if id is not None}
 
 

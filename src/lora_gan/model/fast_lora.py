@@ -24,7 +24,7 @@ def use_fast_forwards(model: nn.Module) -> None:
     """Give plain LoRA layers and activations their faster forwards; numbers stay the same to rounding."""
     for module in list(model.modules()):
         if type(module) is Linear and type(module.base_layer) in (nn.Linear, Conv1D):
-            module.forward = PlainLoraForward(module)
+            module.forward = PlainLoraForward(module)  # type: ignore[method-assign]  # that is the purpose
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:  # the same formula, written out as eight passes
                 setattr(module, name, nn.GELU(approximate="tanh"))
@@ -105,4 +105,5 @@ def merged_bytes(model: nn.Module) -> int:
 
 
 def _fast_forwards(model: nn.Module) -> list[PlainLoraForward]:
-    return [m.forward for m in model.modules() if isinstance(getattr(m, "forward", None), PlainLoraForward)]
+    forwards = (getattr(module, "forward", None) for module in model.modules())
+    return [forward for forward in forwards if isinstance(forward, PlainLoraForward)]

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -246,11 +246,12 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
 def _embeddings(players: Players) -> dict[str, torch.Tensor]:
     """The base's input and output embeddings, by the names under which PEFT saves a copy beside an adapter that is on
     one of them, or whose vocabulary was resized."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     both = (players.lm.get_input_embeddings(), players.lm.get_output_embeddings())
     for name, module in players.lm.named_modules():
         if any(module is one for one in both):
-            weight = (module.base_layer if isinstance(module, BaseTunerLayer) else module).weight
+            inside = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            weight = cast(torch.Tensor, inside.weight)
             found |= {f"base_model.model.{name}.{inner}weight": weight for inner in ("", "base_layer.")}
     return found
 

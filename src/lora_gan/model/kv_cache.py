@@ -8,7 +8,7 @@ layer with full attention gets room for all tokens when the rows of the groups a
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,21 +63,24 @@ class RowCache(DynamicCache):
     """
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for layer in self.layers:
-            if has_state(layer):
-                states = state_tensors(layer)
-                if states:
-                    rows = torch.arange(len(states[0]), device=states[0].device)
-                    layer.reorder_cache(rows.repeat_interleave(repeats))
-            else:
+        for layer in self._any_layers:
+            if not has_state(layer):
                 layer.batch_repeat_interleave(repeats)
+            elif states := state_tensors(layer):
+                rows = torch.arange(len(states[0]), device=states[0].device)
+                layer.reorder_cache(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for layer in self.layers:
+        for layer in self._any_layers:
             if has_state(layer):
                 layer.reorder_cache(indices)
             else:
                 layer.batch_select_indices(indices)
+
+    @property
+    def _any_layers(self) -> list[Any]:
+        """The layers. Their types in transformers lack methods that those without a state have."""
+        return cast(list[Any], self.layers)
 
 
 def state_tensors(layer: Any) -> list[Tensor]:
@@ -116,9 +119,9 @@ class PreallocatedLayer(DynamicLayer):
             return key_states, value_states
         if self.buffers is None:
             self.batch_repeat_interleave(1)
-        keys, _ = self._filled()
         assert self.buffers is not None
-        first, last = keys.shape[-2], keys.shape[-2] + key_states.shape[-2]
+        first = self._filled()[0].shape[-2]
+        last = first + key_states.shape[-2]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[..., first:last, :] = states
         return self._fill(*self.buffers, last)

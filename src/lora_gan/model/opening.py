@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +62,8 @@ def open_pretrained(
     shared = {**repository, "trust_remote_code": config.trust_remote_code}
     with _opening(name, "model"):
         lm_config = AutoConfig.from_pretrained(source, **shared)
-    require_supported(lm_config, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(lm_config), None))
+    kind = cast("type[PreTrainedModel] | None", MODEL_FOR_CAUSAL_LM_MAPPING.get(type(lm_config), None))
+    require_supported(lm_config, kind)
 
     quantized = quantization_config or getattr(lm_config, "quantization_config", None)
     if quantized:  # packed weights are made on their device: not all of them can be moved
@@ -70,9 +71,9 @@ def open_pretrained(
     if quantization_config is not None:
         extra["quantization_config"] = quantization_config
     # Mismatched tensors are refused below by name; transformers would only point to a table that it logs.
-    options = {"dtype": _dtype(config, device), "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _opening(name, "model"), base_checks.naming_the_pad_id(lm_config), without_progress_bars():
-        lm, loading = AutoModelForCausalLM.from_pretrained(source, **{**options, **extra, **shared})
+    options = {"dtype": _dtype(config, device), "ignore_mismatched_sizes": True}
+    with _opening(name, "model"), base_checks.naming_the_pad_id(lm_config):
+        lm, loading = load_causal_lm(source, **{**options, **extra, **shared})
     base_checks.require_matching(loading["mismatched_keys"], name)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
@@ -83,6 +84,14 @@ def open_pretrained(
         with _opening(name, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
     return lm, tokenizer, path, lm_config if lm_config.get_text_config() is not lm_config else None
+
+
+def load_causal_lm(source: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model that AutoModelForCausalLM makes of a folder or hub id, and transformers' loading info."""
+    with without_progress_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    model, loading = loaded
+    return model, loading
 
 
 @contextmanager
@@ -202,7 +211,7 @@ def _architectures(config: Any) -> str:
     return ", ".join(getattr(config, "architectures", None) or [f"a model of type {config.model_type!r}"])
 
 
-def require_supported(config: Any, kind: type | None) -> None:
+def require_supported(config: Any, kind: type[PreTrainedModel] | None) -> None:
     """Refuse by kind what cannot be a base, before its weights are read."""
     is_remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     name = kind.__name__ if kind else _architectures(config)

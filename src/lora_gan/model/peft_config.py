@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -106,7 +106,7 @@ def _exclude_not_adapted(wanted: LoraConfig, model: PreTrainedModel) -> None:
     left_out = NOT_ADAPTED.get(model.config.model_type, ())
     excluded = wanted.exclude_modules
     if left_out and wanted.target_modules == "all-linear" and not isinstance(excluded, str):  # a pattern is the user's
-        wanted.exclude_modules = {*(excluded or ()), *left_out}
+        wanted.exclude_modules = {*(excluded or ()), *left_out}  # type: ignore[assignment]  # PEFT keeps a set
 
 
 def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
@@ -232,7 +232,7 @@ def warn_of_stock_clients(base: Base, lm: PreTrainedModel, places: list[str], wi
 
 def _stock_classifier_lacks(base: Base, lm: PreTrainedModel, places: list[str], width: int) -> str | None:
     config = copy.deepcopy(base.composite or lm.config)
-    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    kind = cast("type[PreTrainedModel] | None", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None))
     if kind is None:
         return f"transformers has no sequence classification for the model type {config.model_type!r}"
     config.num_labels = 1

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from .. import randomness
 from ..config import Config
 from . import packing
 from .base import Base
+from .base_checks import embedding_rows
 from .checkpointing import RecomputeContext, checkpoint_layers
 from .encoding import Encoder
 from .fast_lora import use_fast_forwards
@@ -95,14 +96,15 @@ class Players:
         with randomness.seeded_torch(config.seed, "lora"):
             self.peft = attach(base, lora, "" if init_adapter is None else f" (init_adapter={init_adapter.name})")
         self.peft.eval()  # train mode would switch on the base's own dropout
-        self.lm: Any = self.peft.get_base_model()
+        self.lm = base.model  # PEFT puts its layers into it
         use_fast_forwards(self.lm)
-        self.body: nn.Module | None = getattr(self.lm, self.lm.base_model_prefix, None)
-        if self.body is None:
+        body = getattr(self.lm, self.lm.base_model_prefix, None)
+        if body is None:
             raise ValueError(
                 f"{type(self.lm).__name__} cannot be the base: its body, which the scores are read off, does not stand "
                 f"under its name {self.lm.base_model_prefix!r}"
             )
+        self.body: nn.Module = body
         # What comes out of the body, which the score head reads: OPT's may be narrower than its hidden size.
         hidden = getattr(self.lm.get_output_embeddings(), "in_features", self.lm.config.get_text_config().hidden_size)
         device = next(base.model.parameters()).device
@@ -206,7 +208,8 @@ class Players:
         if output.grad_fn is not None:
             graph = _PendingGraph()
             key = id(graph)
-            output.grad_fn.metadata["lora_gan"] = graph  # lives as long as the graph does
+            # Lives as long as the graph does. torch's stub takes the property for a method.
+            output.grad_fn.metadata["lora_gan"] = graph  # type: ignore[index]
             self._open[key] = weakref.ref(graph)
             output.register_hook(lambda _: self._open.pop(key, None) and None)
         return output
@@ -262,7 +265,7 @@ class Players:
             return False
         if has_other_than_full_attention(config):  # a recurrent state runs along the row, over all of its texts
             return False
-        ids = [1 + i % (self.lm.get_input_embeddings().weight.shape[0] - 1) for i in range(11)]
+        ids = [1 + i % (embedding_rows(self.lm) - 1) for i in range(11)]
         trial = [ids[:2], ids[2:5]], [ids[5:8], ids[8:9], ids[9:]], np.array([0, 0, 1])
         with torch.no_grad(), self.playing("base"):
             try:
@@ -384,9 +387,14 @@ class Players:
         return logits_1RV[0].float()
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that the base can write."""
+        return len(cast(Tensor, self.lm.get_output_embeddings().weight))
+
+    @property
     def tokens_at_once(self) -> int:
         """Tokens whose logits are held at one time: all of a response's would be most of the memory of an update."""
-        return max(16, LOGITS_AT_ONCE // self.lm.get_output_embeddings().weight.shape[0])
+        return max(16, LOGITS_AT_ONCE // self.vocabulary)
 
     def features(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
         """The active player's last hidden state at the pooled token, [B, H], float32."""

@@ -63,8 +63,13 @@ class Rollout:
     def rows(self, index: np.ndarray | slice) -> Rollout:
         """Some of the responses."""
         chosen = np.arange(len(self))[index]
-        prompts, responses, texts = ([of[i] for i in chosen] for of in (self.prompts, self.responses, self.texts))
-        return replace(self, prompts=prompts, responses=responses, texts=texts, group_B=self.group_B[chosen])
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in chosen],
+            responses=[self.responses[i] for i in chosen],
+            group_B=self.group_B[chosen],
+            texts=[self.texts[i] for i in chosen],
+        )
 
 
 def keyed_uniforms(

@@ -51,8 +51,7 @@ class Experience:
 
     @property
     def predicted_B(self) -> np.ndarray:
-        predicted_B: np.ndarray = self.predicted_MB.mean(0)
-        return predicted_B
+        return self.predicted_MB.mean(0)
 
     @property
     def dropped_B(self) -> np.ndarray | None:

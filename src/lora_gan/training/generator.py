@@ -290,8 +290,7 @@ class Generator:
 
     def _embedding_table(self) -> Tensor:
         """The embedding of every token the base can write, [V, H]."""
-        vocabulary = self.players.lm.get_output_embeddings().weight.shape[0]
-        return self.players.embed(torch.arange(vocabulary, device=self.players.device)).float()
+        return self.players.embed(torch.arange(self.players.vocabulary, device=self.players.device)).float()
 
     def _imitate(self, rows: list[Row], weight: float) -> float:
         """Backward of the cross-entropy on the target texts, their end included; returns its mean over rows."""
