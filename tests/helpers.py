@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -34,6 +35,8 @@ from lora_gan import LoraGAN
 from lora_gan.data import Row
 from lora_gan.model.tokens import pad
 from lora_gan.storage import durable
+from lora_gan.training import estimate
+from lora_gan.training.experience import Experience
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("gpt2", "llama", "qwen2")
@@ -206,6 +209,12 @@ def prompt_logits(gan: LoraGAN, prompts: list[list[int]]) -> torch.Tensor:
     """`logits` of prompts in one batch, padded on the left."""
     ids_BL, mask_BL = map(torch.from_numpy, pad(prompts, gan.players.base.pad_id, side="left"))
     return logits(gan, ids_BL, mask_BL.long())
+
+
+def advantages(gan: LoraGAN, experience: Experience, signal: str) -> np.ndarray:
+    """What the generator's policy gradient is weighted by, float64 [B]."""
+    reward_B = gan.generator.rewards(experience, signal)
+    return estimate.advantages(reward_B, experience.group_B, gan.generator.baseline.value)
 
 
 def response_ids(gan: LoraGAN, text: str) -> list[int]:

@@ -27,23 +27,23 @@ def test_the_unit_is_the_spread_of_the_first_rewards():
 def test_the_unit_follows_rewards_that_spread_later_and_predictions_stay():
     gan = small_gan(base_folder("llama"))
     disc = gan.discriminator
-    disc._keep_unit([group([0.0, 0.0, 0.0])])
+    disc._update_reward_unit([group([0.0, 0.0, 0.0])])
     assert gan.players.reward_unit == 1.0
     with torch.no_grad():
         gan.players.heads_MH.normal_()
     before = gan.score("a", "b")
-    disc._keep_unit([group([0.0, 100.0, 50.0])])
+    disc._update_reward_unit([group([0.0, 100.0, 50.0])])
     assert gan.players.reward_unit == pytest.approx(np.std([0.0, 100.0, 50.0]))
     assert gan.score("a", "b") == pytest.approx(before, rel=1e-5)
-    disc._keep_unit([group([1.0, 1.0])])  # a quieter time changes nothing
+    disc._update_reward_unit([group([1.0, 1.0])])  # a quieter time changes nothing
     assert gan.players.reward_unit == pytest.approx(np.std([0.0, 100.0, 50.0]))
 
 
 def test_heads_begin_with_the_ridge_solution():
     gan = small_gan(base_folder("llama"))
     groups = [group([0.1, 0.5, 0.9], prompt=5), group([0.2, 0.4], prompt=9)]
-    gan.discriminator._keep_unit(groups)
-    gan.discriminator._start(groups)
+    gan.discriminator._update_reward_unit(groups)
+    gan.discriminator._init_heads(groups)
     batch, (true_B, *_) = gan.discriminator._batch(groups), gan.discriminator._labels(groups)
     with torch.no_grad(), gan.players.playing("discriminator"):
         features = gan.players.features(batch).double().numpy()

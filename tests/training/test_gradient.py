@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, random_model, reward, small_gan
+from helpers import ARCHITECTURES, PROMPTS, TARGETS, advantages, base_folder, random_model, reward, small_gan
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -108,7 +108,7 @@ def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> 
 def gradient_of(gan, experience, signal) -> torch.Tensor:
     gan.generator.optimizer.zero_grad()
     with gan.discriminator.scoring():
-        gan.generator._reinforce(experience, gan.generator.advantages(experience, signal))
+        gan.generator._reinforce(experience, advantages(gan, experience, signal))
     found = gradients(gan.players.parameters("generator"))
     gan.generator.optimizer.zero_grad()
     return found

@@ -50,10 +50,12 @@ def test_the_average_is_what_is_said():
 def test_what_the_generator_sees_of_the_predictions():
     predicted = np.array([[1.0, 3.0, 5.0, 5.0], [3.0, 3.0, 5.0, 9.0]])
     groups = np.array([0, 0, 1, 1])
-    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=0, gate=1.0), [2, 3, 5, 7])
-    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=1.0, gate=1.0), [1, 3, 5, 5])
-    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=0, gate=0.5), [2.25, 2.75, 5.5, 6.5])
-    shut = estimate.trusted(predicted, groups, penalty=0, gate=0.0)
+    np.testing.assert_array_equal(estimate.gated_lower_bound(predicted, groups, penalty=0, gate=1.0), [2, 3, 5, 7])
+    np.testing.assert_array_equal(estimate.gated_lower_bound(predicted, groups, penalty=1.0, gate=1.0), [1, 3, 5, 5])
+    np.testing.assert_array_equal(
+        estimate.gated_lower_bound(predicted, groups, penalty=0, gate=0.5), [2.25, 2.75, 5.5, 6.5]
+    )
+    shut = estimate.gated_lower_bound(predicted, groups, penalty=0, gate=0.0)
     assert not estimate.advantages(shut, groups, 0.0).any(), "a shut gate leaves no differences"
 
 
@@ -248,7 +250,7 @@ def test_the_gate_is_a_fading_mean_of_the_fresh_correlation_within_groups():
     gan.discriminator.knows_unit = True
     assert gan.discriminator.gate == 0  # one that has learned here is not, before it was judged
     for sign in (1, 1, -1):
-        gan.discriminator._judge(
+        gan.discriminator._update_gate(
             dataclasses.replace(experience, true_B=true_B, predicted_MB=sign * np.stack([true_B, true_B]))
         )
     assert gan.discriminator.gate == pytest.approx((0.81 + 0.9 - 1) / (0.81 + 0.9 + 1) / 0.8)

@@ -75,7 +75,7 @@ def require_matching(mismatched: Collection[Any], name: str) -> None:
 
 
 @contextmanager
-def naming_the_pad_id(config: Any) -> Iterator[None]:
+def explaining_pad_id(config: Any) -> Iterator[None]:
     """Inside the block, torch's refusal of a pad id beyond the embedding says which setting of the config it is."""
     try:
         yield
@@ -91,7 +91,7 @@ def naming_the_pad_id(config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def trial(called: str) -> Iterator[None]:
+def explaining_failure(called: str) -> Iterator[None]:
     """Errors inside the block, a forward on a few tokens, say that this base cannot be run; out of memory stays."""
     try:
         yield

@@ -77,7 +77,7 @@ class _Trial:
         """Logits of one forward, [B, L, V], finite; tokens that the base forbids get 0."""
         place_BL = positions(mask_BL)[:, -ids_BL.shape[1] :]
         place = {"position_ids": place_BL} if "position_ids" in self.takes else {}
-        with base_checks.trial(self.called):
+        with base_checks.explaining_failure(self.called):
             logits: Tensor = self.lm(input_ids=ids_BL, **{"attention_mask": mask_BL, **place, **options}).logits.float()
         base_checks.require_finite(self.lm, logits, self.called)
         return logits.masked_fill(logits == -torch.inf, 0.0)
@@ -92,11 +92,11 @@ class _Trial:
     def decoded(self) -> Tensor:
         """Logits of the second row's text, its last tokens read one by one, with the cache of a group's row."""
         ids, device = self.ids, self.ids_BL.device
-        with base_checks.trial(self.called):
+        with base_checks.explaining_failure(self.called):
             cache = preallocated_cache(self.lm.config, 2 * len(ids))
         prefill = cache_inputs(self.takes, cache)
         logits = [self.run(self.ids_BL, self.mask_BL, use_cache=True, **prefill)[1, self.pads :]]
-        with base_checks.trial(self.called):
+        with base_checks.explaining_failure(self.called):
             cache.batch_repeat_interleave(2)
         mask_BL = self.mask_BL.repeat_interleave(2, 0)
         ids_BL = torch.stack([ids.flip(0), ids.flip(0), ids, ids.flip(0)]).to(device)
@@ -106,7 +106,7 @@ class _Trial:
             logits.append(self.run(ids_BL[:, place : place + 1], mask_BL, use_cache=True, **inputs)[-2])
             if place == self.short:  # the first prompt's rows leave
                 keep = torch.tensor([0, 2, 3], device=device)
-                with base_checks.trial(self.called):
+                with base_checks.explaining_failure(self.called):
                     cache.batch_select_indices(keep)
                 mask_BL, ids_BL = mask_BL[keep], ids_BL[keep]
         return torch.cat(logits)

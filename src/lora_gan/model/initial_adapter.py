@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .players import Players
 
 #: Fields that may say anything: dropout does nothing here, and how the weights began is past.
-OF_ITS_TRAINING = ("lora_dropout", "eva_config")
+TRAINING_FIELDS = ("lora_dropout", "eva_config")
 #: Ways to begin that left the base as it was. The others (pissa, olora, loftq, corda, …) changed it.
 HARMLESS_INITS = (*INIT_METHODS, "eva")
 LARGEST_RANK = 2**14
@@ -84,7 +84,7 @@ class InitAdapter:
                 stacklevel=4,
             )
 
-    def put(self, players: Players) -> None:
+    def load_into(self, players: Players) -> None:
         """Copy the weights into the generator, and into the reference where it is an adapter.
 
         Raises:
@@ -111,7 +111,7 @@ class InitAdapter:
 
 
 def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitAdapter:
-    """Find the adapter and check its settings; its weights are read by `put`.
+    """Find the adapter and check its settings; its weights are read by `load_into`.
 
     Args:
         path: a stock PEFT folder, or one of this library's: a run (its newest complete step is taken), a step, a
@@ -221,7 +221,7 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
                 f"those it was saved with: leave {setting} out"
             )
     remedy = ". Merge the adapter into its base, and give the result as model= instead"
-    accepted = (*ACCEPTED, *SET_BY_LIBRARY, *OF_ITS_TRAINING)
+    accepted = (*ACCEPTED, *SET_BY_LIBRARY, *TRAINING_FIELDS)
     require_shareable(theirs.items(), where, accepted=accepted, remedy=remedy)
     stock = {field.name: default_of(field) for field in fields(LoraConfig)}
     init = theirs.get("init_lora_weights", True)

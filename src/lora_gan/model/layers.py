@@ -25,6 +25,21 @@ def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     return lists[0] if len(lists) == 1 else None
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM below its head.
+
+    Raises:
+        ValueError: the model has none under the name that its class says.
+    """
+    body = getattr(model, model.base_model_prefix, None)
+    if body is None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be the base: its body, which the scores are read off, does not stand under "
+            f"its name {model.base_model_prefix!r}"
+        )
+    return body
+
+
 def has_adapter(module: nn.Module, player: str) -> bool:
     return isinstance(module, BaseTunerLayer) and any(
         player in getattr(module, name, ()) for name in module.adapter_layer_names

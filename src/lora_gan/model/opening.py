@@ -30,7 +30,7 @@ DECIDED_ELSEWHERE = {
     "state_dict": "model=", "local_files_only": "the environment variable HF_HUB_OFFLINE=1",
     "output_loading_info": "nothing: the library reads it itself",
 }  # fmt: skip
-OF_THE_REPOSITORY = ("revision", "token", "cache_dir", "subfolder")  # which concern the tokenizer's files too
+REPOSITORY_OPTIONS = ("revision", "token", "cache_dir", "subfolder")  # which concern the tokenizer's files too
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -46,7 +46,7 @@ def open_pretrained(
     extra = dict(config.model_init_kwargs or {})
     for key in extra.keys() & DECIDED_ELSEWHERE.keys():
         raise ValueError(f"model_init_kwargs has {key!r}, which is decided by {DECIDED_ELSEWHERE[key]}: drop it there")
-    repository = {key: extra[key] for key in OF_THE_REPOSITORY if key in extra}
+    repository = {key: extra[key] for key in REPOSITORY_OPTIONS if key in extra}
     if name in named_bases.NAMES:
         path = source = str(named_bases.folder_of(name))
     elif Path(name).is_dir() or gguf_files.is_one(Path(name)):
@@ -72,7 +72,7 @@ def open_pretrained(
         extra["quantization_config"] = quantization_config
     # Mismatched tensors are refused below by name; transformers would only point to a table that it logs.
     options = {"dtype": _dtype(config, device), "ignore_mismatched_sizes": True}
-    with _opening(name, "model"), base_checks.naming_the_pad_id(lm_config):
+    with _opening(name, "model"), base_checks.explaining_pad_id(lm_config):
         lm, loading = load_causal_lm(source, **{**options, **extra, **shared})
     base_checks.require_matching(loading["mismatched_keys"], name)
     if missing := sorted(loading["missing_keys"]):

@@ -67,7 +67,7 @@ class Batch:
         return len(self.pooled_B)
 
 
-def batch_of(
+def build_batch(
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     prompt_of: np.ndarray,
@@ -130,7 +130,8 @@ def pooled(ids: list[int], pad_on_disk: int | None) -> int:
     return place
 
 
-Laid = tuple[dict[str, Any], Tensor, np.ndarray, np.ndarray]  # inputs, ids, each response's first place, the one before
+# Inputs, ids, each response's first place, and the place before it.
+Layout = tuple[dict[str, Any], Tensor, np.ndarray, np.ndarray]
 
 
 def _padded(
@@ -139,7 +140,7 @@ def _padded(
     prompt_of: np.ndarray,
     pad_id: int,
     device: torch.device,
-) -> Laid:
+) -> Layout:
     """Rows, each with its own copy of the prompt, padded on the left, and the response, padded on the right."""
     prompt_ids, prompt_mask = pad([prompts[j] for j in prompt_of], pad_id, side="left")
     response_ids, response_mask = pad(responses, pad_id, side="right")
@@ -156,7 +157,7 @@ def _packed(
     prompt_of: np.ndarray,
     pad_id: int,
     device: torch.device,
-) -> Laid:
+) -> Layout:
     """One row: prompts, then responses."""
     prompt_lengths, lengths = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
     starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_lengths, lengths]))])

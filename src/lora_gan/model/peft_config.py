@@ -51,8 +51,7 @@ def lora_config(
     player: Literal["generator", "discriminator"],
     given: LoraConfig | None,
     config: Config,
-    transposed: bool,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel,
 ) -> LoraConfig:
     """The player's adapter as PEFT gets it: from the settings, or a checked copy of the user's own.
 
@@ -63,7 +62,7 @@ def lora_config(
     name = f"{prefix}peft_config"
     if given is None:
         targets = getattr(config, f"{prefix}target_modules")
-        if player == "discriminator" and config.disc_layers is not None and model is not None:
+        if player == "discriminator" and config.disc_layers is not None:
             targets = _upper_linear(model, config.disc_layers)
         wanted = LoraConfig(
             r=getattr(config, f"{prefix}lora_r"),
@@ -84,10 +83,9 @@ def lora_config(
                 f"{name} has task_type={str(given.task_type)!r}: it must be {' or '.join(TASK_TYPES[player])}, or None"
             )
         wanted = copy.deepcopy(given)
-    if model is not None:
-        _exclude_not_adapted(wanted, model)
+    _exclude_not_adapted(wanted, model)
     wanted.task_type = TaskType.CAUSAL_LM  # both adapters stand on the causal LM; a checkpoint says SEQ_CLS
-    wanted.fan_in_fan_out = transposed
+    wanted.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's linear layers
     wanted.base_model_name_or_path, wanted.revision, wanted.inference_mode = None, None, False
     return wanted
 

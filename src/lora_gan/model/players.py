@@ -33,7 +33,6 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .. import randomness
 from ..config import Config
@@ -44,8 +43,8 @@ from .checkpointing import RecomputeContext, checkpoint_layers
 from .encoding import Encoder
 from .fast_lora import use_fast_forwards
 from .kv_cache import cache_inputs, has_other_than_full_attention
-from .layers import FixedBody, FixedOutput, InputRecorder, has_adapter, layer_list, replaced
-from .packing import Batch, batch_of
+from .layers import FixedBody, FixedOutput, InputRecorder, body_of, has_adapter, layer_list, replaced
+from .packing import Batch, build_batch
 from .peft_config import attach, lora_config, require_trainable, warn_of_stock_clients
 from .tokens import positions
 
@@ -81,11 +80,10 @@ class Players:
                 "kl_reference='init_adapter' needs the adapter that the generator starts from: give init_adapter=FOLDER"
             )
         self.encoder = Encoder(base, config)
-        transposed = any(isinstance(module, Conv1D) for module in base.model.modules())  # GPT-2's kind of linear layer
         own = peft_config if init_adapter is None else init_adapter.config
         lora = {
-            "generator": lora_config("generator", own, config, transposed, base.model),
-            "discriminator": lora_config("discriminator", disc_peft_config, config, transposed, base.model),
+            "generator": lora_config("generator", own, config, base.model),
+            "discriminator": lora_config("discriminator", disc_peft_config, config, base.model),
         }
         if self.has_reference:
             lora["reference"] = copy.deepcopy(lora["generator"])
@@ -98,13 +96,7 @@ class Players:
         self.peft.eval()  # train mode would switch on the base's own dropout
         self.lm = base.model  # PEFT puts its layers into it
         use_fast_forwards(self.lm)
-        body = getattr(self.lm, self.lm.base_model_prefix, None)
-        if body is None:
-            raise ValueError(
-                f"{type(self.lm).__name__} cannot be the base: its body, which the scores are read off, does not stand "
-                f"under its name {self.lm.base_model_prefix!r}"
-            )
-        self.body: nn.Module = body
+        self.body = body_of(self.lm)
         # What comes out of the body, which the score head reads: OPT's may be narrower than its hidden size.
         hidden = getattr(self.lm.get_output_embeddings(), "in_features", self.lm.config.get_text_config().hidden_size)
         device = next(base.model.parameters()).device
@@ -114,13 +106,12 @@ class Players:
         self._takes = inspect.signature(self.lm.forward).parameters
         self._playing: Player = "base"
         self._open: dict[int, weakref.ref[_PendingGraph]] = {}
-        for parameters in (self.parameters("generator"), self.parameters("discriminator")):
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        for parameter in self.parameters("generator") + self.parameters("discriminator"):
+            parameter.requires_grad_(True)
         for parameter in self.parameters("reference"):
             parameter.requires_grad_(False)
         if init_adapter is not None:
-            init_adapter.put(self)
+            init_adapter.load_into(self)
         places = require_trainable(self.lm)
         warn_of_stock_clients(base, self.lm, places, self.heads_MH.shape[1])
         self._switch("base")
@@ -248,7 +239,7 @@ class Players:
     def _laid_out(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], prompt_of: np.ndarray, *, packs: bool
     ) -> Batch:
-        return batch_of(
+        return build_batch(
             prompts, responses, prompt_of, packs=packs, takes_positions="position_ids" in self._takes,
             pad_id=self.base.pad_id, pad_on_disk=self.base.pad_on_disk, device=self.device,
         )  # fmt: skip

@@ -1,10 +1,10 @@
-"""The discriminator's training: ridge start, replay, updates on what is left within groups; and how far it is trusted.
+"""The discriminator's training: heads begun by ridge regression, updates on fresh groups and replay, the gate.
 
 # B = responses, M = heads, H = hidden size
 
 It regresses on the true reward with each group's mean split off, plus a within-group ranking loss (GAD,
-arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. Replay is
-the discriminator's alone: it never reaches the generator's gradient.
+arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. The gate
+says how far the generator trusts its predictions. `LoraGAN` calls it in every step, and for score() and best_of.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from .fresh_metrics import fresh_metrics
 from .optimizer import PlayerOptimizer
 from .replay import Group, Replay, answered_groups, micro_batches
 
-KEPT_FROM = 0.75  # the query rate from which one forward for prediction and update takes less time than two
-FORGET = 0.9  # a step, of what fresh answers said of the predictions
+# The query rate from which one forward for prediction and update takes less time than two.
+RETAIN_FROM_QUERY_RATE = 0.75
+CORRELATION_DECAY = 0.9  # per step, of the fresh rank correlation
 
 
 def _answered_features(experience: Experience) -> RetainedFeatures:
@@ -112,7 +113,7 @@ class Discriminator:
         smaller parts than all at once; nor where many responses go unasked, whose share of the graph is for nothing.
         """
         size = self.optimizer.micro_batch_size
-        whole = self.config.query_rate >= KEPT_FROM and (size is None or size >= len(rollout))
+        whole = self.config.query_rate >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
         scores = self.average is None and not self.config.disc_average
         plain = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
@@ -138,13 +139,13 @@ class Discriminator:
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
-        metrics = self._told_apart(fresh) if relative else self._judge(experience)
+        metrics = self._pairwise_accuracy(fresh) if relative else self._update_gate(experience)
         if not relative:
-            self._keep_unit(fresh)
+            self._update_reward_unit(fresh)
             if not self.players.heads_MH.any():
-                self._start(fresh)
+                self._init_heads(fresh)
         elif not self.players.heads_MH.any():
-            self._start_at_random()
+            self._init_heads_randomly()
         losses, norm, learning_rate, skipped = [], None, 0.0, 0
         for update in range(self.config.disc_updates):
             old = self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
@@ -156,7 +157,7 @@ class Discriminator:
                 skipped += 1
             else:
                 norm = taken
-                self._keep_average()
+                self._update_average()
         self.replay.extend(fresh)
         return {
             "disc_loss": float(np.mean(losses)) if losses else None,
@@ -166,7 +167,7 @@ class Discriminator:
             **metrics,
         }
 
-    def _judge(self, experience: Experience) -> dict[str, float]:
+    def _update_gate(self, experience: Experience) -> dict[str, float]:
         """What this step's answers say of the predictions made before them: how far to trust the next ones."""
         answered_B = ~np.isnan(experience.true_B)
         metrics = fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B)
@@ -177,11 +178,11 @@ class Discriminator:
         seen = torch.tensor([weight * (within or 0.0), weight], dtype=torch.float64, device=self.players.device)
         correlation, correlated = distributed.total(seen).tolist()
         if correlated:
-            self.correlation = FORGET * self.correlation + correlation
-            self.correlated = FORGET * self.correlated + correlated
+            self.correlation = CORRELATION_DECAY * self.correlation + correlation
+            self.correlated = CORRELATION_DECAY * self.correlated + correlated
         return {"gate": experience.gate}
 
-    def _keep_average(self) -> None:
+    def _update_average(self) -> None:
         """The moving average of the weights, begun at the first update."""
         if not self.config.disc_average:
             return
@@ -217,7 +218,7 @@ class Discriminator:
                 groups.append(Group(prompt, [*responses, target], rewards, [True] * self.config.disc_heads))
         return groups
 
-    def _told_apart(self, groups: list[Group]) -> dict[str, float]:
+    def _pairwise_accuracy(self, groups: list[Group]) -> dict[str, float]:
         """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
         right: list[float] = []
         for group in groups:
@@ -226,7 +227,7 @@ class Discriminator:
             right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
         return {"disc_accuracy": float(np.mean(right))} if right else {}
 
-    def _start_at_random(self) -> None:
+    def _init_heads_randomly(self) -> None:
         """Heads that are not all alike: with no rewards there is no closed form to begin from."""
         draws = randomness.generator(self.config.seed, 0, "heads").normal(size=tuple(self.players.heads_MH.shape))
         with torch.no_grad():
@@ -235,7 +236,7 @@ class Discriminator:
 
     # --- learning
 
-    def _keep_unit(self, fresh: list[Group]) -> None:
+    def _update_reward_unit(self, fresh: list[Group]) -> None:
         """Read the reward's unit off the first answers, and again when they come to spread twice as far.
 
         The first answers may happen to be all alike. Predictions stay as they were: the heads are counted anew. With
@@ -258,16 +259,16 @@ class Discriminator:
                 if self.average is not None:
                     self.average[-1].mul_(before / unit)
 
-    def _start(self, fresh: list[Group]) -> None:
+    def _init_heads(self, fresh: list[Group]) -> None:
         """Begin the heads, which are nought, in closed form; with several processes, the mean of those with answers."""
-        ridge_MH = self._ridge(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
+        ridge_MH = self._ridge_heads(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
         count = distributed.total(torch.tensor([float(bool(fresh))], device=self.players.device))
         heads_MH = distributed.total(ridge_MH) / count
         if torch.isfinite(heads_MH).all():  # else they stay nought, and the next step begins them
             with torch.no_grad():
                 self.players.heads_MH.copy_(heads_MH)
 
-    def _ridge(self, groups: list[Group]) -> Tensor:
+    def _ridge_heads(self, groups: list[Group]) -> Tensor:
         """Heads by ridge regression on the pooled features, [M, H], in the reward's unit.
 
         Without intercept (stock sequence classification ignores a bias), in its dual form, since responses are fewer
@@ -317,17 +318,17 @@ class Discriminator:
                     share = self._loss(groups, features_BH) / total
                     share.backward()
                 else:
-                    share = self._learn_in_pieces(groups, total)
+                    share = self._learn_in_batches(groups, total)
             loss += float(share.detach())
         return loss
 
-    def _learn_in_pieces(self, groups: list[Group], total: int) -> Tensor:
+    def _learn_in_batches(self, groups: list[Group], total: int) -> Tensor:
         """Backward of some groups' share of the loss. A group of more responses than a micro-batch is read twice.
 
         The loss compares them all, so first it is asked what it wants of each one's features, which takes no graph of
         the base; then each micro-batch has its forward and backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
-        pieces = self._pieces(groups)
+        pieces = self._batches(groups)
         if len(pieces) == 1:
             share = self._loss(groups, self.players.features(pieces[0])) / total
             share.backward()
@@ -361,11 +362,11 @@ class Discriminator:
 
         def features() -> Tensor:
             with torch.no_grad(), self.players.playing("discriminator"):
-                return torch.cat([self.players.features(piece) for piece in self._pieces(groups)])
+                return torch.cat([self.players.features(piece) for piece in self._batches(groups)])
 
         return micro_batch.within_memory(features, self.optimizer, sum(len(group.responses) for group in groups))
 
-    def _pieces(self, groups: list[Group]) -> list[Batch]:
+    def _batches(self, groups: list[Group]) -> list[Batch]:
         """The groups' responses, laid out in micro-batches; a group that is larger, in parts of much the same size."""
         size, pieces = self.optimizer.micro_batch_size, []
         for part in micro_batches(groups, size):

@@ -135,7 +135,7 @@ def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: n
     return np.where(inclusion_B < 1, inclusion_B * answered, inclusion_B)
 
 
-def trusted(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
+def gated_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
     """What the generator sees of the predictions, [B]: a lower confidence bound over the heads, drawn towards its
     group's mean as far as the gate is shut. Only differences within a group reach the generator, and a gate of nought
     leaves none."""
@@ -144,11 +144,11 @@ def trusted(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, ga
         bound_B = bound_B - penalty * predicted_MB.std(0)
     if gate >= 1:
         return bound_B
-    left_B = within(bound_B, group_B)
+    left_B = centered_within_groups(bound_B, group_B)
     return bound_B - left_B + gate * left_B
 
 
-def within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
+def centered_within_groups(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
     """What is left of each value when its group's mean is taken off, [B]: all that reaches the generator."""
     _, index_B = np.unique(group_B, return_inverse=True)
     return values_B - (np.bincount(index_B, values_B) / np.bincount(index_B))[index_B]

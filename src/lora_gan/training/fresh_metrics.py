@@ -39,14 +39,14 @@ def _ranks_within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
     ranks_B = np.zeros(len(values_B))
     for group in np.unique(group_B):
         ranks_B[group_B == group] = rankdata(values_B[group_B == group])
-    return estimate.within(ranks_B, group_B)
+    return estimate.centered_within_groups(ranks_B, group_B)
 
 
 def _slope_within(predicted_B: np.ndarray, true_B: np.ndarray, group_B: np.ndarray) -> float | None:
     """Least-squares slope of true on predicted reward within groups: 1 is calibrated, below 1 overconfident."""
-    left_B = estimate.within(predicted_B, group_B)
+    left_B = estimate.centered_within_groups(predicted_B, group_B)
     square = float(left_B @ left_B)
-    return float(left_B @ estimate.within(true_B, group_B)) / square if square > 1e-12 else None
+    return float(left_B @ estimate.centered_within_groups(true_B, group_B)) / square if square > 1e-12 else None
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -141,7 +141,7 @@ class Generator:
 
     def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
         """What the advantage is made of, float64 [B]; NaN where nothing is known."""
-        predicted_B = estimate.trusted(
+        predicted_B = estimate.gated_lower_bound(
             experience.predicted_MB,
             experience.group_B,
             penalty=self.config.uncertainty_penalty,
@@ -159,10 +159,6 @@ class Generator:
             # What the discriminator's own gradient does not carry.
             reward_B = reward_B - self.config.straight_through_weight * predicted_B
         return reward_B
-
-    def advantages(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
-        """What the policy gradient is weighted by, float64 [B]."""
-        return estimate.advantages(self.rewards(experience, signal), experience.group_B, self.baseline.value)
 
     def _reinforce(
         self, experience: Experience, advantage_B: np.ndarray, sampled_R: Tensor | None = None
