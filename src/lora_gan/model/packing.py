@@ -1,4 +1,4 @@
-"""Real tokens only: a group's prompt stands once, and no padding is computed.
+"""A batch as the base reads it: real tokens in one row, each group's prompt once, no padding. Used by `Players`.
 
 # N = tokens of a batch, P = prompts, B = responses, S = prompt places, T = response places,
 # A = attention heads, D = width of a head, H = hidden size

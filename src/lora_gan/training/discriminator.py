@@ -131,7 +131,7 @@ class Discriminator:
         """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates.
 
         The mean is over the updates whose loss was finite; those skipped for want of that are counted.
-        With several processes, one whose prompts got no answer takes part with gradients of nought.
+        With several processes, one whose prompts got no answer takes part with zero gradients.
         """
         features = _answered_features(experience)
         relative = self.config.disc_objective == "real_vs_generated"
@@ -146,13 +146,13 @@ class Discriminator:
                 self._init_heads(fresh)
         elif not self.players.heads_MH.any():
             self._init_heads_randomly()
-        losses, norm, learning_rate, skipped = [], None, 0.0, 0
+        finite, norm, learning_rate, skipped = [], None, 0.0, 0
         for update in range(self.config.disc_updates):
             old = self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
             loss = self._learn_within_memory(fresh, old, features) if fresh or old else 0.0
             learning_rate = self.optimizer.learning_rate
             taken = self.optimizer.step(loss)
-            losses += [loss] if math.isfinite(loss) else []
+            finite += [loss] if math.isfinite(loss) else []
             if taken is None:
                 skipped += 1
             else:
@@ -160,7 +160,7 @@ class Discriminator:
                 self._update_average()
         self.replay.extend(fresh)
         return {
-            "disc_loss": float(np.mean(losses)) if losses else None,
+            "disc_loss": float(np.mean(finite)) if finite else None,
             "disc_learning_rate": learning_rate,
             "disc_grad_norm": norm,
             "disc_skipped": skipped,
@@ -174,7 +174,7 @@ class Discriminator:
         within = metrics["rank_correlation_within"]
         differences = int(answered_B.sum()) - len(np.unique(experience.group_B[answered_B]))
         weight = 0.0 if within is None else float(differences)
-        # With several processes the sums are over all of them: one without answers brings noughts, and none waits.
+        # With several processes the sums are over all of them: one without answers brings zeros, and none waits.
         seen = torch.tensor([weight * (within or 0.0), weight], dtype=torch.float64, device=self.players.device)
         correlation, correlated = distributed.total(seen).tolist()
         if correlated:
@@ -260,11 +260,11 @@ class Discriminator:
                     self.average[-1].mul_(before / unit)
 
     def _init_heads(self, fresh: list[Group]) -> None:
-        """Begin the heads, which are nought, in closed form; with several processes, the mean of those with answers."""
+        """Begin the heads, which are zero, in closed form; with several processes, the mean of those with answers."""
         ridge_MH = self._ridge_heads(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
         count = distributed.total(torch.tensor([float(bool(fresh))], device=self.players.device))
         heads_MH = distributed.total(ridge_MH) / count
-        if torch.isfinite(heads_MH).all():  # else they stay nought, and the next step begins them
+        if torch.isfinite(heads_MH).all():  # else they stay zero, and the next step begins them
             with torch.no_grad():
                 self.players.heads_MH.copy_(heads_MH)
 
