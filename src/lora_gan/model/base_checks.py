@@ -74,6 +74,24 @@ def require_matching(mismatched: Collection[Any], name: str) -> None:
         )
 
 
+def require_complete(lm: PreTrainedModel, missing: Collection[str], called: str, note: str = "") -> None:
+    """Refuse a base whose files lack tensors.
+
+    Args:
+        missing: their names, as transformers' loading info has them.
+        called: what was opened, for the message.
+        note: the end of the message.
+
+    Raises:
+        ValueError: it names the first such tensor.
+    """
+    if missing:
+        raise ValueError(
+            f"{called} does not hold all of a {type(lm).__name__}: {min(missing)} is missing "
+            f"({len(missing)} tensors in all){note}"
+        )
+
+
 @contextmanager
 def explaining_pad_id(config: Any) -> Iterator[None]:
     """Inside the block, torch's refusal of a pad id beyond the embedding says which setting of the config it is."""

@@ -144,6 +144,7 @@ def convert(file: Path, folder: Path) -> None:
     import transformers
 
     from ..storage.checkpoint import readable
+    from .base_checks import require_complete
     from .opening import load_causal_lm, without_progress_bars
 
     header = _header(file)
@@ -155,11 +156,7 @@ def convert(file: Path, folder: Path) -> None:
         model, loading = load_causal_lm(str(file.parent), gguf_file=file.name, dtype=torch.float32, **how)
     except Exception as error:  # of many kinds, as transformers and gguf raise them
         raise ValueError(f"transformers cannot read the GGUF file {str(file)!r}: {one_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"the GGUF file {str(file)!r} does not hold all of a {type(model).__name__}: {missing[0]} is missing "
-            f"({len(missing)} tensors in all)"
-        )
+    require_complete(model, loading["missing_keys"], f"the GGUF file {str(file)!r}")
     tokenizer = None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

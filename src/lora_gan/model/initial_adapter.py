@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..storage import checkpoint, untrusted
 from ..storage.durable import MANIFEST, Folder
 from ..wording import shown
-from .peft_config import ACCEPTED, INIT_METHODS, SET_BY_LIBRARY, default_of, require_shareable
+from .peft_config import ACCEPTED, INIT_METHODS, SET_BY_LIBRARY, changed_setting, default_of, require_shareable
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -213,13 +213,11 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
     task = theirs.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise ValueError(f"{where} has task_type={shown(task)}: the generator is a CAUSAL_LM")
-    for setting in ("lora_r", "lora_alpha", "target_modules"):
-        value = getattr(config, setting)
-        if value != type(config).__dataclass_fields__[setting].default:
-            raise ValueError(
-                f"{setting}={value!r} and init_adapter= both describe the generator's adapter, whose settings are "
-                f"those it was saved with: leave {setting} out"
-            )
+    if (changed := changed_setting(config, ("lora_r", "lora_alpha", "target_modules"))) is not None:
+        raise ValueError(
+            f"{changed} and init_adapter= both describe the generator's adapter, whose settings are those it was saved "
+            f"with: leave {changed.partition('=')[0]} out"
+        )
     remedy = ". Merge the adapter into its base, and give the result as model= instead"
     accepted = (*ACCEPTED, *SET_BY_LIBRARY, *TRAINING_FIELDS)
     require_shareable(theirs.items(), where, accepted=accepted, remedy=remedy)

@@ -75,11 +75,8 @@ def open_pretrained(
     with _opening(name, "model"), base_checks.explaining_pad_id(lm_config):
         lm, loading = load_causal_lm(source, **{**options, **extra, **shared})
     base_checks.require_matching(loading["mismatched_keys"], name)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"the base {name!r} does not hold all of a {type(lm).__name__}: {missing[0]} is missing "
-            f"({len(missing)} tensors in all) and would be random. It holds {_architectures(lm_config)}"
-        )
+    holds = f" and would be random. It holds {_architectures(lm_config)}"
+    base_checks.require_complete(lm, loading["missing_keys"], f"the base {name!r}", holds)
     if tokenizer is None:
         with _opening(name, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)

@@ -73,10 +73,8 @@ def lora_config(
         if type(given) is not LoraConfig:
             raise ValueError(f"{name} is a {type(given).__name__}: it must be a peft.LoraConfig")
         described = ["lora_r", "lora_alpha", "target_modules"] + ["layers"] * (player == "discriminator")
-        for setting in [prefix + field for field in described]:
-            value = getattr(config, setting)
-            if value != Config.__dataclass_fields__[setting].default:
-                raise ValueError(f"{setting}={value!r} and {name}= both describe the adapter: give one of them")
+        if (changed := changed_setting(config, [prefix + field for field in described])) is not None:
+            raise ValueError(f"{changed} and {name}= both describe the adapter: give one of them")
         _require_own_config(name, given)
         if given.task_type is not None and given.task_type not in TASK_TYPES[player]:
             raise ValueError(
@@ -151,6 +149,13 @@ def attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel
                 f"PEFT could not put these adapters{said} on the base, a {type(base.model).__name__}: {one_line(error)}"
             ) from error
     return peft
+
+
+def changed_setting(config: Config, settings: Iterable[str]) -> str | None:
+    """The first of these settings that differs from its default, as name=value."""
+    defaults = Config.__dataclass_fields__
+    changed = [name for name in settings if getattr(config, name) != defaults[name].default]
+    return f"{changed[0]}={getattr(config, changed[0])!r}" if changed else None
 
 
 def default_of(field: Field[Any]) -> Any:

@@ -232,16 +232,20 @@ class Players:
         """The frozen input embeddings both players share, as the body receives them."""
         return self.lm.get_input_embeddings()(ids)
 
-    def batch(self, prompts: Sequence[list[int]], responses: Sequence[list[int]], prompt_of: np.ndarray) -> Batch:
-        """Responses and the prompts they answer, laid out as this base reads them: without padding where it can."""
-        return self._laid_out(prompts, responses, prompt_of, packs=self.packs)
-
-    def _laid_out(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], prompt_of: np.ndarray, *, packs: bool
+    def batch(
+        self,
+        prompts: Sequence[list[int]],
+        responses: Sequence[list[int]],
+        prompt_of: np.ndarray,
+        *,
+        packs: bool | None = None,
     ) -> Batch:
+        """Responses and the prompts they answer, laid out as this base reads them: without padding where it can, or as
+        `packs` says."""
         return build_batch(
-            prompts, responses, prompt_of, packs=packs, takes_positions="position_ids" in self._takes,
-            pad_id=self.base.pad_id, pad_on_disk=self.base.pad_on_disk, device=self.device,
+            prompts, responses, prompt_of, packs=self.packs if packs is None else packs,
+            takes_positions="position_ids" in self._takes, pad_id=self.base.pad_id, pad_on_disk=self.base.pad_on_disk,
+            device=self.device,
         )  # fmt: skip
 
     @cached_property
@@ -262,7 +266,7 @@ class Players:
             try:
                 packed, padded = (
                     self._states(batch).flatten(0, 1)[batch.response_R]
-                    for batch in (self._laid_out(*trial, packs=True), self._laid_out(*trial, packs=False))
+                    for batch in (self.batch(*trial, packs=True), self.batch(*trial, packs=False))
                 )
             except torch.OutOfMemoryError:
                 raise  # it says nothing of the base, and a run that goes on must find what this one found
@@ -302,7 +306,7 @@ class Players:
         """Whether there are such layers, in a base whose forward can begin above them; found out by trying, once."""
         if self._frozen_layers is None:
             return False
-        batch = self._laid_out([[1, 2], [3]], [[1, 3], [2]], np.arange(2), packs=self.packs)
+        batch = self.batch([[1, 2], [3]], [[1, 3], [2]], np.arange(2))
         with torch.no_grad():
             try:
                 whole_BLH = self._states(batch)
