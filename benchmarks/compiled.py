@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from arms import ARMS, SHAPES, Arm, prepare, quiet
 
-from lora_gan.model.players import _layer_list
+from lora_gan.model.layers import layer_list
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         workload = prepare(SHAPES[given.shape], Path(folder))
         plain, compiled = (ARMS["lora_gan_fresh"](workload) for _ in range(2))
-        named = _layer_list(compiled.gan.players.lm)
+        named = layer_list(compiled.gan.players.lm)
         assert named is not None
         for layer in named[1]:
             layer.forward = torch.compile(layer.forward, dynamic=True)

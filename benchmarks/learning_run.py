@@ -222,15 +222,13 @@ def rounded(values: Any) -> list[float | int]:
 @torch.no_grad()
 def kl_of(gan: LoraGAN, rows: sampling.Rollout) -> list[float]:
     """KL(generator ‖ base) of each response in nats, exact over the vocabulary at each sampled place, temperature 1."""
-    keep = rows.response_ids_BT.shape[1] + 1
-    logits = {}
+    batch, logits = rows.batch(), {}
     for player in ("generator", "reference"):
         with gan.players.playing(player):
-            logits[player] = gan.players.logits(rows.ids_BL, rows.mask_BL, keep=keep)[:, :-1]
-    _, kl_B = losses.logprobs_and_kl(
-        logits["generator"], rows.response_ids_BT, logits["reference"], rows.response_mask_BT
-    )
-    return kl_B.tolist()
+            logits[player] = gan.players.head(gan.players.hidden(batch, batch.predicting_R))[:, None]
+    ids_R1 = batch.response_ids_R[:, None]
+    _, kl_R = losses.logprobs_and_kl(logits["generator"], ids_R1, logits["reference"], torch.ones_like(ids_R1))
+    return torch.zeros(len(batch), device=kl_R.device).index_add_(0, batch.row_R, kl_R).tolist()
 
 
 def best_of(gan: LoraGAN, task: Task, count: int = CANDIDATES) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -32,7 +33,9 @@ from transformers import (
 
 from lora_gan import LoraGAN
 from lora_gan.data import Row
+from lora_gan.model.tokens import pad
 from lora_gan.storage import durable
+from lora_gan.training import estimate
 from lora_gan.training.experience import Experience
 from lora_gan.training.plan import StepPlan
 
@@ -194,6 +197,25 @@ def rollout_of(gan: LoraGAN, prompts, count, purpose="sample", *, step=None, len
     finally:
         gan.global_step = now
     return gan._sample(encoded, uniforms, **options)
+
+
+def logits(gan: LoraGAN, ids_BL: torch.Tensor, mask_BL: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [B, L, V] of the active player in one plain forward; the rows may be padded on the left."""
+    mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
+    positions = gan.players.positions(mask_BL)
+    return gan.players.lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **positions).logits.float()
+
+
+def prompt_logits(gan: LoraGAN, prompts: list[list[int]]) -> torch.Tensor:
+    """`logits` of prompts in one batch, padded on the left."""
+    ids_BL, mask_BL = map(torch.from_numpy, pad(prompts, gan.players.base.pad_id, side="left"))
+    return logits(gan, ids_BL, mask_BL.long())
+
+
+def advantages(gan: LoraGAN, experience: Experience, signal: str) -> np.ndarray:
+    """What the generator's policy gradient is weighted by, float64 [B]."""
+    reward_B = gan.generator.rewards(experience, signal)
+    return estimate.advantages(reward_B, experience.group_B, gan.generator.baseline.value)
 
 
 def response_ids(gan: LoraGAN, text: str) -> list[int]:

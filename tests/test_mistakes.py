@@ -11,6 +11,7 @@ from helpers import PROMPTS, base_folder, differences, player_state, reward, sma
 
 from lora_gan import LoraGAN
 from lora_gan.model.adapter_files import adapter_state
+from lora_gan.training.generator import PolicyLosses
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -76,7 +77,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with torch.no_grad():
         kept = gan.players.heads_MH[0, 0].item()
     gan.generator._reinforce = lambda *_: (
-        (gan.players.parameters("generator")[0].sum() * float("nan")).backward() or (0, 0, 0)
+        (gan.players.parameters("generator")[0].sum() * float("nan")).backward()
+        or PolicyLosses(0.0, 0.0, 0.0, torch.zeros(1))
     )
     assert gan.step(PROMPTS[:2], train_disc=False)["gen_skipped"] == 1
     before["optimizer"]["skipped"] = 1

@@ -19,13 +19,9 @@ def test_score_equals_the_training_view(architecture, pad):
     compared = 0
     for _ in range(3):
         sampled = rollout_of(gan, PROMPT_WORDS, 12)
-        generated = [
-            ids[: int(mask.sum())].tolist()
-            for ids, mask in zip(sampled.response_ids_BT, sampled.response_mask_BT, strict=True)
-        ]
         scores = gan.score([PROMPT_WORDS[i // 12] for i in range(24)], sampled.texts)
         out = gan.step(PROMPT_WORDS)
-        for i, ids in enumerate(generated):
+        for i, ids in enumerate(sampled.responses):
             assert out["responses"][i // 12][i % 12] == sampled.texts[i]
             if response_ids(gan, sampled.texts[i]) == ids:
                 assert ids[-1] == base.eos_ids[0]

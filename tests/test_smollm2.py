@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import copies, differences, player_state, reward, rollout_of, small_gan
+from helpers import copies, differences, logits, player_state, reward, rollout_of, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_bases import base_weights
 from test_quickstart import CHAT, run_blocks
@@ -115,7 +115,7 @@ def test_both_players_learn_resuming_is_exact_and_stock_peft_agrees(smollm2, sto
     gan.load_checkpoint(ckpt_dir=tmp_path)
     ids = torch.tensor([gan.players.base.tokenizer(SYSTEM)["input_ids"]])
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1])
+        ours = logits(gan, ids)
     theirs = peft(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 1e-5 and (theirs - stock(input_ids=ids).logits).abs().max() > 1e-2
 
@@ -187,7 +187,7 @@ def test_stock_clients_stop_and_score_as_the_library_does(chat, tmp_path):
         assert tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") and len(tokens) < 40
         assert tokenizer.decode(tokens, skip_special_tokens=True) == expected
         with torch.no_grad(), gan.players.playing("generator"):
-            ours = gan.players.logits(stock_ids, torch.ones_like(stock_ids), keep=1)[0, -1]
+            ours = logits(gan, stock_ids)[0, -1]
             theirs = stock(input_ids=stock_ids).logits[0, -1]
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     responses = ["Paris.", "The capital of France is Paris.", "I do not know"]

@@ -27,8 +27,6 @@ LONG = {
     "cli.commands.train",
     "cli.demo_chat.run",
     "data.read_rows",
-    "model.base._require_causal",
-    "model.sampling.sample",
     "rewards.combine.score_pairs",
     "rewards.combine.score_parts",
     "run.tracking.step_record",

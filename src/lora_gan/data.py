@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from . import frames, randomness
 from .rewards.messages import completion_text
@@ -288,7 +288,7 @@ def _require_free_names(columns: Mapping[str, Any], where: str) -> None:
 # --- conversations --------------------------------------------------------------------------------------------------
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> TypeGuard[Conversation]:
     """Whether this is chat messages."""
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(m, Mapping) for m in value)
 

@@ -22,6 +22,7 @@ from .config import Config
 from .data import Prompt, Row
 from .export import exporting
 from .model import initial_adapter, sampling
+from .model.adapter_files import load_initial
 from .model.base import load_base
 from .model.players import Player, Players
 from .rewards.budget import Budget, BudgetSpent, Purpose
@@ -37,7 +38,7 @@ from .state import Carried, State
 from .storage import checkpoint, lock
 from .training import distributed, estimate, scoring
 from .training.discriminator import Discriminator
-from .training.experience import Experience
+from .training.experience import Experience, RetainedFeatures
 from .training.generator import Generator
 from .training.health import Health, prediction_counts
 from .training.monitor import Monitor
@@ -124,6 +125,8 @@ class LoraGAN:
         if start is not None:
             start.require_fits(base)
         players = Players(base, config, peft_config=peft_config, disc_peft_config=disc_peft_config, init_adapter=start)
+        if start is not None:
+            load_initial(start, players)
         self.state = State(
             config=config,
             players=players,
@@ -244,11 +247,7 @@ class LoraGAN:
         if plan.train_gen:
             with self.discriminator.scoring():
                 gen = self.generator.update(
-                    rows,
-                    experience if plan.reinforces else None,
-                    plan.signal,
-                    plan.imitation_weight,
-                    self.players.predict,
+                    rows, experience if plan.reinforces else None, plan.signal, plan.imitation_weight
                 )
         if experience is not None and plan.train_disc and not plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
@@ -297,7 +296,7 @@ class LoraGAN:
                 raise ValueError("normalize_then_sum keeps scales of its own in each process: use sum with several")
         prompts = self.players.encoder.prompts(rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
-        features: list[Tensor] = []
+        features = RetainedFeatures()
         left = self.budget.left()
         if plan.discriminator_is_first and plan.asks and left != 0:
             predicted_MB, features = self.discriminator.predict_to_learn(sampled)
@@ -327,19 +326,19 @@ class LoraGAN:
                 step=self.global_step,
             )
         return Experience(
-            self.global_step,
-            rows,
-            prompts,
-            sampled,
-            predicted_MB,
-            queries.asked_B,
-            answered.true_B,
-            estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, answered.failed_B),
-            answered.parts,
-            self.discriminator.gate,
-            answered.failed_B,
-            features,
-            notes,
+            step=self.global_step,
+            rows=rows,
+            prompts=prompts,
+            rollout=sampled,
+            predicted_MB=predicted_MB,
+            asked_B=queries.asked_B,
+            true_B=answered.true_B,
+            inclusion_B=estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, answered.failed_B),
+            parts=answered.parts,
+            gate=self.discriminator.gate,
+            failed_B=answered.failed_B,
+            features=features,
+            notes=notes,
         )
 
     @property
@@ -576,7 +575,7 @@ class LoraGAN:
         predicted: list[float] = []
         for part in sampling.chunks(len(rows), batch_size):
             encoded = self.players.encoder.pairs(rows[part], responses[part])
-            pairs = sampling.assemble(self.players.base, self.players.device, *encoded, responses[part])
+            pairs = sampling.Rollout(self.players, *encoded, np.arange(len(rows[part])), responses[part])
             predicted += self.discriminator.predict(pairs).mean(0).tolist()
         return predicted
 

@@ -21,6 +21,7 @@ from helpers import (
     WORDS,
     base_folder,
     copies,
+    prompt_logits,
     random_model,
     read_json,
     response_ids,
@@ -45,7 +46,6 @@ from transformers import (
 
 from lora_gan import LoraGAN
 from lora_gan.export.exporting import PARTS, export, merged_weights, push, scoring_tokenizer
-from lora_gan.model import sampling
 
 ROWS = [{"prompt": prompt, "target": target} for prompt, target in zip(PROMPTS, TARGETS, strict=True)]
 LONG = "a much longer answer than the others are"
@@ -80,10 +80,8 @@ def exported(request, tmp_path_factory):
 def generator_logits(gan, prompts):
     """The generator's logits at every token of each prompt, as the library computes them."""
     encoded = gan._encode(prompts)
-    rows = sampling.assemble(gan.players.base, gan.players.device, encoded, [[] for _ in encoded])
-    places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
-        logits = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
+        logits = prompt_logits(gan, encoded)
     return [logits[row, -len(ids) :] for row, ids in enumerate(encoded)]
 
 

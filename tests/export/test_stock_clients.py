@@ -6,12 +6,10 @@ stock tokenizer made (unpadded, or padded on the right); against the library's o
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, read_json, response_ids, small_gan
+from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, prompt_logits, read_json, response_ids, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from lora_gan.model import sampling
 
 BASES = [(architecture, pad) for architecture in ARCHITECTURES for pad in ("own", "eos", "none")]
 FORMATS = {"gpt2": "bin", "llama": "safetensors", "qwen2": "bin"}
@@ -51,10 +49,8 @@ def test_generator_opens_as_causal_lm(trained):
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     untrained = AutoModelForCausalLM.from_pretrained(gan.players.base.path).eval()
     prompts = gan._encode(PROMPTS)
-    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
-    places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
+        ours = prompt_logits(gan, prompts)
     for row, ids in enumerate(prompts):
         with torch.no_grad():
             theirs = stock(input_ids=torch.tensor([ids])).logits[0]

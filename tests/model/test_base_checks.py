@@ -263,9 +263,7 @@ def test_an_embedding_with_more_rows_than_tokens(multiple):
     gan = small_gan(small(vocabulary=rows), processing_class=WORDS, num_generations=8, max_completion_length=12)
     out = gan.step(PROMPTS[:2], TARGETS[:2])
     sampled = gan._sample(gan._encode(PROMPTS), gan._uniforms(gan._encode(PROMPTS), 8, "sample"))
-    ids = [
-        row[mask.bool()].tolist() for row, mask in zip(sampled.response_ids_BT, sampled.response_mask_BT, strict=True)
-    ]
+    ids = sampled.responses
     assert any(id >= len(WORDS) for row in ids for id in row), "no such row was drawn: this would show nothing"
     for row, text in zip(ids, sampled.texts, strict=True):
         known = [id for id in row if id < len(WORDS)]

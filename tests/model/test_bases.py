@@ -18,7 +18,9 @@ from helpers import (
     byte_tokenizer,
     copies,
     differences,
+    logits,
     player_state,
+    prompt_logits,
     response_ids,
     reward,
     small_gan,
@@ -26,7 +28,7 @@ from helpers import (
 )
 from helpers import _folders as folders
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-from test_sampling import MANY, draw, reference_decode, responses_of
+from test_sampling import MANY, draw, reference_decode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lora_gan import LoraGAN
@@ -260,10 +262,8 @@ def test_stock_peft_opens_the_generator(trained):
     gan, folder, name = trained
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts = gan._encode(MANY)
-    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
-    places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
+        ours = prompt_logits(gan, prompts)
     untrained = logits_alone(AutoModelForCausalLM.from_pretrained(folder_of(name)).eval(), prompts)
     with torch.no_grad():
         batched = stock(**right_padded(prompts, gan.players.base.pad_on_disk)).logits
@@ -273,7 +273,7 @@ def test_stock_peft_opens_the_generator(trained):
         assert (ours[row, -len(ids) :] - theirs).abs().max() < limit
         assert (ours[row, -len(ids) :] - batched[row, : len(ids)]).abs().max() < limit
         with torch.no_grad(), gan.players.playing("generator"):
-            alone = gan.players.logits(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), keep=len(ids))
+            alone = logits(gan, torch.tensor([ids]))
         assert (alone[0] - theirs).abs().max() < 1e-5
         assert (theirs - untrained[row]).abs().max() > 1e-2, "training moved nothing: this would show nothing"
 
@@ -301,7 +301,7 @@ def test_sampling_equals_an_uncached_unbatched_decode(trained):
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts, count, length = gan._encode(MANY), 2, 14
     uniforms = sampling.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
-    ours, ties = responses_of(draw(gan, MANY, count, length)), 0
+    ours, ties = draw(gan, MANY, count, length).responses, 0
     for row, response in enumerate(ours):
         prompt = prompts[row // count]
         expected, tie = reference_decode(stock, prompt, uniforms[row].numpy(), gan.players.base.eos_ids)
@@ -348,10 +348,8 @@ def test_without_a_pad_token_of_its_own_and_with_the_head_tied_the_other_way(nam
     folder = gan.save_checkpoint(ckpt_dir=tmp_path)
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts = gan._encode(MANY)
-    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
-    places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
+        ours = prompt_logits(gan, prompts)
     for row, theirs in enumerate(logits_alone(stock, prompts)):
         assert (ours[row, -len(theirs) :] - theirs).abs().max() < 1e-5
     scorer = AutoPeftModelForSequenceClassification.from_pretrained(folder / "discriminator", num_labels=1).eval()

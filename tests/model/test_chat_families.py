@@ -19,7 +19,7 @@ from families import (
     family_folder,
     family_gan,
 )
-from helpers import differences, player_state, read_json, rollout_of
+from helpers import differences, logits, player_state, read_json, rollout_of
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
@@ -62,13 +62,6 @@ def rendered(tokenizer, messages, *, tokenize=True, **options):
     options = {"add_generation_prompt": not continues, "continue_final_message": continues} | options
     text_or_ids = tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **options)
     return list(text_or_ids["input_ids"]) if tokenize else text_or_ids
-
-
-def responses_of(rollout):
-    return [
-        ids[: int(mask.sum())].tolist()
-        for ids, mask in zip(rollout.response_ids_BT, rollout.response_mask_BT, strict=True)
-    ]
 
 
 def recorded(gan, monkeypatch):
@@ -146,7 +139,7 @@ def _compared(gan, prompts, closing, monkeypatch):
     assert sum(out["responses"], []) == sampled.texts
     predicted = sum(out["pred_rewards"], [])
     pairs = []
-    for row, (ids, text) in enumerate(zip(responses_of(sampled), sampled.texts, strict=True)):
+    for row, (ids, text) in enumerate(zip(sampled.responses, sampled.texts, strict=True)):
         if ids == [*tokenizer(text, add_special_tokens=False)["input_ids"], closing_id]:
             pairs.append((prompts[sampled.group_B[row]], text, predicted[row]))
     theirs = [pair[2] for pair in pairs]
@@ -169,7 +162,7 @@ def test_every_end_that_any_file_names_stops_sampling(name):
     stops = ids_of(tokenizer, family.stops)
     assert set(gan.players.base.eos_ids) == stops
     seen = set()
-    for ids in responses_of(rollout_of(gan, prompts_of(family, "plain"), 100)):
+    for ids in rollout_of(gan, prompts_of(family, "plain"), 100).responses:
         assert not stops & set(ids[:-1]), "nothing is sampled after an end"
         assert ids[-1] in stops or len(ids) == gan.config.max_completion_length
         seen.add(ids[-1])
@@ -183,7 +176,7 @@ def test_a_response_is_the_stock_text_of_its_tokens_without_the_end(name):
     tokenizer = gan.players.base.tokenizer
     stops = ids_of(tokenizer, family.stops)
     sampled = rollout_of(gan, prompts_of(family, "plain"), 30)
-    for ids, text in zip(responses_of(sampled), sampled.texts, strict=True):
+    for ids, text in zip(sampled.responses, sampled.texts, strict=True):
         ids = ids[:-1] if ids[-1] in stops else ids
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
     if name == "qwen3":  # added tokens that are not special are text
@@ -331,7 +324,7 @@ def test_a_stock_client_that_is_told_nothing_stops_where_the_library_does(export
     ended = 0
     for prompt in family.chat_prompts:
         ids = rendered(tokenizer, prompt)
-        (ours,) = responses_of(rollout_of(gan, [prompt], 1, temperature=0))
+        (ours,) = rollout_of(gan, [prompt], 1, temperature=0).responses
         theirs = model.generate(
             torch.tensor([ids]), max_new_tokens=gan.config.max_completion_length, do_sample=False,
             repetition_penalty=1.0, attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -359,7 +352,7 @@ def test_stock_logits_of_chat_prompts_are_the_librarys(exported, part, client):
         with torch.no_grad():
             theirs, untrained = model(input_ids=row).logits, base(input_ids=row).logits
             with gan.players.playing("generator"):
-                ours = gan.players.logits(row, torch.ones_like(row), keep=len(ids))
+                ours = logits(gan, row)
         assert (theirs - ours).abs().max() < 1e-5 * max(1, ours.abs().max())
         assert (theirs - untrained).abs().max() > 1e-2, "training moved nothing: the comparison would show nothing"
 
@@ -435,7 +428,7 @@ def test_thinking_is_switched_by_the_config_and_by_a_column(monkeypatch):
     assert prompts == [thinking, silent]
     closing, compared = tokenizer.convert_tokens_to_ids("<|im_end|>"), [0, 0]
     predicted = sum(out["pred_rewards"], [])
-    for row, (ids, text) in enumerate(zip(responses_of(sampled), sampled.texts, strict=True)):
+    for row, (ids, text) in enumerate(zip(sampled.responses, sampled.texts, strict=True)):
         if ids == [*tokenizer(text, add_special_tokens=False)["input_ids"], closing]:
             group = int(sampled.group_B[row])
             scores = [gan.score(SINGLE, text, chat_template_kwargs=kwargs)[0] for kwargs in (on, off)]

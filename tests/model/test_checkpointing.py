@@ -51,7 +51,7 @@ def test_updates_are_those_of_a_run_that_keeps_everything(architecture, mode):
 
 
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
-def test_a_graph_set_aside_is_computed_again_by_whom_it_was_of(packs):
+def test_a_graph_defer_backward_is_computed_again_by_whom_it_was_of(packs):
     gan, oracle = (small_gan(gradient_checkpointing=on) for on in (True, False))
     for its in (gan, oracle):
         its.players.packs = packs
@@ -59,7 +59,7 @@ def test_a_graph_set_aside_is_computed_again_by_whom_it_was_of(packs):
         players = its.players
         batch, other = players.batch([[5, 6]], [[7, 8]], np.array([0])), players.batch([[9]], [[3]], np.array([0]))
         with players.playing("discriminator"):
-            features_BH = players.set_aside(players.features(batch))
+            features_BH = players.defer_backward(players.features(batch))
         with players.playing("generator"):
             with torch.no_grad():
                 players.features(other)
@@ -103,7 +103,7 @@ def test_a_run_resumes_with_it_to_the_bit(tmp_path):
 
 
 def test_a_base_whose_layers_are_not_known_is_told_so(monkeypatch):
-    monkeypatch.setattr(players, "_layer_list", lambda _: None)
+    monkeypatch.setattr(players, "layer_list", lambda _: None)
     settings = {"gradient_checkpointing": True}
     with pytest.raises(ValueError, match=r"gradient_checkpointing cannot tell .* GPT2LMHeadModel .*micro_batch_size"):
         small_gan(model := random_model("gpt2", 300, 0, 1), processing_class=byte_tokenizer("gpt2", "own"), **settings)

@@ -13,7 +13,7 @@ import pytest
 import test_sampling
 import torch
 import transformers
-from helpers import TARGETS, differences, player_state, rollout_of, small_gan, word_tokenizer
+from helpers import TARGETS, differences, logits, player_state, rollout_of, small_gan, word_tokenizer
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from test_bases import (  # noqa: F401, collected here with the bases of this file
     COMMON,
@@ -43,7 +43,7 @@ from transformers import (
 from lora_gan import Config, LoraGAN
 from lora_gan.cli import footprint, preview
 from lora_gan.data import Row
-from lora_gan.model import base, kv_cache
+from lora_gan.model import base_trial, kv_cache
 
 QUICK = ("qwen3_5", "qwen3_5-composite", "lfm2", "falcon_h1", "mamba2")  # one of each kind of cache
 SLOW = [name for name in HYBRIDS if name not in QUICK]
@@ -97,7 +97,7 @@ def test_all_tensors_of_the_cache_follow_their_rows(name):
         own = [getattr(layer, part) for part in ("keys", "values") if torch.is_tensor(getattr(layer, part, None))]
         return own + kv_cache.state_tensors(layer)
 
-    kept = kv_cache.roomy_cache(model.config, 8)
+    kept = kv_cache.preallocated_cache(model.config, 8)
     with torch.no_grad():
         model(input_ids=ids, use_cache=True, **kv_cache.cache_inputs(("cache_params",) if name == "mamba2" else
                                                                   ("past_key_values",), kept))  # fmt: skip
@@ -140,8 +140,8 @@ def test_upper_layers_learn_as_without_the_short_cut(name):
     gan, oracle = (quiet(name, disc_layers=1, num_iterations=2) for _ in range(2))
     gan.step(MANY[:2], TARGETS[:2], train_gen=False, train_disc=False)
     oracle.step(MANY[:2], TARGETS[:2], train_gen=False, train_disc=False)
-    assert gan.players._shares_below is (name != "falcon_h1"), "its body asks each layer for attributes of its own"
-    oracle.players._shares_below = False
+    assert gan.players._shares_frozen_layers is (name != "falcon_h1"), "its body reads attributes of each layer"
+    oracle.players._shares_frozen_layers = False
     for _ in range(2):
         one, other = (g.step(MANY[:3], TARGETS[:3]) for g in (gan, oracle))
         for number in ("gen_loss", "kl", "disc_loss", "gen_grad_norm", "disc_grad_norm"):
@@ -233,7 +233,7 @@ def test_a_cache_whose_states_do_not_follow_their_rows_is_refused(name, monkeypa
 
 
 def test_a_base_that_swallows_the_cache_is_refused(monkeypatch):
-    monkeypatch.setattr(base, "cache_inputs", lambda takes, kept, mask=None: {"past_key_values": kept})
+    monkeypatch.setattr(base_trial, "cache_inputs", lambda takes, kept, mask=None: {"past_key_values": kept})
     with pytest.raises(ValueError, match="cannot be the base: read token by token with its cache"):
         quiet("mamba2")
 
@@ -301,7 +301,7 @@ def test_what_is_exported_says_in_stock_clients_what_the_players_say(name, tmp_p
     folder = gan.export(tmp_path / "export", parts=parts if judged else parts[:2])
     rows = [ids[:6] for ids in gan._encode(MANY)]
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = [gan.players.logits(torch.tensor([row]), torch.ones(1, len(row)).long(), len(row))[0] for row in rows]
+        ours = [logits(gan, torch.tensor([row]))[0] for row in rows]
     adapter = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     merged = AutoModelForCausalLM.from_pretrained(folder / "generator-merged").eval()
     # Weights that are one rounding apart move the logits of these small bases by up to 8e-5: short vectors are divided

@@ -17,6 +17,7 @@ from helpers import (
     base_folder,
     copies,
     differences,
+    logits,
     player_state,
     read_json,
     reward,
@@ -88,10 +89,7 @@ def gan_of(adapter, base=None, **settings):
 
 def logits_of(gan, player, rows):
     with torch.no_grad(), gan.players.playing(player):
-        return [
-            gan.players.logits(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long), keep=len(row))[0]
-            for row in rows
-        ]
+        return [logits(gan, torch.tensor([row]))[0] for row in rows]
 
 
 def apart(ours, theirs):
@@ -184,12 +182,12 @@ def check_kl(folder, base, tmp_path, kl_reference, settings):
 def test_lower_layers_are_shared_with_the_base_and_not_with_the_adapter(plain):
     gan = gan_of(plain, disc_layers=1)
     sampled = rollout_of(gan, PROMPTS, 2)
-    batch = sampled.batch(gan.players, slice(0, len(sampled)))
+    batch = sampled.batch(slice(0, len(sampled)))
     seen = {}
     for player in ("discriminator", "base", "reference", "generator"):
         with torch.no_grad(), gan.players.playing(player):
             seen[player] = gan.players.hidden(batch, batch.predicting_R)
-    assert "below" in batch.shared
+    assert "layers" in batch.frozen_outputs
     torch.testing.assert_close(seen["reference"], seen["generator"])
     assert (seen["reference"] - seen["base"]).abs().max() > 0.01
 

@@ -38,7 +38,7 @@ def test_each_row_is_read_as_stock_transformers_reads_it_alone(architecture, pad
     gan = small_gan(base_folder(architecture, pad))
     assert gan.players.packs
     prompts, responses, prompt_of = LAYOUTS[layout]
-    batch = gan.players._laid_out(prompts, responses, prompt_of, packs=packs)
+    batch = gan.players.batch(prompts, responses, prompt_of, packs=packs)
     stock = AutoModelForCausalLM.from_pretrained(base_folder(architecture, pad)).eval()
     body = getattr(stock, stock.base_model_prefix)
     with torch.no_grad(), gan.players.playing("reference"):
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_padded_rows(architecture, layout):
     gan.players.peft.double()
     found = []
     for packs in (True, False):
-        batch = gan.players._laid_out(*LAYOUTS[layout], packs=packs)
+        batch = gan.players.batch(*LAYOUTS[layout], packs=packs)
         embeds_BLH = gan.players.embed(batch.ids).detach().requires_grad_(True)
         places_R = torch.cat([batch.predicting_R, batch.pooled_B])
         with gan.players.playing("generator"):

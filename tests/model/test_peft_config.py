@@ -16,7 +16,9 @@ from helpers import (
     base_folder,
     copies,
     differences,
+    logits,
     player_state,
+    prompt_logits,
     response_ids,
     reward,
     sign,
@@ -27,7 +29,6 @@ from test_bases import base_weights, logits_alone
 from transformers import AutoModelForCausalLM
 
 from lora_gan import LoraGAN
-from lora_gan.model import sampling
 
 REST = {name: value for name, value in SMALL.items() if "lora" not in name}
 TOGETHER = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -88,7 +89,7 @@ def test_the_base_and_the_reference_stay_as_they_were(trained):
     assert differences(dict(alone.state_dict()), base_weights(gan)) == []
     ids = torch.tensor([gan._encode([PROMPTS[1]])[0]])
     with torch.no_grad(), gan.players.playing("reference"):
-        ours, theirs = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1]), alone(ids).logits
+        ours, theirs = logits(gan, ids), alone(ids).logits
     # GPT-2's activation is the same formula in one pass: equal to rounding.
     torch.testing.assert_close(
         ours, theirs, atol=1e-5 * ("transformer" in dict(gan.players.lm.named_children())), rtol=0
@@ -98,10 +99,8 @@ def test_the_base_and_the_reference_stay_as_they_were(trained):
 def test_stock_clients_open_both(trained):
     gan, folder, _ = trained
     prompts = gan._encode(PROMPTS)
-    rows = sampling.assemble(gan.players.base, gan.players.device, prompts, [[] for _ in prompts])
-    places = rows.prompt_places
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = gan.players.logits(rows.ids_BL[:, :places], rows.mask_BL[:, :places], keep=places)
+        ours = prompt_logits(gan, prompts)
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     for row, theirs in enumerate(logits_alone(stock, prompts)):
         assert (ours[row, -len(theirs) :] - theirs).abs().max() < 1e-5
@@ -129,7 +128,7 @@ def test_before_training_both_players_are_the_reference():
         outputs = []
         for player in ("reference", "generator", "discriminator"):
             with torch.no_grad(), gan.players.playing(player):
-                outputs.append(gan.players.logits(ids, torch.ones_like(ids), keep=4))
+                outputs.append(logits(gan, ids))
         assert all(torch.allclose(outputs[0], other, atol=1e-5) for other in outputs)
 
 
@@ -212,7 +211,7 @@ def test_an_adapter_on_the_head_is_the_generators_own_affair(tmp_path):
     stock = AutoPeftModelForCausalLM.from_pretrained(gan.save_checkpoint(ckpt_dir=tmp_path) / "generator").eval()
     ids = torch.tensor([gan._encode([PROMPTS[3]])[0]])
     with torch.no_grad(), gan.players.playing("generator"):
-        ours = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1])
+        ours = logits(gan, ids)
         assert (ours - stock(ids).logits).abs().max() < 1e-5
 
 

@@ -14,9 +14,11 @@ from helpers import (
     PROMPTS,
     SMALL,
     TARGETS,
+    advantages,
     base_folder,
     copies,
     differences,
+    logits,
     play,
     player_state,
     random_model,
@@ -34,10 +36,8 @@ BOTH = ("generator", "discriminator")
 
 def batch(gan, player="generator"):
     """A forward of a player with its graph open."""
-    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-    if player == "generator":
-        return gan.players.logits(ids, torch.ones_like(ids), keep=2)
-    return gan.players.predict(gan.players.batch([[5, 6], [9, 10]], [[7, 8], [11, 12]], np.arange(2)))
+    batch = gan.players.batch([[5, 6], [9, 10]], [[7, 8], [11, 12]], np.arange(2))
+    return gan.players.hidden(batch, batch.predicting_R) if player == "generator" else gan.players.predict(batch)
 
 
 # --- one base ---------------------------------------------------------------------------------------------------------
@@ -85,9 +85,9 @@ def test_the_reference_is_the_base_loaded_alone(architecture):
     with torch.no_grad():
         alone = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=ids).logits
         with gan.players.playing("reference"):
-            reference = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1])
+            reference = logits(gan, ids)
         with gan.players.playing("generator"):
-            generator = gan.players.logits(ids, torch.ones_like(ids), keep=ids.shape[1])
+            generator = logits(gan, ids)
     if architecture == "gpt2":  # its activation is the same formula in one pass
         torch.testing.assert_close(reference, alone, atol=1e-5, rtol=1e-5)
     else:
@@ -101,7 +101,7 @@ def test_before_training_both_players_are_the_reference():
     outputs = []
     for player in ("reference", *BOTH):
         with torch.no_grad(), gan.players.playing(player):
-            outputs.append(gan.players.logits(ids, torch.ones_like(ids), keep=3))
+            outputs.append(logits(gan, ids))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     assert gan.score(PROMPTS[0], "text") == [0.0], "heads that know nothing yet"
     assert not any(torch.equal(a, b) for a, b in zip(*map(gan.players.parameters, BOTH), strict=False) if a.any())
@@ -147,7 +147,7 @@ def test_the_generators_update_leaves_the_discriminator_bitwise(through):
     gan.step(PROMPTS[:2], TARGETS[:2])
     before = {player: player_state(gan, player) for player in BOTH}
     experience = play(gan, data.rows_of(PROMPTS[:2], None, {}))
-    gan.generator.update(experience.rows, experience, "predicted", 0.0, gan.players.predict)
+    gan.generator.update(experience.rows, experience, "predicted", 0.0)
     assert differences(before["discriminator"], player_state(gan, "discriminator")) == []
     assert differences(before["generator"], player_state(gan, "generator")) != []
     assert all(parameter.grad is None for parameter in gan.players.parameters("discriminator"))
@@ -208,7 +208,7 @@ def test_after_an_exception_the_former_player_is_back(error):
     gan = small_gan()
     with torch.no_grad(), gan.players.playing("discriminator"):
         ids = torch.tensor([[5, 6, 7]])
-        before = gan.players.logits(ids, torch.ones_like(ids), keep=1)
+        before = logits(gan, ids)
     with gan.players.playing("discriminator"):
         with pytest.raises(error, match="within"):
             with gan.players.playing("generator"):
@@ -216,7 +216,7 @@ def test_after_an_exception_the_former_player_is_back(error):
                 raise error("within")
         assert gan.players._playing == "discriminator"
         with torch.no_grad():
-            assert torch.equal(gan.players.logits(ids, torch.ones_like(ids), keep=1), before)
+            assert torch.equal(logits(gan, ids), before)
     assert gan.players._playing == "base" and loss.requires_grad
     del loss
     gan.step(PROMPTS[0])
@@ -234,7 +234,7 @@ def test_generator_gradients_equal_those_of_a_stock_adapter(architecture, micro_
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     experience = play(gan, data.rows_of(PROMPTS[:3], None, {}))
-    gan.generator._reinforce(experience, gan.generator.advantages(experience, "true"), gan.players.predict, [])
+    gan.generator._reinforce(experience, advantages(gan, experience, "true"))
     ours = {name: weight.grad for name, weight in zip(
         adapter_state(gan.players, "generator"), gan.players.parameters("generator"), strict=True
     )}  # fmt: skip
@@ -251,13 +251,13 @@ def test_generator_gradients_equal_those_of_a_stock_adapter(architecture, micro_
     }
     stock.load_state_dict(weights, strict=False)
     reference = AutoModelForCausalLM.from_pretrained(base).eval()
-    reward_B, lengths_B = experience.true_B, experience.rollout.lengths_B
+    reward_B = experience.true_B
     losses = []
     for row, group in enumerate(experience.group_B):
         others = [i for i in range(len(reward_B)) if experience.group_B[i] == group and i != row]
         advantage = reward_B[row] - np.mean(reward_B[others])
         prompt = experience.prompts[group]
-        response = experience.rollout.response_ids_BT[row, : lengths_B[row]].tolist()
+        response = experience.rollout.responses[row]
         ids = torch.tensor([prompt + response])
         logprobs = (stock(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
         with torch.no_grad():

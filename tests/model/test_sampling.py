@@ -66,13 +66,6 @@ def reference_decode(model, prompt, uniforms, eos_ids, temperature=1.0, top_p=1.
     return response, False
 
 
-def responses_of(sampled):
-    return [
-        ids[: int(mask.sum())].tolist()
-        for ids, mask in zip(sampled.response_ids_BT, sampled.response_mask_BT, strict=True)
-    ]
-
-
 def draw(gan, prompts, count=3, length=14, *, step=5, **options):
     return rollout_of(gan, prompts, count, step=step, length=length, **options)
 
@@ -86,7 +79,7 @@ def test_equals_an_uncached_unbatched_decode_token_for_token(trained, temperatur
     prompts, count, length = gan._encode(MANY), 4, 16
     uniforms = sampling.keyed_uniforms(prompts, count, length, seed=0, step=5, purpose="sample")
     sampled = draw(gan, MANY, count, length, temperature=temperature, top_p=top_p)
-    ours, ties, ends = responses_of(sampled), 0, set()
+    ours, ties, ends = sampled.responses, 0, set()
     for row, response in enumerate(ours):
         expected, tie = reference_decode(
             stock, prompts[row // count], uniforms[row].numpy(), gan.players.base.eos_ids, temperature, top_p
@@ -104,28 +97,22 @@ def test_several_ids_end_a_text(trained):
     gan, _ = trained
     first, second = gan.players.base.eos_ids
     ended = {first: 0, second: 0}
-    for response in responses_of(draw(gan, MANY, 32, 30, temperature=1.3)):
+    for response in draw(gan, MANY, 32, 30, temperature=1.3).responses:
         assert not {first, second} & set(response[:-1]), "a response went on after its end"
         if response[-1] in ended:
             ended[response[-1]] += 1
     assert min(ended.values()) > 0
 
 
-def test_prompt_and_mask_are_what_was_given(trained):
+def test_prompts_and_responses_are_in_group_order(trained):
     gan, _ = trained
     prompts = gan._encode(MANY)
     sampled = draw(gan, MANY, 2)
     for row in range(len(sampled)):
-        mask, ids = sampled.mask_BL[row].bool(), sampled.ids_BL[row]
-        prompt, response = prompts[row // 2], responses_of(sampled)[row]
-        assert ids[mask].tolist() == prompt + response
-        places = torch.arange(len(ids))[mask]
-        assert places.tolist() == list(
-            range(sampled.prompt_places - len(prompt), sampled.prompt_places + len(response))
-        )
-        assert sampled.lengths_B[row] == len(response) >= 1
+        assert sampled.prompts[row] == prompts[row // 2] and sampled.group_B[row] == row // 2
+        assert sampled.lengths_B[row] == len(sampled.responses[row]) >= 1
     some = sampled.rows(np.array([3, 0]))
-    assert responses_of(some) == [responses_of(sampled)[i] for i in (3, 0)]
+    assert some.responses == [sampled.responses[i] for i in (3, 0)]
     assert some.texts == [sampled.texts[3], sampled.texts[0]] and list(some.group_B) == [1, 0]
 
 
@@ -148,7 +135,7 @@ def test_a_response_does_not_depend_on_what_else_is_in_the_batch(trained):
             shared = min(count, 3)
             assert list(texts[:shared]) == list(together[prompt][:shared])
     shorter = draw(gan, MANY, length=5)
-    for a, b in zip(responses_of(shorter), responses_of(draw(gan, MANY)), strict=True):
+    for a, b in zip(shorter.responses, draw(gan, MANY).responses, strict=True):
         assert a == b[:5]
 
 
@@ -161,18 +148,18 @@ def test_rows_that_ended_leave_without_a_trace():
     assert len(set(lengths)) > 4 and lengths.min() < 6 < 12 < lengths.max()
     encoded = gan._encode(prompts, length)
     uniforms = sampling.keyed_uniforms(encoded, 8, length, seed=0, step=5, purpose="sample")
-    for row, response in enumerate(responses_of(sampled)):
+    for row, response in enumerate(sampled.responses):
         with gan.players.playing("generator"):
             alone = sampling.sample(
                 gan.players, [encoded[row // 8]], uniforms[row : row + 1], decode=gan.players.encoder.decode
             )
-        assert responses_of(alone) == [response]
+        assert alone.responses == [response]
 
 
 def test_greedy_equals_generate(trained):
     gan, stock = trained
     sampled = draw(gan, MANY, 1, 20, temperature=0)
-    for ids, response in zip(gan._encode(MANY), responses_of(sampled), strict=True):
+    for ids, response in zip(gan._encode(MANY), sampled.responses, strict=True):
         theirs = stock.generate(
             input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
             max_new_tokens=20, eos_token_id=list(gan.players.base.eos_ids), pad_token_id=gan.players.base.pad_id,
@@ -186,11 +173,11 @@ def test_the_reference_samples_as_the_base_does(trained):
     base = AutoModelForCausalLM.from_pretrained(gan.players.base.path).eval()
     prompts = gan._encode(MANY[:3])
     uniforms = sampling.keyed_uniforms(prompts, 2, 10, seed=0, step=5, purpose="sample")
-    sampled = responses_of(draw(gan, MANY[:3], 2, 10, player="reference"))
+    sampled = draw(gan, MANY[:3], 2, 10, player="reference").responses
     for row, response in enumerate(sampled):
         expected, tie = reference_decode(base, prompts[row // 2], uniforms[row].numpy(), gan.players.base.eos_ids)
         assert response == expected and not tie
-    assert sampled != responses_of(draw(gan, MANY[:3], 2, 10))
+    assert sampled != draw(gan, MANY[:3], 2, 10).responses
 
 
 # --- one token --------------------------------------------------------------------------------------------------------

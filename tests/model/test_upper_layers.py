@@ -18,10 +18,10 @@ def test_the_adapter_is_on_the_upper_layers_and_both_players_learn_as_without_th
     assert names and all(".1." in name for name in names), "of two layers"
     gan.step(PROMPTS[:2], TARGETS[:2], train_gen=False, train_disc=False)  # found out on the way, whatever comes first
     oracle.step(PROMPTS[:2], TARGETS[:2], train_gen=False, train_disc=False)
-    assert gan.players._shares_below
-    oracle.players._shares_below = False
+    assert gan.players._shares_frozen_layers
+    oracle.players._shares_frozen_layers = False
     ran = []
-    layers, below = gan.players._layers_below
+    layers, below = gan.players._frozen_layers
     assert below == 1
     layers[0].register_forward_hook(lambda *_: ran.append(gan.players.active))
     for _ in range(3):
@@ -35,7 +35,7 @@ def test_the_adapter_is_on_the_upper_layers_and_both_players_learn_as_without_th
 
 def test_layers_come_back_after_an_error(monkeypatch):
     gan = small_gan(disc_layers=1)
-    assert gan.players._shares_below
+    assert gan.players._shares_frozen_layers
     before = list(gan.players.body.h)
     batch = gan.players.batch([[5, 6]], [[7]], np.array([0]))
     monkeypatch.setattr(gan.players.body.ln_f, "forward", lambda *_: 1 / 0)
@@ -49,7 +49,7 @@ def test_straight_through_goes_down_to_the_embeddings():
         small_gan(disc_layers=1, adversarial=True, gradient_path="straight_through", learning_rate=1e-3)
         for _ in range(2)
     )
-    oracle.players._shares_below = False
+    oracle.players._shares_frozen_layers = False
     for _ in range(3):
         one, other = (g.step(PROMPTS[:2], TARGETS[:2]) for g in (gan, oracle))
     assert one["gen_grad_norm"] == pytest.approx(other["gen_grad_norm"], rel=1e-4) and one["gen_grad_norm"] > 1e-4
@@ -82,7 +82,7 @@ def test_what_is_not_accepted(settings, words):
 
 def test_all_layers_share_nothing():
     gan = small_gan(disc_layers=2)
-    assert not gan.players._shares_below
+    assert not gan.players._shares_frozen_layers
     rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
-    assert "below" not in play(gan, rows, learns=True).rollout.batch(gan.players).shared
+    assert "layers" not in play(gan, rows, learns=True).rollout.batch().frozen_outputs
     assert torch.isfinite(gan.players.heads_MH).all()

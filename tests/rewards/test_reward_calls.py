@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, TARGETS, differences, play, player_state, reward, small_gan
+from helpers import PROMPTS, TARGETS, advantages, differences, play, player_state, reward, small_gan
 
 from lora_gan.data import Row
 from lora_gan.rewards import RewardError, RewardUnavailable, score_pairs, score_parts
@@ -234,7 +234,7 @@ def test_a_failure_costs_only_itself(monkeypatch):
     assert len(said) == 1 and f"on {sum(failed)} of 8 responses (ConnectionError: gone)" in said[0]
 
     (experience,) = seen
-    advantage_B = gan.generator.advantages(experience, "true")
+    advantage_B = advantages(gan, experience, "true")
     known = np.array([np.nan if value is None else value for value in rewards])
     for i, value in enumerate(known):  # the mean of the group's others that were answered
         if np.isnan(value):
@@ -259,7 +259,7 @@ def test_with_the_corrected_reward_a_failed_response_that_was_certain_to_be_aske
     assert (np.isnan(rewards_B) == failed_B).all()
     if path == "policy_gradient":
         assert (rewards_B[~failed_B] == experience.true_B[~failed_B]).all()
-    assert (gan.generator.advantages(experience, "corrected")[failed_B] == 0).all()
+    assert (advantages(gan, experience, "corrected")[failed_B] == 0).all()
 
 
 def test_the_corrected_reward_is_unbiased_when_calls_fail():

@@ -6,6 +6,7 @@ Oracle: the same run whose poisoned update is left out by hand, equal to the bit
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_s
 
 from lora_gan import LoraGAN
 from lora_gan.storage.json_lines import JsonLines
-from lora_gan.training.discriminator import fresh_metrics
 from lora_gan.training.estimate import choose_queries
+from lora_gan.training.fresh_metrics import fresh_metrics
 from lora_gan.training.optimizer import PlayerOptimizer
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(8)]
@@ -34,7 +35,7 @@ def poison(monkeypatch, gan, player, which, *, kind="gradient"):
             if kind == "gradient":
                 parameter.grad.view(-1)[0] = math.inf
             elif player == "generator":
-                answer = (math.nan, answer[1])
+                answer = (math.nan, *answer[1:])
             else:
                 answer = math.nan
         count[0] += 1
@@ -133,7 +134,9 @@ def test_one_poisoned_micro_batch_skips_all_of_the_update(monkeypatch):
 def test_metrics_and_monitor_hold_no_nan(monkeypatch, tmp_path):
     gan = small_gan(output_dir=str(tmp_path), kl_target=0.5, entropy_weight=0.01, monitor_window=2)
     whole = gan.generator._reinforce
-    monkeypatch.setattr(gan.generator, "_reinforce", lambda *a: whole(*a) and (math.nan, math.nan, math.inf))
+    monkeypatch.setattr(
+        gan.generator, "_reinforce", lambda *a: replace(whole(*a), policy=math.nan, kl=math.nan, entropy=math.inf)
+    )
     with torch.no_grad():
         gan.players.heads_MH.fill_(math.nan)
     records = gan.fit(ROWS, steps=3, progress=False)

@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +28,7 @@ from rich.console import Console
 
 from lora_gan import Config
 from lora_gan.data import Row
-from lora_gan.model.sampling import assemble
+from lora_gan.model.sampling import Rollout
 from lora_gan.run import display, tracking
 from lora_gan.run.plots import plot_run
 from lora_gan.storage.json_lines import JsonLines, read_lines
@@ -53,17 +52,26 @@ def without_time(lines: list[dict]) -> list[dict]:
 def hand_made() -> tuple[Experience, int]:
     """Two groups of three: one reward not answered; one group all alike; responses of 3, 1, 2 and 3 tokens."""
     gan = small_gan()
-    base, eos = gan.players.base, gan.players.base.eos_ids[0]
+    eos = gan.players.base.eos_ids[0]
     prompts = [[7, 8], [9]]
     responses = [[7, 8, eos], [eos], [9, eos], [7, 7, 7], [8, 8, eos], [9, 9, 9]]
-    rollout = assemble(base, torch.device("cpu"), [prompts[i // 3] for i in range(6)], responses)
-    rollout = replace(rollout, group_B=np.arange(6) // 3)
+    rollout = Rollout(gan.players, [prompts[i // 3] for i in range(6)], responses, np.arange(6) // 3, [""] * 6)
     true_B = np.array([1.0, 2.0, NAN, 5.0, 5.0, 5.0])
     parts = {"one": true_B - 1, "std": np.array([NAN, NAN, NAN, NAN, 4.0, NAN])}
     predicted_MB = np.array([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]])
     rows = [Row("a", "x"), Row("b")]
-    asked_B = np.array([True, True, True, True, True, True])
-    return Experience(0, rows, prompts, rollout, predicted_MB, asked_B, true_B, 1.0, parts), eos
+    experience = Experience(
+        step=0,
+        rows=rows,
+        prompts=prompts,
+        rollout=rollout,
+        predicted_MB=predicted_MB,
+        asked_B=np.ones(6, dtype=bool),
+        true_B=true_B,
+        inclusion_B=np.ones(6),
+        parts=parts,
+    )
+    return experience, eos
 
 
 def recorded(**gen) -> dict:

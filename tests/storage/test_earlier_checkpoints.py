@@ -20,16 +20,16 @@ FOLDER = Path(__file__).parent / "checkpoints"
 KINDS = sorted(path.name for path in FOLDER.iterdir())
 
 
-def letters(response, target):
+def words(response, target):
     return len(set(response)) / 20 + response.count("e") / 4
 
 
-def length(prompts, completions, **columns):
+def letters(prompts, completions, **columns):
     return [len(text) / 10 for text in completions]
 
 
 def opened(folder: Path) -> LoraGAN:
-    rewards = {"reward_funcs": [letters, length]} if folder.name == "safetensors" else {"reward": letters}
+    rewards = {"reward_funcs": [words, letters]} if folder.name == "safetensors" else {"reward": words}
     return LoraGAN.from_checkpoint(folder, model="tiny", **rewards)
 
 

@@ -8,7 +8,10 @@ import torch
 from helpers import PROMPTS, TARGETS, base_folder, play, small_gan
 
 from lora_gan import data
-from lora_gan.training.discriminator import Group, fresh_metrics, micro_batches, reward_unit
+from lora_gan.training.discriminator import reward_unit
+from lora_gan.training.experience import RetainedFeatures
+from lora_gan.training.fresh_metrics import fresh_metrics
+from lora_gan.training.replay import Group, micro_batches
 
 
 def group(rewards: list[float], prompt: int = 5, heads: int = 4) -> Group:
@@ -24,23 +27,23 @@ def test_the_unit_is_the_spread_of_the_first_rewards():
 def test_the_unit_follows_rewards_that_spread_later_and_predictions_stay():
     gan = small_gan(base_folder("llama"))
     disc = gan.discriminator
-    disc._keep_unit([group([0.0, 0.0, 0.0])])
+    disc._update_reward_unit([group([0.0, 0.0, 0.0])])
     assert gan.players.reward_unit == 1.0
     with torch.no_grad():
         gan.players.heads_MH.normal_()
     before = gan.score("a", "b")
-    disc._keep_unit([group([0.0, 100.0, 50.0])])
+    disc._update_reward_unit([group([0.0, 100.0, 50.0])])
     assert gan.players.reward_unit == pytest.approx(np.std([0.0, 100.0, 50.0]))
     assert gan.score("a", "b") == pytest.approx(before, rel=1e-5)
-    disc._keep_unit([group([1.0, 1.0])])  # a quieter time changes nothing
+    disc._update_reward_unit([group([1.0, 1.0])])  # a quieter time changes nothing
     assert gan.players.reward_unit == pytest.approx(np.std([0.0, 100.0, 50.0]))
 
 
 def test_heads_begin_with_the_ridge_solution():
     gan = small_gan(base_folder("llama"))
     groups = [group([0.1, 0.5, 0.9], prompt=5), group([0.2, 0.4], prompt=9)]
-    gan.discriminator._keep_unit(groups)
-    gan.discriminator._start(groups)
+    gan.discriminator._update_reward_unit(groups)
+    gan.discriminator._init_heads(groups)
     batch, (true_B, *_) = gan.discriminator._batch(groups), gan.discriminator._labels(groups)
     with torch.no_grad(), gan.players.playing("discriminator"):
         features = gan.players.features(batch).double().numpy()
@@ -117,9 +120,8 @@ def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(
     gan, oracle = (small_gan(query_rate=query_rate, query_design="uniform") for _ in range(2))
     kept, learn = [], gan.discriminator._learn
     monkeypatch.setattr(gan.discriminator, "_learn", lambda parts: kept.append(parts[0][1] is not None) or learn(parts))
-    monkeypatch.setattr(
-        oracle.discriminator, "predict_to_learn", lambda rollout: (oracle.discriminator.predict(rollout), [])
-    )
+    predict = oracle.discriminator.predict
+    monkeypatch.setattr(oracle.discriminator, "predict_to_learn", lambda rows: (predict(rows), RetainedFeatures()))
     for _ in range(3):
         one, other = (g.step(PROMPTS[:2], TARGETS[:2]) for g in (gan, oracle))
         assert one["pred_rewards"] == [pytest.approx(p, abs=1e-4) for p in other["pred_rewards"]]
@@ -144,14 +146,14 @@ def test_no_forward_is_kept_that_the_update_would_not_begin_with(settings):
     gan = small_gan(**settings)
     gan.step(PROMPTS[:2], TARGETS[:2])
     rows = data.rows_of(PROMPTS[:2], TARGETS[:2], {})
-    assert play(gan, rows, learns=True).features == []
-    assert len(play(small_gan(), rows, learns=True).features) == 1
+    assert play(gan, rows, learns=True).features.take() is None
+    assert play(small_gan(), rows, learns=True).features.take() is not None
 
 
 def test_the_graph_is_gone_when_it_has_served_and_before_memory_is_tried_again(monkeypatch):
     gan = small_gan()
     experience = play(gan, data.rows_of(PROMPTS[:2], TARGETS[:2], {}), learns=True)
-    graph, learn, alive = weakref.ref(experience.features[0]), gan.discriminator._learn, []
+    graph, learn, alive = weakref.ref(experience.features._features_BH), gan.discriminator._learn, []
 
     def full(parts):
         alive.append(graph() is not None)
@@ -162,7 +164,7 @@ def test_the_graph_is_gone_when_it_has_served_and_before_memory_is_tried_again(m
     monkeypatch.setattr(gan.discriminator, "_learn", full)
     with pytest.warns(UserWarning, match="out of memory"):
         gan.discriminator.update(experience)
-    assert len(alive) == 3 and not any(alive[1:]) and experience.features == []
+    assert len(alive) == 3 and not any(alive[1:]) and experience.features.take() is None
 
 
 def test_plain_rl_asks_the_discriminator_nothing(monkeypatch):

@@ -25,9 +25,9 @@ def spoil(gan):
     backward, learn, updates = gan.generator._backward, gan.discriminator._learn, {"generator": 0, "discriminator": 0}
 
     def without_loss(*arguments):
-        loss, parts = backward(*arguments)
+        loss, *rest = backward(*arguments)
         updates["generator"] += 1
-        return math.nan if updates["generator"] == 2 else loss, parts
+        return math.nan if updates["generator"] == 2 else loss, *rest
 
     def without_gradient(groups):
         loss = learn(groups)

@@ -6,13 +6,12 @@ p.detach() as the discriminator's inputs_embeds) for straight-through. The libra
 update path, before the optimizer.
 """
 
-import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, play, random_model, reward, small_gan
+from helpers import ARCHITECTURES, PROMPTS, TARGETS, advantages, base_folder, play, random_model, reward, small_gan
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -83,22 +82,33 @@ def exact(gan, responses, rewards) -> tuple[np.ndarray, torch.Tensor]:
     return probs.detach().numpy(), gradients(trainable(stock))
 
 
+def rollout_of_one(gan, responses) -> sampling.Rollout:
+    """Responses that all answer one prompt."""
+    size = len(responses)
+    return sampling.Rollout(gan.players, [PROMPT] * size, responses, np.zeros(size, dtype=int), [""] * size)
+
+
 def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> Experience:
     size = len(responses)
-    rows = sampling.assemble(gan.players.base, gan.players.device, [PROMPT] * size, responses)
-    rows = dataclasses.replace(rows, group_B=np.zeros(size, dtype=int))  # all answer one prompt
     predicted = np.zeros(size) if predicted is None else np.asarray(predicted, dtype=np.float64)
     true = np.full(size, np.nan) if true is None else np.asarray(true, dtype=np.float64)
     spread = np.array([[0.3], [-0.3]])  # two heads that disagree: their mean is what counts
     return Experience(
-        0, [data.Row("c")], [PROMPT], rows, predicted + spread, ~np.isnan(true), true, np.full(size, query_rate), {}
+        step=0,
+        rows=[data.Row("c")],
+        prompts=[PROMPT],
+        rollout=rollout_of_one(gan, responses),
+        predicted_MB=predicted + spread,
+        asked_B=~np.isnan(true),
+        true_B=true,
+        inclusion_B=np.full(size, query_rate),
     )
 
 
 def gradient_of(gan, experience, signal) -> torch.Tensor:
     gan.generator.optimizer.zero_grad()
     with gan.discriminator.scoring():
-        gan.generator._reinforce(experience, gan.generator.advantages(experience, signal), gan.players.predict, [])
+        gan.generator._reinforce(experience, advantages(gan, experience, signal))
     found = gradients(gan.players.parameters("generator"))
     gan.generator.optimizer.zero_grad()
     return found
@@ -252,10 +262,10 @@ def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad
         head = gan.players.score_MH.detach().mean(0)
     lm = discriminator.get_base_model()
     body, table = getattr(lm, lm.base_model_prefix), lm.get_input_embeddings().weight
-    lengths, scores = experience.rollout.lengths_B, []
+    scores = []
     for row, group in enumerate(experience.group_B):
         prompt = experience.prompts[group]
-        response = experience.rollout.response_ids_BT[row, : lengths[row]].tolist()
+        response = experience.rollout.responses[row]
         ids = torch.tensor([prompt + response])
         probs = (generator(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.8).softmax(-1)
         one_hot = torch.nn.functional.one_hot(torch.tensor(response), probs.shape[-1]).float()
@@ -273,8 +283,7 @@ def test_straight_throughs_bias_at_two_tokens_is_reported(capsys):
     """No claim but that it is finite: beyond one token and a linear discriminator it is biased, and this says by how
     much, on a discriminator at random."""
     gan = toy(gradient_path="straight_through", reward_signal="predicted")
-    rows = sampling.assemble(gan.players.base, gan.players.device, [PROMPT] * len(TWO), TWO)
-    predicted = gan.discriminator.predict(rows).mean(0)
+    predicted = gan.discriminator.predict(rollout_of_one(gan, TWO)).mean(0)
     probs, oracle = exact(gan, TWO, predicted)
     expected = sum(
         probability * gradient_of(gan, experience_of(gan, [response], [value]), "predicted")

@@ -11,9 +11,9 @@ from lora_gan import data
 from lora_gan.gan import BudgetSpent
 from lora_gan.model import sampling
 from lora_gan.training import estimate, losses
-from lora_gan.training.discriminator import Group, Replay
 from lora_gan.training.monitor import Monitor, repetition
 from lora_gan.training.plan import plan_step
+from lora_gan.training.replay import Group, Replay
 
 
 def _rows(count):
@@ -51,10 +51,12 @@ def test_the_average_is_what_is_said():
 def test_what_the_generator_sees_of_the_predictions():
     predicted = np.array([[1.0, 3.0, 5.0, 5.0], [3.0, 3.0, 5.0, 9.0]])
     groups = np.array([0, 0, 1, 1])
-    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=0, gate=1.0), [2, 3, 5, 7])
-    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=1.0, gate=1.0), [1, 3, 5, 5])
-    np.testing.assert_array_equal(estimate.trusted(predicted, groups, penalty=0, gate=0.5), [2.25, 2.75, 5.5, 6.5])
-    shut = estimate.trusted(predicted, groups, penalty=0, gate=0.0)
+    np.testing.assert_array_equal(estimate.gated_lower_bound(predicted, groups, penalty=0, gate=1.0), [2, 3, 5, 7])
+    np.testing.assert_array_equal(estimate.gated_lower_bound(predicted, groups, penalty=1.0, gate=1.0), [1, 3, 5, 5])
+    np.testing.assert_array_equal(
+        estimate.gated_lower_bound(predicted, groups, penalty=0, gate=0.5), [2.25, 2.75, 5.5, 6.5]
+    )
+    shut = estimate.gated_lower_bound(predicted, groups, penalty=0, gate=0.0)
     assert not estimate.advantages(shut, groups, 0.0).any(), "a shut gate leaves no differences"
 
 
@@ -249,7 +251,7 @@ def test_the_gate_is_a_fading_mean_of_the_fresh_correlation_within_groups():
     gan.discriminator.knows_unit = True
     assert gan.discriminator.gate == 0  # one that has learned here is not, before it was judged
     for sign in (1, 1, -1):
-        gan.discriminator._judge(
+        gan.discriminator._update_gate(
             dataclasses.replace(experience, true_B=true_B, predicted_MB=sign * np.stack([true_B, true_B]))
         )
     assert gan.discriminator.gate == pytest.approx((0.81 + 0.9 - 1) / (0.81 + 0.9 + 1) / 0.8)
@@ -310,7 +312,8 @@ def test_rollback_brings_the_best_generator_back(tmp_path):
 def test_repetition_is_the_share_of_pairs_seen_before():
     gan = small_gan()
     experience = play(gan, _rows(1), asks=False)
-    rows = sampling.assemble(gan.players.base, gan.players.device, [[5], [5]], [[7, 8, 7, 8, 7], [7, 8, 9]])
+    responses = [[7, 8, 7, 8, 7], [7, 8, 9]]
+    rows = sampling.Rollout(gan.players, [[5], [5]], responses, np.arange(2), ["", ""])
     assert repetition(dataclasses.replace(experience, rollout=rows)) == pytest.approx((0.5 + 0.0) / 2)
 
 

@@ -26,7 +26,7 @@ from ..model.sampling import Rollout
 from ..run.evaluation import aligned
 from ..run.plots import plot_run
 from ..training.discriminator import Discriminator
-from ..training.experience import Experience
+from ..training.experience import Experience, RetainedFeatures
 
 Opponent = Literal["learning", "off", "constant", "only"]
 
@@ -60,8 +60,8 @@ class ConstantDiscriminator(Discriminator):
     def predict(self, rollout: Rollout) -> np.ndarray:
         return np.full((1, len(rollout)), self.total / self.count if self.count else 0.0)
 
-    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, list[torch.Tensor]]:
-        return self.predict(rollout), []
+    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, RetainedFeatures]:
+        return self.predict(rollout), RetainedFeatures()
 
     def update(self, experience: Experience) -> dict[str, float]:
         answered_B = experience.true_B[~np.isnan(experience.true_B)]

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..model.checkpointing import without_recomputing
+from ..model.checkpointing import without_checkpointing
 from ..model.fast_lora import merged_bytes
-from ..model.kv_cache import attention_layers, has_state, roomy_cache, state_tensors
+from ..model.kv_cache import attention_layers, has_state, preallocated_cache, state_tensors
 from ..model.players import Player, Players
 from ..storage.checkpoint import PLAYERS
 
@@ -263,7 +263,7 @@ _graphs: WeakKeyDictionary[Players, dict[tuple[Player, bool], Graph]] = WeakKeyD
 def _measured(players: Players, player: Player) -> Graph:
     recurrent = bool(_state_bytes(players))
     measured, features = [], []
-    with without_recomputing(players.lm):
+    with without_checkpointing(players.lm):
         for prompt, response in LONG_PROBES if recurrent else PROBES:
             prompts, responses = [_text(players, prompt)], [_text(players, response)] * 2
             batch = players.batch(prompts, responses, np.zeros(2, dtype=int))
@@ -364,7 +364,7 @@ def cache_bytes(players: Players, places: int) -> float:
 @torch.no_grad()
 def _state_bytes(players: Players) -> int:
     """Bytes of one row's convolution and recurrent states, from a forward on one token; 0 without such layers."""
-    cache = roomy_cache(players.lm.config, 1)
+    cache = preallocated_cache(players.lm.config, 1)
     if not any(map(has_state, cache.layers)):
         return 0
     one = torch.ones(1, 1, dtype=torch.long, device=players.device)

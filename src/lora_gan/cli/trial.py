@@ -24,9 +24,10 @@ from ..data import Row
 from ..model.sampling import Rollout
 from ..storage.checkpoint import PLAYERS
 from ..training import estimate
-from ..training.discriminator import Discriminator, answered_groups
-from ..training.experience import Experience
+from ..training.discriminator import Discriminator
+from ..training.experience import Experience, RetainedFeatures
 from ..training.generator import Generator
+from ..training.replay import answered_groups
 from .footprint import Growth
 from .plan import calls_per_step
 
@@ -166,7 +167,7 @@ class Trial:
         sampled = replace(sampled, group_B=group_B)
         with undone(gan) as (generator, discriminator):
             began = _now(gan)
-            features = []
+            features = RetainedFeatures()
             if through:
                 predicted_MB = discriminator.predict(sampled)
             else:
@@ -174,18 +175,15 @@ class Trial:
             predicting = _now(gan) - began
             answered = np.ones(len(sampled), dtype=bool)
             experience = Experience(
-                gan.global_step,
-                rows,
-                [self.gan.players.encoder.prompt(row) for row in rows],
-                sampled,
-                predicted_MB,
-                answered,
-                randomness.uniforms(len(sampled), config.seed, gan.global_step, "trial"),
-                np.ones(len(sampled)),
-                {},
-                1.0,
-                None,
-                features,
+                step=gan.global_step,
+                rows=rows,
+                prompts=[self.gan.players.encoder.prompt(row) for row in rows],
+                rollout=sampled,
+                predicted_MB=predicted_MB,
+                asked_B=answered,
+                true_B=randomness.uniforms(len(sampled), config.seed, gan.global_step, "trial"),
+                inclusion_B=np.ones(len(sampled)),
+                features=features,
             )
             # As in a later step: half of a batch is replay, and the heads have begun.
             if config.disc_objective == "regression":
@@ -204,7 +202,6 @@ class Trial:
                         experience if config.reward_weight else None,
                         signal,
                         config.imitation_weight,
-                        gan.players.predict,
                     )
                 return _now(gan) - began
 

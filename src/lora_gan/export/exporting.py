@@ -38,8 +38,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ..model import base_checks
 from ..model.adapter_files import save_adapter
-from ..model.base import Base, without_progress_bars
+from ..model.base import Base
 from ..model.endings import ids_of
+from ..model.opening import without_progress_bars
 from ..model.players import Players
 from ..state import State
 from ..storage.checkpoint import readable

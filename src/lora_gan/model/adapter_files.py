@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from ..storage import checkpoint
+from ..storage import checkpoint, untrusted
 from ..storage.durable import Damaged, Folder
 from . import composite
-from .players import ACCEPTED, Players
+from .initial_adapter import InitAdapter
+from .peft_config import ACCEPTED
+from .players import Players
 
 SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
 
@@ -87,3 +90,38 @@ def copy_weights(source: dict[str, Tensor], destination: dict[str, Tensor]) -> N
     with torch.no_grad():
         for name, tensor in destination.items():
             tensor.copy_(source[name])
+
+
+def load_initial(start: InitAdapter, players: Players) -> None:
+    """Copy the weights of `init_adapter=` into the generator, and into the reference where it is an adapter.
+
+    Raises:
+        ValueError: a name, a shape, a type or a value that cannot be this adapter's on this base.
+    """
+    embeddings = _embeddings(players)
+    try:
+        weights = untrusted.read_weights(start.folder, adapter_state(players, "generator"), optional=embeddings)
+    except ValueError as error:
+        raise type(error)(f"init_adapter={start.name} cannot be the generator's start: {error}") from error
+    for name in embeddings.keys() & weights.keys():
+        ours = embeddings[name].detach().cpu()
+        if not torch.equal(weights[name].to(ours.dtype), ours):
+            raise ValueError(
+                f"init_adapter={start.name} brings other embeddings than the base's ({name}), which both players "
+                "share: merge the adapter into its base, and give the result as model= instead"
+            )
+    for player in ("generator", *(["reference"] if players.has_reference else [])):
+        copy_weights(weights, adapter_state(players, player))
+
+
+def _embeddings(players: Players) -> dict[str, torch.Tensor]:
+    """The base's input and output embeddings, by the names under which PEFT saves a copy beside an adapter that is on
+    one of them, or whose vocabulary was resized."""
+    found: dict[str, torch.Tensor] = {}
+    both = (players.lm.get_input_embeddings(), players.lm.get_output_embeddings())
+    for name, module in players.lm.named_modules():
+        if any(module is one for one in both):
+            inside = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            weight = cast(torch.Tensor, inside.weight)
+            found |= {f"base_model.model.{name}.{inner}weight": weight for inner in ("", "base_layer.")}
+    return found

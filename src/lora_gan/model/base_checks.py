@@ -9,12 +9,14 @@ import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..wording import one_line
 
 # --- weights and numbers ----------------------------------------------------------------------------------------------
 
@@ -50,8 +52,26 @@ def require_matching(mismatched: Collection[Any], name: str) -> None:
         )
 
 
+def require_complete(lm: PreTrainedModel, missing: Collection[str], called: str, note: str = "") -> None:
+    """Refuse a base whose files lack tensors.
+
+    Args:
+        missing: their names, as transformers' loading info has them.
+        called: what was opened, for the message.
+        note: the end of the message.
+
+    Raises:
+        ValueError: it names the first such tensor.
+    """
+    if missing:
+        raise ValueError(
+            f"{called} does not hold all of a {type(lm).__name__}: {min(missing)} is missing "
+            f"({len(missing)} tensors in all){note}"
+        )
+
+
 @contextmanager
-def naming_the_pad_id(config: Any) -> Iterator[None]:
+def explaining_pad_id(config: Any) -> Iterator[None]:
     """Inside the block, torch's refusal of a pad id beyond the embedding says which setting of the config it is."""
     try:
         yield
@@ -67,17 +87,17 @@ def naming_the_pad_id(config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def trial(called: str) -> Iterator[None]:
+def explaining_failure(called: str) -> Iterator[None]:
     """Errors inside the block, a forward on a few tokens, say that this base cannot be run; out of memory stays."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the model's own code
-        reason = " ".join(str(error).split())[:400]
         remedy = "; its tensors must be on one device and of one dtype" if isinstance(error, RuntimeError) else ""
         raise ValueError(
-            f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: {reason}){remedy}"
+            f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: "
+            f"{one_line(error)}){remedy}"
         ) from error
 
 
@@ -145,7 +165,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def embedding_rows(lm: PreTrainedModel) -> int:
     """Token ids that the base can read: 0 to this, exclusive."""
-    return int(lm.get_input_embeddings().weight.shape[0])
+    return len(cast(Tensor, lm.get_input_embeddings().weight))
 
 
 def pad_with_a_row(pad_id: int | None, rows: int) -> int | None:
@@ -165,9 +185,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Special tokens by id: those with a role, and those that were added as special."""
     added = tokenizer.added_tokens_decoder  # of some backends no mapping, but a method that raises
     tokens = {id: str(token) for id, token in added.items() if token.special} if isinstance(added, Mapping) else {}
-    with_a_role = zip(
-        tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens), tokenizer.all_special_tokens, strict=True
-    )
+    ids = cast(list[int | None], tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens))
+    with_a_role = zip(ids, tokenizer.all_special_tokens, strict=True)
     return tokens | {id: token for id, token in with_a_role if id is not None}
 
 

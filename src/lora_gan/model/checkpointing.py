@@ -1,8 +1,8 @@
-"""Gradient checkpointing: what a layer computes is not kept for the backward, but computed again there.
+"""Gradient checkpointing: a layer keeps only its inputs for the backward, and is recomputed there.
 
-Chen et al. 2016, arXiv:1604.06174. Not transformers' own switch: that one asks for train mode, in which a base's
-dropout would draw. And a layer must be run again as it was run: by the same player, with attention that reads the same
-kind of rows, whatever holds when its backward comes (peft#2832).
+Chen et al. 2016, arXiv:1604.06174. Used by `Players` under `gradient_checkpointing`. It departs from transformers' own
+switch in two points: the base stays in eval mode, so that its dropout never draws; and each layer is recomputed as the
+player that first ran it, with the same attention, whichever player is active at the backward (peft#2832).
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-Again = Callable[[], AbstractContextManager[None]]
+RecomputeContext = Callable[[], AbstractContextManager[None]]
 
 
-def recomputing(layers: nn.ModuleList, as_now: Callable[[], Again]) -> None:
-    """Let each of the layers keep nothing but what it was given.
+def checkpoint_layers(layers: nn.ModuleList, recompute_context: Callable[[], RecomputeContext]) -> None:
+    """Let each of the layers keep nothing but its inputs.
 
     Args:
-        as_now: called at each forward; returns what makes the context in which the layer is run again.
+        recompute_context: called at each forward; returns what makes the context of the recomputation.
     """
     for layer in layers:
-        layer.forward = _Recomputed(layer.forward, as_now)
+        layer.forward = CheckpointedForward(layer.forward, recompute_context)
 
 
-class _Recomputed:
-    """A layer's forward."""
+class CheckpointedForward:
+    """A layer's forward that is recomputed in the backward."""
 
-    def __init__(self, forward: Callable[..., Any], as_now: Callable[[], Again]) -> None:
-        self.forward, self.as_now = forward, as_now
+    def __init__(self, forward: Callable[..., Any], recompute_context: Callable[[], RecomputeContext]) -> None:
+        self.forward, self.recompute_context = forward, recompute_context
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*arguments, **options)
-        again = self.as_now()
+        context = self.recompute_context()
 
         def run(*arguments: Any, **options: Any) -> Any:
-            with again():  # now, this changes nothing
+            with context():  # in the first forward, this changes nothing
                 return self.forward(*arguments, **options)
 
-        # The state of random numbers is not kept: nothing draws, the base is in eval mode.
+        # The random state is not kept: the base is in eval mode, and nothing draws.
         return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 @contextmanager
-def without_recomputing(model: nn.Module) -> Iterator[None]:
-    """Inside the block layers keep all that they compute, as without gradient checkpointing."""
-    layers = [(module, module.forward) for module in model.modules() if isinstance(module.forward, _Recomputed)]
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Inside the block layers keep all activations, as without gradient checkpointing."""
+    layers = [(module, module.forward) for module in model.modules() if isinstance(module.forward, CheckpointedForward)]
     try:
-        for layer, recomputed in layers:
-            layer.forward = recomputed.forward
+        for layer, checkpointed in layers:
+            layer.forward = checkpointed.forward
         yield
     finally:
-        for layer, recomputed in layers:
-            layer.forward = recomputed
+        for layer, checkpointed in layers:
+            layer.forward = checkpointed

@@ -111,7 +111,8 @@ class Encoder:
             "tokenizer_kwargs": {"verbose": False},
         }
         try:
-            return list(self.base.tokenizer.apply_chat_template(messages, **options)["input_ids"])
+            rendered: Any = self.base.tokenizer.apply_chat_template(messages, **options)
+            return list(rendered["input_ids"])
         except ImportError:  # of jinja2: no row is at fault
             raise
         except Exception as error:  # a template may raise anything

@@ -24,7 +24,7 @@ from . import base_checks
 # Texts that stand for a user's and an assistant's words while a template is tried: no template trims or escapes them.
 USER, ANSWER = "Xquestionx", "Xanswerx"
 #: Options of apply_chat_template that say what to render, not how: a trial sets its own.
-OF_THE_CALL = ("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "tools")
+CALL_OPTIONS = ("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "tools")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Endings:
         self, messages: list[dict[str, str]], options: Mapping[str, Any], *, add_generation_prompt: bool = False
     ) -> str | None:
         """What the template writes; None where it does not take these messages."""
-        options = {name: value for name, value in options.items() if name not in OF_THE_CALL}
+        options = {name: value for name, value in options.items() if name not in CALL_OPTIONS}
         try:
             return str(
                 self.tokenizer.apply_chat_template(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import user_cache
+from ..wording import one_line
 
 INSTALL = "pip install 'lora-gan[gguf]'"
 AS_GPT2 = ("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais")  # text splits that are GPT-2's, by their names in GGUF
@@ -106,7 +107,7 @@ def _header(file: Path) -> Any:
     try:
         header = GGUFReader(file)
     except Exception as error:  # IndexError, ValueError, KeyError ..., by where the file ends
-        raise ValueError(f"the GGUF file {str(file)!r} is damaged or cut off: {_line(error)}") from error
+        raise ValueError(f"the GGUF file {str(file)!r} is damaged or cut off: {one_line(error)}") from error
     if _value(header, "general.type") == "adapter":
         raise ValueError(f"the GGUF file {str(file)!r} cannot be the base: it is an adapter")
     if (parts := _value(header, "split.count") or 1) > 1:
@@ -127,10 +128,6 @@ def _weights_bytes(header: Any) -> int:
     return 4 * sum(int(tensor.n_elements) for tensor in header.tensors)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-
 # --- converting -------------------------------------------------------------------------------------------------------
 
 
@@ -147,32 +144,25 @@ def convert(file: Path, folder: Path) -> None:
     import transformers
 
     from ..storage.checkpoint import readable
-    from .base import without_progress_bars
+    from .base_checks import require_complete
+    from .opening import load_causal_lm, without_progress_bars
 
     header = _header(file)
     # Newer releases of transformers can keep weights in GGUF's blocks, which no adapter could be trained on.
     how: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        with without_progress_bars():
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                **place, dtype=torch.float32, output_loading_info=True, **how
-            )
+        model, loading = load_causal_lm(str(file.parent), gguf_file=file.name, dtype=torch.float32, **how)
     except Exception as error:  # of many kinds, as transformers and gguf raise them
-        raise ValueError(f"transformers cannot read the GGUF file {str(file)!r}: {_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"the GGUF file {str(file)!r} does not hold all of a {type(model).__name__}: {missing[0]} is missing "
-            f"({len(missing)} tensors in all)"
-        )
+        raise ValueError(f"transformers cannot read the GGUF file {str(file)!r}: {one_line(error)}") from error
+    require_complete(model, loading["missing_keys"], f"the GGUF file {str(file)!r}")
     tokenizer = None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as error:
         warnings.warn(
-            f"transformers cannot read the tokenizer of the GGUF file {str(file)!r} ({_line(error)}): pass "
+            f"transformers cannot read the tokenizer of the GGUF file {str(file)!r} ({one_line(error)}): pass "
             "processing_class=",
             stacklevel=2,
         )
@@ -188,7 +178,9 @@ def convert(file: Path, folder: Path) -> None:
         with without_progress_bars():
             model.save_pretrained(folder)
     except Exception as error:  # safetensors has an exception of its own, for a full disk too
-        raise ValueError(f"the GGUF file {str(file)!r} could not be converted into {folder}: {_line(error)}") from error
+        raise ValueError(
+            f"the GGUF file {str(file)!r} could not be converted into {folder}: {one_line(error)}"
+        ) from error
     if tokenizer is not None:
         _split_as_trained(tokenizer, header, file)
         tokenizer.save_pretrained(folder)

@@ -10,30 +10,26 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..storage import checkpoint, untrusted
 from ..storage.durable import MANIFEST, Folder
 from ..wording import shown
-from .adapter_files import adapter_state
-from .players import ACCEPTED, INITS, SET_HERE, WHY_NOT
+from .peft_config import ACCEPTED, INIT_METHODS, SET_BY_LIBRARY, changed_setting, default_of, require_shareable
 
 if TYPE_CHECKING:
     from ..config import Config
     from .base import Base
-    from .players import Players
 
 #: Fields that may say anything: dropout does nothing here, and how the weights began is past.
-OF_ITS_TRAINING = ("lora_dropout", "eva_config")
+TRAINING_FIELDS = ("lora_dropout", "eva_config")
 #: Ways to begin that left the base as it was. The others (pissa, olora, loftq, corda, …) changed it.
-HARMLESS_INITS = (*INITS, "eva")
+HARMLESS_INITS = (*INIT_METHODS, "eva")
 LARGEST_RANK = 2**14
 
 
@@ -85,32 +81,9 @@ class InitAdapter:
                 stacklevel=4,
             )
 
-    def put(self, players: Players) -> None:
-        """Copy the weights into the generator, and into the reference where it is an adapter.
-
-        Raises:
-            ValueError: a name, a shape, a type or a value that cannot be this adapter's on this base.
-        """
-        embeddings = _embeddings(players)
-        try:
-            weights = untrusted.read_weights(self.folder, adapter_state(players, "generator"), optional=embeddings)
-        except ValueError as error:
-            raise type(error)(f"init_adapter={self.name} cannot be the generator's start: {error}") from error
-        for name in embeddings.keys() & weights.keys():
-            ours = embeddings[name].detach().cpu()
-            if not torch.equal(weights[name].to(ours.dtype), ours):
-                raise ValueError(
-                    f"init_adapter={self.name} brings other embeddings than the base's ({name}), which both players "
-                    "share: merge the adapter into its base, and give the result as model= instead"
-                )
-        for player in ("generator", *(["reference"] if players.has_reference else [])):
-            with torch.no_grad():
-                for name, tensor in adapter_state(players, player).items():
-                    tensor.copy_(weights[name])
-
 
 def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitAdapter:
-    """Find the adapter and check its settings; its weights are read by `put`.
+    """Find the adapter and check its settings; its weights are read by `adapter_files.load_initial`.
 
     Args:
         path: a stock PEFT folder, or one of this library's: a run (its newest complete step is taken), a step, a
@@ -177,20 +150,15 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
     task = theirs.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise ValueError(f"{where} has task_type={shown(task)}: the generator is a CAUSAL_LM")
-    for setting in ("lora_r", "lora_alpha", "target_modules"):
-        value = getattr(config, setting)
-        if value != type(config).__dataclass_fields__[setting].default:
-            raise ValueError(
-                f"{setting}={value!r} and init_adapter= both describe the generator's adapter, whose settings are "
-                f"those it was saved with: leave {setting} out"
-            )
-    stock = {field.name: _default(field) for field in fields(LoraConfig)}
-    for name, value in theirs.items():
-        if name in (*ACCEPTED, *SET_HERE, *OF_ITS_TRAINING) or not value or value == stock.get(name):
-            continue
-        reason = WHY_NOT.get(name, "it is not known to work on a base that two adapters share")
-        remedy = ". Merge the adapter into its base, and give the result as model= instead"
-        raise ValueError(f"{where} has {str(name)[:60]}={shown(value)}, which is not accepted: {reason}{remedy}")
+    if (changed := changed_setting(config, ("lora_r", "lora_alpha", "target_modules"))) is not None:
+        raise ValueError(
+            f"{changed} and init_adapter= both describe the generator's adapter, whose settings are those it was saved "
+            f"with: leave {changed.partition('=')[0]} out"
+        )
+    remedy = ". Merge the adapter into its base, and give the result as model= instead"
+    accepted = (*ACCEPTED, *SET_BY_LIBRARY, *TRAINING_FIELDS)
+    require_shareable(theirs.items(), where, accepted=accepted, remedy=remedy)
+    stock = {field.name: default_of(field) for field in fields(LoraConfig)}
     init = theirs.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in HARMLESS_INITS:
         raise ValueError(
@@ -208,22 +176,6 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
         return LoraConfig(**kept | {"init_lora_weights": True})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} does not describe a LoRA adapter: {error}") from error
-
-
-def _embeddings(players: Players) -> dict[str, torch.Tensor]:
-    """The base's input and output embeddings, by the names under which PEFT saves a copy beside an adapter that is on
-    one of them, or whose vocabulary was resized."""
-    found = {}
-    both = (players.lm.get_input_embeddings(), players.lm.get_output_embeddings())
-    for name, module in players.lm.named_modules():
-        if any(module is one for one in both):
-            weight = (module.base_layer if isinstance(module, BaseTunerLayer) else module).weight
-            found |= {f"base_model.model.{name}.{inner}weight": weight for inner in ("", "base_layer.")}
-    return found
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _values(pattern: Any) -> list[Any]:

@@ -8,7 +8,7 @@ layer with full attention gets room for all tokens when the rows of the groups a
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,21 +63,24 @@ class RowCache(DynamicCache):
     """
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for layer in self.layers:
-            if has_state(layer):
-                states = state_tensors(layer)
-                if states:
-                    rows = torch.arange(len(states[0]), device=states[0].device)
-                    layer.reorder_cache(rows.repeat_interleave(repeats))
-            else:
+        for layer in self._any_layers:
+            if not has_state(layer):
                 layer.batch_repeat_interleave(repeats)
+            elif states := state_tensors(layer):
+                rows = torch.arange(len(states[0]), device=states[0].device)
+                layer.reorder_cache(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for layer in self.layers:
+        for layer in self._any_layers:
             if has_state(layer):
                 layer.reorder_cache(indices)
             else:
                 layer.batch_select_indices(indices)
+
+    @property
+    def _any_layers(self) -> list[Any]:
+        """The layers. Their types in transformers lack methods that those without a state have."""
+        return cast(list[Any], self.layers)
 
 
 def state_tensors(layer: Any) -> list[Tensor]:
@@ -93,59 +96,71 @@ def state_tensors(layer: Any) -> list[Tensor]:
     ]
 
 
-def roomy_cache(config: PretrainedConfig, places: int) -> RowCache:
+def preallocated_cache(config: PretrainedConfig, places: int) -> RowCache:
     """A cache for rows of at most `places` tokens."""
     cache = RowCache(config=config)
-    cache.layers = [_Roomy(places) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer(places) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-class _Roomy(DynamicLayer):
-    """`keys` and `values` are what is filled of the room, [rows, heads, tokens, head width]."""
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values in buffers with room for all tokens; `keys` and `values` are views of the filled part, each
+    [rows, heads, tokens, head width]."""
 
     def __init__(self, places: int) -> None:
         super().__init__()
         self.places = places
-        self.room: list[Tensor] = []  # keys', values'
+        self.buffers: tuple[Tensor, Tensor] | None = None  # of keys and of values; None until the prompts are read
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:  # the prompts: one row each, before the groups are made of them
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
-            return self.keys, self.values
-        if not self.room:
+            return key_states, value_states
+        if self.buffers is None:
             self.batch_repeat_interleave(1)
-        first, last = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[..., first:last, :] = states
-        self._fill(last)
+        assert self.buffers is not None
+        first = self._filled()[0].shape[-2]
+        last = first + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., first:last, :] = states
+        return self._fill(*self.buffers, last)
+
+    def _filled(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None  # set by the first update
         return self.keys, self.values
 
-    def _fill(self, tokens: int) -> None:
-        self.keys, self.values = (room[..., :tokens, :] for room in self.room)
+    def _fill(self, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Take these buffers, filled with so many tokens."""
+        self.buffers = keys, values
+        self.keys, self.values = keys[..., :tokens, :], values[..., :tokens, :]
+        return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        tokens = self.keys.shape[-2]
-        self.room = []
-        for states in (self.keys, self.values):
+        keys, values = self._filled()
+        tokens = keys.shape[-2]
+
+        def buffer(states: Tensor) -> Tensor:
             rows, heads, _, width = states.shape
-            room = states.new_empty(rows, repeats, heads, self.places, width)
-            room[..., :tokens, :] = states[:, None]
-            self.room.append(room.flatten(0, 1))
-        self._fill(tokens)
+            buffer = states.new_empty(rows, repeats, heads, self.places, width)
+            buffer[..., :tokens, :] = states[:, None]
+            return buffer.flatten(0, 1)
+
+        self._fill(buffer(keys), buffer(values), tokens)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if not self.room:
+        if self.buffers is None:
             super().batch_select_indices(indices)
             return
-        tokens = self.keys.shape[-2]
-        rooms = []
-        for room in self.room:
-            kept = room.new_empty(len(indices), *room.shape[1:])
-            kept[..., :tokens, :] = room[..., :tokens, :].index_select(0, indices)
-            rooms.append(kept)
-        self.room = rooms
-        self._fill(tokens)
+        tokens = self._filled()[0].shape[-2]
+
+        def selected(buffer: Tensor) -> Tensor:
+            kept = buffer.new_empty(len(indices), *buffer.shape[1:])
+            kept[..., :tokens, :] = buffer[..., :tokens, :].index_select(0, indices)
+            return kept
+
+        keys, values = self.buffers
+        self._fill(selected(keys), selected(values), tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -13,6 +13,11 @@ from . import fetch
 NAMES = ("tiny", *fetch.BASES)
 
 
+def listed() -> str:
+    """The names, as they stand in messages."""
+    return " or ".join(map(repr, NAMES))
+
+
 def folder_of(name: str) -> Path:
     """The absolute folder of one of NAMES.
 

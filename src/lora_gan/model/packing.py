@@ -1,4 +1,4 @@
-"""Real tokens only: a group's prompt stands once, and no padding is computed.
+"""A batch as the base reads it: real tokens in one row, each group's prompt once, no padding. Used by `Players`.
 
 # N = tokens of a batch, P = prompts, B = responses, S = prompt places, T = response places,
 # A = attention heads, D = width of a head, H = hidden size
@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .tokens import pad, positions
+
 ATTENTION = "lora_gan_packed"  # its name in transformers' attention interface
 
 
 @dataclass(frozen=True)
-class Places:
+class PackedLayout:
     """Where the attention finds each prompt and each response in a row of N tokens."""
 
     prompt_PS: Tensor  # places in the row; 0 where a prompt is shorter than S
@@ -54,7 +56,8 @@ class Batch:
     pooled_B: Tensor  # what the score is read off
     row_R: Tensor  # which response a token is of
     packed: bool
-    shared: dict[str, Tensor] = field(default_factory=dict)  # what frozen layers said of it, for whoever comes next
+    # Outputs of frozen parts of the base, which both players use: of the lower layers, of the reference.
+    frozen_outputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def response_ids_R(self) -> Tensor:
@@ -64,7 +67,7 @@ class Batch:
         return len(self.pooled_B)
 
 
-def batch_of(
+def build_batch(
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     prompt_of: np.ndarray,
@@ -127,7 +130,8 @@ def pooled(ids: list[int], pad_on_disk: int | None) -> int:
     return place
 
 
-Laid = tuple[dict[str, Any], Tensor, np.ndarray, np.ndarray]  # inputs, ids, each response's first place, the one before
+# Inputs, ids, each response's first place, and the place before it.
+Layout = tuple[dict[str, Any], Tensor, np.ndarray, np.ndarray]
 
 
 def _padded(
@@ -136,23 +140,15 @@ def _padded(
     prompt_of: np.ndarray,
     pad_id: int,
     device: torch.device,
-) -> Laid:
+) -> Layout:
     """Rows, each with its own copy of the prompt, padded on the left, and the response, padded on the right."""
-    left = max(len(prompts[j]) for j in prompt_of)
-    length = left + max(1, max(map(len, responses)))
-    ids = np.full((len(responses), length), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, (response, j) in enumerate(zip(responses, prompt_of, strict=True)):
-        ids[row, left - len(prompts[j]) : left] = prompts[j]
-        ids[row, left : left + len(response)] = response
-        mask[row, left - len(prompts[j]) : left + len(response)] = 1
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)
-    inputs = {
-        "attention_mask": torch.from_numpy(mask).to(device),
-        "position_ids": torch.from_numpy(positions).to(device),
-    }
-    first_B = np.arange(len(responses)) * length + left
-    return inputs, torch.from_numpy(ids).to(device), first_B, first_B - 1
+    prompt_ids, prompt_mask = pad([prompts[j] for j in prompt_of], pad_id, side="left")
+    response_ids, response_mask = pad(responses, pad_id, side="right")
+    ids_BL = torch.from_numpy(np.concatenate([prompt_ids, response_ids], -1)).to(device)
+    mask_BL = torch.from_numpy(np.concatenate([prompt_mask, response_mask], -1).astype(np.int64)).to(device)
+    inputs = {"attention_mask": mask_BL, "position_ids": positions(mask_BL)}
+    first_B = np.arange(len(responses)) * ids_BL.shape[1] + prompt_ids.shape[1]
+    return inputs, ids_BL, first_B, first_B - 1
 
 
 def _packed(
@@ -161,14 +157,14 @@ def _packed(
     prompt_of: np.ndarray,
     pad_id: int,
     device: torch.device,
-) -> Laid:
+) -> Layout:
     """One row: prompts, then responses."""
     prompt_lengths, lengths = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
     starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_lengths, lengths]))])
     prompt_starts, first_B = starts[: len(prompts)], starts[len(prompts) : -1]
     ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (*prompts, *responses)])
-    positions = [np.arange(length) for length in prompt_lengths]
-    positions += [np.arange(length) + prompt_lengths[j] for length, j in zip(lengths, prompt_of, strict=True)]
+    counted = [np.arange(length) for length in prompt_lengths]
+    counted += [np.arange(length) + prompt_lengths[j] for length, j in zip(lengths, prompt_of, strict=True)]
 
     wide, long = prompt_lengths.max(), max(1, lengths.max())
     of_prompt_PS = np.arange(wide) < prompt_lengths[:, None]
@@ -190,7 +186,7 @@ def _packed(
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    places = Places(
+    places = PackedLayout(
         tensor(prompt_PS),
         tensor(response_BT),
         tensor(token_N),
@@ -199,7 +195,7 @@ def _packed(
     )
     inputs = {
         "attention_mask": torch.ones(1, len(ids), dtype=torch.int64, device=device),  # some bases warn without one
-        "position_ids": tensor(np.concatenate(positions)[None]),
+        "position_ids": tensor(np.concatenate(counted)[None]),
         "packing": places,
     }
     return inputs, tensor(ids[None]), first_B, prompt_starts[prompt_of] + prompt_lengths[prompt_of] - 1
@@ -208,7 +204,7 @@ def _packed(
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-class _Apart(torch.autograd.Function):
+class UnpackTokens(torch.autograd.Function):
     """Tokens [N, …] taken apart into the places [P·S + B·T, …]. Each token has one place, so the way back is a look-up
     too, and no sum whose order could change; what stands where a row is shorter is seen by nobody."""
 
@@ -223,8 +219,8 @@ class _Apart(torch.autograd.Function):
         return gradients[0].index_select(0, token_N), None, None
 
 
-class _Together(torch.autograd.Function):
-    """The inverse of `_Apart`: no gradient reaches the places that hold no token."""
+class PackTokens(torch.autograd.Function):
+    """The inverse of `UnpackTokens`: no gradient reaches the places that hold no token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_N: Tensor) -> Tensor:
@@ -247,7 +243,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: Places | None = None,
+    packing: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed row, by transformers' attention interface: query, key and value [1, A, N, D].
@@ -266,7 +262,7 @@ def attention(
         x_NAD = x_1AND[0].transpose(0, 1)
         if x_NAD.shape[1] != query.shape[1]:  # fewer heads of keys and values than of queries
             x_NAD = x_NAD.repeat_interleave(query.shape[1] // x_NAD.shape[1], 1)
-        of_prompts, of_responses = _Apart.apply(x_NAD, place, packing.token_N).split([prompts * S, responses * T])
+        of_prompts, of_responses = UnpackTokens.apply(x_NAD, place, packing.token_N).split([prompts * S, responses * T])
         return of_prompts.unflatten(0, (prompts, S)), of_responses.unflatten(0, (responses, T))
 
     def with_prompt(of_prompts: Tensor, of_responses: Tensor) -> Tensor:
@@ -290,7 +286,7 @@ def attention(
         scale=scaling,
     ).transpose(1, 2)
     out = torch.cat([out_PSAD.flatten(0, 1), out_BTAD.flatten(0, 1)])
-    return _Together.apply(out, packing.token_N)[None], None  # [1, N, A, D]
+    return PackTokens.apply(out, packing.token_N)[None], None  # [1, N, A, D]
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

@@ -1,6 +1,6 @@
-"""Sampling: the library's own decode loop over the model's forward and cache.
+"""Sampling: the library's own decode loop over the model's forward and cache. `LoraGAN` samples every response here.
 
-# B = responses (P prompts × K), L = prompt places + response places, T = response places, V = vocabulary
+# B = responses (P prompts × K), T = response places, V = vocabulary
 
 Not `generate()`: its draws come from one global stream, so that a response would change with what else is in the batch,
 and it lets neither ended rows leave the batch nor a group share its prompt's cache. Here every token of every response
@@ -11,107 +11,65 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import randomness
-from .base import Base
-from .fast_lora import merged
-from .kv_cache import roomy_cache
+from .fast_lora import merged_adapter
+from .kv_cache import RowCache, preallocated_cache
 from .packing import Batch
 from .players import Players
+from .tokens import pad
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rollout:
-    """P prompts with K responses each, rows in group order: response i of prompt j is row j·K + i."""
+    """B responses with the prompts that they answer; of P prompts with K each, response i of prompt j is j·K + i."""
 
-    ids_BL: Tensor  # prompts padded on the left, responses on the right
-    mask_BL: Tensor  # 1 on prompt and response tokens, the end-of-text token included
-    prompt_places: int  # L − T
-    group_B: np.ndarray  # which prompt a row answers
+    players: Players  # on whose base they are read
+    prompts: list[list[int]]  # token ids of each response's prompt, B in all
+    responses: list[list[int]]  # token ids, the end-of-text token included
+    group_B: np.ndarray  # which prompt a response answers
     texts: list[str]  # the responses, as rewards see them
-    _batch: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def response_ids_BT(self) -> Tensor:
-        return self.ids_BL[:, self.prompt_places :]
-
-    @property
-    def response_mask_BT(self) -> Tensor:
-        return self.mask_BL[:, self.prompt_places :]
+        return len(self.responses)
 
     @property
     def lengths_B(self) -> np.ndarray:
         """Tokens of each response, the end-of-text token included."""
-        return self.response_mask_BT.sum(-1).cpu().numpy()
+        return np.array([len(ids) for ids in self.responses])
 
     def parts(self) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
         """The prompts, each once; the responses; and which of these prompts each one answers, [B]."""
-        ids, mask = self.ids_BL.cpu().numpy(), self.mask_BL.cpu().numpy().astype(bool)
         _, first, prompt_of = np.unique(self.group_B, return_index=True, return_inverse=True)
-        left = self.prompt_places
-        prompts = [ids[row, :left][mask[row, :left]].tolist() for row in first]
-        responses = [row[left:][real[left:]].tolist() for row, real in zip(ids, mask, strict=True)]
-        return prompts, responses, prompt_of
+        return [self.prompts[i] for i in first], self.responses, prompt_of
 
-    def batch(self, players: Players, rows: slice | None = None) -> Batch:
-        """The responses, or some of them, as the players' base reads them. All of them are laid out once: what the
-        frozen layers say of them is then there for both players."""
+    def batch(self, rows: slice | None = None) -> Batch:
+        """The responses, or some of them, as the base reads them. All of them are laid out once, so that both players
+        share the cached outputs of the frozen layers."""
         if rows is not None and range(len(self))[rows] != range(len(self)):
-            return players.batch(*self.rows(rows).parts())
-        if not self._batch:
-            self._batch.append(players.batch(*self.parts()))
-        return self._batch[0]
+            return self.players.batch(*self.rows(rows).parts())
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> Batch:
+        return self.players.batch(*self.parts())
 
     def rows(self, index: np.ndarray | slice) -> Rollout:
-        """Some of the rows, with places that none of them uses cut off."""
-        where = torch.as_tensor(np.arange(len(self))[index], device=self.ids_BL.device)
-        ids, mask = self.ids_BL[where], self.mask_BL[where]
-        first = int((self.prompt_places - mask[:, : self.prompt_places].sum(-1)).min())
-        last = self.prompt_places + max(1, int(mask[:, self.prompt_places :].sum(-1).max()))
+        """Some of the responses."""
+        chosen = np.arange(len(self))[index]
         return replace(
             self,
-            ids_BL=ids[:, first:last],
-            mask_BL=mask[:, first:last],
-            prompt_places=self.prompt_places - first,
-            group_B=self.group_B[index],
-            texts=[self.texts[int(i)] for i in where],
+            prompts=[self.prompts[i] for i in chosen],
+            responses=[self.responses[i] for i in chosen],
+            group_B=self.group_B[chosen],
+            texts=[self.texts[i] for i in chosen],
         )
-
-
-def assemble(
-    base: Base,
-    device: torch.device,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    texts: list[str] | None = None,
-) -> Rollout:
-    """Rows from token ids: one response to one prompt each, every row a group of its own.
-
-    Args:
-        texts: the responses' texts; None where nobody reads them.
-    """
-    left, right = max(map(len, prompts)), max(1, max(map(len, responses)))
-    ids = np.full((len(prompts), left + right), base.pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids[row, left - len(prompt) : left] = prompt
-        ids[row, left : left + len(response)] = response
-        mask[row, left - len(prompt) : left + len(response)] = 1
-    return Rollout(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(mask).to(device),
-        left,
-        np.arange(len(prompts)),
-        [""] * len(prompts) if texts is None else texts,
-    )
 
 
 def keyed_uniforms(
@@ -151,31 +109,57 @@ def sample(
     Raises:
         FloatingPointError: logits that are not finite, from which any token could be read.
     """
-    base, device = players.base, players.device
-    rows, length = uniforms_BT.shape
-    per_prompt = rows // len(prompts)
-    prompt = assemble(base, device, prompts, [[] for _ in prompts])
-    places = prompt.prompt_places
-    mask = prompt.mask_BL[:, :places]
-    cache = roomy_cache(players.lm.config, places + length)
-    logits = players.lm(
-        input_ids=prompt.ids_BL[:, :places], attention_mask=mask, use_cache=True,
-        **players.cached(cache), **players.keep(1), **players.positions(mask),
+    per_prompt = len(uniforms_BT) // len(prompts)
+    cache, mask_BL, logits_BV = _prefill(players, prompts, per_prompt, uniforms_BT.shape[1])
+    responses = _decode(players, cache, mask_BL, logits_BV, uniforms_BT.to(players.device), temperature, top_p)
+    return Rollout(
+        players,
+        [ids for ids in prompts for _ in range(per_prompt)],
+        responses,
+        np.arange(len(responses)) // per_prompt,
+        [decode(ids) for ids in responses],
+    )
+
+
+def _prefill(
+    players: Players, prompts: list[list[int]], per_prompt: int, length: int
+) -> tuple[RowCache, Tensor, Tensor]:
+    """Read each prompt once; the cache, the mask and the next token's logits of its `per_prompt` rows, with room for
+    `length` tokens more."""
+    ids, mask = pad(prompts, players.base.pad_id, side="left")
+    ids_BL = torch.from_numpy(ids).to(players.device)
+    mask_BL = torch.from_numpy(mask.astype(np.int64)).to(players.device)
+    cache = preallocated_cache(players.lm.config, ids.shape[1] + length)
+    logits_BV = players.lm(
+        input_ids=ids_BL, attention_mask=mask_BL, use_cache=True,
+        **players.cached(cache), **players.keep(1), **players.positions(mask_BL),
     ).logits[:, -1]  # fmt: skip
     if per_prompt > 1:
         cache.batch_repeat_interleave(per_prompt)
-        logits, mask = logits.repeat_interleave(per_prompt, 0), mask.repeat_interleave(per_prompt, 0)
+        mask_BL, logits_BV = mask_BL.repeat_interleave(per_prompt, 0), logits_BV.repeat_interleave(per_prompt, 0)
+    return cache, mask_BL, logits_BV
 
-    uniforms_BT = uniforms_BT.to(device)
-    eos = torch.tensor(base.eos_ids, device=device)
+
+def _decode(
+    players: Players,
+    cache: RowCache,
+    mask_BL: Tensor,
+    logits_BV: Tensor,
+    uniforms_BT: Tensor,
+    temperature: float,
+    top_p: float,
+) -> list[list[int]]:
+    """Token ids of the responses, one token of all rows at a time."""
+    (rows, length), device = uniforms_BT.shape, players.device
+    eos = torch.tensor(players.base.eos_ids, device=device)
     sampled_BT = torch.full((rows, length), -1, dtype=torch.long, device=device)
     alive = torch.arange(rows, device=device)  # which row of the result each row of the batch is
     running = torch.ones(rows, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    with merged(players.lm):
+    with merged_adapter(players.lm):
         for t in range(length):
-            finite = finite & logits.amax(-1).isfinite().all()  # −∞ forbids a token; NaN and +∞ are no distribution
-            token = choose(logits, uniforms_BT[alive, t], temperature, top_p)
+            finite = finite & logits_BV.amax(-1).isfinite().all()  # −∞ forbids a token; NaN, +∞ are no distribution
+            token = choose(logits_BV, uniforms_BT[alive, t], temperature, top_p)
             sampled_BT[alive[running], t] = token[running]
             running = running & ~torch.isin(token, eos)
             left = int(running.sum())
@@ -184,22 +168,18 @@ def sample(
             if left <= len(alive) // 2:  # halving keeps the copies of the cache below one more forward in total
                 keep = running.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                alive, running, token, mask = alive[keep], running[keep], token[keep], mask[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-            position = {name: value[:, -1:] for name, value in players.positions(mask).items()}
-            logits = players.lm(
-                input_ids=token[:, None], use_cache=True, **players.cached(cache, mask), **position
+                alive, running, token, mask_BL = alive[keep], running[keep], token[keep], mask_BL[keep]
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], -1)
+            position = {name: value[:, -1:] for name, value in players.positions(mask_BL).items()}
+            logits_BV = players.lm(
+                input_ids=token[:, None], use_cache=True, **players.cached(cache, mask_BL), **position
             ).logits[:, -1]
-
     if not finite:  # asked once: every question makes a GPU wait
         raise FloatingPointError(
             f"the {players.active}'s logits are not finite, so nothing can be sampled: its weights are broken (load an "
             "earlier checkpoint) or its base overflows (try dtype='float32')"
         )
-    responses = [[i for i in row if i >= 0] for row in sampled_BT.tolist()]
-    repeated = [ids for ids in prompts for _ in range(per_prompt)]
-    rollout = assemble(base, device, repeated, responses, [decode(ids) for ids in responses])
-    return replace(rollout, group_B=np.arange(rows) // per_prompt)
+    return [[i for i in row if i >= 0] for row in sampled_BT.tolist()]
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:

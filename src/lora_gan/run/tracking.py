@@ -22,8 +22,8 @@ import numpy as np
 from ..config import Config
 from ..data import Row
 from ..rewards.notes import Notes, mean
-from ..training.discriminator import fresh_metrics
 from ..training.experience import Experience
+from ..training.fresh_metrics import fresh_metrics
 
 
 def step_record(
@@ -143,10 +143,10 @@ def _share_without_spread(experience: Experience) -> float | None:
 
 def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
     """Tokens of the responses; those that used all places without an end are clipped."""
-    lengths_B, ids_BT = experience.rollout.lengths_B, experience.rollout.response_ids_BT.cpu().numpy()
-    ended_B = np.isin(ids_BT[np.arange(len(lengths_B)), lengths_B - 1], eos_ids)
+    rollout, lengths_B = experience.rollout, experience.rollout.lengths_B
+    ended_B = np.array([ids[-1] in eos_ids for ids in rollout.responses])
     return {
-        "step_tokens": int(experience.rollout.mask_BL.sum()),
+        "step_tokens": sum(map(len, rollout.prompts)) + int(lengths_B.sum()),
         "completion_length": float(lengths_B.mean()),
         "completions/min_length": int(lengths_B.min()),
         "completions/max_length": int(lengths_B.max()),

@@ -1,10 +1,10 @@
-"""The discriminator's training: ridge start, replay, updates on what is left within groups; and how far it is trusted.
+"""The discriminator's training: heads begun by ridge regression, updates on fresh groups and replay, the gate.
 
 # B = responses, M = heads, H = hidden size
 
 It regresses on the true reward with each group's mean split off, plus a within-group ranking loss (GAD,
-arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. Replay is
-the discriminator's alone: it never reaches the generator's gradient.
+arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. The gate
+says how far the generator trusts its predictions. `LoraGAN` calls it in every step, and for score() and best_of.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from .. import randomness
@@ -26,109 +25,25 @@ from ..config import Config
 from ..model.packing import Batch
 from ..model.players import Players
 from ..model.sampling import Rollout, chunks
-from . import distributed, estimate, losses, micro_batch
-from .experience import Experience
+from . import distributed, losses, micro_batch
+from .experience import Experience, RetainedFeatures
+from .fresh_metrics import fresh_metrics
 from .optimizer import PlayerOptimizer
+from .replay import Group, Replay, answered_groups, micro_batches
+
+# The query rate from which one forward for prediction and update takes less time than two.
+RETAIN_FROM_QUERY_RATE = 0.75
+CORRELATION_DECAY = 0.9  # per step, of the fresh rank correlation
 
 
-@dataclass(frozen=True)
-class Group:
-    """The answered responses of one prompt at one step, as they were generated."""
-
-    prompt: list[int]  # token ids
-    responses: list[list[int]]  # token ids, the end-of-text token included where it was generated
-    rewards: list[float]  # true rewards
-    heads: list[bool]  # which heads learn from it: their spread is an uncertainty only if they saw different data
-
-
-KEPT_FROM = 0.75  # the query rate from which one forward for prediction and update takes less time than two
-FORGET = 0.9  # a step, of what fresh answers said of the predictions
-
-
-class Replay:
-    """The last groups, or an even sample of all there have been (reservoir sampling, Vitter 1985)."""
-
-    def __init__(self, capacity: int, *, reservoir: bool = False, seed: int = 0) -> None:
-        self.capacity, self.reservoir, self.seed = capacity, reservoir, seed
-        self.groups: list[Group] = []
-        self.seen = 0  # groups that ever came
-
-    def extend(self, groups: list[Group]) -> None:
-        for group in groups:
-            if len(self.groups) < self.capacity:
-                self.groups.append(group)
-            elif self.reservoir and self.capacity:
-                place = int(randomness.generator(self.seed, self.seen, "reservoir").integers(self.seen + 1))
-                if place < self.capacity:
-                    self.groups[place] = group
-            elif self.capacity:
-                self.groups = [*self.groups[1:], group]
-            self.seen += 1
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def draw(self, count: int, *, seed: int, step: int, update: int) -> list[Group]:
-        """`count` different groups at most, uniformly."""
-        count = min(count, len(self.groups))
-        order = randomness.generator(seed, step, "replay", update).permutation(len(self.groups))[:count]
-        return [self.groups[int(i)] for i in order]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Flat tensors and plain numbers only, so that it loads without executing anything."""
-        responses = [response for group in self.groups for response in group.responses]
-        return {
-            "prompt_tokens": torch.tensor([i for group in self.groups for i in group.prompt], dtype=torch.int64),
-            "prompt_lengths": torch.tensor([len(group.prompt) for group in self.groups], dtype=torch.int64),
-            "group_sizes": torch.tensor([len(group.responses) for group in self.groups], dtype=torch.int64),
-            "response_tokens": torch.tensor([i for response in responses for i in response], dtype=torch.int64),
-            "response_lengths": torch.tensor([len(response) for response in responses], dtype=torch.int64),
-            "rewards": torch.tensor([r for group in self.groups for r in group.rewards], dtype=torch.float64),
-            "heads": torch.tensor([group.heads for group in self.groups], dtype=torch.bool),
-            "seen": self.seen,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        sizes = state["group_sizes"].tolist()
-        prompts = [x.tolist() for x in state["prompt_tokens"].split(state["prompt_lengths"].tolist())]
-        responses = [x.tolist() for x in state["response_tokens"].split(state["response_lengths"].tolist())]
-        rewards, heads = state["rewards"].split(sizes), state["heads"].tolist()
-        self.groups, first = [], 0
-        for i, size in enumerate(sizes):
-            self.groups.append(Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i]))
-            first += size
-        self.groups = self.groups[-self.capacity :] if self.capacity else []
-        self.seen = state.get("seen", len(self.groups))
-
-
-def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
-    """This step's responses whose true reward is known, by their prompt's place in the step."""
-    answered_B = ~np.isnan(experience.true_B)
-    lengths_B, ids_BT = experience.rollout.lengths_B, experience.rollout.response_ids_BT.tolist()
-    groups = {}
-    for j, prompt in enumerate(experience.prompts):
-        members = np.flatnonzero((experience.group_B == j) & answered_B)
-        if len(members) == 0:
-            continue
-        draws = randomness.uniforms(
-            config.disc_heads, config.seed, experience.step, "heads", randomness.fingerprint(prompt)
-        )
-        heads = (draws < 0.75).tolist()  # each head learns from three groups in four: apart enough to disagree
-        if not any(heads):
-            heads[int(draws.argmin())] = True
-        responses = [ids_BT[i][: lengths_B[i]] for i in members]
-        groups[j] = Group(prompt, responses, experience.true_B[members].tolist(), heads)
-    return groups
-
-
-def _answered_features(experience: Experience) -> list[Tensor]:
-    """Of the features that were kept, which are taken out, those of the responses in `answered_groups`."""
-    if not experience.features:
-        return []
-    features_BH = experience.features.pop()
+def _answered_features(experience: Experience) -> RetainedFeatures:
+    """Of the experience's features, which are taken, those of the responses in `answered_groups`."""
+    features_BH = experience.features.take()
     answered = np.flatnonzero(~np.isnan(experience.true_B))
+    if features_BH is None or not len(answered):
+        return RetainedFeatures()
     rows = answered[np.argsort(experience.group_B[answered], kind="stable")]
-    return [features_BH[torch.from_numpy(rows).to(features_BH.device)]] if len(rows) else []
+    return RetainedFeatures(features_BH[torch.from_numpy(rows).to(features_BH.device)])
 
 
 class Discriminator:
@@ -187,88 +102,87 @@ class Discriminator:
         def predicted() -> Tensor:
             with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
                 parts = chunks(total, self.optimizer.micro_batch_size)
-                return torch.cat([self.players.predict(rollout.batch(self.players, part)) for part in parts], dim=1)
+                return torch.cat([self.players.predict(rollout.batch(part)) for part in parts], dim=1)
 
-        return micro_batch.fitting(predicted, self.optimizer, total).double().cpu().numpy()
+        return micro_batch.within_memory(predicted, self.optimizer, total).double().cpu().numpy()
 
-    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, list[Tensor]]:
+    def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, RetainedFeatures]:
         """`predict`, and the features [B, H] with the graph that the next update begins from.
 
-        None are kept where it would learn from something else: other weights than those that score, other rows, in
+        None are retained where it would learn from something else: other weights than those that score, other rows, in
         smaller parts than all at once; nor where many responses go unasked, whose share of the graph is for nothing.
         """
         size = self.optimizer.micro_batch_size
-        whole = self.config.query_rate >= KEPT_FROM and (size is None or size >= len(rollout))
+        whole = self.config.query_rate >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
         scores = self.average is None and not self.config.disc_average
         plain = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
         if whole and scores and plain:
             with suppress(torch.OutOfMemoryError), self.players.playing("discriminator"):
                 # A graph takes more than a prediction does.
-                features_BH = self.players.set_aside(self.players.features(rollout.batch(self.players)))
+                features_BH = self.players.defer_backward(self.players.features(rollout.batch()))
         if features_BH is None:
-            return self.predict(rollout), []
+            return self.predict(rollout), RetainedFeatures()
         with torch.no_grad():
             predicted_MB = self.players.score_MH @ features_BH.T
-        return predicted_MB.double().cpu().numpy(), [features_BH]
+        return predicted_MB.double().cpu().numpy(), RetainedFeatures(features_BH)
 
     def update(self, experience: Experience) -> dict[str, float | None]:
         """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates.
 
         The mean is over the updates whose loss was finite; those skipped for want of that are counted.
-        With several processes, one whose prompts got no answer takes part with gradients of nought.
+        With several processes, one whose prompts got no answer takes part with zero gradients.
         """
-        kept = _answered_features(experience)
+        features = _answered_features(experience)
         relative = self.config.disc_objective == "real_vs_generated"
         fresh = self._real_and_generated(experience) if relative else self._answered(experience)
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
-        metrics = self._told_apart(fresh) if relative else self._judge(experience)
+        metrics = self._pairwise_accuracy(fresh) if relative else self._update_gate(experience)
         if not relative:
-            self._keep_unit(fresh)
+            self._update_reward_unit(fresh)
             if not self.players.heads_MH.any():
-                self._start(fresh)
+                self._init_heads(fresh)
         elif not self.players.heads_MH.any():
-            self._start_at_random()
-        losses, norm, learning_rate, skipped = [], None, 0.0, 0
+            self._init_heads_randomly()
+        finite, norm, learning_rate, skipped = [], None, 0.0, 0
         for update in range(self.config.disc_updates):
             old = self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
-            loss = self._learn_within_memory(fresh, old, kept) if fresh or old else 0.0
-            kept.clear()  # it was of the weights before this update
+            loss = self._learn_within_memory(fresh, old, features) if fresh or old else 0.0
             learning_rate = self.optimizer.learning_rate
             taken = self.optimizer.step(loss)
-            losses += [loss] if math.isfinite(loss) else []
+            finite += [loss] if math.isfinite(loss) else []
             if taken is None:
                 skipped += 1
             else:
                 norm = taken
-                self._keep_average()
+                self._update_average()
         self.replay.extend(fresh)
         return {
-            "disc_loss": float(np.mean(losses)) if losses else None,
+            "disc_loss": float(np.mean(finite)) if finite else None,
             "disc_learning_rate": learning_rate,
             "disc_grad_norm": norm,
             "disc_skipped": skipped,
             **metrics,
         }
 
-    def _judge(self, experience: Experience) -> dict[str, float]:
+    def _update_gate(self, experience: Experience) -> dict[str, float]:
         """What this step's answers say of the predictions made before them: how far to trust the next ones."""
         answered_B = ~np.isnan(experience.true_B)
         metrics = fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B)
         within = metrics["rank_correlation_within"]
         differences = int(answered_B.sum()) - len(np.unique(experience.group_B[answered_B]))
         weight = 0.0 if within is None else float(differences)
-        # With several processes the sums are over all of them: one without answers brings noughts, and none waits.
+        # With several processes the sums are over all of them: one without answers brings zeros, and none waits.
         seen = torch.tensor([weight * (within or 0.0), weight], dtype=torch.float64, device=self.players.device)
         correlation, correlated = distributed.total(seen).tolist()
         if correlated:
-            self.correlation = FORGET * self.correlation + correlation
-            self.correlated = FORGET * self.correlated + correlated
+            self.correlation = CORRELATION_DECAY * self.correlation + correlation
+            self.correlated = CORRELATION_DECAY * self.correlated + correlated
         return {"gate": experience.gate}
 
-    def _keep_average(self) -> None:
+    def _update_average(self) -> None:
         """The moving average of the weights, begun at the first update."""
         if not self.config.disc_average:
             return
@@ -295,18 +209,16 @@ class Discriminator:
 
     def _real_and_generated(self, experience: Experience) -> list[Group]:
         """Every group with its target: 1 for what is real, 0 for what was generated."""
-        lengths_B, ids_BT = experience.rollout.lengths_B, experience.rollout.response_ids_BT.tolist()
         groups = []
         for j, (prompt, row) in enumerate(zip(experience.prompts, experience.rows, strict=True)):
-            members = np.flatnonzero(experience.group_B == j)
             if row.target is not None:
+                responses = [experience.rollout.responses[i] for i in np.flatnonzero(experience.group_B == j)]
+                rewards = [0.0] * len(responses) + [1.0]
                 target = self.players.encoder.target(row)
-                responses = [ids_BT[i][: lengths_B[i]] for i in members]
-                rewards = [0.0] * len(members) + [1.0]
                 groups.append(Group(prompt, [*responses, target], rewards, [True] * self.config.disc_heads))
         return groups
 
-    def _told_apart(self, groups: list[Group]) -> dict[str, float]:
+    def _pairwise_accuracy(self, groups: list[Group]) -> dict[str, float]:
         """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
         right: list[float] = []
         for group in groups:
@@ -315,7 +227,7 @@ class Discriminator:
             right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
         return {"disc_accuracy": float(np.mean(right))} if right else {}
 
-    def _start_at_random(self) -> None:
+    def _init_heads_randomly(self) -> None:
         """Heads that are not all alike: with no rewards there is no closed form to begin from."""
         draws = randomness.generator(self.config.seed, 0, "heads").normal(size=tuple(self.players.heads_MH.shape))
         with torch.no_grad():
@@ -324,7 +236,7 @@ class Discriminator:
 
     # --- learning
 
-    def _keep_unit(self, fresh: list[Group]) -> None:
+    def _update_reward_unit(self, fresh: list[Group]) -> None:
         """Read the reward's unit off the first answers, and again when they come to spread twice as far.
 
         The first answers may happen to be all alike. Predictions stay as they were: the heads are counted anew. With
@@ -347,16 +259,16 @@ class Discriminator:
                 if self.average is not None:
                     self.average[-1].mul_(before / unit)
 
-    def _start(self, fresh: list[Group]) -> None:
-        """Begin the heads, which are nought, in closed form; with several processes, the mean of those with answers."""
-        ridge_MH = self._ridge(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
+    def _init_heads(self, fresh: list[Group]) -> None:
+        """Begin the heads, which are zero, in closed form; with several processes, the mean of those with answers."""
+        ridge_MH = self._ridge_heads(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
         count = distributed.total(torch.tensor([float(bool(fresh))], device=self.players.device))
         heads_MH = distributed.total(ridge_MH) / count
-        if torch.isfinite(heads_MH).all():  # else they stay nought, and the next step begins them
+        if torch.isfinite(heads_MH).all():  # else they stay zero, and the next step begins them
             with torch.no_grad():
                 self.players.heads_MH.copy_(heads_MH)
 
-    def _ridge(self, groups: list[Group]) -> Tensor:
+    def _ridge_heads(self, groups: list[Group]) -> Tensor:
         """Heads by ridge regression on the pooled features, [M, H], in the reward's unit.
 
         Without intercept (stock sequence classification ignores a bias), in its dual form, since responses are fewer
@@ -378,18 +290,20 @@ class Discriminator:
             heads.append(dual @ features_BH[kept_B])
         return torch.stack(heads).float()
 
-    def _learn_within_memory(self, fresh: list[Group], old: list[Group], kept: list[Tensor]) -> float:
-        """`_learn`, in smaller micro-batches where memory runs out."""
-        groups = fresh + old
-        rows = sum(len(group.responses) for group in groups)
+    def _learn_within_memory(self, fresh: list[Group], old: list[Group], features: RetainedFeatures) -> float:
+        """`_learn`, in smaller micro-batches where memory runs out. `features` are those of `fresh`, or none."""
 
         def learn() -> float:
-            parts: list[tuple[list[Group], Tensor | None]] = [(fresh, kept.pop())] if kept else []  # it serves once
-            rest = old if parts else groups
-            parts += [(part, None) for part in micro_batches(rest, self.optimizer.micro_batch_size)]
-            return self._learn(parts)
+            features_BH = features.take()
+            if features_BH is None:
+                return self._learn([(part, None) for part in self._micro_batches(fresh + old)])
+            return self._learn([(fresh, features_BH), *((part, None) for part in self._micro_batches(old))])
 
-        return micro_batch.fitting(learn, self.optimizer, rows)
+        rows = sum(len(group.responses) for group in (*fresh, *old))
+        return micro_batch.within_memory(learn, self.optimizer, rows)
+
+    def _micro_batches(self, groups: list[Group]) -> list[list[Group]]:
+        return micro_batches(groups, self.optimizer.micro_batch_size)
 
     def _learn(self, parts: list[tuple[list[Group], Tensor | None]]) -> float:
         """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses.
@@ -404,17 +318,17 @@ class Discriminator:
                     share = self._loss(groups, features_BH) / total
                     share.backward()
                 else:
-                    share = self._learn_in_pieces(groups, total)
+                    share = self._learn_in_batches(groups, total)
             loss += float(share.detach())
         return loss
 
-    def _learn_in_pieces(self, groups: list[Group], total: int) -> Tensor:
+    def _learn_in_batches(self, groups: list[Group], total: int) -> Tensor:
         """Backward of some groups' share of the loss. A group of more responses than a micro-batch is read twice.
 
         The loss compares them all, so first it is asked what it wants of each one's features, which takes no graph of
         the base; then each micro-batch has its forward and backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
-        pieces = self._pieces(groups)
+        pieces = self._batches(groups)
         if len(pieces) == 1:
             share = self._loss(groups, self.players.features(pieces[0])) / total
             share.backward()
@@ -448,11 +362,11 @@ class Discriminator:
 
         def features() -> Tensor:
             with torch.no_grad(), self.players.playing("discriminator"):
-                return torch.cat([self.players.features(piece) for piece in self._pieces(groups)])
+                return torch.cat([self.players.features(piece) for piece in self._batches(groups)])
 
-        return micro_batch.fitting(features, self.optimizer, sum(len(group.responses) for group in groups))
+        return micro_batch.within_memory(features, self.optimizer, sum(len(group.responses) for group in groups))
 
-    def _pieces(self, groups: list[Group]) -> list[Batch]:
+    def _batches(self, groups: list[Group]) -> list[Batch]:
         """The groups' responses, laid out in micro-batches; a group that is larger, in parts of much the same size."""
         size, pieces = self.optimizer.micro_batch_size, []
         for part in micro_batches(groups, size):
@@ -528,56 +442,3 @@ class Discriminator:
 def reward_unit(rewards: list[float]) -> float:
     """The spread of the first rewards; where they are all alike, their size is the best guess at their unit."""
     return next(value for value in (float(np.std(rewards)), abs(float(np.mean(rewards))), 1.0) if value > 1e-6)
-
-
-def micro_batches(groups: list[Group], size: int | None) -> list[list[Group]]:
-    """Whole groups, at most `size` responses together; a group of more stands alone: its mean needs all of it."""
-    batches: list[list[Group]] = []
-    for group in groups:
-        if batches and (size is None or sum(len(g.responses) for g in [*batches[-1], group]) <= size):
-            batches[-1].append(group)
-        else:
-            batches.append([group])
-    return batches
-
-
-def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndarray) -> dict[str, float | None]:
-    """How well predictions made before this step's training meet the true rewards that were then asked for.
-
-    rank_correlation is Spearman's over all answered responses; rank_correlation_within over what is left of the ranks
-    when each group's mean rank is taken off (ranks are taken within the group): only this reaches the generator.
-    Responses whose prediction is not finite do not count. None where there are too few answers, or no spread, to say.
-    """
-    answered_B = ~np.isnan(true_B) & np.isfinite(predicted_MB).all(0)
-    spread_B = predicted_MB.std(0)[answered_B]
-    predicted_B, true_B, group_B = predicted_MB.mean(0)[answered_B], true_B[answered_B], group_B[answered_B]
-    compared_B = np.array([(group_B == group).sum() > 1 for group in group_B], dtype=bool)
-    ranks = [_ranks_within(values_B[compared_B], group_B[compared_B]) for values_B in (predicted_B, true_B)]
-    return {
-        "rank_correlation": _correlation(rankdata(predicted_B), rankdata(true_B)),
-        "rank_correlation_within": _correlation(*ranks),
-        "disc_mse": float(np.mean((predicted_B - true_B) ** 2)) if len(true_B) else None,
-        "calibration_slope": _slope_within(predicted_B, true_B, group_B),
-        "uncertainty_correlation": _correlation(spread_B, np.abs(predicted_B - true_B)),
-    }
-
-
-def _ranks_within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
-    """Each value's rank in its group, less the group's mean rank."""
-    ranks_B = np.zeros(len(values_B))
-    for group in np.unique(group_B):
-        ranks_B[group_B == group] = rankdata(values_B[group_B == group])
-    return estimate.within(ranks_B, group_B)
-
-
-def _slope_within(predicted_B: np.ndarray, true_B: np.ndarray, group_B: np.ndarray) -> float | None:
-    """Least-squares slope of true on predicted reward within groups: 1 is calibrated, below 1 overconfident."""
-    left_B = estimate.within(predicted_B, group_B)
-    square = float(left_B @ left_B)
-    return float(left_B @ estimate.within(true_B, group_B)) / square if square > 1e-12 else None
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])

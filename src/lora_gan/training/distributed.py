@@ -28,7 +28,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over all processes. A parameter without one counts as nought: all processes must take part."""
+    """Average gradients over all processes. A parameter without one counts as zero: all processes must take part."""
     if processes() > 1:
         for parameter in parameters:
             if parameter.grad is None:

@@ -1,4 +1,5 @@
-"""Which responses to ask the true reward for, and what the generator then learns from.
+"""Which responses to ask the true reward for, and what the generator then learns from. `LoraGAN` draws the queries;
+the generator's update computes rewards and advantages.
 
 # B = responses, in group order; plain float64 NumPy, since all of it is bookkeeping on a few dozen numbers
 NaN stands for "not asked" or "not answered".
@@ -43,7 +44,7 @@ def choose_queries(
         rate: share of all responses that is asked for.
         design: uniform: each response with probability `rate`, each group its share to within one. groups: whole
             groups. uncertain: in proportion to `spread_B`, not below floor · rate, not above 1.
-        spread_B: how far the heads disagree, where the design is uncertain; all nought, or not finite, is as uniform.
+        spread_B: how far the heads disagree, where the design is uncertain; all zero, or not finite, is as uniform.
         floor: least probability under the uncertain design, as a share of `rate`: 1/p is bounded by 1 / (floor · rate).
         left: true-reward calls that may still be made; None: no limit.
     """
@@ -112,7 +113,7 @@ def corrected_reward(predicted_B: np.ndarray, true_B: np.ndarray, inclusion_B: n
     """predicted + asked/p · (true − predicted): the doubly robust estimate (Dudík et al. 2011, arXiv:1103.4601).
 
     Unbiased for the true reward however wrong the predictions are, when they have not seen this response's reward, and
-    every response had a probability above nought. Where it was 1, an answered response's value is the true reward to
+    every response had a probability above zero. Where it was 1, an answered response's value is the true reward to
     the last bit, so that plain RLOO is reached exactly.
     """
     answered_B = ~np.isnan(true_B)
@@ -135,20 +136,20 @@ def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: n
     return np.where(inclusion_B < 1, inclusion_B * answered, inclusion_B)
 
 
-def trusted(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
-    """What the generator sees of the predictions, [B]: a lower confidence bound over the heads, drawn towards its
-    group's mean as far as the gate is shut. Only differences within a group reach the generator, and a gate of nought
+def gated_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
+    """What the generator sees of the predictions, [B]: a lower confidence bound over the heads, moved towards its
+    group's mean as far as the gate is shut. Only differences within a group reach the generator, and a gate of zero
     leaves none."""
     bound_B = predicted_MB.mean(0)
     if penalty:
         bound_B = bound_B - penalty * predicted_MB.std(0)
     if gate >= 1:
         return bound_B
-    left_B = within(bound_B, group_B)
+    left_B = centered_within_groups(bound_B, group_B)
     return bound_B - left_B + gate * left_B
 
 
-def within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
+def centered_within_groups(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
     """What is left of each value when its group's mean is taken off, [B]: all that reaches the generator."""
     _, index_B = np.unique(group_B, return_inverse=True)
     return values_B - (np.bincount(index_B, values_B) / np.bincount(index_B))[index_B]

@@ -1,6 +1,8 @@
 """One step's responses, and all that is known of them before anything is learned from them.
 
-# B = responses, M = heads
+# B = responses, M = heads, H = hidden size
+
+`LoraGAN` makes one `Experience` per step. Both trainers, the monitor and the step's record read it.
 """
 
 from __future__ import annotations
@@ -15,32 +17,41 @@ from ..model.sampling import Rollout
 from ..rewards.notes import Notes
 
 
-@dataclass(frozen=True)
+class RetainedFeatures:
+    """The features that predictions were made from, [B, H], with their autograd graph. They serve once.
+
+    Args:
+        features_BH: None where no graph was retained.
+    """
+
+    def __init__(self, features_BH: Tensor | None = None) -> None:
+        self._features_BH = features_BH
+
+    def take(self) -> Tensor | None:
+        """The features. No reference to them stays here, so that the taker's last one frees the graph's memory."""
+        features_BH, self._features_BH = self._features_BH, None
+        return features_BH
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experience:
     step: int
     rows: list[Row]  # the P prompts
     prompts: list[list[int]]  # their token ids
     rollout: Rollout  # K responses each
-    predicted_MB: np.ndarray  # fresh predictions of every head, float64; NaN = nobody asked for them
+    predicted_MB: np.ndarray  # fresh predictions of every head, float64; NaN = not predicted
     asked_B: np.ndarray  # bool: which responses the true reward was asked for, drawn before scoring
     true_B: np.ndarray  # true rewards; NaN = not asked, or not answered
     inclusion_B: np.ndarray  # probability with which each response was asked for and answered; 0 = none was asked for
-    parts: dict[str, np.ndarray]  # the true reward's parts by name, where it has several
+    parts: dict[str, np.ndarray] = field(default_factory=dict)  # the true reward's parts by name, if it has several
     gate: float = 1.0  # how far predictions are trusted, from earlier steps alone
     failed_B: np.ndarray | None = None  # bool: asked responses on which a reward failed to the last try; None = none
-    # What the predictions were read off, [B, H], with its graph; nothing where it was not kept. Who takes it out has
-    # the only name for it, so that it is gone when it has served.
-    features: list[Tensor] = field(default_factory=list)
+    features: RetainedFeatures = field(default_factory=RetainedFeatures)  # the discriminator's first update takes them
     notes: Notes = field(default_factory=Notes)  # what rewards logged about the asked responses
 
     @property
     def predicted_B(self) -> np.ndarray:
         return self.predicted_MB.mean(0)
-
-    @property
-    def spread_B(self) -> np.ndarray:
-        """The heads' standard deviation: how far they disagree."""
-        return self.predicted_MB.std(0)
 
     @property
     def dropped_B(self) -> np.ndarray | None:

@@ -1,13 +1,19 @@
 """The generator's update: policy gradient or straight-through, KL to the reference, imitation.
 
 # B = responses, R = tokens of all responses, L = places of a row, V = vocabulary, H = hidden size, M = heads
+
+Departs from REINFORCE leave-one-out (Ahmadian et al. 2024) in three points: the reward may be a prediction, corrected
+by the true rewards that were asked for; the KL is exact over the vocabulary at each sampled place, and part of the loss
+instead of the reward; the discriminator's gradient may come straight through the sampled tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +28,25 @@ from . import estimate, losses, micro_batch
 from .experience import Experience
 from .optimizer import PlayerOptimizer
 
-# A batch, the embeddings of its tokens -> every head's predicted reward [M, B]
-Critic = Callable[[Batch, Tensor], Tensor]
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class PolicyLosses:
+    """Means over responses, and the log-probabilities of all response tokens before the update, [R]."""
+
+    policy: float
+    kl: float
+    entropy: float
+    logprobs_R: Tensor
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """What the straight-through loss needs of the discriminator."""
+
+    gradient_RH: Tensor  # of the predicted reward, with respect to each response token's embedding
+    embeddings_VH: Tensor  # of every token that the base can write
 
 
 class Generator:
@@ -48,12 +71,11 @@ class Generator:
         experience: Experience | None,
         signal: RewardSignal,
         imitation_weight: float,
-        critic: Critic | None = None,
     ) -> dict[str, float | None]:
         """The step's updates, the first of them on-policy. Without experience imitation alone teaches.
 
-        `critic` is what straight-through differentiates. Returns the first update's loss and its parts, None where they
-        are not finite, and how many updates were skipped for it.
+        Returns the first update's loss and its parts, None where they are not finite, and how many updates were skipped
+        for it.
         """
         metrics: dict[str, float | None] = {}
         reward_B = advantage_B = None
@@ -63,15 +85,12 @@ class Generator:
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
             kept_B = slice(None) if experience.dropped_B is None else ~experience.dropped_B
-        sampled: list[Tensor] = []  # log-probabilities of all response tokens, in order, as they were sampled
+        sampled_R: Tensor | None = None  # log-probabilities of all response tokens, in order, as they were sampled
         most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
-
-            def backward(known: int = len(sampled)) -> tuple[float, dict[str, float | None]]:
-                del sampled[known:]  # what a try that ran out of memory had added
-                return self._backward(rows, experience, advantage_B, imitation_weight, critic, sampled)
-
-            loss, parts = micro_batch.fitting(backward, self.optimizer, most)
+            backward = partial(self._backward, rows, experience, advantage_B, imitation_weight, sampled_R)
+            loss, parts, logprobs_R = micro_batch.within_memory(backward, self.optimizer, most)
+            sampled_R = logprobs_R if sampled_R is None else sampled_R
             if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
                 loss = math.nan  # predictions that are not finite would pass for rewards that are not known
             rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)
@@ -86,9 +105,10 @@ class Generator:
             return metrics  # nothing was updated, so nothing that goes with an update moves
         if reward_B is not None and not np.isnan(reward_B).all():
             self.baseline.update(float(np.nanmean(reward_B)))  # last: an update that raised leaves no trace
-        if self.config.kl_target is not None and metrics.get("kl") is not None:
+        kl = metrics.get("kl")
+        if self.config.kl_target is not None and kl is not None:
             # The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593), a tenth a step at most.
-            error = min(max(float(metrics["kl"]) / self.config.kl_target - 1, -1.0), 1.0)
+            error = min(max(kl / self.config.kl_target - 1, -1.0), 1.0)
             self.beta_scale *= 1 + 0.1 * error
         return metrics
 
@@ -98,27 +118,30 @@ class Generator:
         experience: Experience | None,
         advantage_B: np.ndarray | None,
         imitation_weight: float,
-        critic: Critic | None,
-        sampled: list[Tensor],
-    ) -> tuple[float, dict[str, float | None]]:
-        """Backward of one update's whole loss; returns it and its parts."""
-        loss, parts = 0.0, {}
+        sampled_R: Tensor | None,
+    ) -> tuple[float, dict[str, float | None], Tensor | None]:
+        """Backward of one update's whole loss; returns it, its parts, and the response tokens' log-probabilities."""
+        loss, logprobs_R = 0.0, None
+        parts: dict[str, float | None] = {}
         if experience is not None and advantage_B is not None:
-            policy_loss, kl, entropy = self._reinforce(experience, advantage_B, critic, sampled)
-            loss += self.config.reward_weight * policy_loss + self.beta * kl - self.config.entropy_weight * entropy
-            parts["kl"] = kl if self.beta else None  # not measured where it has no weight
+            policy = self._reinforce(experience, advantage_B, sampled_R)
+            loss += self.config.reward_weight * policy.policy + self.beta * policy.kl
+            loss -= self.config.entropy_weight * policy.entropy
+            logprobs_R = policy.logprobs_R
+            parts["kl"] = policy.kl if self.beta else None  # not measured where it has no weight
             if self.config.entropy_weight:
-                parts["entropy"] = entropy
+                parts["entropy"] = policy.entropy
             if self.config.kl_target is not None:
                 parts["beta"] = self.beta
         if imitation_weight:
-            parts["imitation_loss"] = self._imitate(rows, imitation_weight)
-            loss += imitation_weight * parts["imitation_loss"]
-        return loss, parts
+            imitation = self._imitate(rows, imitation_weight)
+            parts["imitation_loss"] = imitation
+            loss += imitation_weight * imitation
+        return loss, parts, logprobs_R
 
     def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
         """What the advantage is made of, float64 [B]; NaN where nothing is known."""
-        predicted_B = estimate.trusted(
+        predicted_B = estimate.gated_lower_bound(
             experience.predicted_MB,
             experience.group_B,
             penalty=self.config.uncertainty_penalty,
@@ -137,71 +160,55 @@ class Generator:
             reward_B = reward_B - self.config.straight_through_weight * predicted_B
         return reward_B
 
-    def advantages(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
-        """What the policy gradient is weighted by, float64 [B]."""
-        return estimate.advantages(self.rewards(experience, signal), experience.group_B, self.baseline.value)
-
     def _reinforce(
-        self, experience: Experience, advantage_B: np.ndarray, critic: Critic | None, sampled: list[Tensor]
-    ) -> tuple[float, float, float]:
-        """Backward of the reward's loss, the KL and the entropy; returns the three, as means over responses.
+        self, experience: Experience, advantage_B: np.ndarray, sampled_R: Tensor | None = None
+    ) -> PolicyLosses:
+        """Backward of the reward's loss, the KL and the entropy.
 
-        `sampled` is empty at the first update of a roll-out and filled by it.
+        `sampled_R` are the log-probabilities under the policy that sampled; None at the first update of a roll-out,
+        which is made with that policy.
         """
         total = len(experience.rollout)
         weight_B = torch.as_tensor(advantage_B, device=self.players.device, dtype=torch.float32)
         through = self.config.straight_through_weight * experience.gate
-        straight = self.config.gradient_path == "straight_through" and through > 0
-        table_VH = self._embedding_table() if straight else None
-        before = torch.cat(sampled) if sampled else None
-        sums, tokens = np.zeros(3), 0
+        is_straight = self.config.gradient_path == "straight_through" and through > 0
+        embeddings_VH = self._embedding_table() if is_straight else None
+        sums, logprobs, tokens = np.zeros(3), [], 0
         for chunk in chunks(total, self.optimizer.micro_batch_size):
-            batch = experience.rollout.batch(self.players, chunk)
-            gradient_RH = None
-            if straight:
-                if critic is None:
-                    raise ValueError("straight_through needs a critic to differentiate")
-                gradient_RH = through * self._critic_gradient(critic, batch)
+            batch = experience.rollout.batch(chunk)
+            straight_through = None
+            if embeddings_VH is not None:
+                gradient_RH = through * self._predicted_reward_gradient(batch)
                 if experience.dropped_B is not None:
                     out_B = torch.as_tensor(experience.dropped_B[chunk], device=gradient_RH.device)
                     gradient_RH[out_B[batch.row_R]] = 0
+                straight_through = StraightThrough(gradient_RH, embeddings_VH)
             last = tokens + len(batch.row_R)
-            losses, logprobs_R = self._losses(
-                batch,
-                weight_B[chunk],
-                gradient_RH,
-                table_VH,
-                None if before is None else before[tokens:last],
-                backward_scale=1 / total,
-            )
+            before_R = None if sampled_R is None else sampled_R[tokens:last]
+            chunk_sums, logprobs_R = self._losses(batch, weight_B[chunk], straight_through, before_R, scale=1 / total)
             tokens = last
-            if before is None:
-                sampled.append(logprobs_R)
-            sums += [loss / total for loss in losses]
-        return float(sums[0]), float(sums[1]), float(sums[2])
+            logprobs.append(logprobs_R)
+            sums += chunk_sums / total
+        policy, kl, entropy = sums.tolist()
+        return PolicyLosses(policy, kl, entropy, torch.cat(logprobs))
 
     def _losses(
         self,
         batch: Batch,
         advantage_B: Tensor,
-        gradient_RH: Tensor | None,
-        table_VH: Tensor | None,
+        through: StraightThrough | None,
         sampled_R: Tensor | None,
         *,
-        backward_scale: float,
-    ) -> tuple[tuple[float, float, float], Tensor]:
-        """One forward and backward over these responses; the sums of their policy losses, KLs and entropies, and the
-        log-probabilities of their tokens, [R].
-
-        With a table of embeddings the discriminator's gradient comes straight through.
-        """
-        if self.beta and "reference" not in batch.shared:
+        scale: float,
+    ) -> tuple[np.ndarray, Tensor]:
+        """One forward, and backward of these responses' summed losses times `scale`; the sums of their policy losses,
+        KLs and entropies, and the log-probabilities of their tokens, [R]."""
+        if self.beta and "reference" not in batch.frozen_outputs:
             with torch.no_grad(), self.players.playing("reference"):
-                batch.shared["reference"] = self.players.hidden(batch, batch.predicting_R)
-        reference_RH = batch.shared["reference"] if self.beta else None
-        logprobs, sums = [], np.zeros(3)
+                batch.frozen_outputs["reference"] = self.players.hidden(batch, batch.predicting_R)
+        reference_RH = batch.frozen_outputs["reference"] if self.beta else None
 
-        def loss(logits_R1V: Tensor, part: slice) -> Tensor:
+        def loss(logits_R1V: Tensor, part: slice) -> tuple[Tensor, tuple[list[float], Tensor]]:
             """Every loss of a response is a sum over its tokens: here each token is a row of its own."""
             logits_R1V = self._tempered(logits_R1V)  # the policy that learns is the one that sampled
             ids_R1 = batch.response_ids_R[part, None]
@@ -213,47 +220,56 @@ class Generator:
                 with torch.no_grad():
                     reference_R1V = self._tempered(self.players.head(reference_RH[part], reference=True)[:, None])
                 logprobs_R1, kl_R = losses.logprobs_and_kl(logits_R1V, ids_R1, reference_R1V, mask_R1)
-            logprobs.append(logprobs_R1.detach().squeeze(-1))
             if sampled_R is None:
                 policy_R = losses.policy_gradient(logprobs_R1, mask_R1, advantage_R)
             else:
                 policy_R = losses.clipped_policy_gradient(
                     logprobs_R1, sampled_R[part, None], mask_R1, advantage_R, epsilon=self.config.epsilon
                 )
-            if table_VH is not None and gradient_RH is not None:
-                policy_R = policy_R + losses.straight_through(logits_R1V, gradient_RH[part, None], table_VH, mask_R1)
+            if through is not None:
+                gradient_R1H = through.gradient_RH[part, None]
+                policy_R = policy_R + losses.straight_through(logits_R1V, gradient_R1H, through.embeddings_VH, mask_R1)
             entropy_R = torch.zeros_like(policy_R)
             loss_R = self.config.reward_weight * policy_R + self.beta * kl_R
             if self.config.entropy_weight:
                 entropy_R = losses.entropy(logits_R1V, mask_R1)
                 loss_R = loss_R - self.config.entropy_weight * entropy_R
-            nonlocal sums
-            sums = sums + [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
-            return loss_R.sum() * backward_scale
+            sums = [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
+            return loss_R.sum() * scale, (sums, logprobs_R1.detach().squeeze(-1))
 
-        self._learn(batch, loss)
-        return (float(sums[0]), float(sums[1]), float(sums[2])), torch.cat(logprobs)
+        parts = self._backward_in_chunks(batch, loss)
+        return np.sum([sums for sums, _ in parts], axis=0), torch.cat([logprobs_R for _, logprobs_R in parts])
 
     def _tempered(self, logits: Tensor) -> Tensor:
         return logits if self.config.temperature == 1 else logits / self.config.temperature
 
-    def _learn(self, batch: Batch, loss: Callable[[Tensor, slice], Tensor]) -> None:
+    def _backward_in_chunks(
+        self, batch: Batch, loss: Callable[[Tensor, slice], tuple[Tensor, Measured]]
+    ) -> list[Measured]:
         """Forward of the generator, and backward of a loss that is a sum over response tokens.
 
-        The body once, the head for some tokens at a time, each time with its backward: logits, and all that is made of
-        them, are never there for more than those.
+        The body runs once, the head on some tokens at a time, each time with its backward: no more logits than these
+        tokens' are in memory.
 
         Args:
-            loss: of the logits [R, 1, V] of some response tokens, and which of the batch's these are.
+            loss: of the logits [R, 1, V] of some response tokens, and which of the batch's these are; returns the loss
+                and what else was measured.
+
+        Returns:
+            What was measured, chunk by chunk.
         """
+        measured = []
         with self.players.playing("generator"):
             hidden_RH = self.players.hidden(batch, batch.predicting_R)
             leaf_RH = hidden_RH.detach().requires_grad_(True)
             for part in chunks(len(leaf_RH), self.players.tokens_at_once):
-                loss(self.players.head(leaf_RH[part])[:, None], part).backward()
+                value, seen = loss(self.players.head(leaf_RH[part])[:, None], part)
+                value.backward()
+                measured.append(seen)
             hidden_RH.backward(leaf_RH.grad)
+        return measured
 
-    def _critic_gradient(self, critic: Critic, batch: Batch) -> Tensor:
+    def _predicted_reward_gradient(self, batch: Batch) -> Tensor:
         """∂ predicted reward / ∂ embedding of each response token, [R, H]; of its lower bound, if so set.
 
         By autograd.grad with respect to detached embeddings: the discriminator's own gradients stay untouched, and no
@@ -261,7 +277,7 @@ class Generator:
         """
         embeds_BLH = self.players.embed(batch.ids).detach().requires_grad_(True)
         with self.players.playing("discriminator"):
-            predicted_MB = critic(batch, embeds_BLH)
+            predicted_MB = self.players.predict(batch, embeds_BLH)
             bound_B = predicted_MB.mean(0)
             if self.config.uncertainty_penalty and len(predicted_MB) > 1:
                 bound_B = bound_B - self.config.uncertainty_penalty * predicted_MB.std(0, correction=0)
@@ -270,8 +286,7 @@ class Generator:
 
     def _embedding_table(self) -> Tensor:
         """The embedding of every token the base can write, [V, H]."""
-        vocabulary = self.players.lm.get_output_embeddings().weight.shape[0]
-        return self.players.embed(torch.arange(vocabulary, device=self.players.device)).float()
+        return self.players.embed(torch.arange(self.players.vocabulary, device=self.players.device)).float()
 
     def _imitate(self, rows: list[Row], weight: float) -> float:
         """Backward of the cross-entropy on the target texts, their end included; returns its mean over rows."""
@@ -282,14 +297,15 @@ class Generator:
             batch = self.players.batch(prompts[chunk], targets[chunk], np.arange(len(targets[chunk])))
             length_B = torch.bincount(batch.row_R, minlength=len(batch))
 
-            def loss(logits_R1V: Tensor, part: slice, batch: Batch = batch, length_B: Tensor = length_B) -> Tensor:
+            def loss(
+                logits_R1V: Tensor, part: slice, batch: Batch = batch, length_B: Tensor = length_B
+            ) -> tuple[Tensor, float]:
                 ids_R1 = batch.response_ids_R[part, None]
                 logprobs_R1 = losses.token_logprobs(logits_R1V, ids_R1)
                 token_R = losses.imitation(logprobs_R1, torch.ones_like(ids_R1))
                 share = (token_R / length_B[batch.row_R[part]]).sum() / len(rows)
-                nonlocal total
-                total += float(share.detach())
-                return weight * share
+                return weight * share, float(share.detach())
 
-            self._learn(batch, loss)
+            for share in self._backward_in_chunks(batch, loss):
+                total += share
         return total

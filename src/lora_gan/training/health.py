@@ -113,13 +113,13 @@ class Health:
         texts = [text for group in groups for text in group]
         empty = sum(not text.strip() for text in texts)
         cut = (record.get("completions/clipped_ratio") or 0.0) * len(texts)
-        recent = self._keep("responses", len(texts), cut, empty)
+        recent = self._append("responses", len(texts), cut, empty)
         while len(recent) > STEPS and sum(step[0] for step in recent[1:]) >= RESPONSES:
             recent.pop(0)
         compared = [group for group in groups if len(group) > 1]
         alike = bool(compared) and all(len(set(group)) == 1 for group in compared)
-        self._go_on("groups", alike, len(texts), record)
-        self._go_on("step", len(groups) > 1 and len(set(texts)) == 1, len(texts), record)
+        self._extend_streak("groups", alike, len(texts), record)
+        self._extend_streak("step", len(groups) > 1 and len(set(texts)) == 1, len(texts), record)
 
     def _take_rewards(self, record: Mapping[str, Any]) -> None:
         answers, mean = _answers(record), _finite(record, "reward_mean")
@@ -128,16 +128,16 @@ class Health:
         share = record.get("frac_reward_zero_std")
         # Without a group of two answers only equality over the step can show.
         alike = _is_zero(_finite(record, "reward_std"), mean) if share is None else share == 1
-        self._go_on("reward", alike, answers, record)
+        self._extend_streak("reward", alike, answers, record)
         if not alike:
             self.earlier = [self.earlier[0] + 1, self.earlier[1] + mean]
 
-    def _keep(self, name: str, *numbers: float | None) -> list[list[Any]]:
+    def _append(self, name: str, *numbers: float | None) -> list[list[Any]]:
         """The series with this entry, the newest ones."""
         self.series[name] = [*self.series[name], list(numbers)][-SERIES[name][1] :]
         return self.series[name]
 
-    def _go_on(self, name: str, holds: bool, responses: int, record: Mapping[str, Any]) -> None:
+    def _extend_streak(self, name: str, holds: bool, responses: int, record: Mapping[str, Any]) -> None:
         """The streak goes on with this step, or is over."""
         streak = self.streaks[name] = self.streaks[name] if holds else dict(STREAK)
         if not holds:
@@ -156,12 +156,12 @@ class Health:
         kl, length = record.get("kl"), record.get("completion_length")
         if kl is None or self.config.kl_target is not None:  # kl_target steers it, and the monitor has an alarm
             return
-        self._keep("per_token", kl / length if length else 0.0)
+        self._append("per_token", kl / length if length else 0.0)
         reward = _finite(record, "reward_mean")
         if len(self.series["first"]) < KL_STEPS:
-            self._keep("first", reward, kl)
+            self._append("first", reward, kl)
         else:
-            self._keep("last", reward, _finite(record, "reward_std"), kl)
+            self._append("last", reward, _finite(record, "reward_std"), kl)
 
     def _take_correlation(self, record: Mapping[str, Any], learns_to_predict: bool) -> None:
         if not learns_to_predict:

@@ -1,4 +1,4 @@
-"""The losses, as pure functions: tensors in, one number a row out; the caller reduces.
+"""The losses, as pure functions: tensors in, one number per row out; the caller reduces. Both trainers use them.
 
 # B = responses, T = response tokens, V = vocabulary, H = hidden size, M = heads of the discriminator
 A mask is 1 on real tokens (the end-of-text token included) and 0 on padding. Shapes that do not match raise.
@@ -80,7 +80,7 @@ class _LogprobsAndKL(torch.autograd.Function):
         surplus_BTV = logprobs_BTV - reference_BTV.log_softmax(-1)
         probs_BTV = logprobs_BTV.exp_()
         kl_BT = (probs_BTV * surplus_BTV).sum(-1)
-        if kl_BT.isnan().any():  # 0 · log 0 is nought: a base may forbid tokens
+        if kl_BT.isnan().any():  # 0 · log 0 is 0: a base may forbid tokens
             surplus_BTV.masked_fill_((probs_BTV == 0) & ~surplus_BTV.isfinite(), 0.0)
             kl_BT = (probs_BTV * surplus_BTV).sum(-1)
         ctx.save_for_backward(probs_BTV, surplus_BTV, kl_BT, ids_BT)

@@ -1,7 +1,7 @@
-"""Out of memory in the middle of an update: the micro-batch is halved, and the update done again.
+"""Out of memory in the middle of an update: the micro-batch is halved, and the update made again.
 
-The update is the same to rounding, since micro-batches only split a sum. The smaller size is remembered by the player's
-optimizer, and saved with it: a run that goes on sums in the same order.
+The update is the same to rounding, since micro-batches only split a sum. The player's optimizer remembers the smaller
+size, and a checkpoint holds it: a run that goes on sums in the same order. Both trainers run their forwards this way.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .optimizer import PlayerOptimizer
 Result = TypeVar("Result")
 
 
-def fitting(compute: Callable[[], Result], optimizer: PlayerOptimizer, rows: int) -> Result:
-    """What `compute` returns, after as many tries in ever smaller micro-batches as the device's memory needs.
+def within_memory(compute: Callable[[], Result], optimizer: PlayerOptimizer, rows: int) -> Result:
+    """Call `compute` and return its result; where memory runs out, halve the micro-batch and call it again.
 
     Args:
         compute: forward and backward of one update over its `rows` responses, in `optimizer.micro_batch_size` at most.

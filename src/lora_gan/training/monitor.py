@@ -9,6 +9,7 @@ discriminator's (`Discriminator.gate`).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ from .generator import Generator
 # Standard errors that the true reward must have fallen by. The best of many windows lies well above its own mean by
 # chance, and ten steps give a rough error: with 2 nine in ten runs of 200 steps of pure noise set the alarm off, with 4
 # a fifth, with 5 one in twenty.
-ERRORS = 5.0
+ALARM_STANDARD_ERRORS = 5.0
 
 
 def repetition(experience: Experience) -> float:
     """Share of a response's token pairs that it has written before, mean over responses."""
     shares = []
-    for ids, length in zip(experience.rollout.response_ids_BT.tolist(), experience.rollout.lengths_B, strict=True):
-        pairs = list(zip(ids[: length - 1], ids[1:length], strict=True))
+    for ids in experience.rollout.responses:
+        pairs = list(pairwise(ids))
         shares.append(1 - len(set(pairs)) / len(pairs) if pairs else 0.0)
     return float(np.mean(shares))
 
@@ -87,7 +88,7 @@ class Monitor:
     def _alarms(self, now: list[float], error: float) -> dict[str, str]:
         alarms = {}
         true, predicted, repeats, length, kl = now
-        if self.best is not None and true < self.best[0] - ERRORS * float(np.hypot(error, self.best[1])):
+        if self.best is not None and true < self.best[0] - ALARM_STANDARD_ERRORS * float(np.hypot(error, self.best[1])):
             if predicted > self.best[2]:
                 alarms["parted"] = (
                     f"the true reward fell from {self.best[0]:.3g} to {true:.3g} while the predicted one rose from "

@@ -1,4 +1,8 @@
-"""One player's optimizer: AdamW, its schedule, and clipping, saved and loaded as one."""
+"""One player's optimizer: AdamW, its schedule, and clipping, saved and loaded as one. Each trainer has one.
+
+Departs from a plain AdamW in two points: an update whose loss or gradient is not finite is skipped, in all processes;
+and the learning rate can be rescaled in a run that went back to a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from transformers import get_scheduler
 from ..config import Config
 from . import distributed
 
-#: Schedules that fall to the run's end.
-ENDS = ("linear", "cosine", "polynomial")
+#: Schedules whose learning rate falls up to the run's last step.
+DECAYING_SCHEDULES = ("linear", "cosine", "polynomial")
 
 
 class PlayerOptimizer:
@@ -29,7 +33,7 @@ class PlayerOptimizer:
     @property
     def knows_its_end(self) -> bool:
         """Whether updates can be made: a schedule that ends has to know where."""
-        return self.total_steps is not None or self.config.lr_scheduler_type not in ENDS
+        return self.total_steps is not None or self.config.lr_scheduler_type not in DECAYING_SCHEDULES
 
     def require_end(self) -> None:
         """Raise where the schedule does not know its end.
@@ -45,7 +49,7 @@ class PlayerOptimizer:
 
     def plan(self, total_steps: int) -> None:
         """Set the steps of the whole run, where the schedule ends; the optimizer's state stays."""
-        if self.config.lr_scheduler_type in ENDS and total_steps != self.total_steps:
+        if self.config.lr_scheduler_type in DECAYING_SCHEDULES and total_steps != self.total_steps:
             self.total_steps = total_steps
             self.restart(self.state_dict())
 
