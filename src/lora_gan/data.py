@@ -7,7 +7,6 @@ A prompt is a text, or a conversation: a list of messages {"role", "content"}, a
 from __future__ import annotations
 
 import csv
-import difflib
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 from . import frames, randomness
 from .rewards.messages import completion_text
-from .wording import shown
+from .wording import did_you_mean, shortened, shown
 
 Conversation = list[dict[str, Any]]  # messages, each with a role and a content
 Prompt = str | Conversation
@@ -269,10 +268,11 @@ def require_unicode(value: Any, where: str) -> None:
 def _popped(rest: dict[str, Any], name: str, where: str, setting: str, *, beside: str | None = None) -> Any:
     if name not in rest:
         there = [*filter(None, [beside]), *map(str, rest)]
-        nearest = difflib.get_close_matches(name, there, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         columns = ", ".join(map(repr, there)) or "none"
-        raise ValueError(f"{where} has no column {name!r}{hint}; its columns: {columns}. {setting} names another")
+        raise ValueError(
+            f"{where} has no column {name!r}{did_you_mean(name, there)}; its columns: {columns}. {setting} names "
+            "another"
+        )
     return rest.pop(name)
 
 
@@ -298,10 +298,10 @@ def is_prompt(value: Any) -> bool:
     return isinstance(value, str) or is_conversation(value)
 
 
-def excerpt(prompt: Prompt, length: int = 60) -> str:
+def excerpt(prompt: Prompt) -> str:
     """How a prompt begins, for messages; of a conversation its last message."""
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
-    return repr(text if len(text) <= length else text[:length] + "…")
+    return repr(shortened(text, 60))
 
 
 def as_rows(

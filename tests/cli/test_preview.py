@@ -406,7 +406,7 @@ def test_upper_layers_keep_less():
 
 def test_what_takes_turns_is_not_added_up():
     memory = footprint.Memory({"base": 2e6, "adapters": 1e6}, {"sampling": 5e6, "an update": 4e6})
-    assert preview._in_words(memory) == "about 8 MB: base 2 MB, adapters 1 MB, sampling 5 MB"
+    assert preview._in_words(memory) == "about 8.0 MB: base 2.0 MB, adapters 1.0 MB, sampling 5.0 MB"
     assert footprint.Memory({"base": 2e6}, {"sampling": 5e6}, least=9e6).total == 9e6
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from .. import wording
 from ..config import Config
 from ..export.licences import licence_id
 from ..run.options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
@@ -466,8 +467,8 @@ def export(
     chosen = {} if parts is None else {"parts": [parts] if isinstance(parts, str) else parts}
     folder = gan.export(output_dir, dtype=dtype, license=license, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
-        print(f"{Path(output_dir) / part.name}: {size:.1f} MB, {EXPORTED[part.name]}")
+        size = wording.size(sum(file.stat().st_size for file in part.iterdir()))
+        print(f"{Path(output_dir) / part.name}: {size}, {EXPORTED[part.name]}")
 
 
 # --- what the commands share ------------------------------------------------------------------------------------------

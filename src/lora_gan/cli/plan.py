@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import Config
+from ..wording import counted
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,3 @@ def evaluations(config: Config, first: int, steps: int) -> int:
     if config.eval_steps is None:
         return before + 1
     return before + last // config.eval_steps - first // config.eval_steps + bool(last % config.eval_steps)
-
-
-def counted(count: int, noun: str) -> str:
-    """As in "1 row", "1,200 rows"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..wording import error_line
+
 #: Names under which transformers' configs, and those of remote code, say how many tokens a row may have. Where a config
 #: has several, the first one counts. GPT-2's n_positions is max_position_embeddings by transformers' attribute map.
 CONTEXT_NAMES = (
@@ -96,7 +98,7 @@ def trial(called: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the model's own code
-        reason = " ".join(str(error).split())[:400]
+        reason = error_line(error)
         remedy = "; its tensors must be on one device and of one dtype" if isinstance(error, RuntimeError) else ""
         raise ValueError(
             f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: {reason}){remedy}"

@@ -70,7 +70,7 @@ def score_pairs(
     asked_about = [responses, targets, prompts] if call.takes_prompt else [responses, targets]
 
     def row(i: int) -> str:
-        return f"row {i} (response {_excerpt(responses[i])}, target {_excerpt(targets[i])})"
+        return f"row {i} (response {shown(responses[i], 80)}, target {shown(targets[i], 80)})"
 
     if in_batch:
         where = f"{len(responses)} rows, the first of them {row(0)}" if responses else "no rows"
@@ -173,7 +173,7 @@ def score_parts(
     require_columns(funcs, columns, given=named, rows="no row")
 
     def row(i: int) -> str:
-        return f"row {i} (prompt {_excerpt(prompts[i])}, completion {_excerpt(completions[i])})"
+        return f"row {i} (prompt {shown(prompts[i], 80)}, completion {shown(completions[i], 80)})"
 
     where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
     # An answer is known by prompts, completions and columns. A column without a value for these rows counts as none, so
@@ -320,7 +320,7 @@ def _scores(name: str, values: Any, rows: int, row: Callable[[int], str]) -> lis
         raise RewardError(f"the reward {name!r} returned {shown(values)}, which is no list: {error}") from error
     if not isinstance(values, list | tuple):
         raise RewardError(
-            f"the reward {name!r} returned {_excerpt(values)} ({type(values).__name__}) for {rows} rows; "
+            f"the reward {name!r} returned {shown(values, 80)} ({type(values).__name__}) for {rows} rows; "
             f"it must return a list with one score for each row{_is_factory(values)}"
         )
     if len(values) != rows:
@@ -343,7 +343,7 @@ def _score(name: str, value: Any, where: str) -> float | None:
         result = math.nan
     if not math.isfinite(result):
         raise RewardError(
-            f"the reward {name!r} returned {_excerpt(value)} ({type(value).__name__}) for {where}; "
+            f"the reward {name!r} returned {shown(value, 80)} ({type(value).__name__}) for {where}; "
             f"a score is {ACCEPTED}{_is_factory(value)}"
         )
     return result
@@ -351,8 +351,3 @@ def _score(name: str, value: Any, where: str) -> float | None:
 
 def _is_factory(value: Any) -> str:
     return ". A function that makes a reward is called first: give what it returns" if callable(value) else ""
-
-
-def _excerpt(value: Any, length: int = 80) -> str:
-    text = shown(value, length + 1)
-    return text if len(text) <= length else text[:length] + "..."

@@ -12,7 +12,6 @@ its parameters. It is then called with the options. Every other function is a re
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -26,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..wording import did_you_mean
 from .signatures import GIVEN, PAIR_NAMES, check_reward, returns_function, reward_name, takes_completions
 from .source import OPTIONS
 
@@ -197,10 +197,10 @@ def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any]
         for option in options:
             if option not in accepted:
                 known = [*accepted, "weight", "as"]
-                nearest = difflib.get_close_matches(option, known, n=1)
-                hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-                takes = ", ".join(known)
-                raise ValueError(f"the reward {name!r} has no option {option!r}{hint}; it takes {takes}")
+                raise ValueError(
+                    f"the reward {name!r} has no option {option!r}{did_you_mean(option, known)}; it takes "
+                    f"{', '.join(known)}"
+                )
     required = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in options]
     if required and (makes_one or not takes_completions(found)):  # TRL's form may ask for columns
         known = "" if makes_one else (
@@ -227,20 +227,16 @@ def _find(name: str) -> Any:
     if not colon:
         if name.endswith(".py"):
             raise ValueError(f"{name!r} names a file: say which function of it, as {name}:function")
-        nearest = difflib.get_close_matches(name, READY, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise ValueError(
-            f"there is no reward {name!r}{hint}. Ready made are {', '.join(READY)}; a function of your own is named "
-            "as path/to/file.py:function or package.module:function"
+            f"there is no reward {name!r}{did_you_mean(name, READY)}. Ready made are {', '.join(READY)}; a function of "
+            "your own is named as path/to/file.py:function or package.module:function"
         )
     if not place or not inside:
         raise ValueError(f"{name!r} names no function: path/to/file.py:function or package.module:function")
     module = _of_file(place) if place.endswith(".py") else _of_module(place)
     if not hasattr(module, inside):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        nearest = difflib.get_close_matches(inside, own, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise ValueError(f"there is no {inside!r} in {place}{hint}")
+        raise ValueError(f"there is no {inside!r} in {place}{did_you_mean(inside, own)}")
     return getattr(module, inside)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_origin
 
+from ..wording import shortened
+
 #: Parameters of the pair form and the value each one gets.
 PAIR_NAMES = {
     "prompt": "prompt",
@@ -293,13 +295,11 @@ def _parameters(func: Callable[..., Any]) -> list[inspect.Parameter] | None:
 
 def _signed(func: Callable[..., Any], name: str | None = None) -> str:
     """The reward and its signature, for messages."""
-    name = name or reward_name(func)
     try:
         signature = " ".join(str(inspect.signature(func)).split())
     except Exception:  # a stranger's default may have no repr
         signature = "(...)"
-    signature = signature if len(signature) <= 200 else signature[:200] + "..."
-    return f"the reward {name}{signature}"
+    return f"the reward {name or reward_name(func)}{shortened(signature, 200)}"
 
 
 def _call_first(func: Callable[..., Any]) -> str:

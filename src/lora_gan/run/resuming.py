@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..wording import counted, shortened
 from .options import SETTINGS_FILE, kept_options
 
 DATA_FILE = "data.json"
@@ -75,8 +76,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], step: in
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return "null" if value is None else shortened(str(value), 80)
 
 
 def identity(source: str, rows: Any) -> dict[str, Any]:
@@ -154,5 +154,5 @@ def _described(known: Any) -> str:
     if not isinstance(known, dict):
         return "none"
     count = known.get("rows")
-    rows = f" ({count:,} row{'' if count == 1 else 's'})" if isinstance(count, int) else ""
+    rows = f" ({counted(count, 'row')})" if isinstance(count, int) else ""
     return f"{known.get('source')}{rows}"
