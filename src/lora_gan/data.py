@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import frames, randomness
+from .extras import need
 from .rewards.messages import completion_text
 from .wording import did_you_mean, shortened, shown
 
@@ -403,13 +404,8 @@ def _opened(name: str, split: str, streaming: bool, prompt_column: str) -> Any:
     on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", name) and path.suffix.lower() not in READERS
     if not (written_by_datasets or on_hub):
         raise ValueError(f"there is no file or folder {name!r}; data is a file ({suffixes}), a folder, or OWNER/NAME")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is not a file ({suffixes}) or a folder of such; data sets of the hub, and folders written by "
-            'datasets, need: pip install "lora-gan[data]"'
-        ) from error
+    why = f"{name!r} is not a file ({suffixes}) or a folder of such; data sets of the hub, and folders written by "
+    datasets = need("datasets", f"{why}datasets, need", "data")
     try:
         if written_by_datasets:
             return datasets.load_from_disk(str(path))
@@ -538,14 +534,12 @@ def _text(path: Path) -> Numbered:
 
 
 def _parquet(path: Path) -> Numbered:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f'{path}: Parquet files need pyarrow: pip install "lora-gan[data]"') from error
+    pyarrow = need("pyarrow", f"{path}: Parquet files need pyarrow", "data")
+    from pyarrow.parquet import ParquetFile
+
     numbers = itertools.count(1)
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=1000):  # rows in memory at once, beside one row group
                 for values in batch.to_pylist():
                     yield f"{path}, row {next(numbers)}", values

@@ -9,7 +9,7 @@ import pytest
 from helpers import PROMPTS, TARGETS, base_folder, small_gan
 
 from lora_gan import Config
-from lora_gan.cli import disk
+from lora_gan.cli import disk, plan
 from lora_gan.cli import main as cli
 from lora_gan.storage import checkpoint
 
@@ -60,7 +60,7 @@ def test_while_updates_are_skipped_nothing_is_deleted(tmp_path):
     [(None, 0, 9, 1), (None, 3, 0, 0), (2, 0, 6, 3), (2, 0, 5, 3), (2, 3, 4, 3), (100, 0, 6, 1), (4, 4, 4, 1)],
 )
 def test_saves_are_counted_as_fit_saves(save_steps, first, steps, expected):
-    assert disk.saves(Config(save_steps=save_steps), first, steps) == expected
+    assert plan.times(save_steps, first, steps) == expected
     last = first + steps
     by_hand = {step for step in range(first + 1, last + 1) if (save_steps and step % save_steps == 0) or step == last}
     assert len(by_hand) == expected

@@ -26,7 +26,16 @@ from types import ModuleType
 from typing import Any
 
 from ..wording import did_you_mean
-from .signatures import GIVEN, PAIR_NAMES, check_reward, returns_function, reward_name, takes_completions
+from .signatures import (
+    GIVEN,
+    PAIR_NAMES,
+    VARIADIC,
+    check_reward,
+    parameters_of,
+    returns_function,
+    reward_name,
+    takes_completions,
+)
 from .source import OPTIONS
 
 READY = {  # name: the file of this folder it is in, and what it is called there
@@ -161,13 +170,8 @@ def _is_factory(name: str, found: Callable[..., Any], options: dict[str, Any]) -
         return False  # an object is a reward
     if returns_function(found):
         return True
-    try:
-        parameters = list(inspect.signature(found).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    if any(parameter.kind in VARIADIC for parameter in parameters):
-        return False
-    if any(parameter.name in (*PAIR_NAMES, *GIVEN) for parameter in parameters):
+    parameters = parameters_of(found)
+    if parameters is None or any(p.kind in VARIADIC or p.name in (*PAIR_NAMES, *GIVEN) for p in parameters):
         return False
     left = [parameter for parameter in parameters if parameter.name not in options]
     if any(parameter.default is parameter.empty for parameter in left):
@@ -180,15 +184,12 @@ def _is_factory(name: str, found: Callable[..., Any], options: dict[str, Any]) -
     return True
 
 
-VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-
-
 def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any], makes_one: bool) -> None:
     """Every option is one that the function or class takes beside what a reward is called with; none is missing."""
-    try:
-        parameters = dict(inspect.signature(found).parameters)
-    except (TypeError, ValueError):
+    listed = parameters_of(found)
+    if listed is None:
         return
+    parameters = {parameter.name: parameter for parameter in listed}
     if not makes_one:
         called_with = _called_with(found, list(parameters), options)
         parameters = {key: value for key, value in parameters.items() if key not in called_with}
