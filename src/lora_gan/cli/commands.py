@@ -20,6 +20,7 @@ from ..export.licences import licence_id
 from ..run.options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 from ..run.runs import require_run
+from ..storage.json_lines import read_lines, write_json
 
 EXPORTED = {
     "generator": "the generator as an adapter for PEFT",
@@ -238,8 +239,6 @@ def train(
 
 def _judged(folder: Path) -> str:
     """The run's evaluations, as a line; empty without any."""
-    from ..storage.json_lines import read_lines
-
     name = "eval_true_reward"
     values = [
         f"{line[name]:.3f} (step {line['step']})" for line in read_lines(folder / "metrics.jsonl") if name in line
@@ -422,7 +421,7 @@ def evaluate(
     shown = dict(judged)
     if reference:
         judged["difference"] = evaluation.difference(judged["generator"], judged["reference"])
-        shown["generator - reference, per row"] = judged["difference"]
+        shown["difference per row"] = judged["difference"]
     print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
     if reference:
         named = "the adapter that the run started from" if gan.players.has_reference else "the base"
@@ -432,7 +431,7 @@ def evaluate(
             print("The interval of the difference in true_reward contains 0: these rows do not show a difference.")
     print(f"True-reward calls: {gan.budget.in_words()}")
     if output is not None:
-        Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(output), judged)
 
 
 def export(

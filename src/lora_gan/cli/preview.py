@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -82,8 +83,10 @@ def describe(
 
 
 def _named(name: str, text: str) -> str:
-    """A line "name text", and further lines of the text below the first."""
-    return f"{name:<15}" + text.replace("\n", "\n" + " " * 15)
+    """The name, and beside it the lines of the text, wrapped to 80 columns."""
+    wrap = textwrap.TextWrapper(width=80 - 15, break_long_words=False, break_on_hyphens=False)
+    lines = [part for line in text.splitlines() for part in wrap.wrap(line)]
+    return "\n".join(f"{'' if i else name:<15}{line}" for i, line in enumerate(lines))
 
 
 def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bool) -> str:

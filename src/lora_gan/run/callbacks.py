@@ -34,7 +34,7 @@ from ..config import Config
 from ..data import Row
 from ..rewards.answers import Answers
 from ..storage import checkpoint, durable
-from ..storage.json_lines import JsonLines, read_lines
+from ..storage.json_lines import JsonLines
 from . import tracking
 from .display import Display
 from .ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
@@ -151,8 +151,9 @@ class Run:
             self.gan.answers, self.gan.trainer_state = self.answers, self.state
             self.gan.data_columns = data.column_names(self._rows)
             stack.callback(self._leave)
-            self._catch_up_with_calls(folder / "metrics.jsonl")
-            self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
+            # Calls that were made after the checkpoint which the run goes on from count, too: they were paid for.
+            lines = JsonLines(folder / "metrics.jsonl", after=self.first, see=self.gan.budget.catch_up)
+            self.metrics = stack.enter_context(lines)
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
                 self.completions = stack.enter_context(lines)
@@ -196,12 +197,6 @@ class Run:
             "sources": self.gan.reward_sources,
         }
         return Answers(folder, run, step=self.first, newest=newest, reuse=self.gan.config.reuse_answers)
-
-    def _catch_up_with_calls(self, file: Path) -> None:
-        """Count calls that were made after the checkpoint which the run goes on from: they were paid for."""
-        if self.first and file.is_file():
-            for line in read_lines(file):
-                self.gan.budget.catch_up(line)
 
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""

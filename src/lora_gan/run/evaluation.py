@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from .. import randomness
 from ..data import Row
 from ..model.players import Player
 from ..rewards import Notes, text
-from . import tracking
+from . import tables, tracking
 
 if TYPE_CHECKING:
     from ..gan import LoraGAN
@@ -122,27 +121,13 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def table(judged: dict[str, dict[str, Any]]) -> str:
     """Evaluations side by side, as text: a line a metric, mean and interval in each evaluation's column."""
-    first = next(iter(judged.values()))["metrics"]
-    lines = [["", *judged]]
-    for name in first:
-        lines.append([name, *(_cell(result["metrics"].get(name)) for result in judged.values())])
-    lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
-    for name in next(iter(judged.values())).get("logged", {}):
-        values = [result.get("logged", {}).get(name) for result in judged.values()]
-        lines.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
-    return "\n".join(aligned(lines))
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells as lines of text, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _cell(metric: dict[str, float | None] | None) -> str:
-    if metric is None or metric["mean"] is None:
-        return "–"
-    return f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+    results, first = judged.values(), next(iter(judged.values()))
+    rows = [[name, *(tables.cell(result["metrics"].get(name)) for result in results)] for name in first["metrics"]]
+    rows.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in results)])
+    for name in first.get("logged", {}):
+        values = [result.get("logged", {}).get(name) for result in results]
+        rows.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
+    return tables.table(list(judged), rows)
 
 
 def interval(values: list[float | None], draws: int = 2000) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage.json_lines import write_json
 from ..wording import counted, shortened
 from .options import SETTINGS_FILE, kept_options
 
@@ -103,7 +104,7 @@ def _digest(rows: Sequence[Any]) -> str:
 
 def keep_identities(folder: Path, identities: Mapping[str, Any]) -> None:
     """Write {option: identity of its rows} for a later resume."""
-    (folder / DATA_FILE).write_text(json.dumps(identities, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / DATA_FILE, identities)
 
 
 def kept_identities(folder: Path) -> dict[str, Any]:
