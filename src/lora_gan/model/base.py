@@ -131,6 +131,7 @@ def load_base(
     base_checks.require_weights_here(lm)
     base_checks.require_floating(lm)
     lm.eval().requires_grad_(False)
+    _keep_differentiable(lm)
     if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
         lm.to(device)
     rows, called = base_checks.embedding_rows(lm), _called(lm, name)
@@ -248,6 +249,17 @@ def _open(
         with _opening(name, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
     return lm, tokenizer, path, lm_config if lm_config.get_text_config() is not lm_config else None
+
+
+def _keep_differentiable(lm: PreTrainedModel) -> None:
+    """Keep gradients through layers in 4 bits.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs the weights of a layer anew when it first runs without gradients, and
+    its product with packed weights has no backward: after sampling, no gradient would reach the layers below.
+    """
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
