@@ -36,11 +36,7 @@ UPWARDS = {
 }  # fmt: skip
 #: Functions longer than LINES.
 LONG = {
-    "cli.commands.evaluate",
-    "cli.commands.train",
-    "cli.demo_chat.run",
     "config.__post_init__",
-    "data.read_rows",
     "export.card._loading",
     "export.exporting.export",
     "gan.__init__",
@@ -48,8 +44,6 @@ LONG = {
     "gan.fit",
     "model.base._require_causal",
     "model.sampling.sample",
-    "rewards.combine.score_pairs",
-    "rewards.combine.score_parts",
     "run.evaluation.evaluate",
     "run.tracking.step_record",
 }

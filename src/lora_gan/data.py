@@ -129,12 +129,8 @@ def read_rows(
         return dataset
     if target_column is not None and target_column == prompt_column:
         raise ValueError(f"prompt_column and target_column are both {prompt_column!r}: name two columns")
-    name = "the data set"
-    if isinstance(dataset, (str, os.PathLike)):
-        name = os.fspath(dataset)
-        dataset = _opened(name, split, streaming, prompt_column)
-    if isinstance(dataset, Mapping):
-        dataset = _one_split(dataset, split, name)
+    name = os.fspath(dataset) if isinstance(dataset, (str, os.PathLike)) else "the data set"
+    dataset = _with_rows(dataset, name, split, streaming, prompt_column)
     source = _source(dataset, streaming)
     fills = _fills_with_none(dataset)
 
@@ -149,6 +145,17 @@ def read_rows(
     if not rows:
         raise ValueError(_no_rows(name))
     return rows
+
+
+def _with_rows(dataset: Any, name: str, split: str, streaming: bool, prompt_column: str) -> Any:
+    """What yields rows: a name is opened, and of several splits one is taken."""
+    if isinstance(dataset, (str, os.PathLike)):
+        dataset = _opened(name, split, streaming, prompt_column)
+    if isinstance(dataset, Mapping):
+        if split not in dataset:
+            raise ValueError(f"{name} has no split {split!r}; its splits: {', '.join(map(repr, dataset)) or 'none'}")
+        return dataset[split]
+    return dataset
 
 
 def _no_rows(name: str) -> str:
@@ -435,12 +442,6 @@ def _is_data(path: Path) -> bool:
     return path.suffix.lower() in READERS and path.is_file()
 
 
-def _one_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; its splits: {', '.join(map(repr, splits)) or 'none'}")
-    return splits[split]
-
-
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file with their ends, cut at \\n alone: JSON allows U+2028 inside a text."""
     with path.open("rb") as file:
@@ -653,10 +654,7 @@ def rows_of(
     if is_prompt(prompt):
         if not (target is None or isinstance(target, str) or is_conversation(target)):
             raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
-        for name, value in {"prompt": prompt, "target_text": target, **columns}.items():
-            require_unicode(value, f"step(): {name}")
-        text, messages = _target(target, "target_text")
-        return [Row(_given(prompt), text, dict(columns), messages)]
+        return [_row_of(prompt, target, dict(columns), "")]
     prompts = list(prompt) if isinstance(prompt, (list, tuple)) else []
     if not prompts or not all(map(is_prompt, prompts)):
         raise ValueError("prompt must be a text or chat messages, or a list of at least one of them")
@@ -668,14 +666,18 @@ def rows_of(
             )
     if not all(target is None or isinstance(target, str) or is_conversation(target) for target in targets):
         raise ValueError(f"target_text must be texts or None, got {shown(targets, 80)}")
-    for name, values in {"prompt": prompts, "target_text": targets, **columns}.items():
-        for number, value in enumerate(values, 1):
-            require_unicode(value, f"step(): {name}, row {number}")
-    rows = []
-    for i, one in enumerate(prompts):
-        text, messages = _target(targets[i], "target_text")
-        rows.append(Row(_given(one), text, {name: values[i] for name, values in columns.items()}, messages))
-    return rows
+    return [
+        _row_of(one, targets[i], {name: values[i] for name, values in columns.items()}, f", row {i + 1}")
+        for i, one in enumerate(prompts)
+    ]
+
+
+def _row_of(prompt: Prompt, target: Any, columns: dict[str, Any], where: str) -> Row:
+    """One row of step()'s arguments; `where` tells it from the others in messages."""
+    for name, value in {"prompt": prompt, "target_text": target, **columns}.items():
+        require_unicode(value, f"step(): {name}{where}")
+    text, messages = _target(target, "target_text")
+    return Row(_given(prompt), text, columns, messages)
 
 
 def _given(prompt: Any) -> Prompt:

@@ -16,6 +16,7 @@ from helpers import base_folder, sign
 
 from lora_gan import Config, LoraGAN, data
 from lora_gan.cli import main as cli
+from lora_gan.run import options as options_module
 
 SMALL = [
     "--num_generations", "4", "--max_completion_length", "6", "--lora_r", "4", "--disc_lora_r", "4",
@@ -129,7 +130,7 @@ def test_dry_run_trains_nothing_and_tries_the_reward(there, capsys):
     assert re.search(r"memory about [\d.]+ (MB|GB): Python and its libraries [\d.]+ (MB|GB), base", out)
     assert re.search(r"own target 9\.\d+, another row's 9\.\d+", out)  # "le chat 0": nine characters
     assert "does not prefer a row's own target" in out  # the length does not know the target
-    assert re.search(r"about [\d.]+ s for 5 steps, [\d.]+ m?s of that for the 20 calls of the true reward", out)
+    assert re.search(r"about [\d.]+ m?s for 5 steps, [\d.]+ m?s of that for the 20 calls of the true reward", out)
 
 
 def test_dry_run_says_when_there_is_nothing_to_learn_from(there, capsys):
@@ -314,7 +315,7 @@ def test_a_run_of_another_device_opens_on_this_one(there, capsys):
 def test_the_base_that_ships_stays_it_beside_a_folder_of_that_name(there):
     (there / "tiny").mkdir()
     options = {"model": "tiny", "data": "pairs.csv", "eval_data": None, "reward": "cosine"}
-    kept = yaml.safe_load(cli.commands.keep_options(there / "run", options).read_text())
+    kept = yaml.safe_load(options_module.keep_options(there / "run", options).read_text())
     assert kept == options | {"data": str(there / "pairs.csv"), "output_dir": str(there / "run")}
 
 
@@ -523,7 +524,7 @@ def test_files_in_the_kept_options_stand_under_their_full_path(there):
     (there / "base").mkdir()
     reward = ["chrf", {"name": "mine.py:length", "weight": 2.0}, {"name": "human", "log": "said.jsonl"}]
     options = {"model": "base", "data": "pairs.csv", "eval_data": "pairs.csv", "reward": reward, "resume": True}
-    kept = yaml.safe_load(cli.commands.keep_options(there / "run", options).read_text())
+    kept = yaml.safe_load(options_module.keep_options(there / "run", options).read_text())
     pairs = str(there / "pairs.csv")
     assert kept == {
         "model": str(there / "base"), "data": pairs, "eval_data": pairs, "output_dir": str(there / "run"),

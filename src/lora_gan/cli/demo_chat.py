@@ -124,14 +124,7 @@ def run(
     test = instructions.rows("heldout", heldout)
     for file, rows in (("train.jsonl", train), ("held_out.jsonl", test)):
         write_lines(folder / file, rows)
-    print(
-        f"{model} learns to follow instructions by reward alone: {len(instructions.KINDS)} kinds of constraints, each "
-        "checked by code.\n"
-        f"Seed {seed}: {steps} steps of {gan.config.prompts_per_step} prompts × {gan.config.num_generations} answers, "
-        f"at most {gan.config.reward_budget} reward calls.\n"
-        f"Held-out: {len(test)} prompts about topics, and with pairs of constraints, that training never shows.\n",
-        flush=True,
-    )
+    _say_plan(gan, model, steps, len(test))
     print("judging the base …", flush=True)
     judged = [judge(gan, test, "base", player="reference")]
     training = time.monotonic()
@@ -149,13 +142,31 @@ def run(
     }  # fmt: skip
     write_json(folder / "result.json", result)
     write_lines(folder / "answers.held_out.jsonl", _lines(test, judged))
+    _say_result(gan, folder, test, judged, result["seconds"])
+    return result
+
+
+def _say_plan(gan: LoraGAN, model: str, steps: int, heldout: int) -> None:
+    config = gan.config
+    print(
+        f"{model} learns to follow instructions by reward alone: {len(instructions.KINDS)} kinds of constraints, each "
+        "checked by code.\n"
+        f"Seed {config.seed}: {steps} steps of {config.prompts_per_step} prompts × {config.num_generations} answers, "
+        f"at most {config.reward_budget} reward calls.\n"
+        f"Held-out: {heldout} prompts about topics, and with pairs of constraints, that training never shows.\n",
+        flush=True,
+    )
+
+
+def _say_result(
+    gan: LoraGAN, folder: Path, test: list[dict[str, Any]], judged: list[Judged], seconds: dict[str, float]
+) -> None:
+    """Draw the run, and print the tables and what can be done next."""
     picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
-    print("\n" + table(judged))
-    print("\n" + kinds_table(judged))
-    print("\n" + side_by_side(test, judged[0], judged[1]))
+    print("", table(judged), "", kinds_table(judged), "", side_by_side(test, judged[0], judged[1]), sep="\n")
     checkpoint = f"--checkpoint {folder}"
     print(
-        f"\n{gan.reward_calls} reward calls; {training:.0f} s of training, {result['seconds']['all']:.0f} s in all.\n"
+        f"\n{gan.reward_calls} reward calls; {seconds['training']:.0f} s of training, {seconds['all']:.0f} s in all.\n"
         f"In {folder}: the checkpoint step-{gan.global_step}, metrics.jsonl, result.json, answers.held_out.jsonl"
         f"{', training.png' if picture else ''}\n"
         "Go on with:\n"
@@ -164,7 +175,6 @@ def run(
         "--reward lora_gan.rewards.instructions:reward --reference\n"
         f"  lora-gan export {checkpoint} --output_dir exported-chat"
     )
-    return result
 
 
 def table(judged: list[Judged]) -> str:

@@ -18,6 +18,7 @@ from .. import rewards
 from ..config import Config
 from ..data import Row
 from ..rewards.calling import ASYNC_WORKERS, is_async
+from ..rewards.combine import Parts
 from ..rewards.cost import Meter
 from ..run.display import one_line
 from ..storage.checkpoint import PLAYERS
@@ -287,15 +288,10 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), group)
 
     of_step = " that step 1 will sample" if gan.global_step == 0 else " that the next step will sample"
-    lines = [f"\nThe reward, tried on {len(responses)} responses{of_step}:"]
-    for row, values, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
-        best = int(np.nanargmax(values)) if not np.isnan(values).all() else 0
-        said = " ".join("–" if np.isnan(reward) else f"{reward:.3f}" for reward in values)
-        lines.append(f"  “{one_line(row.prompt, 70)}”\n    {said}   best: “{one_line(texts[best], 70)}”")
-    for name, part in parts.items():
-        values = [value for value in part if value is not None]
-        lines.append(f"  {name}: mean {np.mean(values):.3f}, {len(values)} of {len(part)} answered" if values else
-                     f"  {name}: no answer")  # fmt: skip
+    lines = [
+        f"\nThe reward, tried on {len(responses)} responses{of_step}:",
+        *_answers(rows, reward_PK, responses, parts),
+    ]
     lines += _verdict_on_spread(reward_PK)
     lines += _verdict_on_ends(ids, gan)
 
@@ -326,6 +322,18 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     for log in filter(None, (getattr(func, "log", None) for func in people)):
         lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
     return Tried("\n".join(lines), calls, each, at_once)
+
+
+def _answers(rows: list[Row], reward_PK: np.ndarray, responses: list[str], parts: Parts) -> Iterator[str]:
+    """The rewards of each prompt's responses with the best response, and the mean of each part of the reward."""
+    for row, values, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
+        best = int(np.nanargmax(values)) if not np.isnan(values).all() else 0
+        said = " ".join("–" if np.isnan(reward) else f"{reward:.3f}" for reward in values)
+        yield f"  “{one_line(row.prompt, 70)}”\n    {said}   best: “{one_line(texts[best], 70)}”"
+    for name, part in parts.items():
+        known = [value for value in part if value is not None]
+        mean = f"mean {np.mean(known):.3f}, {len(known)} of {len(part)} answered" if known else "no answer"
+        yield f"  {name}: {mean}"
 
 
 def _at_once(gan: LoraGAN) -> int:

@@ -185,9 +185,8 @@ def convert(file: Path, folder: Path) -> None:
         with without_progress_bars():
             model.save_pretrained(folder)
     except Exception as error:  # safetensors has an exception of its own, for a full disk too
-        raise ValueError(
-            f"the GGUF file {str(file)!r} could not be converted into {folder}: {error_line(error)}"
-        ) from error
+        why = error_line(error)
+        raise ValueError(f"the GGUF file {str(file)!r} could not be converted into {folder}: {why}") from error
     if tokenizer is not None:
         _split_as_trained(tokenizer, header, file)
         tokenizer.save_pretrained(folder)
