@@ -6,6 +6,7 @@ enough that logits differ clearly; nothing is fetched.
 
 import atexit
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -226,11 +227,13 @@ def response_ids(gan: LoraGAN, text: str) -> list[int]:
 def sign(folder: Path) -> Path:
     """Give a checkpoint that was tampered with the manifest of what it holds now, as a forger would."""
     files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+        }
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != durable.MANIFEST
-    }
-    (folder / durable.MANIFEST).write_bytes(durable._manifest(files))
+    }  # fmt: skip
+    (folder / durable.MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
     return folder
 
 

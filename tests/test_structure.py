@@ -23,12 +23,6 @@ LINES = 60  # of a function, its docstring included
 UPWARDS: dict[str, set[str]] = {}
 #: Functions longer than LINES.
 LONG = {
-    "cli.commands.evaluate",
-    "cli.commands.train",
-    "cli.demo_chat.run",
-    "data.read_rows",
-    "rewards.combine.score_pairs",
-    "rewards.combine.score_parts",
     "run.tracking.step_record",
 }
 

@@ -7,7 +7,6 @@ A prompt is a text, or a conversation: a list of messages {"role", "content"}, a
 from __future__ import annotations
 
 import csv
-import difflib
 import itertools
 import json
 import os
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from . import frames, randomness
+from .extras import need
 from .rewards.messages import completion_text
-from .wording import shown
+from .wording import did_you_mean, shortened, shown
 
 Conversation = list[dict[str, Any]]  # messages, each with a role and a content
 Prompt = str | Conversation
@@ -129,12 +129,8 @@ def read_rows(
         return dataset
     if target_column is not None and target_column == prompt_column:
         raise ValueError(f"prompt_column and target_column are both {prompt_column!r}: name two columns")
-    name = "the data set"
-    if isinstance(dataset, (str, os.PathLike)):
-        name = os.fspath(dataset)
-        dataset = _opened(name, split, streaming, prompt_column)
-    if isinstance(dataset, Mapping):
-        dataset = _one_split(dataset, split, name)
+    name = os.fspath(dataset) if isinstance(dataset, (str, os.PathLike)) else "the data set"
+    dataset = _with_rows(dataset, name, split, streaming, prompt_column)
     source = _source(dataset, streaming)
     fills = _fills_with_none(dataset)
 
@@ -149,6 +145,17 @@ def read_rows(
     if not rows:
         raise ValueError(_no_rows(name))
     return rows
+
+
+def _with_rows(dataset: Any, name: str, split: str, streaming: bool, prompt_column: str) -> Any:
+    """What yields rows: a name is opened, and of several splits one is taken."""
+    if isinstance(dataset, (str, os.PathLike)):
+        dataset = _opened(name, split, streaming, prompt_column)
+    if isinstance(dataset, Mapping):
+        if split not in dataset:
+            raise ValueError(f"{name} has no split {split!r}; its splits: {', '.join(map(repr, dataset)) or 'none'}")
+        return dataset[split]
+    return dataset
 
 
 def _no_rows(name: str) -> str:
@@ -269,10 +276,11 @@ def require_unicode(value: Any, where: str) -> None:
 def _popped(rest: dict[str, Any], name: str, where: str, setting: str, *, beside: str | None = None) -> Any:
     if name not in rest:
         there = [*filter(None, [beside]), *map(str, rest)]
-        nearest = difflib.get_close_matches(name, there, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         columns = ", ".join(map(repr, there)) or "none"
-        raise ValueError(f"{where} has no column {name!r}{hint}; its columns: {columns}. {setting} names another")
+        raise ValueError(
+            f"{where} has no column {name!r}{did_you_mean(name, there)}; its columns: {columns}. {setting} names "
+            "another"
+        )
     return rest.pop(name)
 
 
@@ -298,10 +306,10 @@ def is_prompt(value: Any) -> bool:
     return isinstance(value, str) or is_conversation(value)
 
 
-def excerpt(prompt: Prompt, length: int = 60) -> str:
+def excerpt(prompt: Prompt) -> str:
     """How a prompt begins, for messages; of a conversation its last message."""
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
-    return repr(text if len(text) <= length else text[:length] + "…")
+    return repr(shortened(text, 60))
 
 
 def as_rows(
@@ -403,13 +411,8 @@ def _opened(name: str, split: str, streaming: bool, prompt_column: str) -> Any:
     on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", name) and path.suffix.lower() not in READERS
     if not (written_by_datasets or on_hub):
         raise ValueError(f"there is no file or folder {name!r}; data is a file ({suffixes}), a folder, or OWNER/NAME")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is not a file ({suffixes}) or a folder of such; data sets of the hub, and folders written by "
-            'datasets, need: pip install "lora-gan[data]"'
-        ) from error
+    why = f"{name!r} is not a file ({suffixes}) or a folder of such; data sets of the hub, and folders written by "
+    datasets = need("datasets", f"{why}datasets, need", "data")
     try:
         if written_by_datasets:
             return datasets.load_from_disk(str(path))
@@ -437,12 +440,6 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 
 def _is_data(path: Path) -> bool:
     return path.suffix.lower() in READERS and path.is_file()
-
-
-def _one_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; its splits: {', '.join(map(repr, splits)) or 'none'}")
-    return splits[split]
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -538,14 +535,12 @@ def _text(path: Path) -> Numbered:
 
 
 def _parquet(path: Path) -> Numbered:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f'{path}: Parquet files need pyarrow: pip install "lora-gan[data]"') from error
+    pyarrow = need("pyarrow", f"{path}: Parquet files need pyarrow", "data")
+    from pyarrow.parquet import ParquetFile
+
     numbers = itertools.count(1)
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=1000):  # rows in memory at once, beside one row group
                 for values in batch.to_pylist():
                     yield f"{path}, row {next(numbers)}", values
@@ -659,10 +654,7 @@ def rows_of(
     if is_prompt(prompt):
         if not (target is None or isinstance(target, str) or is_conversation(target)):
             raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
-        for name, value in {"prompt": prompt, "target_text": target, **columns}.items():
-            require_unicode(value, f"step(): {name}")
-        text, messages = _target(target, "target_text")
-        return [Row(_given(prompt), text, dict(columns), messages)]
+        return [_row_of(prompt, target, dict(columns), "")]
     prompts = list(prompt) if isinstance(prompt, (list, tuple)) else []
     if not prompts or not all(map(is_prompt, prompts)):
         raise ValueError("prompt must be a text or chat messages, or a list of at least one of them")
@@ -674,14 +666,18 @@ def rows_of(
             )
     if not all(target is None or isinstance(target, str) or is_conversation(target) for target in targets):
         raise ValueError(f"target_text must be texts or None, got {shown(targets, 80)}")
-    for name, values in {"prompt": prompts, "target_text": targets, **columns}.items():
-        for number, value in enumerate(values, 1):
-            require_unicode(value, f"step(): {name}, row {number}")
-    rows = []
-    for i, one in enumerate(prompts):
-        text, messages = _target(targets[i], "target_text")
-        rows.append(Row(_given(one), text, {name: values[i] for name, values in columns.items()}, messages))
-    return rows
+    return [
+        _row_of(one, targets[i], {name: values[i] for name, values in columns.items()}, f", row {i + 1}")
+        for i, one in enumerate(prompts)
+    ]
+
+
+def _row_of(prompt: Prompt, target: Any, columns: dict[str, Any], where: str) -> Row:
+    """One row of step()'s arguments; `where` tells it from the others in messages."""
+    for name, value in {"prompt": prompt, "target_text": target, **columns}.items():
+        require_unicode(value, f"step(): {name}{where}")
+    text, messages = _target(target, "target_text")
+    return Row(_given(prompt), text, columns, messages)
 
 
 def _given(prompt: Any) -> Prompt:

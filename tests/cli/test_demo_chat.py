@@ -39,9 +39,11 @@ def test_without_the_base_the_command_that_brings_it_is_named(tmp_path, monkeypa
 
 def test_the_table_shows_means_and_intervals():
     said = demo_chat.table([judged("base", [0.0, 1.0, 0.5, 0.5]), judged("trained", [1.0] * 4)]).splitlines()
-    assert said[0].split("  ")[0] == "" and "constraints met %" in said[0]
-    assert said[2].startswith("base") and "50 [" in said[2] and "25 [" in said[2] and "-2.00 [-2.00, -2.00]" in said[2]
-    assert said[3].startswith("trained") and said[3].count("100 [100, 100]") == 2
+    head, _, share, full, logprob, *_ = [line.split("  ") for line in said]
+    assert head[0] == "" and [name.strip() for name in head if name] == ["base", "trained"]
+    assert share[0] == "constraints met %" and share[-1].strip() == "100 [100, 100]" and "50 [" in "".join(share)
+    assert "25 [" in "".join(full) and full[-1].strip() == "100 [100, 100]"
+    assert "".join(logprob).count("-2.00 [-2.00, -2.00]") == 2
 
 
 def test_answers_side_by_side_are_marked_by_what_they_meet():

@@ -223,15 +223,27 @@ def test_calls_in_words():
     assert plan.Plan(8).in_words() == "8 calls in training, 0 in evaluations (no eval_data)"
 
 
+def described(*arguments, **options):
+    """The description on one line, however it is wrapped."""
+    return " ".join(preview.describe(*arguments, **options).split())
+
+
+def test_a_description_fits_a_terminal():
+    gan = small_gan(reward_budget=30, reward_retries=2)
+    lines = preview.describe(gan, [Row(prompt) for prompt in PROMPTS], total=4, steps=10, held_out=5).splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) > 9
+    assert all(line[:15].strip() == "" or line[14] == " " for line in lines), "two columns"
+
+
 def test_the_plan_names_the_budget_that_limits_it():
     rows = [Row(prompt) for prompt in PROMPTS[:2]]
-    lines = preview.describe(small_gan(reward_budget=30), rows, total=2, steps=10, held_out=5, dry_run=True)
+    lines = described(small_gan(reward_budget=30), rows, total=2, steps=10, held_out=5, dry_run=True)
     wanted = (
         "30 calls in training (all that the budget leaves: enough for about 3.75 of 10 steps), 10 in 2 evaluations of "
         "5 rows, up to 8 in this dry run"
     )
     assert wanted in lines and "memory" not in lines
-    lines = preview.describe(small_gan(reward_retries=2), rows, total=2, steps=10)
+    lines = described(small_gan(reward_retries=2), rows, total=2, steps=10)
     wanted = "80 calls in training, 0 in evaluations (no eval_data); a call that fails is made up to 2 more times"
     assert wanted in lines and "in this dry run" not in lines and "which --dry-run measures" in lines
 
@@ -406,7 +418,7 @@ def test_upper_layers_keep_less():
 
 def test_what_takes_turns_is_not_added_up():
     memory = footprint.Memory({"base": 2e6, "adapters": 1e6}, {"sampling": 5e6, "an update": 4e6})
-    assert preview._in_words(memory) == "about 8 MB: base 2 MB, adapters 1 MB, sampling 5 MB"
+    assert preview._in_words(memory) == "about 8.0 MB: base 2.0 MB, adapters 1.0 MB, sampling 5.0 MB"
     assert footprint.Memory({"base": 2e6}, {"sampling": 5e6}, least=9e6).total == 9e6
 
 

@@ -206,11 +206,6 @@ def test_without_the_package_that_quantizes_the_error_names_it():
 @pytest.mark.parametrize("options", [NF4, {"load_in_8bit": True}], ids=["4 bits", "8 bits"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_on_a_quantized_base(options, dora, tmp_path):
-    if "load_in_4bit" in options and not torch.cuda.is_available():
-        from bitsandbytes.functional import has_avx512bf16
-
-        if has_avx512bf16():  # bitsandbytes 0.50.2 packs weights in another way there, by whole blocks of 64
-            pytest.skip("bitsandbytes cannot run layers this narrow in 4 bits on a CPU with AVX512-BF16")
     quantized = {"quantization_config": BitsAndBytesConfig(**options)}
     config = LoraConfig(r=4, target_modules="all-linear", use_dora=dora)
     run = {"lora_r": 16, "lora_alpha": 32, "disc_lora_r": 16, "disc_lora_alpha": 32, "output_dir": str(tmp_path)}

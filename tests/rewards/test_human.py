@@ -92,13 +92,7 @@ def test_quitting_raises_keyboard_interrupt_and_keeps_what_was_rated(stop, tmp_p
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
-@pytest.mark.parametrize("rich", [True, False])
-def test_prompt_and_response_are_shown_as_text_and_nothing_else_of_the_row(rich, monkeypatch):
-    if rich:
-        pytest.importorskip("rich", reason="rich is absent: panels are not drawn")
-    else:
-        monkeypatch.setitem(sys.modules, "rich", None)
-        monkeypatch.setitem(sys.modules, "rich.console", None)
+def test_prompt_and_response_are_shown_as_text_and_nothing_else_of_the_row():
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello [bold]you[/bold]?"}]
     reward = human("7 8", show_target=False)
     columns = {"target": ["SECRET", "SECRET"], "model": ["gpt", "gpt"]}
@@ -107,7 +101,7 @@ def test_prompt_and_response_are_shown_as_text_and_nothing_else_of_the_row(rich,
     for part in ("system: Be kind.", "user: Hello [bold]you[/bold]?", "Héllo \\x1b[31m\\x00 {x}", "(empty)", "of 2"):
         assert part in text
     assert "SECRET" not in text and "gpt" not in text and "\x1b" not in text
-    assert ("╭" in text) == rich and ("--- prompt ---" in text) == (not rich)
+    assert "╭" in text, "in panels"
 
 
 def test_the_target_is_shown_where_there_is_one_and_a_rating_holds_for_it():
@@ -133,9 +127,7 @@ def test_ratings_of_runs_that_showed_no_target_are_not_asked_for_again(tmp_path)
     assert again(["p"] * 2, ["d", "d"], target=["z", "another"]) == [0.9, 0.1]
 
 
-def test_a_terminal_that_cannot_show_a_letter_gets_it_escaped(monkeypatch):
-    for name in ("rich", "rich.console"):
-        monkeypatch.setitem(sys.modules, name, None)
+def test_a_terminal_that_cannot_show_a_letter_gets_it_escaped():
     raw = io.BytesIO()
     stdout = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
     assert Human(stdin=Answers("é\n3\n"), stdout=stdout)(["p"], ["né \ud800"]) == [0.3]

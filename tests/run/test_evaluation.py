@@ -83,7 +83,7 @@ def test_eval_reference_prints_it_and_writes_it(tmp_path, monkeypatch, capsys):
         paired.mean()
     )
     lines = out.splitlines()
-    assert lines[1].split("  ")[-1] == "generator - reference, per row"
+    assert lines[1].split("  ")[-1] == "difference per row"
     (line,) = [line for line in lines if line.startswith("true_reward")]
     assert line.endswith(f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]")
     assert len(re.findall(r"\[", line)) == 3

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from .. import wording
 from ..config import Config
 from ..export.licences import licence_id
-from ..run.options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
-from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
+from ..run.options import SETTINGS_FILE, kept_options
 from ..run.runs import require_run
+from ..storage.json_lines import write_json
+from .training import columns
 
 EXPORTED = {
     "generator": "the generator as an adapter for PEFT",
@@ -133,130 +134,10 @@ def train(
         dry_run: Train nothing: print what would be trained, its memory and its true-reward calls, and try the reward on
             a few responses.
     """
-    options = {**{name: value for name, value in locals().items() if name != "config"}, **config.to_file()}
-    folder = Path(config.output_dir)
-    if config.eval_steps and eval_data is None:
-        raise ValueError(f"--eval_steps {config.eval_steps} needs rows to judge on: give --eval_data")
-    _require_room(folder, resume=resume, dry_run=dry_run)
+    options = {name: value for name, value in locals().items() if name != "config"}
+    from . import training
 
-    from .. import data as data_module  # before what takes seconds to import: most mistakes are in the data
-    from ..rewards import named
-
-    reward_funcs, reward_weights = named.from_specs(reward)
-    rows = data_module.read_rows(data, split=split, streaming=streaming, **_columns(config))
-    held_out = data_module.read_rows(eval_data, split="test", **_columns(config)) if eval_data else None
-
-    identities = {"data": identity(data, rows), "eval_data": eval_data and identity(eval_data, held_out)}
-    if resume:
-        for line in say_if_other_data(kept_identities(folder), identities, allowed=allow_other_data):
-            print(line, file=sys.stderr)
-
-    from ..gan import NO_GROUP, LoraGAN
-    from ..run.resuming import adapter_arguments
-    from ..run.tracking import trackers_of
-    from ..run.trainer_state import settings_of
-    from ..storage.checkpoint import complete
-    from . import preview
-
-    trackers_of(config.report_to)
-    generator = {"init_adapter": init_adapter, "peft_config": _lora("peft_config", peft_config)}
-    if resume:
-        generator, said = adapter_arguments(folder, generator, config.kl_reference)
-        if said:
-            print(said, file=sys.stderr)
-    gan = LoraGAN(
-        model,
-        config,
-        reward_funcs=reward_funcs,
-        reward_weights=reward_weights,
-        **generator,
-        disc_peft_config=_lora("disc_peft_config", disc_peft_config),
-        quantization_config=_quantization(quantization_config),
-    )
-    if resume:
-        gan.load_checkpoint()
-        _say_if_changed(folder, reward)
-        for line in changed_settings(
-            settings_of(folder / f"step-{gan.global_step}"), config.to_file(), gan.global_step
-        ):
-            print(line, file=sys.stderr)
-    rows = gan.check_rows(rows)
-    if held_out is not None:
-        held_out = gan.check_held_out(held_out, rows)
-    opened = preview.resident()
-    steps = gan.steps_left(rows)
-    if steps == 0:
-        raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
-    first = data_module.take(rows, config.prompts_per_step, seed=config.seed, position=gan.position)
-    total = None if isinstance(rows, data_module.Stream) else len(rows)
-    run = {"steps": steps, "held_out": 0 if held_out is None else len(held_out), "opened": opened}
-    print(preview.describe(gan, first, total=total, dry_run=dry_run, **run), flush=True)
-    for func in reward_funcs:
-        if getattr(func, "interactive", False) and func.log is None:
-            func.keep(folder / "ratings.jsonl")  # what a person said, in a dry run too, is not asked again
-    if dry_run:
-        if config.num_generations == 1:
-            warnings.warn(NO_GROUP, stacklevel=1)
-        known = {"columns": data_module.column_names(rows), "max_steps": gan.global_step + steps}
-        for paragraph in preview.dry_run(gan, first, **run, **known):
-            print(paragraph, flush=True)
-        return
-    settings: list[Path] = []  # written with the first step: what fails before leaves nothing
-
-    def keep(record: dict[str, Any]) -> None:
-        if not settings:
-            settings.append(keep_options(folder, options))
-            keep_identities(folder, identities)
-
-    try:
-        gan.fit(rows, eval_dataset=held_out, on_step=keep)
-    except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
-        if settings and complete(folder):
-            # A row or a reward that is not as it must be would end the resumed run at the same place.
-            first = "when that is mended, " if isinstance(stop, ValueError | RuntimeError) else ""
-            saved = "" if isinstance(stop, KeyboardInterrupt | SystemExit) else f"step {gan.global_step} is saved; "
-            go_on = f"{saved}{first}go on with: lora-gan train --config {settings[0]} --resume"
-            stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
-        raise
-    finally:
-        if settings:  # a step was taken
-            _draw(gan)
-    files = [
-        name
-        for name in ("metrics.jsonl", "completions.jsonl", "training.png")
-        if (folder / name).is_file() and (folder / name).stat().st_size
-    ]
-    kept = ", ".join(path.name for path in complete(folder))
-    print(
-        f"{gan.ending}. True-reward calls: {gan.budget.in_words()}.\n"
-        f"{_judged(folder)}In {folder}: {kept}, {', '.join(files)}. The newest step is used by:\n"
-        f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
-        f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
-        f"  lora-gan export --checkpoint {folder} --output_dir FOLDER"
-    )
-
-
-def _judged(folder: Path) -> str:
-    """The run's evaluations, as a line; empty without any."""
-    from ..storage.json_lines import read_lines
-
-    name = "eval_true_reward"
-    values = [
-        f"{line[name]:.3f} (step {line['step']})" for line in read_lines(folder / "metrics.jsonl") if name in line
-    ]
-    shown = values if len(values) <= 8 else [*values[:2], "…", *values[-5:]]
-    return f"Held-out reward: {', '.join(shown)}.\n" if values else ""
-
-
-def _draw(gan: Any) -> None:
-    """training.png of a run, however it ended. What goes wrong here hides nothing that ended the run."""
-    from ..run.plots import plot_run
-
-    folder = Path(gan.config.output_dir)
-    try:
-        plot_run(folder / "metrics.jsonl", folder / "training.png", title=gan.config.run_name)
-    except Exception as error:
-        warnings.warn(f"training.png could not be drawn: {error}", stacklevel=2)
+    training.run(config, options)
 
 
 def generate(
@@ -407,7 +288,6 @@ def evaluate(
         output: A JSON file for the figures and every sample.
     """
     from ..rewards.budget import Budget
-    from ..run import evaluation
 
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
@@ -418,21 +298,10 @@ def evaluate(
     judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
     if reference:
         judged["reference"] = gan.evaluate(rows, player="reference", **options)
-    count = len(judged["generator"]["samples"])  # on_long_prompt may have dropped some
-    shown = dict(judged)
-    if reference:
-        judged["difference"] = evaluation.difference(judged["generator"], judged["reference"])
-        shown["generator - reference, per row"] = judged["difference"]
-    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
-    if reference:
-        named = "the adapter that the run started from" if gan.players.has_reference else "the base"
-        print(f"reference: {named}. Both answer again: figures differ by chance from those of the run's evaluations.")
-        low, high = (judged["difference"]["metrics"]["true_reward"][end] for end in ("low", "high"))
-        if low is not None and low <= 0 <= high:
-            print("The interval of the difference in true_reward contains 0: these rows do not show a difference.")
+    _say_evaluation(gan, judged)
     print(f"True-reward calls: {gan.budget.in_words()}")
     if output is not None:
-        Path(output).write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(output), judged)
 
 
 def export(
@@ -467,8 +336,27 @@ def export(
     chosen = {} if parts is None else {"parts": [parts] if isinstance(parts, str) else parts}
     folder = gan.export(output_dir, dtype=dtype, license=license, push_to_hub=push_to_hub, private=private, **chosen)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
-        print(f"{Path(output_dir) / part.name}: {size:.1f} MB, {EXPORTED[part.name]}")
+        size = wording.size(sum(file.stat().st_size for file in part.iterdir()))
+        print(f"{Path(output_dir) / part.name}: {size}, {EXPORTED[part.name]}")
+
+
+def _say_evaluation(gan: Any, judged: dict[str, Any]) -> None:
+    """Print the figures; where there is a reference, add the difference to `judged` and print it beside."""
+    from ..run import evaluation
+
+    shown = dict(judged)
+    if "reference" in judged:
+        judged["difference"] = evaluation.difference(judged["generator"], judged["reference"])
+        shown["difference per row"] = judged["difference"]
+    count = len(judged["generator"]["samples"])  # on_long_prompt may have dropped some
+    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
+    if "reference" not in judged:
+        return
+    named = "the adapter that the run started from" if gan.players.has_reference else "the base"
+    print(f"reference: {named}. Both answer again: figures differ by chance from those of the run's evaluations.")
+    low, high = (judged["difference"]["metrics"]["true_reward"][end] for end in ("low", "high"))
+    if low is not None and low <= 0 <= high:
+        print("The interval of the difference in true_reward contains 0: these rows do not show a difference.")
 
 
 # --- what the commands share ------------------------------------------------------------------------------------------
@@ -509,17 +397,13 @@ def _read(data: str, config: Config, **options: Any) -> Any:
     from .. import data as data_module
 
     given = {name: value for name, value in options.items() if value is not None}
-    return data_module.read_rows(data, **{**_columns(config), **given})
+    return data_module.read_rows(data, **{**columns(config), **given})
 
 
 def _rows(data: str, prompt_column: str) -> list[Any]:
     from .. import data as data_module
 
     return list(data_module.read_rows(data, prompt_column=prompt_column, columns=False))
-
-
-def _columns(config: Config) -> dict[str, Any]:
-    return {"prompt_column": config.prompt_column, "target_column": config.target_column}
 
 
 def _write_scored(
@@ -553,46 +437,3 @@ def _require_writable(output: str | None) -> None:
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     if Path(output).is_dir():
         raise ValueError(f"--output {output} is a folder: give a file")
-
-
-def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
-    """A new run beside an older one's checkpoints would mix the two."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder")
-    older = sorted(folder.glob("step-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    if older and not (resume or dry_run):
-        raise ValueError(
-            f"{folder} holds {older[-1].parent.name} of another run: go on with it by --resume, or give this run "
-            "another --output_dir"
-        )
-
-
-def _say_if_changed(folder: Path, reward: Any) -> None:
-    """A discriminator that learned one reward begins by predicting it for another."""
-    kept = kept_options(folder)
-    before = moved_paths(kept.get("reward"), str(kept.get("output_dir")), folder.resolve())
-    if before is not None and before != with_full_paths(reward):
-        print(f"The reward is another one than before: {before} up to here, {reward} from now on.", file=sys.stderr)
-
-
-def _lora(name: str, fields: dict[str, Any] | None) -> Any:
-    if fields is None:
-        return None
-    from peft import LoraConfig
-
-    return _constructed(LoraConfig, name, fields)
-
-
-def _quantization(fields: dict[str, Any] | None) -> Any:
-    if fields is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return _constructed(BitsAndBytesConfig, "quantization_config", fields)
-
-
-def _constructed(kind: type, name: str, fields: dict[str, Any]) -> Any:
-    try:
-        return kind(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={fields!r} is not accepted by {kind.__name__}: {error}") from error

@@ -11,7 +11,6 @@ in about one of five samples. It is never shown a target: targets are seen by th
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ import torch
 from .. import tiny
 from ..gan import LoraGAN
 from ..model.sampling import Rollout
-from ..run.evaluation import aligned
+from ..run import tables
 from ..run.plots import plot_run
+from ..storage.json_lines import write_json
 from ..training.discriminator import Discriminator
 from ..training.experience import Experience, RetainedFeatures
 
@@ -141,7 +141,7 @@ def _run(opponent: Opponent, seed: int, steps: int, heldout: int, folder: Path) 
             for m in models
         ],
     }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "result.json", result)
     picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
     print(
         f"\n{gan.reward_calls:,} true rewards asked for; {result['seconds']['all']:.0f} s in all.\n"
@@ -154,28 +154,20 @@ def _run(opponent: Opponent, seed: int, steps: int, heldout: int, folder: Path) 
 
 
 def table(models: list[Judged]) -> str:
-    """One line a model: mean and 95 % interval over the held-out prompts."""
+    """One column per model: mean and 95 % interval over the held-out prompts."""
 
-    def cell(run: dict[str, Any] | None, name: str, scale: float = 1, digits: int = 1) -> str:
-        if run is None or name not in run["metrics"]:
-            return "–"
-        mean, low, high = (scale * run["metrics"][name][key] for key in ("mean", "low", "high"))
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    def row(label: str, name: str, scale: float = 1, digits: int = 1, *, greedy: bool = False) -> list[str]:
+        runs = [model.greedy if greedy else model.sampled for model in models]
+        return [label, *(tables.cell(run and run["metrics"].get(name), scale, digits) for run in runs)]
 
-    head = ("", "exact, sampled %", "exact, greedy %", "cosine, sampled", "chrF, sampled", "distinct-2")
-    body = [
-        (
-            model.name,
-            cell(model.sampled, "exact_match", 100),
-            cell(model.greedy, "exact_match", 100),
-            cell(model.sampled, "true_reward", digits=3),
-            cell(model.sampled, "chrf"),
-            f"{model.sampled['distinct_2']:.2f}",
-        )
-        for model in models
+    rows = [
+        row("exact, sampled %", "exact_match", 100),
+        row("exact, greedy %", "exact_match", 100, greedy=True),
+        row("cosine, sampled", "true_reward", digits=3),
+        row("chrF, sampled", "chrf"),
+        ["distinct-2", *(f"{model.sampled['distinct_2']:.2f}" for model in models)],
     ]
-    lines = aligned([head, *body])
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+    return tables.table([model.name for model in models], rows)
 
 
 def side_by_side(before: Judged, after: Judged, count: int = 10) -> str:

@@ -11,7 +11,6 @@ the untouched base.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -21,8 +20,10 @@ from typing import Any
 from ..gan import LoraGAN
 from ..model.players import Player
 from ..rewards import Perplexity, instructions, text
-from ..run.evaluation import aligned, interval
+from ..run import tables
+from ..run.evaluation import interval
 from ..run.plots import plot_run
+from ..storage.json_lines import write_json, write_lines
 
 #: Chosen on the validation split; docs/results/demo_chat_tried.jsonl has every setting that was tried.
 RECIPE: dict[str, Any] = dict(
@@ -122,15 +123,8 @@ def run(
     train = instructions.rows("train", max(64, steps * gan.config.prompts_per_step), seed=seed)
     test = instructions.rows("heldout", heldout)
     for file, rows in (("train.jsonl", train), ("held_out.jsonl", test)):
-        _write_lines(folder / file, rows)
-    print(
-        f"{model} learns to follow instructions by reward alone: {len(instructions.KINDS)} kinds of constraints, each "
-        "checked by code.\n"
-        f"Seed {seed}: {steps} steps of {gan.config.prompts_per_step} prompts × {gan.config.num_generations} answers, "
-        f"at most {gan.config.reward_budget} reward calls.\n"
-        f"Held-out: {len(test)} prompts about topics, and with pairs of constraints, that training never shows.\n",
-        flush=True,
-    )
+        write_lines(folder / file, rows)
+    _say_plan(gan, model, steps, len(test))
     print("judging the base …", flush=True)
     judged = [judge(gan, test, "base", player="reference")]
     training = time.monotonic()
@@ -146,15 +140,33 @@ def run(
         "seconds": {"training": round(training, 1), "all": round(time.monotonic() - began, 1)},
         "models": [model.to_dict() for model in judged],
     }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _write_lines(folder / "answers.held_out.jsonl", _lines(test, judged))
+    write_json(folder / "result.json", result)
+    write_lines(folder / "answers.held_out.jsonl", _lines(test, judged))
+    _say_result(gan, folder, test, judged, result["seconds"])
+    return result
+
+
+def _say_plan(gan: LoraGAN, model: str, steps: int, heldout: int) -> None:
+    config = gan.config
+    print(
+        f"{model} learns to follow instructions by reward alone: {len(instructions.KINDS)} kinds of constraints, each "
+        "checked by code.\n"
+        f"Seed {config.seed}: {steps} steps of {config.prompts_per_step} prompts × {config.num_generations} answers, "
+        f"at most {config.reward_budget} reward calls.\n"
+        f"Held-out: {heldout} prompts about topics, and with pairs of constraints, that training never shows.\n",
+        flush=True,
+    )
+
+
+def _say_result(
+    gan: LoraGAN, folder: Path, test: list[dict[str, Any]], judged: list[Judged], seconds: dict[str, float]
+) -> None:
+    """Draw the run, and print the tables and what can be done next."""
     picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
-    print("\n" + table(judged))
-    print("\n" + kinds_table(judged))
-    print("\n" + side_by_side(test, judged[0], judged[1]))
+    print("", table(judged), "", kinds_table(judged), "", side_by_side(test, judged[0], judged[1]), sep="\n")
     checkpoint = f"--checkpoint {folder}"
     print(
-        f"\n{gan.reward_calls} reward calls; {training:.0f} s of training, {result['seconds']['all']:.0f} s in all.\n"
+        f"\n{gan.reward_calls} reward calls; {seconds['training']:.0f} s of training, {seconds['all']:.0f} s in all.\n"
         f"In {folder}: the checkpoint step-{gan.global_step}, metrics.jsonl, result.json, answers.held_out.jsonl"
         f"{', training.png' if picture else ''}\n"
         "Go on with:\n"
@@ -163,41 +175,28 @@ def run(
         "--reward lora_gan.rewards.instructions:reward --reference\n"
         f"  lora-gan export {checkpoint} --output_dir exported-chat"
     )
-    return result
 
 
 def table(judged: list[Judged]) -> str:
-    """One line per model: means with 95 % bootstrap intervals over the held-out prompts."""
+    """One column per model: means with 95 % bootstrap intervals over the held-out prompts."""
 
-    def cell(values: list[Any], scale: float = 1, digits: int = 2) -> str:
-        figures = interval(values)
-        if figures["mean"] is None:
-            return "–"
-        mean, low, high = (scale * float(figures[key] or 0) for key in ("mean", "low", "high"))
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    def row(label: str, columns: list[list[Any]], scale: float = 1, digits: int = 2) -> list[str]:
+        return [label, *(tables.cell(interval(values), scale, digits) for values in columns)]
 
-    head = ("", "constraints met %", "prompts met in full %", "log-prob. under the base", "words", "distinct-2")
-    body = [
-        (
-            model.name,
-            cell(model.share, 100, 0),
-            cell(model.full, 100, 0),
-            cell(model.base_logprob),
-            cell(model.words, digits=1),
-            f"{model.distinct_2:.2f}",
-        )
-        for model in judged
+    rows = [
+        row("constraints met %", [model.share for model in judged], 100, 0),
+        row("prompts met in full %", [model.full for model in judged], 100, 0),
+        row("log-prob. under the base", [model.base_logprob for model in judged]),
+        row("words", [model.words for model in judged], digits=1),
+        ["distinct-2", *(f"{model.distinct_2:.2f}" for model in judged)],
     ]
-    lines = aligned([head, *body])
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+    return tables.table([model.name for model in judged], rows)
 
 
 def kinds_table(judged: list[Judged]) -> str:
     """One line per kind of constraint: the share met, in percent."""
-    lines = [("constraint", *(model.name for model in judged))]
-    for kind in judged[0].by_kind:
-        lines.append((kind, *(f"{100 * model.by_kind[kind]:.0f} %" for model in judged)))
-    return "\n".join(aligned(lines))
+    rows = [[kind, *(f"{100 * model.by_kind[kind]:.0f} %" for model in judged)] for kind in judged[0].by_kind]
+    return tables.table([model.name for model in judged], rows)
 
 
 def side_by_side(rows: list[dict[str, Any]], before: Judged, after: Judged, count: int = 10) -> str:
@@ -230,8 +229,3 @@ def _lines(rows: list[dict[str, Any]], judged: list[Judged]) -> list[dict[str, A
         for model in judged
         for i, row in enumerate(rows)
     ]
-
-
-def _write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
-    texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    file.write_text("".join(texts), encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 from ..config import Config
 from ..run import snapshot
 from ..storage import checkpoint
+from .plan import times
 
 if TYPE_CHECKING:
     from ..gan import LoraGAN
@@ -55,7 +56,7 @@ def needed(gan: LoraGAN, *, steps: int, prompt_tokens: int, calls: int) -> Disk:
         calls: true rewards that are asked for.
     """
     config = gan.config
-    saved = saves(config, gan.global_step, steps)
+    saved = times(config.save_steps, gan.global_step, steps)
     kept = saved
     if config.save_total_limit is not None:
         kept = min(saved, config.save_total_limit + (1 if config.save_best else 0))
@@ -69,19 +70,8 @@ def needed(gan: LoraGAN, *, steps: int, prompt_tokens: int, calls: int) -> Disk:
 
 def written(config: Config, first: int, steps: int) -> int:
     """Of so many steps after step `first`, those whose responses completions.jsonl gets."""
-    every, last = config.log_completions_steps, first + steps
-    ends = {step for step in (first + 1, last) if steps and step % every}
-    return last // every - first // every + len(ends)
-
-
-def saves(config: Config, first: int, steps: int) -> int:
-    """Checkpoints that so many steps after step `first` save: every save_steps, and one at the end."""
-    if not steps:
-        return 0
-    if config.save_steps is None:
-        return 1
-    last = first + steps
-    return last // config.save_steps - first // config.save_steps + bool(last % config.save_steps)
+    every = config.log_completions_steps
+    return times(every, first, steps) + (steps > 1 and (first + 1) % every > 0)
 
 
 def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:

@@ -9,7 +9,6 @@ setting of `Config` is an option of `train` under its own name. A YAML file give
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import sys
@@ -114,7 +113,6 @@ class ConfigFile(ActionConfigFile):
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns of kernels that nothing here needs
     # --dry-run and --dry_run are one option, as in transformers' own command lines; a value that begins so is none.
     spelled = [
         re.sub(r"^--[a-z][\w-]*(?=[=.]|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in arguments

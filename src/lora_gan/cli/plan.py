@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import Config
+from ..wording import counted
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,18 @@ def calls_per_step(config: Config) -> float:
     return config.prompts_per_step * config.num_generations * config.query_rate
 
 
+def times(every: int | None, first: int, steps: int) -> int:
+    """How often something is done in so many steps after step `first`: every so many steps (None: never), and at the
+    end."""
+    last = first + steps
+    if every is None:
+        return min(1, steps)
+    return last // every - first // every + bool(steps and last % every)
+
+
 def evaluations(config: Config, first: int, steps: int) -> int:
     """Evaluations of so many steps after step `first`: before the first step, every eval_steps, and at the end."""
     if not steps:
         return 0
-    last = first + steps
     before = 1 if first == 0 and config.eval_on_start else 0
-    if config.eval_steps is None:
-        return before + 1
-    return before + last // config.eval_steps - first // config.eval_steps + bool(last % config.eval_steps)
-
-
-def counted(count: int, noun: str) -> str:
-    """As in "1 row", "1,200 rows"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return before + times(config.eval_steps, first, steps)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ import torch
 from .. import rewards
 from ..config import Config
 from ..data import Row
-from ..rewards.budget import counted_retries
 from ..rewards.calling import ASYNC_WORKERS, is_async
+from ..rewards.combine import Parts
 from ..rewards.cost import Meter
 from ..run.display import one_line
 from ..storage.checkpoint import PLAYERS
+from ..wording import counted, duration, size
 from . import footprint
 from .disk import needed
 from .footprint import Lengths, Memory, resident
-from .plan import Plan, calls, calls_per_step, counted, planned
+from .plan import Plan, calls, calls_per_step, planned
 from .trial import Seconds, Trial, shape_of_trial
 
 if TYPE_CHECKING:
@@ -82,8 +84,10 @@ def describe(
 
 
 def _named(name: str, text: str) -> str:
-    """A line "name text", and further lines of the text below the first."""
-    return f"{name:<15}" + text.replace("\n", "\n" + " " * 15)
+    """The name, and beside it the lines of the text, wrapped to 80 columns."""
+    wrap = textwrap.TextWrapper(width=80 - 15, break_long_words=False, break_on_hyphens=False)
+    lines = [part for line in text.splitlines() for part in wrap.wrap(line)]
+    return "\n".join(f"{'' if i else name:<15}{line}" for i, line in enumerate(lines))
 
 
 def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bool) -> str:
@@ -150,32 +154,20 @@ def _in_words(memory: Memory) -> str:
     parts = list(memory.always.items())
     if memory.in_turn:
         parts.append(max(memory.in_turn.items(), key=lambda part: part[1]))
-    return f"about {_size(memory.total)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts)
+    return f"about {size(memory.total)}: " + ", ".join(f"{name} {size(value)}" for name, value in parts)
 
 
 def _disk(gan: LoraGAN, steps: int, prompt_tokens: int) -> str:
     """What the run will write."""
     disk = needed(gan, steps=steps, prompt_tokens=prompt_tokens, calls=calls(gan.config, steps))
     limit = gan.config.save_total_limit
-    kept = f"{disk.kept:,} checkpoint{'' if disk.kept == 1 else 's'} of {_size(disk.each)}"
+    kept = f"{counted(disk.kept, 'checkpoint')} of {size(disk.each)}"
     if disk.kept < disk.saved:
-        kept = (
-            f"the newest {disk.kept:,} of {disk.saved:,} checkpoints of {_size(disk.each)} (save_total_limit={limit})"
-        )
+        kept = f"the newest {disk.kept:,} of {disk.saved:,} checkpoints of {size(disk.each)} (save_total_limit={limit})"
     elif disk.saved > 3:
         kept += " (save_total_limit keeps fewer)"
-    most = (
-        f", and {_size(disk.total + disk.each)} while a checkpoint replaces another" if disk.kept < disk.saved else ""
-    )
-    return f"about {_size(disk.total)}{most}: {kept}, logs {_size(disk.logs)}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    most = f", and {size(disk.total + disk.each)} while a checkpoint replaces another" if disk.kept < disk.saved else ""
+    return f"about {size(disk.total)}{most}: {kept}, logs {size(disk.logs)}"
 
 
 @dataclass(frozen=True)
@@ -296,15 +288,10 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), group)
 
     of_step = " that step 1 will sample" if gan.global_step == 0 else " that the next step will sample"
-    lines = [f"\nThe reward, tried on {len(responses)} responses{of_step}:"]
-    for row, values, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
-        best = int(np.nanargmax(values)) if not np.isnan(values).all() else 0
-        said = " ".join("–" if np.isnan(reward) else f"{reward:.3f}" for reward in values)
-        lines.append(f"  “{one_line(row.prompt, 70)}”\n    {said}   best: “{one_line(texts[best], 70)}”")
-    for name, part in parts.items():
-        values = [value for value in part if value is not None]
-        lines.append(f"  {name}: mean {np.mean(values):.3f}, {len(values)} of {len(part)} answered" if values else
-                     f"  {name}: no answer")  # fmt: skip
+    lines = [
+        f"\nThe reward, tried on {len(responses)} responses{of_step}:",
+        *_answers(rows, reward_PK, responses, parts),
+    ]
     lines += _verdict_on_spread(reward_PK)
     lines += _verdict_on_ends(ids, gan)
 
@@ -324,13 +311,29 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     calls = len(responses) + 2 * len(paired)
     each = seconds / rounds
     together = f", {at_once} calls at once (reward_workers)" if at_once > 1 else ""
-    lines.append(f"  {_each(each)} per call{together}; {_each(first)} for the first {len(responses)}, loading included")
+    lines.append(
+        f"  {duration(each)} per call{together}; {duration(first)} for the first {len(responses)}, loading included"
+    )
     retries, cached = gan.budget.counts["retries"] - retries, gan.budget.cached - cached
-    made = f"  True-reward calls: {calls:,} in this dry run" + (f", {counted_retries(retries)}" if retries else "")
+    made = f"  True-reward calls: {calls:,} in this dry run" + (
+        f", {counted(retries, 'retry', 'retries')}" if retries else ""
+    )
     lines.append(made + (f"; {cached:,} of them came from the reward's own cache" if cached else ""))
     for log in filter(None, (getattr(func, "log", None) for func in people)):
         lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
     return Tried("\n".join(lines), calls, each, at_once)
+
+
+def _answers(rows: list[Row], reward_PK: np.ndarray, responses: list[str], parts: Parts) -> Iterator[str]:
+    """The rewards of each prompt's responses with the best response, and the mean of each part of the reward."""
+    for row, values, texts in zip(rows, reward_PK, np.reshape(responses, reward_PK.shape), strict=True):
+        best = int(np.nanargmax(values)) if not np.isnan(values).all() else 0
+        said = " ".join("–" if np.isnan(reward) else f"{reward:.3f}" for reward in values)
+        yield f"  “{one_line(row.prompt, 70)}”\n    {said}   best: “{one_line(texts[best], 70)}”"
+    for name, part in parts.items():
+        known = [value for value in part if value is not None]
+        mean = f"mean {np.mean(known):.3f}, {len(known)} of {len(part)} answered" if known else "no answer"
+        yield f"  {name}: {mean}"
 
 
 def _at_once(gan: LoraGAN) -> int:
@@ -376,16 +379,12 @@ def _time(gan: LoraGAN, step: Seconds, tried: Tried, plan: Plan, steps: int) -> 
     what = "one step" if step.whole else "a part of one step"
     how = f"measured on {what}, with responses of {step.tokens:.0f} tokens on average"
     return [
-        f"about {_duration(step.total + rewarded)} per step: sampling {_duration(step.sampling)}, updates "
-        f"{_duration(step.updating)}, true reward {_duration(rewarded)}",
-        f"about {_duration(whole)} for {includes}, {_duration(rewarding)} of that for the {plan.total:,} calls of the "
+        f"about {duration(step.total + rewarded)} per step: sampling {duration(step.sampling)}, updates "
+        f"{duration(step.updating)}, true reward {duration(rewarded)}",
+        f"about {duration(whole)} for {includes}, {duration(rewarding)} of that for the {plan.total:,} calls of the "
         "true reward; saving checkpoints is not counted",
         how,
     ]
-
-
-def _each(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
@@ -411,11 +410,3 @@ def _verdict_on_ends(ids: list[list[int]], gan: LoraGAN) -> list[str]:
         f"  ! {cut} of {len(ids)} responses were cut at max_completion_length={limit}: the reward judges unfinished "
         "texts"
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.2g} s" if seconds >= 0.01 or not seconds else "under 0.01 s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -117,6 +117,7 @@ def load_base(
     base_checks.require_weights_here(lm)
     base_checks.require_floating(lm)
     lm.eval().requires_grad_(False)
+    _keep_differentiable(lm)
     if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
         lm.to(device)  # type: ignore[arg-type]  # a decorator of transformers hides its signature
     rows, called = base_checks.embedding_rows(lm), _called(lm, name)
@@ -172,6 +173,17 @@ def _require_in_memory(
             "tokens; load it with AutoModelForCausalLM"
         )
     return tokenizer
+
+
+def _keep_differentiable(lm: PreTrainedModel) -> None:
+    """Keep gradients through layers in 4 bits.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs the weights of a layer anew when it first runs without gradients, and
+    its product with packed weights has no backward: after sampling, no gradient would reach the layers below.
+    """
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 # --- what can be a base -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..wording import one_line
+from ..wording import error_line
 
 # --- weights and numbers ----------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def explaining_failure(called: str) -> Iterator[None]:
         remedy = "; its tensors must be on one device and of one dtype" if isinstance(error, RuntimeError) else ""
         raise ValueError(
             f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: "
-            f"{one_line(error)}){remedy}"
+            f"{error_line(error)}){remedy}"
         ) from error
 
 

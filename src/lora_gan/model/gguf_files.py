@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import user_cache
-from ..wording import one_line
+from ..wording import error_line, size
 
 INSTALL = "pip install 'lora-gan[gguf]'"
 AS_GPT2 = ("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais")  # text splits that are GPT-2's, by their names in GGUF
@@ -79,9 +79,9 @@ def converted(file: Path) -> Path:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     folder = user_cache.cache_folder() / "gguf" / digest
     if not user_cache.is_whole(folder):
-        size = _weights_bytes(_header(file))
-        print(f"Converting {file} to float32, {size / 1e6:,.0f} MB, in {folder}", file=sys.stderr, flush=True)
-        user_cache.get(folder, lambda new: convert(file, new), needs=size + 2**26)  # 64 MB: a tokenizer is smaller
+        weights = _weights_bytes(_header(file))
+        print(f"Converting {file} to float32, {size(weights)}, in {folder}", file=sys.stderr, flush=True)
+        user_cache.get(folder, lambda new: convert(file, new), needs=weights + 2**26)  # 64 MB: a tokenizer is smaller
     return folder
 
 
@@ -107,7 +107,7 @@ def _header(file: Path) -> Any:
     try:
         header = GGUFReader(file)
     except Exception as error:  # IndexError, ValueError, KeyError ..., by where the file ends
-        raise ValueError(f"the GGUF file {str(file)!r} is damaged or cut off: {one_line(error)}") from error
+        raise ValueError(f"the GGUF file {str(file)!r} is damaged or cut off: {error_line(error)}") from error
     if _value(header, "general.type") == "adapter":
         raise ValueError(f"the GGUF file {str(file)!r} cannot be the base: it is an adapter")
     if (parts := _value(header, "split.count") or 1) > 1:
@@ -155,14 +155,14 @@ def convert(file: Path, folder: Path) -> None:
     try:
         model, loading = load_causal_lm(str(file.parent), gguf_file=file.name, dtype=torch.float32, **how)
     except Exception as error:  # of many kinds, as transformers and gguf raise them
-        raise ValueError(f"transformers cannot read the GGUF file {str(file)!r}: {one_line(error)}") from error
+        raise ValueError(f"transformers cannot read the GGUF file {str(file)!r}: {error_line(error)}") from error
     require_complete(model, loading["missing_keys"], f"the GGUF file {str(file)!r}")
     tokenizer = None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as error:
         warnings.warn(
-            f"transformers cannot read the tokenizer of the GGUF file {str(file)!r} ({one_line(error)}): pass "
+            f"transformers cannot read the tokenizer of the GGUF file {str(file)!r} ({error_line(error)}): pass "
             "processing_class=",
             stacklevel=2,
         )
@@ -178,9 +178,8 @@ def convert(file: Path, folder: Path) -> None:
         with without_progress_bars():
             model.save_pretrained(folder)
     except Exception as error:  # safetensors has an exception of its own, for a full disk too
-        raise ValueError(
-            f"the GGUF file {str(file)!r} could not be converted into {folder}: {one_line(error)}"
-        ) from error
+        why = error_line(error)
+        raise ValueError(f"the GGUF file {str(file)!r} could not be converted into {folder}: {why}") from error
     if tokenizer is not None:
         _split_as_trained(tokenizer, header, file)
         tokenizer.save_pretrained(folder)

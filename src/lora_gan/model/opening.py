@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ..config import Config
-from ..wording import one_line
+from ..wording import error_line
 from . import base_checks, gguf_files, named_bases
 from .composite import opens_as_text
 from .kv_cache import cache_argument
@@ -97,7 +97,7 @@ def _opening(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError ...
-        reason = one_line(error)
+        reason = error_line(error)
         tells = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
         if not tells:  # the text of a KeyError is its key alone
             reason = f"{type(error).__name__}: {reason}"

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.pytorch_utils import Conv1D
 
 from ..config import Config
-from ..wording import one_line, shown
+from ..wording import error_line, shown
 from . import composite
 from .base import Base
 from .layers import has_adapter, layer_list
@@ -146,7 +146,8 @@ def attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel
                 peft.add_adapter(name, lora[name])
         except Exception as error:  # PEFT's own kinds, and those of what quantizes
             raise ValueError(
-                f"PEFT could not put these adapters{said} on the base, a {type(base.model).__name__}: {one_line(error)}"
+                f"PEFT could not put these adapters{said} on the base, a {type(base.model).__name__}: "
+                f"{error_line(error)}"
             ) from error
     return peft
 

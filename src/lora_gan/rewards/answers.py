@@ -22,8 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..storage import durable
-from ..storage.json_lines import open_lines
+from ..storage.json_lines import as_line, open_lines, rewritten
 
 FILE = "answers.jsonl"
 SYNC_EVERY = 0.1  # seconds: a step's first answers are on the disk while the later ones are asked for
@@ -121,7 +120,7 @@ class Answers:
             if self._file is None:
                 self._rewrite()
             else:
-                self._file.write(json.dumps(line) + "\n")
+                self._file.write(as_line(line))
                 self._file.flush()
                 if time.monotonic() - self._synced > SYNC_EVERY:
                     self._sync()
@@ -141,12 +140,10 @@ class Answers:
                 self._rewrite()
 
     def _rewrite(self) -> None:
-        """The whole file, written beside and renamed, open for more."""
+        """The whole file."""
         if self._file is not None:
             self._file.close()
-        data = "".join(json.dumps(line) + "\n" for line in [{"run": self.run}, *self._lines])
-        durable.replace_file(self.path, data.encode())
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        self._file = rewritten(self.path, [{"run": self.run}, *self._lines])
         self._synced = time.monotonic()
 
     def _sync(self) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..wording import counted
+
 if TYPE_CHECKING:
     from .calling import Caller
 
@@ -141,7 +143,7 @@ class Budget:
             "other": "by hand",
         }
         said = [f"{self.counts[name]:,} {where}" for name, where in words.items() if self.counts[name]] or ["none"]
-        said += [counted_retries(self.counts["retries"])] if self.counts["retries"] else []
+        said += [counted(self.counts["retries"], "retry", "retries")] if self.counts["retries"] else []
         cached = f"; {self.cached:,} of them came from the reward's own cache" if self.cached else ""
         return ", ".join(said) + cached
 
@@ -164,11 +166,6 @@ class Budget:
                 for name, now in self.state_dict().items()
             }
         )
-
-
-def counted_retries(count: int) -> str:
-    """As in "1 retry", "3 retries"."""
-    return f"{count:,} retr{'y' if count == 1 else 'ies'}"
 
 
 def _usage(func: Any) -> dict[str, int] | None:

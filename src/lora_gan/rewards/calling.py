@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_any, wait_exponential
 
+from ..wording import shortened
+
 Answer = TypeVar("Answer")
 LONGEST = 60.0  # seconds between two tries, at the most
 ASYNC_WORKERS = 16  # calls of an `async def` reward at once, where nothing else is said
@@ -150,8 +152,7 @@ class Caller:
 
 def cause_of(error: BaseException) -> str:
     """An error as part of one line, such as "HTTPError: HTTP Error 503: Service Unavailable"."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
-    return text if len(text) <= 200 else text[:199] + "…"
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()).rstrip(": "), 200)
 
 
 def is_async(function: Callable[..., Any]) -> bool:

@@ -67,38 +67,23 @@ def score_pairs(
     if call.takes_prompt and (prompts is None or len(prompts) != len(responses)):
         given = "none were given" if prompts is None else f"{len(prompts)} were given"
         raise ValueError(f"the reward {name!r} takes the prompt: give {len(responses)} prompts; {given}")
-    asked_about = [responses, targets, prompts] if call.takes_prompt else [responses, targets]
-
-    def row(i: int) -> str:
-        return f"row {i} (response {_excerpt(responses[i])}, target {_excerpt(targets[i])})"
-
+    columns: dict[str, Sequence[Any]] = {"response": responses, "target": targets}
+    row = _namer(columns)
+    if call.takes_prompt:
+        columns["prompt"] = prompts or ()
     if in_batch:
-        where = f"{len(responses)} rows, the first of them {row(0)}" if responses else "no rows"
+        question = [list(values) for values in columns.values()]
 
         def ask() -> Any:
-            lists = {"prompt": list(prompts or ()), "response": list(responses), "target": list(targets)}
-            return call(fn.batch, **lists)
+            return call(fn.batch, **{column: list(values) for column, values in columns.items()})
 
-        return _asked_once(caller, name, where, [list(values) for values in asked_about], ask, row)
+        return _asked_once(caller, name, question, ask, row)
 
-    def one(i: int) -> Any:
-        return call(fn, prompt=None if prompts is None else prompts[i], response=responses[i], target=targets[i])
+    def one(i: int) -> Call[float | None]:
+        values = {column: entries[i] for column, entries in columns.items()}
+        return list(values.values()), [i], lambda: call(fn, **values), lambda value: _score(name, value, row(i))
 
-    return _called(
-        caller,
-        name,
-        where=row,
-        awaited=is_async(fn),
-        calls=[
-            (
-                [values[i] for values in asked_about],
-                [i],
-                lambda i=i: one(i),
-                lambda value, i=i: _score(name, value, row(i)),
-            )
-            for i in range(len(responses))
-        ],
-    )
+    return _called(caller, name, where=row, awaited=is_async(fn), calls=[one(i) for i in range(len(responses))])
 
 
 def score_trl(
@@ -159,54 +144,83 @@ def score_parts(
         RewardUnavailable, ImportError: passed on as they are; the reward cannot run here, and no row is at fault.
     """
     rows = len(prompts)
+    given = {} if completion_ids is None else {"completion_ids": completion_ids}
+    state = {} if trainer_state is None else {"trainer_state": trainer_state}
+    _require_columns(funcs, rows, columns, {"completions": completions, **given}, state)
+
+    def values() -> dict[str, Any]:
+        ids = {column: list(map(list, entries)) for column, entries in given.items()}
+        return {**state, **ids, **_lists(prompts, completions, columns)}
+
+    question = _question(prompts, completions, columns)
+    row = _namer({"prompt": prompts, "completion": completions})
+    parts: Parts = {}
+    caller, notes = caller or Caller(), notes or Notes()
+    for name, func in zip(reward_names(funcs), funcs, strict=True):
+        if takes_completions(func):
+            ask, take = _logging(trl_call(func), func, values), _taking(notes, name, rows)
+            parts[name] = _asked_once(caller, name, question, ask, row, take)
+        else:
+            texts = [completion_text(completion) for completion in completions]
+            targets = columns.get("target") or [None] * rows
+            parts[name] = score_pairs(func, texts, targets, prompts=prompts, name=name, caller=caller)
+    return parts
+
+
+def _require_columns(
+    funcs: Sequence[Reward],
+    rows: int,
+    columns: Mapping[str, Sequence[Any]],
+    given: Mapping[str, Sequence[Any]],
+    state: Mapping[str, Any],
+) -> None:
+    """There are functions, every column has one entry for each row, and each function finds the columns it names."""
     if not funcs:
         raise ValueError("there are no reward functions: give at least one")
     for column in ("prompts", "completions"):
         if column in columns:
             raise ValueError(f"a column must not be called {column!r}: rewards get the rows' own {column} by that name")
-    given = {} if completion_ids is None else {"completion_ids": completion_ids}
-    for column, entries in {"completions": completions, **given, **columns}.items():
+    for column, entries in {**given, **columns}.items():
         if len(entries) != rows:
             raise ValueError(f"{len(entries)} {column} for {rows} prompts; give one for each prompt")
-    state = {} if trainer_state is None else {"trainer_state": trainer_state}
-    named = ("prompts", "completions", "log_metric", "log_extra", *given, *state)
-    require_columns(funcs, columns, given=named, rows="no row")
+    require_columns(funcs, columns, given=("prompts", "log_metric", "log_extra", *given, *state), rows="no row")
+
+
+def _question(
+    prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+) -> dict[str, list[Any]]:
+    """What an answer is known by: prompts, completions and columns.
+
+    A column without a value for these rows counts as none, so that it does not matter what other rows have. The ids
+    follow from the completions, the state from the step.
+    """
+    known = {column: entries for column, entries in columns.items() if any(entry is not None for entry in entries)}
+    return _lists(prompts, completions, known)
+
+
+def _logging(call: TrlCall, func: TrlReward, values: Callable[[], dict[str, Any]]) -> Callable[[], Any]:
+    """What asks a function of TRL's form: returns its values, and a recorder of what it logged."""
+
+    def ask() -> Any:
+        recorder = Recorder()
+        logs = {"log_metric": recorder.log_metric, "log_extra": recorder.log_extra}
+        return _with(recorder, func(**call.arguments({**logs, **values()})))
+
+    return ask
+
+
+def _taking(notes: Notes, name: str, rows: int) -> Callable[[Recorder], None]:
+    return lambda recorder: notes.take(name, recorder, rows)
+
+
+def _namer(columns: Mapping[str, Sequence[Any]]) -> Callable[[int], str]:
+    """What errors call a row, with its values of these columns."""
+    kept = dict(columns)
 
     def row(i: int) -> str:
-        return f"row {i} (prompt {_excerpt(prompts[i])}, completion {_excerpt(completions[i])})"
+        return f"row {i} ({', '.join(f'{name} {shown(values[i], 80)}' for name, values in kept.items())})"
 
-    where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
-    # An answer is known by prompts, completions and columns. A column without a value for these rows counts as none, so
-    # that it does not matter what other rows have. The ids follow from the completions, the state from the step.
-    question: dict[str, Any] = {
-        column: list(entries) for column, entries in columns.items() if any(entry is not None for entry in entries)
-    }
-    question |= {"prompts": list(prompts), "completions": _as_answers(prompts, completions)}
-    parts: Parts = {}
-    caller, notes = caller or Caller(), notes or Notes()
-    for name, func in zip(reward_names(funcs), funcs, strict=True):
-        if not takes_completions(func):
-            texts = [completion_text(completion) for completion in completions]
-            targets = columns.get("target") or [None] * rows
-            parts[name] = score_pairs(func, texts, targets, prompts=prompts, name=name, caller=caller)
-            continue
-
-        call = trl_call(func)
-
-        def ask(func: Reward = func, call: TrlCall = call) -> Any:
-            # Lists of its own for each call: one that sorts in place must not misalign the next.
-            recorder = Recorder()
-            values: dict[str, Any] = {"log_metric": recorder.log_metric, "log_extra": recorder.log_extra, **state}
-            values |= {column: list(map(list, entries)) for column, entries in given.items()}
-            values |= {column: list(entries) for column, entries in columns.items()}
-            values |= {"prompts": list(prompts), "completions": _as_answers(prompts, completions)}
-            return _with(recorder, func(**call.arguments(values)))
-
-        def take(recorder: Recorder, name: str = name) -> None:
-            notes.take(name, recorder, rows)
-
-        parts[name] = _asked_once(caller, name, where, question, ask, row, take)
-    return parts
+    return row
 
 
 def weighted_total(parts: Parts, weights: Sequence[float] | None = None) -> list[float | None]:
@@ -230,6 +244,15 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"reward weights {weights}; all must be finite numbers")
     return weights
+
+
+def _lists(
+    prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+) -> dict[str, list[Any]]:
+    """Columns, prompts and completions in lists of their own: a function that sorts in place must not misalign the next
+    call."""
+    lists = {column: list(entries) for column, entries in columns.items()}
+    return {**lists, "prompts": list(prompts), "completions": _as_answers(prompts, completions)}
 
 
 def _as_answers(prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
@@ -287,7 +310,6 @@ def _called(
 def _asked_once(
     caller: Caller,
     name: str,
-    where: str,
     question: Any,
     ask: Callable[[], Any],
     row: Callable[[int], str],
@@ -295,7 +317,8 @@ def _asked_once(
 ) -> list[float | None]:
     """Scores of all rows by one call. With `take`, `ask` returns the values and a recorder, which `take` gets once the
     values are scores."""
-    rows = _rows_of(question)
+    rows = len(question["prompts"] if isinstance(question, dict) else question[0])
+    where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
 
     def read(values: Any) -> list[float | None]:
         if take is None:
@@ -309,10 +332,6 @@ def _asked_once(
     return [None] * rows if scores is None else scores
 
 
-def _rows_of(question: Any) -> int:
-    return len(question["prompts"] if isinstance(question, dict) else question[0])
-
-
 def _scores(name: str, values: Any, rows: int, row: Callable[[int], str]) -> list[float | None]:
     try:
         values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
@@ -320,7 +339,7 @@ def _scores(name: str, values: Any, rows: int, row: Callable[[int], str]) -> lis
         raise RewardError(f"the reward {name!r} returned {shown(values)}, which is no list: {error}") from error
     if not isinstance(values, list | tuple):
         raise RewardError(
-            f"the reward {name!r} returned {_excerpt(values)} ({type(values).__name__}) for {rows} rows; "
+            f"the reward {name!r} returned {shown(values, 80)} ({type(values).__name__}) for {rows} rows; "
             f"it must return a list with one score for each row{_is_factory(values)}"
         )
     if len(values) != rows:
@@ -343,7 +362,7 @@ def _score(name: str, value: Any, where: str) -> float | None:
         result = math.nan
     if not math.isfinite(result):
         raise RewardError(
-            f"the reward {name!r} returned {_excerpt(value)} ({type(value).__name__}) for {where}; "
+            f"the reward {name!r} returned {shown(value, 80)} ({type(value).__name__}) for {where}; "
             f"a score is {ACCEPTED}{_is_factory(value)}"
         )
     return result
@@ -351,8 +370,3 @@ def _score(name: str, value: Any, where: str) -> float | None:
 
 def _is_factory(value: Any) -> str:
     return ". A function that makes a reward is called first: give what it returns" if callable(value) else ""
-
-
-def _excerpt(value: Any, length: int = 80) -> str:
-    text = shown(value, length + 1)
-    return text if len(text) <= length else text[:length] + "..."

@@ -4,7 +4,6 @@
 
 The person is blind: nothing shown tells which model, adapter or step a response comes from, nor what the discriminator
 predicts. Equal pairs of prompt and response are asked for once, in the life of the object and of its log.
-Beside the reward stand the two things that judge.py needs as well: chats as text, and files of JSON Lines.
 """
 
 import re
@@ -39,8 +38,7 @@ Pair = tuple[str, str, str | None]  # prompt, response, and the target where it 
 class Human:
     """Ratings by a person: rating / 10, so in [0, 1], higher is better; None for a response that was skipped.
 
-    A reward function of TRL's form, for `reward_funcs`. Shown in the order they were sampled in, as panels where `rich`
-    is installed.
+    A reward function of TRL's form, for `reward_funcs`. Responses are shown in the order they were sampled in.
 
     Args:
         show_target: show the target too, where a row has one. A rating then holds for that target only. A rating in the
@@ -196,20 +194,16 @@ class Human:
 
     def _show(self, pair: Pair, title: str) -> None:
         prompt, response, target = pair
-        parts = {"prompt": prompt, "target": target, title: response}
-        for name, text in parts.items():
+        for name, text in {"prompt": prompt, "target": target, title: response}.items():
             if text is not None:
                 self._panel(name, text, chosen=name == title)
 
     def _panel(self, title: str, text: str, *, chosen: bool) -> None:
+        from rich.console import Console
+        from rich.panel import Panel
+        from rich.text import Text
+
         text = self._printable(text) or "(empty)"
-        try:
-            from rich.console import Console
-            from rich.panel import Panel
-            from rich.text import Text
-        except ImportError:
-            self._say(f"\n--- {title} ---\n{text}")
-            return
         Console(file=self._out).print(Panel(Text(text), title=title, border_style="bold" if chosen else "dim"))
 
     def _say(self, text: str, end: str = "\n") -> None:
@@ -240,6 +234,3 @@ def _ctrl_c_raises() -> Iterator[None]:
     finally:
         if before is not None:  # None: set by C code, which signal() cannot put back
             signal.signal(signal.SIGINT, before)
-
-
-# --- chats as text --------------------------------------------------------------------------------------------------

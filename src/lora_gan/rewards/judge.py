@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ..extras import need
 from ..storage.json_lines import append_line, open_lines
 from .combine import RewardUnavailable
 from .messages import as_text
@@ -144,7 +145,7 @@ class Judge:
         self.price_per_million = price_per_million
         options = {"temperature": temperature, "max_tokens": max_tokens, **request}
         self._request = {name: value for name, value in options.items() if value is not None}
-        self._openai = _import_openai()
+        self._openai = need("openai", "the judge is asked by the openai client", "judge")
         self._counts = dict.fromkeys(COUNTS, 0)
         self._lock = threading.Lock()  # for the counts, the scores and the file, which threads share
         self._given_up = False  # whether the questions that are still open are given up on
@@ -416,14 +417,6 @@ def parse_score(answer: str, scale: tuple[float, float]) -> float | None:
 
 
 # --- small things ---------------------------------------------------------------------------------------------------
-
-
-def _import_openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ImportError('the judge is asked by the openai client: pip install "lora-gan[judge]"') from error
-    return openai
 
 
 def _is_this_machine(address: str | None) -> bool:

@@ -32,6 +32,3 @@ def _content(content: Any) -> str:
     if isinstance(content, list | tuple):
         return "".join(str(part["text"]) if "text" in part else f"[{part.get('type', 'unknown')}]" for part in content)
     return "" if content is None else str(content)
-
-
-# --- JSON Lines that survive a crash --------------------------------------------------------------------------------

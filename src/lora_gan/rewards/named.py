@@ -12,7 +12,6 @@ its parameters. It is then called with the options. Every other function is a re
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -26,7 +25,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .signatures import GIVEN, PAIR_NAMES, check_reward, returns_function, reward_name, takes_completions
+from ..wording import did_you_mean
+from .signatures import (
+    GIVEN,
+    PAIR_NAMES,
+    VARIADIC,
+    check_reward,
+    parameters_of,
+    returns_function,
+    reward_name,
+    takes_completions,
+)
 from .source import OPTIONS
 
 READY = {  # name: the file of this folder it is in, and what it is called there
@@ -161,13 +170,8 @@ def _is_factory(name: str, found: Callable[..., Any], options: dict[str, Any]) -
         return False  # an object is a reward
     if returns_function(found):
         return True
-    try:
-        parameters = list(inspect.signature(found).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    if any(parameter.kind in VARIADIC for parameter in parameters):
-        return False
-    if any(parameter.name in (*PAIR_NAMES, *GIVEN) for parameter in parameters):
+    parameters = parameters_of(found)
+    if parameters is None or any(p.kind in VARIADIC or p.name in (*PAIR_NAMES, *GIVEN) for p in parameters):
         return False
     left = [parameter for parameter in parameters if parameter.name not in options]
     if any(parameter.default is parameter.empty for parameter in left):
@@ -180,15 +184,12 @@ def _is_factory(name: str, found: Callable[..., Any], options: dict[str, Any]) -
     return True
 
 
-VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-
-
 def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any], makes_one: bool) -> None:
     """Every option is one that the function or class takes beside what a reward is called with; none is missing."""
-    try:
-        parameters = dict(inspect.signature(found).parameters)
-    except (TypeError, ValueError):
+    listed = parameters_of(found)
+    if listed is None:
         return
+    parameters = {parameter.name: parameter for parameter in listed}
     if not makes_one:
         called_with = _called_with(found, list(parameters), options)
         parameters = {key: value for key, value in parameters.items() if key not in called_with}
@@ -197,10 +198,10 @@ def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any]
         for option in options:
             if option not in accepted:
                 known = [*accepted, "weight", "as"]
-                nearest = difflib.get_close_matches(option, known, n=1)
-                hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-                takes = ", ".join(known)
-                raise ValueError(f"the reward {name!r} has no option {option!r}{hint}; it takes {takes}")
+                raise ValueError(
+                    f"the reward {name!r} has no option {option!r}{did_you_mean(option, known)}; it takes "
+                    f"{', '.join(known)}"
+                )
     required = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in options]
     if required and (makes_one or not takes_completions(found)):  # TRL's form may ask for columns
         known = "" if makes_one else (
@@ -227,20 +228,16 @@ def _find(name: str) -> Any:
     if not colon:
         if name.endswith(".py"):
             raise ValueError(f"{name!r} names a file: say which function of it, as {name}:function")
-        nearest = difflib.get_close_matches(name, READY, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise ValueError(
-            f"there is no reward {name!r}{hint}. Ready made are {', '.join(READY)}; a function of your own is named "
-            "as path/to/file.py:function or package.module:function"
+            f"there is no reward {name!r}{did_you_mean(name, READY)}. Ready made are {', '.join(READY)}; a function of "
+            "your own is named as path/to/file.py:function or package.module:function"
         )
     if not place or not inside:
         raise ValueError(f"{name!r} names no function: path/to/file.py:function or package.module:function")
     module = _of_file(place) if place.endswith(".py") else _of_module(place)
     if not hasattr(module, inside):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        nearest = difflib.get_close_matches(inside, own, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise ValueError(f"there is no {inside!r} in {place}{hint}")
+        raise ValueError(f"there is no {inside!r} in {place}{did_you_mean(inside, own)}")
     return getattr(module, inside)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_origin
 
+from ..wording import shortened
+
 #: Parameters of the pair form and the value each one gets.
 PAIR_NAMES = {
     "prompt": "prompt",
@@ -25,7 +27,7 @@ BATCH_NAMES = {f"{name}s": value for name, value in PAIR_NAMES.items()}
 #: What a reward of TRL's form gets beside the columns of the data.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -45,10 +47,10 @@ def takes_completions(func: Callable[..., Any]) -> bool:
     4. Another parameter that TRL gives (`GIVEN`) makes TRL's form.
     5. **kwargs with fewer than two parameters by position make TRL's form; everything else is of the pair form.
     """
-    parameters = None if hasattr(func, "batch") else _parameters(func)
+    parameters = None if hasattr(func, "batch") else parameters_of(func)
     if parameters is None:
         return False
-    names = {parameter.name for parameter in parameters if parameter.kind not in _VARIADIC}
+    names = {parameter.name for parameter in parameters if parameter.kind not in VARIADIC}
     if names & {"completions", "completion_ids"}:
         return True
     if names & {"prompt", "response", "completion"}:
@@ -122,7 +124,7 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
         ValueError: a known name stands beside an unknown one without a default, no parameter takes the response, or a
             parameter could be the target or an option.
     """
-    parameters = _parameters(func)
+    parameters = parameters_of(func)
     if parameters is None:
         return PairCall(("response", "target"))
     if isinstance(func, functools.partial):  # what it binds by name stays bound, also where the name is known
@@ -140,16 +142,11 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
     for parameter in parameters:
         if parameter.name in GIVEN and parameter.name not in names:
             raise refused(f"{parameter.name} is given to rewards of TRL's form, f(prompts, completions, **columns)")
-    known = [parameter for parameter in parameters if parameter.name in names and parameter.kind not in _VARIADIC]
-    others = [
-        parameter.name
-        for parameter in parameters
-        if parameter not in known and parameter.kind not in _VARIADIC and parameter.default is parameter.empty
-    ]
+    known = [p.name for p in parameters if p.name in names and p.kind not in VARIADIC]
+    others = [name for name in _required(parameters) if name not in known]
     if known and others:
-        beside = ", ".join(parameter.name for parameter in known)
-        raise refused(f"it is not known what {', '.join(others)} beside {beside} should get")
-    if known and "response" not in [names[parameter.name] for parameter in known]:
+        raise refused(f"it is not known what {', '.join(others)} beside {', '.join(known)} should get")
+    if known and "response" not in [names[name] for name in known]:
         raise refused("no parameter takes the response")
     return _by_name(parameters, names) if known else _by_position(parameters, refused)
 
@@ -160,7 +157,7 @@ def _by_name(parameters: Sequence[inspect.Parameter], names: Mapping[str, str]) 
     rest: list[tuple[str, str]] = []
     contiguous = True
     for parameter in parameters:
-        is_known = parameter.name in names and parameter.kind not in _VARIADIC
+        is_known = parameter.name in names and parameter.kind not in VARIADIC
         contiguous &= is_known and parameter.kind in _BY_POSITION
         if is_known and contiguous:
             first.append(names[parameter.name])
@@ -175,11 +172,6 @@ def _by_name(parameters: Sequence[inspect.Parameter], names: Mapping[str, str]) 
 def _by_position(parameters: Sequence[inspect.Parameter], refused: Callable[[str], ValueError]) -> PairCall:
     """(response, target), or the response alone where there is room for one."""
     places = [parameter for parameter in parameters if parameter.kind in _BY_POSITION]
-    required = [
-        parameter.name
-        for parameter in parameters
-        if parameter.kind not in _VARIADIC and parameter.default is parameter.empty
-    ]
     collects = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     if not places and not collects:
         raise refused("no parameter takes the response")
@@ -189,7 +181,7 @@ def _by_position(parameters: Sequence[inspect.Parameter], refused: Callable[[str
             which = "response" if parameter is places[0] else "target"
             raise refused(f"{parameter.name}={parameter.default!r:.40} could be the {which} or an option")
     taken = [p for p in places[:2] if p.default is p.empty or p.default is None]
-    if unfilled := [name for name in required if name not in [parameter.name for parameter in taken]]:
+    if unfilled := [name for name in _required(parameters) if name not in [p.name for p in taken]]:
         raise refused(f"it is not known what {', '.join(unfilled)} should get")
     count = 2 if collects and len(places) < 2 else len(taken)
     return PairCall(("response", "target")[:count])
@@ -226,24 +218,18 @@ def trl_call(func: Callable[..., Any]) -> TrlCall:
     Raises:
         ValueError: a parameter without a default is positional-only: all arguments come by keyword.
     """
-    parameters = _parameters(func) or []
-    named, required = set(), []
+    parameters = parameters_of(func) or []
+    required = _required(parameters)
     for parameter in parameters:
-        if parameter.kind in _VARIADIC:
-            continue
-        has_default = parameter.default is not parameter.empty
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            if has_default:
-                continue
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.name in required:
             raise ValueError(
                 f"{_signed(func)} cannot be called: rewards of TRL's form get keyword arguments, and "
                 f"{parameter.name} is positional-only: remove the /"
             )
-        named.add(parameter.name)
-        if not has_default:
-            required.append(parameter.name)
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = frozenset(parameter.name for parameter in parameters if parameter.kind in by_keyword)
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    return TrlCall(frozenset(named), tuple(required), takes_all)
+    return TrlCall(named, tuple(required), takes_all)
 
 
 def require_columns(
@@ -283,7 +269,7 @@ def needs_columns(funcs: Sequence[Callable[..., Any]]) -> bool:
 # --- signatures -------------------------------------------------------------------------------------------------------
 
 
-def _parameters(func: Callable[..., Any]) -> list[inspect.Parameter] | None:
+def parameters_of(func: Callable[..., Any]) -> list[inspect.Parameter] | None:
     """The parameters; None where there is no signature to read."""
     try:
         return list(inspect.signature(func).parameters.values())
@@ -291,15 +277,18 @@ def _parameters(func: Callable[..., Any]) -> list[inspect.Parameter] | None:
         return None
 
 
+def _required(parameters: Sequence[inspect.Parameter]) -> list[str]:
+    """Names of the parameters that a call must fill."""
+    return [p.name for p in parameters if p.kind not in VARIADIC and p.default is p.empty]
+
+
 def _signed(func: Callable[..., Any], name: str | None = None) -> str:
     """The reward and its signature, for messages."""
-    name = name or reward_name(func)
     try:
         signature = " ".join(str(inspect.signature(func)).split())
     except Exception:  # a stranger's default may have no repr
         signature = "(...)"
-    signature = signature if len(signature) <= 200 else signature[:200] + "..."
-    return f"the reward {name}{signature}"
+    return f"the reward {name or reward_name(func)}{shortened(signature, 200)}"
 
 
 def _call_first(func: Callable[..., Any]) -> str:

@@ -13,9 +13,9 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args
 
+from ..extras import need
 from .combine import RewardUnavailable
 
 Rouge = Literal["rouge1", "rouge2", "rougeL"]
@@ -126,21 +126,13 @@ def _unit(percent: float) -> float:
     return min(percent / 100.0, 1.0)  # sacrebleu's perfect BLEU is 100.00000000000004
 
 
-def _sacrebleu() -> ModuleType:
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise ImportError('BLEU and chrF are computed by sacrebleu: pip install "lora-gan[metrics]"') from error
-    return sacrebleu
+def _sacrebleu() -> Any:
+    return need("sacrebleu", "BLEU and chrF are computed by sacrebleu", "metrics")
 
 
 @functools.lru_cache
 def _rouge_scorer(kind: Rouge) -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError('ROUGE is computed by rouge-score: pip install "lora-gan[metrics]"') from error
-    return RougeScorer([kind])
+    return need("rouge_score.rouge_scorer", "ROUGE is computed by rouge-score", "metrics").RougeScorer([kind])
 
 
 def _words(text: str) -> list[str]:
@@ -150,12 +142,9 @@ def _words(text: str) -> list[str]:
 @functools.lru_cache
 def _wordnet() -> Any:
     """WordNet as an nltk reader: from nltk's own data, else from the dict folder of WordNet or of Debian's package."""
-    try:
-        import nltk
-        from nltk.corpus import wordnet
-        from nltk.corpus.reader import WordNetCorpusReader
-    except ImportError as error:
-        raise ImportError('METEOR is computed by nltk: pip install "lora-gan[metrics]"') from error
+    nltk = need("nltk", "METEOR is computed by nltk", "metrics")
+    from nltk.corpus import wordnet
+    from nltk.corpus.reader import WordNetCorpusReader
 
     class DictFolder(WordNetCorpusReader):
         """A folder with WordNet's data alone, which is what Debian ships: METEOR reads no more."""

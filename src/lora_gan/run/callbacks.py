@@ -35,7 +35,7 @@ from ..data import Row
 from ..rewards.answers import Answers
 from ..state import State
 from ..storage import checkpoint, durable
-from ..storage.json_lines import JsonLines, read_lines
+from ..storage.json_lines import JsonLines
 from . import tracking
 from .display import Display
 from .ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
@@ -161,8 +161,9 @@ class Run:
             true_reward.answers, true_reward.trainer_state = self.answers, self.state
             true_reward.data_columns = data.column_names(self._rows)
             stack.callback(self._leave)
-            self._catch_up_with_calls(folder / "metrics.jsonl")
-            self.metrics = stack.enter_context(JsonLines(folder / "metrics.jsonl", after=self.first))
+            # Calls that were made after the checkpoint which the run goes on from count, too: they were paid for.
+            lines = JsonLines(folder / "metrics.jsonl", after=self.first, see=self.carried.true_reward.budget.catch_up)
+            self.metrics = stack.enter_context(lines)
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
                 self.completions = stack.enter_context(lines)
@@ -207,12 +208,6 @@ class Run:
             "sources": self.carried.true_reward.sources,
         }
         return Answers(folder, run, step=self.first, newest=newest, reuse=self.carried.config.reuse_answers)
-
-    def _catch_up_with_calls(self, file: Path) -> None:
-        """Count calls that were made after the checkpoint which the run goes on from: they were paid for."""
-        if self.first and file.is_file():
-            for line in read_lines(file):
-                self.carried.true_reward.budget.catch_up(line)
 
     def _go_on(self) -> None:
         """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""

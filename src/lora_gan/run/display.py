@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..wording import duration, shortened
 from .ending import Ending
 
 PLAIN_SECONDS = 10.0  # between plain lines
@@ -209,7 +210,7 @@ class Display:
         done, left = self.step - self.first, self.last - self.step
         if done <= 0 or not left:  # below 0 where the run went back to before it began
             return "done" if not left else "time left unknown"
-        return f"about {duration((time.monotonic() - self._began) / done * left)} left"
+        return f"about {duration(round((time.monotonic() - self._began) / done * left))} left"
 
     # --- the live display
 
@@ -248,7 +249,7 @@ class Display:
         row.add_column(ratio=1)
         row.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=max(1, self.last), completed=self.step)
-        passed = duration(time.monotonic() - self._began)
+        passed = duration(round(time.monotonic() - self._began))
         row.add_row(f"step {self.step}/{self.last}", bar, f"{passed}, {self._time_left()}")
         return row
 
@@ -308,19 +309,12 @@ def one_line(text: Any, length: int) -> str:
     """A text, or the last of some chat messages, as part of one line, without what would move a terminal's cursor."""
     if isinstance(text, list) and text and isinstance(text[-1], Mapping):
         text = text[-1].get("content")
-    line = "".join(filter(str.isprintable, " ".join(str(text).split())))
-    return line if len(line) <= length else line[: length - 1] + "…"
+    return shortened("".join(filter(str.isprintable, " ".join(str(text).split()))), length)
 
 
 def sparkline(values: Sequence[float]) -> str:
     low, high = min(values, default=0.0), max(values, default=0.0)
     return "".join("▁▂▃▄▅▆▇█"[int(7.999 * (value - low) / (high - low)) if high > low else 3] for value in values)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _number(value: float | None) -> str:

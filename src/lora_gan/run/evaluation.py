@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from ..model.players import Player
 from ..rewards import Notes, text
 from ..rewards.budget import Purpose
 from ..rewards.combine import Parts
-from . import tracking
+from . import tables, tracking
 
 
 class Asks(Protocol):
@@ -148,27 +148,13 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def table(judged: dict[str, dict[str, Any]]) -> str:
     """Evaluations side by side, as text: a line a metric, mean and interval in each evaluation's column."""
-    first = next(iter(judged.values()))["metrics"]
-    lines = [["", *judged]]
-    for name in first:
-        lines.append([name, *(_cell(result["metrics"].get(name)) for result in judged.values())])
-    lines.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in judged.values())])
-    for name in next(iter(judged.values())).get("logged", {}):
-        values = [result.get("logged", {}).get(name) for result in judged.values()]
-        lines.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
-    return "\n".join(aligned(lines))
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells as lines of text, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _cell(metric: dict[str, float | None] | None) -> str:
-    if metric is None or metric["mean"] is None:
-        return "–"
-    return f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+    results, first = judged.values(), next(iter(judged.values()))
+    rows = [[name, *(tables.cell(result["metrics"].get(name)) for result in results)] for name in first["metrics"]]
+    rows.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in results)])
+    for name in first.get("logged", {}):
+        values = [result.get("logged", {}).get(name) for result in results]
+        rows.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
+    return tables.table(list(judged), rows)
 
 
 def interval(values: list[float | None], draws: int = 2000) -> dict[str, float | None]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from ..config import Config
 from ..settings import Mark, marked
+from ..storage.json_lines import write_json
+from ..wording import counted, shortened
 from .options import SETTINGS_FILE, kept_options
 
 DATA_FILE = "data.json"
@@ -69,8 +71,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], step: in
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return "null" if value is None else shortened(str(value), 80)
 
 
 def identity(source: str, rows: Any) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _digest(rows: Sequence[Any]) -> str:
 
 def keep_identities(folder: Path, identities: Mapping[str, Any]) -> None:
     """Write {option: identity of its rows} for a later resume."""
-    (folder / DATA_FILE).write_text(json.dumps(identities, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / DATA_FILE, identities)
 
 
 def kept_identities(folder: Path) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _described(known: Any) -> str:
     if not isinstance(known, dict):
         return "none"
     count = known.get("rows")
-    rows = f" ({count:,} row{'' if count == 1 else 's'})" if isinstance(count, int) else ""
+    rows = f" ({counted(count, 'row')})" if isinstance(count, int) else ""
     return f"{known.get('source')}{rows}"
 
 

@@ -34,7 +34,7 @@ class Saver:
         self._wait = 1  # steps between tries, doubled each time
 
     def save(self, keep: Collection[int] = ()) -> None:
-        """Take a checkpoint of now. A failure to write it is told, and the next tries are `due`."""
+        """Take a checkpoint of now. A failure to write it is told, and `look` says when to try again."""
         self._begin(keep)
         if not self.beside:
             self.settle()

@@ -8,7 +8,6 @@ metric, and then means what it means there (`summary`). docs/metrics.md lists ev
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import math
@@ -24,6 +23,7 @@ from ..data import Row
 from ..rewards.notes import Notes, mean
 from ..training.experience import Experience
 from ..training.fresh_metrics import fresh_metrics
+from ..wording import did_you_mean
 
 
 def step_record(
@@ -292,8 +292,7 @@ def trackers_of(report_to: str | Sequence[str]) -> list[str]:
         return [name for name in TRACKERS if find_spec(name)]
     for name in names:
         if name not in TRACKERS:
-            nearest = difflib.get_close_matches(str(name), [*TRACKERS, "all", "none"], n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            hint = did_you_mean(name, [*TRACKERS, "all", "none"])
             raise ValueError(
                 f"report_to={name!r} is not accepted{hint}: it must be {', '.join(map(repr, TRACKERS))}, several of "
                 "these, 'all' or 'none'"

@@ -37,21 +37,11 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OSError: it could not be written; what was there before is there still.
     """
-    writing, replaced = _beside(final, "writing"), _beside(final, "replaced")
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        writing.mkdir(parents=True)
+    with _new_folder(final) as (writing, entries):
         for name, data in files.items():
             (writing / name).parent.mkdir(parents=True, exist_ok=True)
             write_synced(writing / name, data)
-        write_synced(writing / MANIFEST, _manifest(files))
-        for folder in sorted({(writing / name).parent for name in files} | {writing}, reverse=True):
-            sync_folder(folder)
-        _put_in_place(writing, final, replaced)
-    except OSError:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise
-    _drop_set_aside(final)
+            entries[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @contextmanager
@@ -62,26 +52,36 @@ def whole_folder(final: Path) -> Iterator[Path]:
     (an exception, Ctrl-C) removes the new folder and leaves `final` as it was. A process that is killed leaves a folder
     that `tidy` removes.
     """
-    writing, replaced = _beside(final, "writing"), _beside(final, "replaced")
+    with _new_folder(final) as (writing, entries):
+        yield writing
+        for file in sorted(path for path in writing.rglob("*") if path.is_file()):
+            _sync_file(file)
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            entries[file.relative_to(writing).as_posix()] = {"size": file.stat().st_size, "sha256": digest}
+
+
+@contextmanager
+def _new_folder(final: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder to write synced files into, and the entries of its manifest. After the block it becomes `final`."""
+    writing = _beside(final, "writing")
     shutil.rmtree(writing, ignore_errors=True)
+    entries: dict[str, Any] = {}
     try:
         writing.mkdir(parents=True)
-        yield writing
-        files = sorted(path for path in writing.rglob("*") if path.is_file())
-        for file in files:
-            _sync_file(file)
-        entries = {path.relative_to(writing).as_posix(): _entry(path) for path in files}
-        write_synced(writing / MANIFEST, _as_manifest(entries))
-        for folder in sorted({path.parent for path in files} | {writing}, reverse=True):
+        yield writing, entries
+        write_synced(writing / MANIFEST, (json.dumps({"format": 1, "files": entries}, indent=2) + "\n").encode())
+        for folder in sorted({(writing / name).parent for name in entries} | {writing}, reverse=True):
             sync_folder(folder)
-        _put_in_place(writing, final, replaced)
+        _put_in_place(writing, final)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
     _drop_set_aside(final)
 
 
-def _put_in_place(writing: Path, final: Path, replaced: Path) -> None:
+def _put_in_place(writing: Path, final: Path) -> None:
+    replaced = _beside(final, "replaced")
     if final.exists():  # else what was set aside before may be all there is
         _drop_set_aside(final)
         os.rename(final, replaced)
@@ -146,21 +146,6 @@ def _sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _manifest(files: Mapping[str, bytes]) -> bytes:
-    return _as_manifest(
-        {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    )
-
-
-def _as_manifest(entries: Mapping[str, Any]) -> bytes:
-    return (json.dumps({"format": 1, "files": entries}, indent=2) + "\n").encode()
 
 
 def _beside(folder: Path, doing: str) -> Path:

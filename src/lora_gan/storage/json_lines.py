@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,26 +19,32 @@ class JsonLines:
 
     At step 0 it begins anew. A run that goes on after step N keeps the lines up to N: what was written between the
     checkpoint and a crash comes again. `kept` holds them. Nothing is touched before there is a line to write.
+
+    Args:
+        path: the file.
+        after: N.
+        see: called with each line that is there before, also with those that are not kept.
     """
 
-    def __init__(self, path: Path, *, after: int) -> None:
+    def __init__(self, path: Path, *, after: int, see: Callable[[dict[str, Any]], None] = lambda line: None) -> None:
         self.path = path
         self.file: TextIO | None = None
-        self.kept = _up_to(after, read_lines(path)) if after and path.exists() else []
+        lines = list(read_lines(path)) if after and path.exists() else []
+        for line in lines:
+            see(line)
+        self.kept = _up_to(after, lines)
 
     def write(self, *values: Mapping[str, Any]) -> None:
         self.begin()
         self.kept = []  # they stand in the file
-        self.file.write("".join(map(_line, values)))
+        self.file.write("".join(map(as_line, values)))
         self.file.flush()
 
     def begin(self) -> None:
-        """The file with the lines that are kept, written beside and renamed, open for more."""
-        if self.file is not None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        durable.replace_file(self.path, "".join(map(_line, self.kept)).encode("utf-8", "backslashreplace"))
-        self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+        """The file with the lines that are kept, open for more."""
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = rewritten(self.path, self.kept)
 
     def go_back(self, after: int) -> None:
         """Drop the lines after a step that the run went back to."""
@@ -63,8 +69,25 @@ def _up_to(after: int, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= after]
 
 
-def _line(values: Mapping[str, Any]) -> str:
+def as_line(values: Mapping[str, Any]) -> str:
+    """One line of such a file."""
     return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def rewritten(path: Path, lines: Iterable[Mapping[str, Any]]) -> TextIO:
+    """A file that holds these lines, or what it held before if writing breaks off; open for more lines."""
+    durable.replace_file(path, "".join(map(as_line, lines)).encode("utf-8", "backslashreplace"))
+    return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A small new file of such lines."""
+    path.write_text("".join(map(as_line, lines)), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A small file of one JSON value, for people too."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -109,7 +132,7 @@ def open_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     """Append one line, and hand it to the system before returning; what a crash left unfinished is closed first."""
-    line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"  # \udc80 is JSON as well
+    line = as_line(entry).encode("utf-8", "backslashreplace")  # \udc80 is JSON as well
     with path.open("ab+") as file:
         if file.seek(0, 2) > 0:
             file.seek(-1, 2)

@@ -19,6 +19,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
+from ..wording import size
 from . import durable
 from .durable import Damaged, Folder
 
@@ -64,8 +65,7 @@ def get(final: Path, fill: Callable[[Path], None], *, needs: int) -> Path:
         free = shutil.disk_usage(final.parent).free
         if free < needs:
             raise ValueError(
-                f"{final.parent} has {free / 1e6:,.0f} MB free, and {needs / 1e6:,.0f} MB are needed: make room, or "
-                f"{_elsewhere()}"
+                f"{final.parent} has {size(free)} free, and {size(needs)} are needed: make room, or {_elsewhere()}"
             )
         with durable.whole_folder(final) as folder:
             fill(folder)

@@ -1,0 +1,236 @@
+"""`lora-gan train`: from its options to a run, and what it prints.
+
+Everything heavy is imported inside the functions: most mistakes are in the data, and are told before imports that take
+seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..run.options import keep_options, kept_options, with_full_paths
+from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
+from ..storage.json_lines import read_lines
+
+
+def columns(config: Config) -> dict[str, Any]:
+    """The columns of a run's data, as `read_rows` takes them."""
+    return {"prompt_column": config.prompt_column, "target_column": config.target_column}
+
+
+def run(config: Config, options: dict[str, Any]) -> None:
+    """Train, or try the next step.
+
+    Args:
+        config: the settings.
+        options: the other parameters of `commands.train`, by name.
+
+    Raises:
+        ValueError: an option that is not accepted, or data or a reward that cannot be used.
+    """
+    folder, resume, dry_run = Path(config.output_dir), options["resume"], options["dry_run"]
+    if config.eval_steps and options["eval_data"] is None:
+        raise ValueError(f"--eval_steps {config.eval_steps} needs rows to judge on: give --eval_data")
+    _require_room(folder, resume=resume, dry_run=dry_run)
+    from ..rewards import named
+
+    rewards = named.from_specs(options["reward"])
+    rows, held_out, identities = _data(config, options)
+    if resume:
+        _say(*say_if_other_data(kept_identities(folder), identities, allowed=options["allow_other_data"]))
+    gan = _opened(config, options, *rewards)
+    rows = gan.check_rows(rows)
+    if held_out is not None:
+        held_out = gan.check_held_out(held_out, rows)
+    steps = gan.steps_left(rows)
+    if steps == 0:
+        raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
+    try_step = _describe(gan, rows, held_out, steps=steps, dry_run=dry_run)
+    for func in rewards[0]:
+        if getattr(func, "interactive", False) and func.log is None:
+            func.keep(folder / "ratings.jsonl")  # what a person said, in a dry run too, is not asked again
+    if dry_run:
+        try_step()
+        return
+    _fit(gan, rows, held_out, {**options, **config.to_file()}, identities)
+    _say_result(gan, folder)
+
+
+def _data(config: Config, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The rows to train on, the held-out ones or None, and what identifies both."""
+    from ..data import read_rows
+
+    data, eval_data = options["data"], options["eval_data"]
+    rows = read_rows(data, split=options["split"], streaming=options["streaming"], **columns(config))
+    held_out = read_rows(eval_data, split="test", **columns(config)) if eval_data else None
+    return rows, held_out, {"data": identity(data, rows), "eval_data": eval_data and identity(eval_data, held_out)}
+
+
+def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], reward_weights: list[float]) -> Any:
+    """The LoraGAN: new, or from the newest checkpoint, with a line for each thing that is not as before."""
+    from ..gan import LoraGAN
+    from ..run.resuming import adapter_arguments
+    from ..run.tracking import trackers_of
+    from ..run.trainer_state import settings_of
+
+    trackers_of(config.report_to)
+    folder, resume = Path(config.output_dir), options["resume"]
+    generator = {
+        "init_adapter": options["init_adapter"],
+        "peft_config": _lora("peft_config", options["peft_config"]),
+    }
+    if resume:
+        generator, said = adapter_arguments(folder, generator, config.kl_reference)
+        _say(said)
+    gan = LoraGAN(
+        options["model"],
+        config,
+        reward_funcs=reward_funcs,
+        reward_weights=reward_weights,
+        **generator,
+        disc_peft_config=_lora("disc_peft_config", options["disc_peft_config"]),
+        quantization_config=_quantization(options["quantization_config"]),
+    )
+    if resume:
+        gan.load_checkpoint()
+        _say_if_other_reward(folder, options["reward"])
+        before = settings_of(folder / f"step-{gan.global_step}")
+        _say(*changed_settings(before, config.to_file(), gan.global_step))
+    return gan
+
+
+def _describe(gan: Any, rows: Any, held_out: Any, *, steps: int, dry_run: bool) -> Callable[[], None]:
+    """Print what will be trained, held and asked for; returns what tries the next step and prints what it finds."""
+    from .. import data
+    from ..gan import NO_GROUP
+    from . import preview
+
+    config = gan.config
+    first = data.take(rows, config.prompts_per_step, seed=config.seed, position=gan.position)
+    total = None if isinstance(rows, data.Stream) else len(rows)
+    plan = {"steps": steps, "held_out": 0 if held_out is None else len(held_out), "opened": preview.resident()}
+    print(preview.describe(gan, first, total=total, dry_run=dry_run, **plan), flush=True)
+
+    def try_step() -> None:
+        if config.num_generations == 1:
+            warnings.warn(NO_GROUP, stacklevel=1)
+        known = {"columns": data.column_names(rows), "max_steps": gan.global_step + steps}
+        for paragraph in preview.dry_run(gan, first, **plan, **known):
+            print(paragraph, flush=True)
+
+    return try_step
+
+
+def _fit(gan: Any, rows: Any, held_out: Any, options: dict[str, Any], identities: dict[str, Any]) -> None:
+    """Train. Options and identities are kept with the first step: what fails before leaves nothing."""
+    from ..storage.checkpoint import complete
+
+    folder = Path(gan.config.output_dir)
+    settings: list[Path] = []
+
+    def keep(record: dict[str, Any]) -> None:
+        if not settings:
+            settings.append(keep_options(folder, options))
+            keep_identities(folder, identities)
+
+    try:
+        gan.fit(rows, eval_dataset=held_out, on_step=keep)
+    except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
+        if settings and complete(folder):
+            # A row or a reward that is not as it must be would end the resumed run at the same place.
+            first = "when that is mended, " if isinstance(stop, ValueError | RuntimeError) else ""
+            saved = "" if isinstance(stop, KeyboardInterrupt | SystemExit) else f"step {gan.global_step} is saved; "
+            go_on = f"{saved}{first}go on with: lora-gan train --config {settings[0]} --resume"
+            stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
+        raise
+    finally:
+        if settings:  # a step was taken
+            _draw(gan, folder)
+
+
+def _say_result(gan: Any, folder: Path) -> None:
+    from ..storage.checkpoint import complete
+
+    names = ("metrics.jsonl", "completions.jsonl", "training.png")
+    files = [name for name in names if (folder / name).is_file() and (folder / name).stat().st_size]
+    kept = ", ".join(path.name for path in complete(folder))
+    print(
+        f"{gan.ending}. True-reward calls: {gan.budget.in_words()}.\n"
+        f"{_judged(folder)}In {folder}: {kept}, {', '.join(files)}. The newest step is used by:\n"
+        f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
+        f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
+        f"  lora-gan export --checkpoint {folder} --output_dir FOLDER"
+    )
+
+
+def _judged(folder: Path) -> str:
+    """The run's evaluations, as a line; empty without any."""
+    name = "eval_true_reward"
+    values = [
+        f"{line[name]:.3f} (step {line['step']})" for line in read_lines(folder / "metrics.jsonl") if name in line
+    ]
+    shown = values if len(values) <= 8 else [*values[:2], "…", *values[-5:]]
+    return f"Held-out reward: {', '.join(shown)}.\n" if values else ""
+
+
+def _draw(gan: Any, folder: Path) -> None:
+    """training.png of a run, however it ended. What goes wrong here hides nothing that ended the run."""
+    from ..run.plots import plot_run
+
+    try:
+        plot_run(folder / "metrics.jsonl", folder / "training.png", title=gan.config.run_name)
+    except Exception as error:
+        warnings.warn(f"training.png could not be drawn: {error}", stacklevel=2)
+
+
+def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
+    """A new run beside an older one's checkpoints would mix the two."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder")
+    older = sorted(folder.glob("step-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    if older and not (resume or dry_run):
+        raise ValueError(
+            f"{folder} holds {older[-1].parent.name} of another run: go on with it by --resume, or give this run "
+            "another --output_dir"
+        )
+
+
+def _say(*lines: str) -> None:
+    for line in filter(None, lines):
+        print(line, file=sys.stderr)
+
+
+def _say_if_other_reward(folder: Path, reward: Any) -> None:
+    """A discriminator that learned one reward begins by predicting it for another."""
+    kept = kept_options(folder)
+    before = moved_paths(kept.get("reward"), str(kept.get("output_dir")), folder.resolve())
+    if before is not None and before != with_full_paths(reward):
+        _say(f"The reward is another one than before: {before} up to here, {reward} from now on.")
+
+
+def _lora(name: str, fields: dict[str, Any] | None) -> Any:
+    if fields is None:
+        return None
+    from peft import LoraConfig
+
+    return _constructed(LoraConfig, name, fields)
+
+
+def _quantization(fields: dict[str, Any] | None) -> Any:
+    if fields is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return _constructed(BitsAndBytesConfig, "quantization_config", fields)
+
+
+def _constructed(kind: type, name: str, fields: dict[str, Any]) -> Any:
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={fields!r} is not accepted by {kind.__name__}: {error}") from error
