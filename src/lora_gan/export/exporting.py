@@ -40,8 +40,8 @@ from .. import __version__
 from ..model import base_checks
 from ..model.base import Base
 from ..model.endings import ids_of
-from ..model.opening import without_progress_bars
 from ..model.players import Players
+from ..model.pretrained import without_progress_bars
 from ..storage.checkpoint import readable, save_adapter
 from . import card
 from .licences import licence_id
