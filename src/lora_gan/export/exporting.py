@@ -40,8 +40,8 @@ from ..model import base_checks
 from ..model.adapter_files import save_adapter
 from ..model.base import Base
 from ..model.endings import ids_of
-from ..model.opening import without_progress_bars
 from ..model.players import Players
+from ..model.pretrained import without_progress_bars
 from ..state import State
 from ..storage.checkpoint import readable
 from ..version import __version__

@@ -145,7 +145,7 @@ def convert(file: Path, folder: Path) -> None:
 
     from ..storage.checkpoint import readable
     from .base_checks import require_complete
-    from .opening import load_causal_lm, without_progress_bars
+    from .pretrained import load_causal_lm, without_progress_bars
 
     header = _header(file)
     # Newer releases of transformers can keep weights in GGUF's blocks, which no adapter could be trained on.

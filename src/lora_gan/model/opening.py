@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging as hf_logging
 
 from ..config import Config
 from ..wording import error_line
 from . import base_checks, gguf_files, named_bases
 from .composite import opens_as_text
 from .kv_cache import cache_argument
+from .pretrained import load_causal_lm
 
 # Keys of model_init_kwargs that another setting decides.
 DECIDED_ELSEWHERE = {
@@ -83,14 +83,6 @@ def open_pretrained(
     return lm, tokenizer, path, lm_config if lm_config.get_text_config() is not lm_config else None
 
 
-def load_causal_lm(source: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model that AutoModelForCausalLM makes of a folder or hub id, and transformers' loading info."""
-    with without_progress_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    model, loading = loaded
-    return model, loading
-
-
 @contextmanager
 def _opening(name: str, what: str) -> Iterator[None]:
     """Whatever goes wrong inside, in one line; the whole of it stays behind as the cause."""
@@ -103,18 +95,6 @@ def _opening(name: str, what: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {reason}"
         remedy = "; save it there, or pass processing_class=" if what == "tokenizer" else ""
         raise ValueError(f"the {what} of the base {name!r} could not be opened: {reason}{remedy}") from error
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """A small base loads before its bar is drawn; the user's own setting comes back."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def _require_files(folder: Path, name: str, needs_tokenizer: bool) -> None:

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -48,13 +48,22 @@ from .packing import Batch, build_batch
 from .peft_config import attach, lora_config, require_trainable, warn_of_stock_clients
 from .tokens import positions
 
-if TYPE_CHECKING:
-    from .initial_adapter import InitAdapter
-
 __all__ = ["Base", "Player", "Players"]
 
 Player = Literal["generator", "discriminator", "reference", "base"]
 LOGITS_AT_ONCE = 2**22  # numbers: 16 MB in float32, which stays in a processor's cache
+
+
+class StartingAdapter(Protocol):
+    """The adapter that the generator starts from: `initial_adapter.InitAdapter`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> LoraConfig: ...
+
+    def load_into(self, players: Players) -> None: ...
 
 
 class Players:
@@ -70,7 +79,7 @@ class Players:
         *,
         peft_config: LoraConfig | None = None,
         disc_peft_config: LoraConfig | None = None,
-        init_adapter: InitAdapter | None = None,
+        init_adapter: StartingAdapter | None = None,
     ) -> None:
         self.base = base
         # Whether the reference is an adapter of its own: the one that the generator starts from.
