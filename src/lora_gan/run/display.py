@@ -22,6 +22,7 @@ from rich.text import Text
 
 from ..wording import duration, shortened
 from .ending import Ending
+from .tracking import part_of
 
 PLAIN_SECONDS = 10.0  # between plain lines
 WATCHED = {
@@ -144,7 +145,7 @@ class Display:
         """A step was taken, or (`eval_…`) an evaluation made at it."""
         self.step = step
         for name, value in metrics.items():
-            if name in WATCHED or (name.startswith("rewards/") and name.endswith("/mean")):
+            if name in WATCHED or part_of(name):
                 self.series.setdefault(name, Series()).add(value, step)
         self._calls |= {name: value for name, value in metrics.items() if name in OTHER_CALLS}
         if not self.shown or self.is_live:
@@ -263,7 +264,7 @@ class Display:
         series = dict(self.series)  # the main thread may add to it meanwhile
         parts = [name for name in series if name not in WATCHED]
         for name in sorted(series.keys() - (parts if len(parts) == 1 else []), key=_place):
-            label = WATCHED.get(name) or name.removeprefix("rewards/").removesuffix("/mean")
+            label = WATCHED.get(name) or part_of(name) or name
             if name == "reward_calls":
                 table.add_row(label, self._calls_in_words())
                 continue
