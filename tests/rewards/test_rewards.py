@@ -139,7 +139,7 @@ def test_cosine_cache_drops_the_least_recently_used():
     fake("r", "bb")
     assert asked == ["r", "r", "bb"]
     assert len(fake.batch(["r"] * 5, list("vwxyz"))) == 5  # more targets at once than the cache holds
-    assert len(fake._targets) == 2
+    assert fake._target.cache_info().currsize == 2
 
 
 def test_cosine_scores_blank_texts_as_nought_without_the_model():
@@ -284,7 +284,7 @@ def test_a_reward_that_raises_names_the_row():
         return {"a": 1.0}[response]
 
     with pytest.raises(
-        RewardError, match=r"'fragile' raised KeyError on row 1 \(response 'bbb.*\.\.\., target None\)"
+        RewardError, match=r"'fragile' raised KeyError on row 1 \(response 'bbb.*…, target None\)"
     ) as e:
         score_pairs(fragile, ["a", "b" * 500], [None, None])
     assert isinstance(e.value.__cause__, KeyError) and len(str(e.value)) < 700

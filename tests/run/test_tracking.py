@@ -420,6 +420,23 @@ def test_a_series_knows_where_it_began_and_where_it_is():
     assert display.sparkline([0, 1, 0.5]) == "▁█▄" and display.sparkline([2, 2]) == "▄▄"
 
 
+def test_on_80_columns_nothing_of_a_number_is_cut():
+    numbers = {name: 1000.25 for name in display.WATCHED if name != "reward_calls"}
+    calls = {"reward_calls/evaluation": 1000, "reward_calls/retries": 20, "reward_calls/cached": 100}
+    with live(80) as shown:
+        for step in range(1, 41):
+            parts = {"rewards/format_of_the_answer/mean": 1.0, "rewards/b/mean": 3.0}
+            shown.update(step, numbers | parts | calls | {"reward_calls": 12_000 + step})
+        shown.update(41, {"reward": 0.5})
+    text = shown_on(shown)
+    lines = text[text.rindex("step 41/20") :].splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    for label in (*(display.WATCHED[name] for name in numbers), "format_of_the_answer", "b"):
+        (line,) = [line for line in lines if line.startswith(f"{label} ")]
+        assert re.search(r"\d +[+-]\d+\.\d{3} +[▁▂▃▄▅▆▇█]{8,}", line), "now, change, and the trend"
+    assert "calls 12,040 (plus 1,000 in evaluation, 20 retries, 100 from a cache)" in " ".join(lines)
+
+
 @pytest.mark.parametrize("width", [20, 44, 100])
 def test_the_live_display_shows_steps_numbers_and_samples(width):
     samples = [

@@ -51,6 +51,7 @@ def run(config: Config, options: dict[str, Any]) -> None:
     if steps == 0:
         raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
     try_step = _describe(gan, rows, held_out, steps=steps, dry_run=dry_run)
+    func: Any
     for func in rewards[0]:
         if getattr(func, "interactive", False) and func.log is None:
             func.keep(folder / "ratings.jsonl")  # what a person said, in a dry run too, is not asked again
@@ -109,17 +110,18 @@ def _describe(gan: Any, rows: Any, held_out: Any, *, steps: int, dry_run: bool) 
     from .. import data
     from ..gan import NO_GROUP
     from . import preview
+    from .footprint import resident
 
     config = gan.config
     first = data.take(rows, config.prompts_per_step, seed=config.seed, position=gan.position)
     total = None if isinstance(rows, data.Stream) else len(rows)
-    plan = {"steps": steps, "held_out": 0 if held_out is None else len(held_out), "opened": preview.resident()}
+    plan: dict[str, Any] = {"steps": steps, "held_out": 0 if held_out is None else len(held_out), "opened": resident()}
     print(preview.describe(gan, first, total=total, dry_run=dry_run, **plan), flush=True)
 
     def try_step() -> None:
         if config.num_generations == 1:
             warnings.warn(NO_GROUP, stacklevel=1)
-        known = {"columns": data.column_names(rows), "max_steps": gan.global_step + steps}
+        known: dict[str, Any] = {"columns": data.column_names(rows), "max_steps": gan.global_step + steps}
         for paragraph in preview.dry_run(gan, first, **plan, **known):
             print(paragraph, flush=True)
 

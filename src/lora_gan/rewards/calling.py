@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_any, wait_exponential
 
 from ..wording import shortened
+from .answers import Answers
 
 Answer = TypeVar("Answer")
 LONGEST = 60.0  # seconds between two tries, at the most
@@ -37,15 +38,6 @@ class CallFailed(Exception):
 Call = tuple[Any, Sequence[int], Callable[[], Any], Callable[[Any], Answer]]
 
 
-class Log(Protocol):
-    """Where answers are kept, as `answers.Answers` does."""
-
-    def key(self, reward: str, question: Any) -> Any: ...
-    def known(self, key: Any) -> tuple[bool, Any]: ...
-    def keep(self, key: Any, answer: Any) -> None: ...
-    def settle(self) -> None: ...
-
-
 @dataclass
 class Caller:
     """How rewards are asked, and which rows they failed on."""
@@ -55,7 +47,7 @@ class Caller:
     backoff: float = 1.0  # seconds before the first of them; twice as many before each next one
     workers: int | None = None  # calls at once; None: 1, and ASYNC_WORKERS of an `async def` reward
     skip: bool = False  # when the last try has failed: go on without an answer
-    log: Log | None = None
+    log: Answers | None = None
     may_retry: Callable[[int], bool] = lambda rows: True  # whether a failed call about so many rows may be made again
     on_retry: Callable[[str, str], None] = lambda reward, cause: None  # told of each failed try that is made again
     failed: dict[int, str] = field(default_factory=dict)  # rows without an answer after the last try: the cause

@@ -62,8 +62,8 @@ def score_pairs(
     if len(responses) != len(targets):
         raise ValueError(f"{len(responses)} responses but {len(targets)} targets; give one target (or None) for each")
     name, caller = name or reward_name(fn), caller or Caller()
-    in_batch = hasattr(fn, "batch")
-    call = pair_call(fn.batch, BATCH_NAMES, name=f"{name}.batch") if in_batch else pair_call(fn, name=name)
+    batch = getattr(fn, "batch", None)
+    call = pair_call(batch, BATCH_NAMES, name=f"{name}.batch") if batch else pair_call(fn, name=name)
     if call.takes_prompt and (prompts is None or len(prompts) != len(responses)):
         given = "none were given" if prompts is None else f"{len(prompts)} were given"
         raise ValueError(f"the reward {name!r} takes the prompt: give {len(responses)} prompts; {given}")
@@ -71,11 +71,11 @@ def score_pairs(
     row = _namer(columns)
     if call.takes_prompt:
         columns["prompt"] = prompts or ()
-    if in_batch:
+    if batch:
         question = [list(values) for values in columns.values()]
 
         def ask() -> Any:
-            return call(fn.batch, **{column: list(values) for column, values in columns.items()})
+            return call(batch, **{column: list(values) for column, values in columns.items()})
 
         return _asked_once(caller, name, question, ask, row)
 

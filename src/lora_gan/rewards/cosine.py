@@ -8,9 +8,9 @@ too (`lora_gan.rewards.text`).
     reward("A cheap pub by the river.", "An inexpensive riverside pub.")
 """
 
+import functools
 import importlib
 import importlib.util
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +64,9 @@ class CosineReward:
         self.batch_size = batch_size
         self.cache_size = cache_size
         self._encoder: SentenceTransformer | None = None
-        self._targets: OrderedDict[str, np.ndarray] = OrderedDict()
+        # One text a batch: beside others its last bits would depend on which targets were already in the cache, and a
+        # resumed run, whose cache is empty, would no longer equal the run that was not interrupted.
+        self._target = functools.lru_cache(cache_size)(lambda text: self._embed({text: None}, batch_size=1)[text])
 
     def __call__(self, response: str, target: str | None) -> float:
         """Score one response.
@@ -103,9 +105,8 @@ class CosineReward:
         if not rows:
             return scores
         response_vectors = self._embed(dict.fromkeys(responses[i] for i in rows), self.batch_size)
-        target_vectors = self._embed_targets(dict.fromkeys(given[i] for i in rows))
         a_NE = np.stack([response_vectors[responses[i]] for i in rows]).astype(np.float64)  # N = rows, E = embedding
-        b_NE = np.stack([target_vectors[given[i]] for i in rows]).astype(np.float64)
+        b_NE = np.stack([self._target(given[i]) for i in rows]).astype(np.float64)
         cosine_N = (a_NE * b_NE).sum(axis=1) / np.sqrt((a_NE**2).sum(axis=1) * (b_NE**2).sum(axis=1))
         for i, cosine in zip(rows, np.clip(cosine_N, -1.0, 1.0), strict=True):
             scores[i] = float(cosine)
@@ -118,22 +119,6 @@ class CosineReward:
                 self._encoder = _open(self.model, self.device)
         vectors_NE = self._encoder.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
         return dict(zip(texts, vectors_NE, strict=True))
-
-    def _embed_targets(self, texts: dict[str, None]) -> dict[str, np.ndarray]:
-        """As _embed, through the cache.
-
-        One text a batch: beside others its last bits would depend on which targets were already in the cache, and a
-        resumed run, whose cache is empty, would no longer equal the run that was not interrupted.
-        """
-        missing = {text: None for text in texts if text not in self._targets}
-        fresh = self._embed(missing, batch_size=1) if missing else {}
-        found = {text: fresh[text] if text in fresh else self._targets[text] for text in texts}
-        for text, vector in found.items():
-            self._targets[text] = vector
-            self._targets.move_to_end(text)
-        while len(self._targets) > self.cache_size:
-            self._targets.popitem(last=False)
-        return found
 
 
 def _open(model: str | Path, device: str | None) -> "SentenceTransformer":

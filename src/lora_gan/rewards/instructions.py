@@ -173,9 +173,7 @@ def met(constraint: str, answer: str) -> bool:
     Raises:
         ValueError: the constraint is of an unknown kind.
     """
-    kind, value = _split(constraint)
-    answer = answer.strip()
-    return any(letter.isalpha() for letter in answer) and kind.met(answer, value)
+    return graded(constraint, answer) == 1.0
 
 
 def share_met(constraints: Sequence[str], answer: str) -> float:
@@ -184,14 +182,18 @@ def share_met(constraints: Sequence[str], answer: str) -> float:
 
 
 def graded(constraint: str, answer: str) -> float:
-    """1 where the answer meets the constraint, else how close it is, from 0 to 0.5."""
-    if met(constraint, answer):
-        return 1.0
+    """1 where the answer meets the constraint, else how close it is, from 0 to 0.5. An answer without a letter: 0.
+
+    Raises:
+        ValueError: the constraint is of an unknown kind.
+    """
     kind, value = _split(constraint)
     answer = answer.strip()
-    if kind.partial is None or not any(letter.isalpha() for letter in answer):
+    if not any(letter.isalpha() for letter in answer):
         return 0.0
-    return kind.partial(answer, value) / 2
+    if kind.met(answer, value):
+        return 1.0
+    return kind.partial(answer, value) / 2 if kind.partial else 0.0
 
 
 def reward(completions: Sequence[Any], constraints: Sequence[Sequence[str]], **columns: Any) -> list[float]:

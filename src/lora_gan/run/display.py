@@ -22,6 +22,7 @@ from rich.text import Text
 
 from ..wording import duration, shortened
 from .ending import Ending
+from .tracking import part_of
 
 PLAIN_SECONDS = 10.0  # between plain lines
 WATCHED = {
@@ -144,7 +145,7 @@ class Display:
         """A step was taken, or (`eval_…`) an evaluation made at it."""
         self.step = step
         for name, value in metrics.items():
-            if name in WATCHED or (name.startswith("rewards/") and name.endswith("/mean")):
+            if name in WATCHED or part_of(name):
                 self.series.setdefault(name, Series()).add(value, step)
         self._calls |= {name: value for name, value in metrics.items() if name in OTHER_CALLS}
         if not self.shown or self.is_live:
@@ -237,6 +238,8 @@ class Display:
             self._progress(wide),
             self._numbers(trends=wide and self.console.encoding.startswith("utf")),
         ]
+        if "reward_calls" in self.series:
+            parts.append(Text(f"{WATCHED['reward_calls']} {self._calls_in_words()}"))
         if self.latest:
             parts.append(self._samples(wide))
         return Group(*parts)
@@ -254,25 +257,27 @@ class Display:
         return row
 
     def _numbers(self, *, trends: bool) -> Table:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("", no_wrap=True)
-        table.add_column("now", justify="right", no_wrap=True)
-        table.add_column("change", justify="right", no_wrap=True)
-        if trends:
-            table.add_column("since the start", no_wrap=True)
         series = dict(self.series)  # the main thread may add to it meanwhile
         parts = [name for name in series if name not in WATCHED]
-        for name in sorted(series.keys() - (parts if len(parts) == 1 else []), key=_place):
-            label = WATCHED.get(name) or name.removeprefix("rewards/").removesuffix("/mean")
-            if name == "reward_calls":
-                table.add_row(label, self._calls_in_words())
-                continue
-            change = series[name].change
-            now = _number(series[name].now)
-            if series[name].step != self.step:  # not measured in this step
-                now = f"at step {series[name].step}: {now}"
-            cells = [label, now, "" if change is None else f"{change:+.3f}"]
-            table.add_row(*(Text(cell) for cell in cells), *([sparkline(series[name].points)] if trends else []))
+        rows: list[tuple[str, str, str, list[float]]] = []
+        for name in sorted(series.keys() - {"reward_calls"} - set(parts if len(parts) == 1 else []), key=_place):
+            one = series[name]
+            label = WATCHED.get(name) or shortened(part_of(name) or name, 24)
+            # One that was not measured in this step says when it was.
+            now = _number(one.now) if one.step == self.step else f"at step {one.step}: {_number(one.now)}"
+            rows.append((label, now, "" if one.change is None else f"{one.change:+.3f}", one.points))
+        widths = [max(map(len, column), default=0) for column in list(zip(*rows, strict=True))[:3]]
+        room = self.console.width - sum(widths) - 8  # the names of the columns are no wider; a space between two
+        table = Table(box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for name in ("now", "change"):
+            table.add_column(name, justify="right", no_wrap=True)
+        if trends and room > 8:
+            table.add_column("since the start", no_wrap=True)
+        for label, now, change, points in rows:
+            while len(points) > room > 8:
+                points = points[::2]
+            table.add_row(*map(Text, (label, now, change)), *([sparkline(points)] if trends and room > 8 else []))
         return table
 
     def _samples(self, wide: bool) -> Table:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..storage.json_lines import read_lines
+from .tracking import part_of
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,11 @@ def plot_run(metrics: Path, picture: Path, *, title: str | None = None, window: 
 
 
 def _panels(lines: list[dict[str, Any]]) -> list[Panel]:
-    parts = list(dict.fromkeys(name for line in lines for name in line if _is_part(name)))
+    parts = {name: part for line in lines for name in line if (part := part_of(name))}
     panels = list(PANELS)
     if len(parts) > 1:  # of one alone it is the reward
-        named = tuple((name.removeprefix("rewards/").removesuffix("/mean"), name) for name in parts)
-        panels.insert(1, Panel("parts of the true reward", named))
+        panels.insert(1, Panel("parts of the true reward", tuple((part, name) for name, part in parts.items())))
     return panels
-
-
-def _is_part(name: str) -> bool:
-    return name.startswith("rewards/") and name.endswith("/mean")
 
 
 def _draw_panel(axes: Any, panel: Panel, lines: list[dict[str, Any]], window: int) -> None:

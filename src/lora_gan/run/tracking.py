@@ -233,6 +233,12 @@ def _prefix(reward: str) -> str:
     return f"{reward}/" if not f"{reward}/".startswith(OWN_PREFIXES) else f"reward:{reward}/"
 
 
+def part_of(name: str) -> str | None:
+    """The reward whose mean is logged under this name; None for other numbers."""
+    is_mean = name.startswith("rewards/") and name.endswith("/mean")
+    return name.removeprefix("rewards/").removesuffix("/mean") if is_mean else None
+
+
 def _is_latest(name: str) -> bool:
     return name in LATEST or name.startswith("reward_calls/")
 

@@ -35,16 +35,17 @@ class JsonLines:
         self.kept = _up_to(after, lines)
 
     def write(self, *values: Mapping[str, Any]) -> None:
-        self.begin()
+        file = self.begin()
         self.kept = []  # they stand in the file
-        self.file.write("".join(map(as_line, values)))
-        self.file.flush()
+        file.write("".join(map(as_line, values)))
+        file.flush()
 
-    def begin(self) -> None:
+    def begin(self) -> TextIO:
         """The file with the lines that are kept, open for more."""
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = rewritten(self.path, self.kept)
+        return self.file
 
     def go_back(self, after: int) -> None:
         """Drop the lines after a step that the run went back to."""
