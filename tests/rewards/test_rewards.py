@@ -283,9 +283,7 @@ def test_a_reward_that_raises_names_the_row():
     def fragile(response, target):
         return {"a": 1.0}[response]
 
-    with pytest.raises(
-        RewardError, match=r"'fragile' raised KeyError on row 1 \(response 'bbb.*…, target None\)"
-    ) as e:
+    with pytest.raises(RewardError, match=r"'fragile' raised KeyError on row 1 \(response 'bbb.*…, target None\)") as e:
         score_pairs(fragile, ["a", "b" * 500], [None, None])
     assert isinstance(e.value.__cause__, KeyError) and len(str(e.value)) < 700
 

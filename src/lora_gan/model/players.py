@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from .base_checks import embedding_rows
 from .checkpointing import RecomputeContext, checkpoint_layers
 from .encoding import Encoder
 from .fast_lora import use_fast_forwards
+from .initial_adapter import InitAdapter
 from .kv_cache import cache_inputs, has_other_than_full_attention
 from .layers import FixedBody, FixedOutput, InputRecorder, body_of, has_adapter, layer_list, replaced
 from .packing import Batch, build_batch
@@ -52,18 +53,6 @@ __all__ = ["Base", "Player", "Players"]
 
 Player = Literal["generator", "discriminator", "reference", "base"]
 LOGITS_AT_ONCE = 2**22  # numbers: 16 MB in float32, which stays in a processor's cache
-
-
-class StartingAdapter(Protocol):
-    """The adapter that the generator starts from: `initial_adapter.InitAdapter`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def config(self) -> LoraConfig: ...
-
-    def load_into(self, players: Players) -> None: ...
 
 
 class Players:
@@ -79,7 +68,7 @@ class Players:
         *,
         peft_config: LoraConfig | None = None,
         disc_peft_config: LoraConfig | None = None,
-        init_adapter: StartingAdapter | None = None,
+        init_adapter: InitAdapter | None = None,
     ) -> None:
         self.base = base
         # Whether the reference is an adapter of its own: the one that the generator starts from.
