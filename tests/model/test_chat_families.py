@@ -232,6 +232,7 @@ def test_a_rendered_prompt_begins_and_ends_as_its_messages_do(name, kwargs):
 def imitated(gan, prompts, target, monkeypatch, **columns):
     """The ids of prompts and targets that an imitation step learns from."""
     seen, batch = [], gan.players.batch
+    assert gan.players.packs is not None  # its trial lays out rows of its own, once
 
     def recording(prompts, responses, *arguments, **options):
         seen.append((prompts, responses))

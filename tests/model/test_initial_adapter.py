@@ -502,8 +502,8 @@ def train(*more, **changed):
 @pytest.mark.parametrize("kl_reference", ["base", None])
 def test_the_command_line_resumes_bitwise_without_the_folder(there, capsys, kl_reference):
     assert train(max_steps=4, save_steps=2, kl_reference=kl_reference) == 0
-    out = capsys.readouterr().out
-    assert f"starts as the adapter {there / 'sft'}" in " ".join(out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"starts as the adapter {there / 'sft'}" in out
     assert f"the KL is to {'a frozen copy of it' if kl_reference is None else 'the base'}" in out
     base = sum(parameter.numel() for parameter in stock(base_folder()).parameters())
     assert f"{base:,} frozen parameters" in out

@@ -89,7 +89,7 @@ def _opening(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError ...
-        reason = error_line(error)
+        reason = error_line(error, 600)
         tells = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
         if not tells:  # the text of a KeyError is its key alone
             reason = f"{type(error).__name__}: {reason}"
