@@ -68,21 +68,7 @@ def step_record(
         "reward_calls": reward_calls,
     }
     if experience is not None:
-        answered_B = experience.true_B[~np.isnan(experience.true_B)]
-        record |= {
-            "reward_mean": _mean(experience.true_B),
-            "reward_std": _std(experience.true_B),
-            "pred_reward_mean": _mean(experience.predicted_B),
-            "asked": int(experience.asked_B.sum()),
-            "reward_failures": reward_failures,
-            "unanswered": int(experience.asked_B.sum()) - len(answered_B),
-            "frac_asked": float(experience.asked_B.mean()),
-            "frac_reward_zero_std": _share_without_spread(experience),
-            **_lengths(experience, eos_ids),
-            **fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B),
-        }
-        for name, part_B in experience.parts.items():
-            record |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
+        record |= _measured_in(experience, eos_ids, reward_failures)
     record |= {k: v for k, v in (gen | disc).items() if k not in record}
     record |= {"alarms": list(alarms), "notices": []}  # notices: what `health` says of the step
     if experience is not None:
@@ -94,6 +80,26 @@ def step_record(
                 for column, values in extras.items()
             }
     return record
+
+
+def _measured_in(experience: Experience, eos_ids: Sequence[int], reward_failures: int) -> dict[str, Any]:
+    """A step's numbers about its responses and rewards."""
+    asked = int(experience.asked_B.sum())
+    numbers = {
+        "reward_mean": _mean(experience.true_B),
+        "reward_std": _std(experience.true_B),
+        "pred_reward_mean": _mean(experience.predicted_B),
+        "asked": asked,
+        "reward_failures": reward_failures,
+        "unanswered": asked - int((~np.isnan(experience.true_B)).sum()),
+        "frac_asked": float(experience.asked_B.mean()),
+        "frac_reward_zero_std": _share_without_spread(experience),
+        **_lengths(experience, eos_ids),
+        **fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B),
+    }
+    for name, part_B in experience.parts.items():
+        numbers |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
+    return numbers
 
 
 def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], ...]:
