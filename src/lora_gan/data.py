@@ -301,7 +301,7 @@ def is_conversation(value: Any) -> TypeGuard[Conversation]:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(m, Mapping) for m in value)
 
 
-def is_prompt(value: Any) -> bool:
+def is_prompt(value: Any) -> TypeGuard[Prompt]:
     """Whether this is one prompt, a text or chat messages, and not several."""
     return isinstance(value, str) or is_conversation(value)
 
@@ -321,7 +321,7 @@ def as_rows(
         raise ValueError(f"prompts must be texts or chat messages, not {shown(prompts)}{remedy}")
     columns = dict(zip(TEMPLATE_COLUMNS, (tools, chat_template_kwargs), strict=True))
     columns = {name: value for name, value in columns.items() if value is not None}
-    rows = []
+    rows: list[Row] = []
     for prompt in [prompts] if is_prompt(prompts) else list(prompts):
         if not (is_prompt(prompt) or isinstance(prompt, Row)):
             raise ValueError(f"a prompt must be a text or chat messages, not {shown(prompt)}")
@@ -573,6 +573,9 @@ class Stream:
         self._keep: Callable[[Row], bool] | None = None
         self.columns: set[str] = set()
         self._shapes: set[frozenset[Any]] = set()  # the keys of the rows that were passed over, where they differ
+        self._position: int
+        self._read: list[Row]  # rows from the position on: a step that failed takes them again
+        self._unread: Iterator[Row]
         self._seek(0)
 
     def only(self, keep: Callable[[Row], bool]) -> None:
@@ -596,7 +599,7 @@ class Stream:
 
     def _seek(self, position: int) -> None:
         self._position = position
-        self._read: list[Row] = []  # rows from the position on: a step that failed takes them again
+        self._read = []
         self._unread = self._from(position)
 
     def _from(self, position: int) -> Iterator[Row]:
@@ -655,8 +658,8 @@ def rows_of(
         if not (target is None or isinstance(target, str) or is_conversation(target)):
             raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
         return [_row_of(prompt, target, dict(columns), "")]
-    prompts = list(prompt) if isinstance(prompt, (list, tuple)) else []
-    if not prompts or not all(map(is_prompt, prompts)):
+    prompts = [one for one in prompt if is_prompt(one)] if isinstance(prompt, (list, tuple)) else []
+    if not prompts or len(prompts) < len(prompt):
         raise ValueError("prompt must be a text or chat messages, or a list of at least one of them")
     targets = [None] * len(prompts) if target is None else target
     for name, values in {"target_text": targets, **columns}.items():

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from peft import LoraConfig
@@ -45,9 +45,9 @@ from .training.monitor import Monitor
 from .training.plan import StepPlan, plan_step
 from .wording import shown
 
-RewardFunction = Callable[[str, str | None], float]
-BatchedRewardFunction = Callable[..., list[float | None]]
-Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+RewardFunction = Callable[..., float]  # f(response, target) or f(prompt, response, target)
+BatchedRewardFunction = Callable[..., Sequence[float | None]]
+Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Row] | Callable[[], Iterable[Mapping[str, Any]]]
 
 
 #: What a run is told whose plain prompts bypass the base's chat template.
@@ -102,8 +102,8 @@ class LoraGAN:
         model: str | os.PathLike[str] | PreTrainedModel,
         config: Config | None = None,
         *,
-        reward: RewardFunction | None = None,
-        reward_funcs: list[BatchedRewardFunction] | None = None,
+        reward: RewardFunction | BatchedRewardFunction | None = None,
+        reward_funcs: Sequence[RewardFunction | BatchedRewardFunction] | None = None,
         reward_weights: list[float] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
@@ -144,9 +144,9 @@ class LoraGAN:
         if reward is not None and rewards.takes_completions(reward):
             reward_funcs = [reward]
         elif reward is not None:
-            self.compute_reward = reward
+            self.__setattr__("compute_reward", reward)
         self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
-        for func in reward_funcs or [reward]:
+        for func in reward_funcs or ([] if reward is None else [reward]):
             if hasattr(func, "bind"):  # one that asks the base itself, as Perplexity does
                 func.bind(self)
 
@@ -414,7 +414,7 @@ class LoraGAN:
         """The functions whose weighted sum is the true reward, and their weights; what was assigned last is meant."""
         assigned = "compute_reward" in vars(self)
         if self.reward_funcs and not assigned:
-            return self.reward_funcs, self.reward_weights
+            return list(self.reward_funcs), self.reward_weights
         overridden = assigned or type(self).compute_reward is not LoraGAN.compute_reward
         return [self.compute_reward if overridden else self._cosine], None
 
@@ -483,9 +483,9 @@ class LoraGAN:
     def steps_left(self, rows: list[Row] | data.Stream) -> int:
         """Steps that fit() runs over these rows when it is not told how many."""
         steps = self.config.max_steps
-        if steps is None and isinstance(rows, data.Stream):
-            raise ValueError("streamed rows have no length that num_train_epochs could count: set max_steps")
         if steps is None:
+            if isinstance(rows, data.Stream):
+                raise ValueError("streamed rows have no length that num_train_epochs could count: set max_steps")
             steps = math.ceil(self.config.num_train_epochs * len(rows) / self.config.prompts_per_step)
         return max(0, steps - self.global_step)
 
@@ -603,6 +603,28 @@ class LoraGAN:
         rows = self.as_meant(list(rows), options.pop("apply_chat_template", None), follow=True)
         return evaluation.evaluate(rows, generate=self.generate, score=self.score, ask=self.ask, **options)
 
+    @overload
+    def check_rows(
+        self,
+        dataset: Dataset,
+        *,
+        split: Literal["test"],
+        train_gen: bool = True,
+        asks: bool = True,
+        progress: bool = True,
+        apply_chat_template: bool | None = None,
+    ) -> list[Row]: ...
+    @overload
+    def check_rows(
+        self,
+        dataset: Dataset,
+        *,
+        split: str = "train",
+        train_gen: bool = True,
+        asks: bool = True,
+        progress: bool = True,
+        apply_chat_template: bool | None = None,
+    ) -> list[Row] | data.Stream: ...
     def check_rows(
         self,
         dataset: Dataset,
@@ -654,7 +676,7 @@ class LoraGAN:
 
     def check_held_out(
         self, dataset: Dataset, training: list[Row] | data.Stream, *, progress: bool = True
-    ) -> list[Row] | data.Stream:
+    ) -> list[Row]:
         """Held-out rows, checked in the form in which fit() on these training rows will send their prompts.
 
         Raises:
@@ -665,8 +687,8 @@ class LoraGAN:
         return self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
 
     def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
-        names = {"prompt_column": self.config.prompt_column, "target_column": self.config.target_column}
-        return data.read_rows(dataset, split=split, **names)
+        prompts, targets = self.config.prompt_column, self.config.target_column
+        return data.read_rows(dataset, split=split, prompt_column=prompts, target_column=targets)
 
     def as_meant(self, rows: list[Row], apply_chat_template: bool | None = None, *, follow: bool = False) -> list[Row]:
         """Rows whose plain prompts are user messages, where that is wanted.
@@ -789,8 +811,8 @@ class LoraGAN:
 
 
 def _check_rewards(
-    reward: RewardFunction | None,
-    reward_funcs: Sequence[BatchedRewardFunction] | None,
+    reward: RewardFunction | BatchedRewardFunction | None,
+    reward_funcs: Sequence[RewardFunction | BatchedRewardFunction] | None,
     reward_weights: Sequence[float] | None,
 ) -> None:
     """Raise ValueError where the reward arguments contradict each other, or one is no function that can be asked."""

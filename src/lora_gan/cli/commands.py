@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
@@ -19,7 +19,9 @@ from ..export.licences import licence_id
 from ..run.options import SETTINGS_FILE, kept_options
 from ..run.runs import require_run
 from ..storage.json_lines import write_json
-from .training import columns
+
+if TYPE_CHECKING:
+    from ..data import Row
 
 EXPORTED = {
     "generator": "the generator as an adapter for PEFT",
@@ -392,15 +394,28 @@ def _open(
     return LoraGAN.from_checkpoint(path, model, **arguments)
 
 
-def _read(data: str, config: Config, **options: Any) -> Any:
+def _read(
+    data: str,
+    config: Config,
+    *,
+    prompt_column: str | None,
+    target_column: str | None,
+    split: str = "train",
+    columns: bool = True,
+) -> list[Row]:
     """Rows of a file, its columns named on the command line or, where they are not, as in the run."""
     from .. import data as data_module
 
-    given = {name: value for name, value in options.items() if value is not None}
-    return data_module.read_rows(data, **{**columns(config), **given})
+    prompt_column = config.prompt_column if prompt_column is None else prompt_column
+    target_column = config.target_column if target_column is None else target_column
+    return list(
+        data_module.read_rows(
+            data, prompt_column=prompt_column, target_column=target_column, split=split, columns=columns
+        )
+    )
 
 
-def _rows(data: str, prompt_column: str) -> list[Any]:
+def _rows(data: str, prompt_column: str) -> list[Row]:
     from .. import data as data_module
 
     return list(data_module.read_rows(data, prompt_column=prompt_column, columns=False))

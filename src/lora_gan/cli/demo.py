@@ -63,7 +63,7 @@ class ConstantDiscriminator(Discriminator):
     def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, RetainedFeatures]:
         return self.predict(rollout), RetainedFeatures()
 
-    def update(self, experience: Experience) -> dict[str, float]:
+    def update(self, experience: Experience) -> dict[str, float | None]:
         answered_B = experience.true_B[~np.isnan(experience.true_B)]
         self.total, self.count = self.total + float(answered_B.sum()), self.count + len(answered_B)
         return {}

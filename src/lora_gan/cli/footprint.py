@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..model import base_checks
 from ..model.checkpointing import without_checkpointing
 from ..model.fast_lora import merged_bytes
 from ..model.kv_cache import attention_layers, has_state, preallocated_cache, state_tensors
@@ -123,7 +124,7 @@ def host(
     always = {"Python and its libraries": max(0.0, opened - held)}
     if reward_model > 1e6:  # less is noise
         always["the reward"] = reward_model
-    in_turn = {}
+    in_turn: dict[str, float] = {}
     if on_host:
         device = device_memory(players, config, lengths)
         always |= device.always
@@ -187,7 +188,7 @@ def device_memory(players: Players, config: Config, lengths: Lengths, *, least: 
         "the discriminator's update": _update_bytes(players, config, graphs["discriminator"], judging, lengths),
     }
     if config.gradient_path == "straight_through":  # the discriminator's graph comes first, then a table [V, H]
-        table = players.lm.get_input_embeddings().weight.numel() * 4.0
+        table = base_checks.embedding_weight(players.lm).numel() * 4.0
         critic = _update_bytes(players, config, graphs["discriminator"], generating, lengths)
         in_turn["the generator's update"] = table + max(critic, in_turn["the generator's update"])
     return Memory(always, in_turn, least)
@@ -311,7 +312,7 @@ def _counting(players: Players) -> Iterator[_Kept]:
 
 
 def _text(players: Players, tokens: int) -> list[int]:
-    rows = players.lm.get_input_embeddings().weight.shape[0]
+    rows = base_checks.embedding_rows(players.lm)
     return [1 + i % (rows - 1) for i in range(tokens)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,6 @@ from ..config import Config
 from ..run.options import keep_options, kept_options, with_full_paths
 from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 from ..storage.json_lines import read_lines
-
-
-def columns(config: Config) -> dict[str, Any]:
-    """The columns of a run's data, as `read_rows` takes them."""
-    return {"prompt_column": config.prompt_column, "target_column": config.target_column}
 
 
 def run(config: Config, options: dict[str, Any]) -> None:
@@ -67,8 +63,9 @@ def _data(config: Config, options: dict[str, Any]) -> tuple[Any, Any, dict[str, 
     from ..data import read_rows
 
     data, eval_data = options["data"], options["eval_data"]
-    rows = read_rows(data, split=options["split"], streaming=options["streaming"], **columns(config))
-    held_out = read_rows(eval_data, split="test", **columns(config)) if eval_data else None
+    read = partial(read_rows, prompt_column=config.prompt_column, target_column=config.target_column)
+    rows = read(data, split=options["split"], streaming=options["streaming"])
+    held_out = read(eval_data, split="test") if eval_data else None
     return rows, held_out, {"data": identity(data, rows), "eval_data": eval_data and identity(eval_data, held_out)}
 
 
@@ -115,14 +112,22 @@ def _describe(gan: Any, rows: Any, held_out: Any, *, steps: int, dry_run: bool) 
     config = gan.config
     first = data.take(rows, config.prompts_per_step, seed=config.seed, position=gan.position)
     total = None if isinstance(rows, data.Stream) else len(rows)
-    plan: dict[str, Any] = {"steps": steps, "held_out": 0 if held_out is None else len(held_out), "opened": resident()}
-    print(preview.describe(gan, first, total=total, dry_run=dry_run, **plan), flush=True)
+    judged, opened = 0 if held_out is None else len(held_out), resident()
+    said = preview.describe(gan, first, total=total, steps=steps, held_out=judged, opened=opened, dry_run=dry_run)
+    print(said, flush=True)
 
     def try_step() -> None:
         if config.num_generations == 1:
             warnings.warn(NO_GROUP, stacklevel=1)
-        known: dict[str, Any] = {"columns": data.column_names(rows), "max_steps": gan.global_step + steps}
-        for paragraph in preview.dry_run(gan, first, **plan, **known):
+        for paragraph in preview.dry_run(
+            gan,
+            first,
+            steps=steps,
+            held_out=judged,
+            opened=opened,
+            columns=data.column_names(rows),
+            max_steps=gan.global_step + steps,
+        ):
             print(paragraph, flush=True)
 
     return try_step

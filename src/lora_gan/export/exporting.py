@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -271,7 +272,7 @@ def merged_weights(players: Players, player: Player, dtype: torch.dtype) -> dict
         if name.startswith(inside):
             continue  # several adapters on one module, as on the fused weights of experts, wrap each other
         part = copy.deepcopy(layer).float()
-        while isinstance(part, BaseTunerLayer):
+        while isinstance(part, LoraLayer):
             part.merge(adapter_names=[player])
             part = part.base_layer
         weights |= {f"{name}.{key}": _stored(tensor, dtype) for key, tensor in part.state_dict().items()}
@@ -297,7 +298,7 @@ def _causal_lm(players: Players, weights: dict[str, Tensor]) -> PreTrainedModel:
     model.generation_config = generation
     head = model.get_output_embeddings()
     if model.config.tie_word_embeddings and head is not None:
-        if torch.equal(head.weight, model.get_input_embeddings().weight):
+        if torch.equal(head.weight, base_checks.embedding_weight(model)):
             model.tie_weights()
         else:  # an adapter on one of the two has parted them
             model.config.tie_word_embeddings = False
@@ -369,7 +370,7 @@ def _pad_of_the_config(base: Base) -> str | None:
     if base.pad_on_disk is None:
         return None
     special = {*base_checks.special_tokens(base.tokenizer), *base.eos_ids}
-    return base.tokenizer.convert_ids_to_tokens(base.pad_on_disk) if base.pad_on_disk in special else None
+    return base.tokenizer.convert_ids_to_tokens([base.pad_on_disk])[0] if base.pad_on_disk in special else None
 
 
 def _token_that_closes_no_text(base: Base) -> str | None:

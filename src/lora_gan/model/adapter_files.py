@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, TaskType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def _read_adapter_config(folder: Folder) -> dict[str, Any]:
         raise Damaged(f"{folder.path} has no readable adapter_config.json: it is not an adapter ({error})") from error
 
 
-def require_same_scaling(folder: Folder, ours: LoraConfig) -> None:
+def require_same_scaling(folder: Folder, ours: PeftConfig) -> None:
     """The settings that tensors do not show: an adapter under another alpha is another adapter."""
     theirs, stock = _read_adapter_config(folder), LoraConfig()
     for name in (

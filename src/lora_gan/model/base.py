@@ -183,7 +183,7 @@ def _keep_differentiable(lm: PreTrainedModel) -> None:
     """
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # torch's stub: tensors and modules
 
 
 # --- what can be a base -----------------------------------------------------------------------------------------------

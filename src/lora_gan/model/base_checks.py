@@ -163,9 +163,13 @@ def _name(dtype: torch.dtype) -> str:
 # --- vocabulary -------------------------------------------------------------------------------------------------------
 
 
+def embedding_weight(lm: PreTrainedModel) -> Tensor:
+    return cast(Tensor, lm.get_input_embeddings().weight)
+
+
 def embedding_rows(lm: PreTrainedModel) -> int:
     """Token ids that the base can read: 0 to this, exclusive."""
-    return len(cast(Tensor, lm.get_input_embeddings().weight))
+    return len(embedding_weight(lm))
 
 
 def pad_with_a_row(pad_id: int | None, rows: int) -> int | None:

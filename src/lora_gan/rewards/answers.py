@@ -63,11 +63,14 @@ class Answers:
         then = then if isinstance(then, dict) else {}
         changed: dict[Key, Any] = {}  # answers of rewards with another source
         for line in lines:
-            key = (line.get("step"), line.get("reward"), line.get("asked"), line.get("occurrence"))
-            if not ("answer" in line and type(key[0]) is int and key[0] >= self.step and isinstance(key[1], str)):
+            step, reward, asked, nth = (line.get(name) for name in ("step", "reward", "asked", "occurrence"))
+            if not ("answer" in line and type(step) is int and step >= self.step):
                 continue
-            source = line.pop("source", then.get(key[1]))
-            if source is not None and source == sources.get(key[1]):
+            if not (isinstance(reward, str) and isinstance(asked, str) and type(nth) is int):
+                continue
+            key = (step, reward, asked, nth)
+            source = line.pop("source", then.get(reward))
+            if source is not None and source == sources.get(reward):
                 self._known[key] = line["answer"]
             else:
                 changed[key] = line["answer"]

@@ -86,7 +86,7 @@ class Budget:
             caller: what makes the calls.
             funcs: the rewards by name. One that has `usage` counts its requests and its cache itself, as Judge does.
         """
-        before = {name: _usage(func) for name, func in funcs.items()}
+        before = {name: _usage(func) if _counts_itself(func) else None for name, func in funcs.items()}
         self._add(purpose, responses)
         try:
             yield
@@ -159,17 +159,19 @@ class Budget:
 
     def catch_up(self, metrics: Mapping[str, Any]) -> None:
         """Take over counts of a line of metrics that are higher: those calls were made after the checkpoint."""
-        logged = {name: metrics.get(f"reward_calls/{name}") for name in KEPT}
-        self.load_state_dict(
-            {
-                name: max(now, logged[name]) if isinstance(logged[name], int) else now
-                for name, now in self.state_dict().items()
-            }
-        )
+        counts = self.state_dict()
+        for name, now in counts.items():
+            if isinstance(logged := metrics.get(f"reward_calls/{name}"), int):
+                counts[name] = max(now, logged)
+        self.load_state_dict(counts)
 
 
-def _usage(func: Any) -> dict[str, int] | None:
-    """What a reward counts itself, None where it does not."""
+def _counts_itself(func: Any) -> bool:
+    """Whether a reward counts its requests and its cache."""
     usage = getattr(func, "usage", None)
-    known = isinstance(usage, Mapping) and {"requests", "cached"} <= set(usage)
-    return {name: int(usage[name]) for name in ("requests", "cached")} if known else None
+    return isinstance(usage, Mapping) and {"requests", "cached"} <= set(usage)
+
+
+def _usage(func: Any) -> dict[str, int]:
+    """The counts of a reward that counts itself."""
+    return {name: int(func.usage[name]) for name in ("requests", "cached")}

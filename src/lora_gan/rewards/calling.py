@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_any, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
 from ..wording import shortened
 from .answers import Answers
@@ -75,12 +75,13 @@ class Caller:
         Raises:
             CallFailed: the first call, in their order, that failed to the last, unless those are skipped.
         """
-        keys = [None if self.log is None else self.log.key(name, question) for question, *_ in calls]
+        log = self.log
+        keys = [] if log is None else [log.key(name, question) for question, *_ in calls]
 
         def answer(i: int) -> Answer | None:
             _, rows, ask, read = calls[i]
-            if self.log is not None:
-                known, before = self.log.known(keys[i])
+            if log is not None:
+                known, before = log.known(keys[i])
                 if known:
                     return before
             with self._mutex:
@@ -96,8 +97,8 @@ class Caller:
                     self.failed.update(dict.fromkeys(rows, cause_of(error)))
                 return None
             result = read(value)
-            if self.log is not None:
-                self.log.keep(keys[i], result)
+            if log is not None:
+                log.keep(keys[i], result)
                 with self._mutex:
                     self.kept[name] = self.kept.get(name, 0) + len(rows)
             return result
@@ -108,17 +109,23 @@ class Caller:
                 return [answer(i) for i in range(len(calls))]
             return _at_once(answer, len(calls), workers)
         finally:
-            if self.log is not None:
-                self.log.settle()
+            if log is not None:
+                log.settle()
 
     def _tried(self, name: str, ask: Callable[[], Any], hopeless: tuple[type[Exception], ...], rows: int) -> Any:
         """What a call about so many rows returns, tried as often as is allowed."""
+
+        def tell(state: RetryCallState) -> None:
+            error = None if state.outcome is None else state.outcome.exception()
+            assert error is not None  # tenacity calls this after a failed try
+            self.on_retry(name, cause_of(error))
+
         attempts = Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, hopeless)),
             # The order matters: `may_retry` counts what it allows, and is not asked after the last try.
-            stop=stop_any(stop_after_attempt(self.retries + 1), lambda state: not self.may_retry(rows)),
+            stop=lambda state: state.attempt_number > self.retries or not self.may_retry(rows),
             wait=wait_exponential(self.backoff, max=LONGEST),
-            before_sleep=lambda state: self.on_retry(name, cause_of(state.outcome.exception())),
+            before_sleep=tell,
             reraise=True,
         )
         return attempts(self._within_time, ask)

@@ -155,8 +155,8 @@ class Human:
     def _recall(self, entry: Mapping[str, Any]) -> None:
         """Take one line of the log in; the last one of a pair holds."""
         prompt, response, rating = (entry.get(key) for key in ("prompt", "response", "rating"))
-        known = isinstance(prompt, str) and isinstance(response, str) and "rating" in entry
-        if not known or not (rating is None or (isinstance(rating, int | float) and 0 <= rating <= TOP)):
+        known = "rating" in entry and (rating is None or (isinstance(rating, int | float) and 0 <= rating <= TOP))
+        if not (known and isinstance(prompt, str) and isinstance(response, str)):
             raise ValueError(
                 f"{self.log} holds a line that is no rating: {str(entry)[:80]}; a line has prompt, response and rating "
                 f"(0 to {TOP}, or null). Name another file as log=, or mend this one"

@@ -33,6 +33,7 @@ from .messages import as_text
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types.chat import ChatCompletionMessageParam
 
 RUBRIC = """You are grading the response of a language model to a prompt.
 
@@ -223,7 +224,7 @@ class Judge:
     def _ask(self, key: str, message: str) -> str | None:
         """Ask for one score, and note it. Returns what went wrong, None if nothing did. Runs in a thread."""
         low, high = self.scale
-        messages = [{"role": "user", "content": message}]
+        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": message}]
         for _ in range(2):
             try:
                 answer, whole = self._complete(messages)
@@ -275,7 +276,7 @@ class Judge:
                 raise _Failed("the questions that were still open are given up on")
             self._counts["requests"] += 1
 
-    def _complete(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
+    def _complete(self, messages: "list[ChatCompletionMessageParam]") -> tuple[str, bool]:
         """The judge's answer to a chat, and whether it is whole (of one that was cut off, the score may be, too).
 
         Raises:

@@ -20,6 +20,7 @@ from .signatures import GIVEN
 
 Reads = Literal["response", "pair", "text", "chat"]
 Output = Literal["probability", "logit"]
+Encoded = dict[str, list[int]]  # a row as the tokenizer returns it: input_ids and so on
 
 
 class _SequenceClassifier:
@@ -67,7 +68,7 @@ class _SequenceClassifier:
         known = [limit for limit in limits if limit is not None and 0 < limit < 10**9]  # "no limit" is 10**30
         return min(known) if known else None
 
-    def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None, side: str, special: bool) -> list[dict]:
+    def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None, side: str, special: bool) -> list[Encoded]:
         """Inputs of each row, without padding; one that is too long loses tokens at `side`, which is said once."""
         self._tokenizer.truncation_side = side
         options = {"add_special_tokens": special, "verbose": False}
@@ -88,14 +89,14 @@ class _SequenceClassifier:
         rows = [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
         return [row if row["input_ids"] else self._nothing(row) for row in rows]
 
-    def _nothing(self, row: dict) -> dict[str, list[int]]:
+    def _nothing(self, row: Encoded) -> Encoded:
         """A row without tokens reads as the end-of-text token: a model has to read something."""
         id = self._tokenizer.eos_token_id
         if id is None:
             raise ValueError(f"an empty text has no tokens, and the tokenizer of {self.model} no end-of-text token")
         return {name: [{"input_ids": id, "attention_mask": 1}.get(name, 0)] for name in row}
 
-    def _logits(self, rows: list[dict]) -> list[list[float]]:
+    def _logits(self, rows: list[Encoded]) -> list[list[float]]:
         """Every label's logit, for each row."""
         import torch
 
@@ -112,7 +113,7 @@ class _SequenceClassifier:
             logits.update(zip(chosen, output.tolist(), strict=True))
         return [logits[i] for i in range(len(rows))]
 
-    def _scores(self, rows: list[dict], output: Output) -> list[float]:
+    def _scores(self, rows: list[Encoded], output: Output) -> list[float]:
         """The chosen label's logit, or its probability: sigmoid for several labels at once, else softmax."""
         import torch
 
@@ -181,7 +182,7 @@ class Classifier(_SequenceClassifier):
         values = self._scores(self._inputs(prompts, completions), self.output if several else "logit")
         return [-value for value in values] if self.lower_is_better else values
 
-    def _inputs(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[dict]:
+    def _inputs(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Encoded]:
         responses = [completion_text(completion) for completion in completions]
         if self.reads == "response":
             return self._encode(responses, None, "right", True)
@@ -314,7 +315,7 @@ def _listed(labels: Mapping[int, str]) -> str:
     return ", ".join(f"{name!r} ({i})" for i, name in labels.items())
 
 
-def _padded(rows: list[dict], pad: int, device: Any) -> dict[str, Any]:
+def _padded(rows: list[Encoded], pad: int, device: Any) -> dict[str, Any]:
     """One batch, padded on the right: so causal and absolute positions alike are those of the row alone."""
     import torch
 

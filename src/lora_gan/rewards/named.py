@@ -81,10 +81,11 @@ def from_specs(specs: Spec | Sequence[Spec]) -> tuple[list[Callable[..., Any]], 
     Raises:
         ValueError, ImportError: see `from_spec`; or a weight that is not a finite number.
     """
-    several = isinstance(specs, Sequence) and not isinstance(specs, str)
-    if several and not specs:
+    if isinstance(specs, str) or not isinstance(specs, Sequence):
+        specs = [specs]
+    if not specs:
         raise ValueError("the reward is an empty list: name at least one")
-    read = [_read(spec) for spec in (specs if several else [specs])]
+    read = [_read(spec) for spec in specs]
     return [reward for reward, _ in read], [weight for _, weight in read]
 
 
@@ -204,11 +205,11 @@ def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any]
                 )
     required = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in options]
     if required and (makes_one or not takes_completions(found)):  # TRL's form may ask for columns
-        known = "" if makes_one else (
+        form = "" if makes_one else (
             f". Its signature is {inspect.signature(found)!s:.200}; a reward is called with {', '.join(PAIR_NAMES)}"
         )  # fmt: skip
         raise ValueError(
-            f"the reward {name!r} needs {', '.join(required)}: give it as {{name: {name}, {required[0]}: ...}}{known}"
+            f"the reward {name!r} needs {', '.join(required)}: give it as {{name: {name}, {required[0]}: ...}}{form}"
         )
 
 

@@ -53,7 +53,10 @@ def _parts(obj: Any, seen: set[int]) -> Iterator[str]:
         yield from _values("partial", {name: value for name, value in given.items() if not _is_secret(name)}, seen)
         yield from _parts(obj.func, seen)
     elif isinstance(obj, types.MethodType):
-        yield from _function(obj.__func__, type(obj.__self__), seen)
+        if isinstance(obj.__func__, types.FunctionType):
+            yield from _function(obj.__func__, type(obj.__self__), seen)
+        else:  # any callable can be bound, such as a partial
+            yield from _parts(obj.__func__, seen)
     elif isinstance(obj, types.FunctionType):
         yield from _function(obj, None, seen)
     elif isinstance(obj, type):
@@ -157,7 +160,7 @@ def _settings(obj: Any) -> Iterator[str]:
     """The settings of an object whose attributes are known to be settings."""
     values = getattr(obj, "__dict__", {})
     package = type(obj).__module__.partition(".")[0]
-    if dataclasses.is_dataclass(obj) and obj.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if (parameters := getattr(obj, "__dataclass_params__", None)) and parameters.frozen:
         values = {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
     elif package == __name__.partition(".")[0]:
         values = {name: value for name, value in values.items() if not name.startswith("_") or name == "_request"}

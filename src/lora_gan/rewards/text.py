@@ -146,7 +146,7 @@ def _wordnet() -> Any:
     from nltk.corpus import wordnet
     from nltk.corpus.reader import WordNetCorpusReader
 
-    class DictFolder(WordNetCorpusReader):
+    class DictFolder(WordNetCorpusReader):  # type: ignore[misc]  # nltk has no types
         """A folder with WordNet's data alone, which is what Debian ships: METEOR reads no more."""
 
         def open(self, file: str) -> Any:

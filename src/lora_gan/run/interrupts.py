@@ -37,6 +37,8 @@ class Interrupted(KeyboardInterrupt):
 class Terminated(SystemExit):
     """SIGTERM, as from a scheduler that takes the machine back; the process ends with the status a shell expects."""
 
+    code: int
+
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
         self.code = 128 + signal.SIGTERM
@@ -59,7 +61,7 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[int, Any] = {}
+        before: dict[signal.Signals, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             # SIGINT is ignored in whatever a shell starts in the background, where it is asked for all the same.
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:

@@ -52,9 +52,9 @@ class WayBack:
             FloatingPointError: there is none, or the run has been there before and came no further since.
         """
         state = self.state
-        players = (state.generator, state.discriminator)
+        optimizers = (state.generator.optimizer, state.discriminator.optimizer)
         budget = state.true_reward.budget
-        scales = [player.optimizer.scale for player in players]
+        scales = [optimizer.scale for optimizer in optimizers]
         counts, cached = dict(budget.counts), budget.cached
         for step in self._candidates(failed):
             try:
@@ -69,8 +69,8 @@ class WayBack:
                 ) from failure
             self._failed[step] = failed
             budget.counts, budget.cached = counts, cached  # the calls were made
-            for player, scale in zip(players, scales, strict=True):
-                player.optimizer.rescale(scale / 2)
+            for optimizer, scale in zip(optimizers, scales, strict=True):
+                optimizer.rescale(scale / 2)
             warnings.warn(f"{failure}; back at step {step}, with both learning rates halved", stacklevel=3)
             return
         raise FloatingPointError(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..config import Config
 from ..context import UNLIMITED
-from ..model import composite, gguf_files, named_bases
+from ..model import base_checks, composite, gguf_files, named_bases
 from ..model.adapter_files import (
     SCORE,
     adapter_content,
@@ -45,12 +45,13 @@ def take(state: State, *, by_hand: bool = False) -> Content:
         by_hand: whether `save_checkpoint()` was called: save_total_limit then never deletes it.
     """
     content: Content = {}
-    for player, carries in zip(PLAYERS, (state.generator, state.discriminator), strict=True):
+    optimizers = (state.generator.optimizer, state.discriminator.optimizer)
+    for player, optimizer in zip(PLAYERS, optimizers, strict=True):
         with state.discriminator.scoring():
             config, weights = adapter_content(state.players, player)
         content[f"{player}/adapter_config.json"] = config
         content[f"{player}/{weights_name(state.config.weights_format)}"] = weights
-        content[f"{player}/optimizer.pt"] = carries.optimizer.state_dict()
+        content[f"{player}/optimizer.pt"] = optimizer.state_dict()
     if state.players.has_reference:
         config, weights = adapter_content(state.players, REFERENCE)
         content[f"{REFERENCE}/adapter_config.json"] = config
@@ -195,7 +196,7 @@ def _read_discriminator_state(state: State, folder: Folder) -> dict[str, Any]:
         raise Damaged(f"{where}: reward_unit must be above 0")
     if not isinstance(saved["knows_unit"], bool):
         raise Damaged(f"{where}: knows_unit must be True or False")
-    vocabulary = state.players.lm.get_input_embeddings().weight.shape[0]
+    vocabulary = base_checks.embedding_rows(state.players.lm)
     untrusted.require_replay(saved["replay"], vocabulary, len(heads_MH), f"{where}: replay")
     untrusted.require_tensors_like(saved["raw"], parameters[:-1], f"{where}: raw")
     if saved["average"] is not None:

@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -29,7 +29,7 @@ from . import durable
 from .durable import MANIFEST, Damaged, Folder
 
 STATE = "trainer_state.json"
-PLAYERS = ("generator", "discriminator")
+PLAYERS: tuple[Literal["generator", "discriminator"], ...] = ("generator", "discriminator")
 REFERENCE = "reference"
 BY_HAND = "save_checkpoint"  # what trainer_state.json says of a checkpoint that was not fit()'s own
 FILES = (
@@ -133,7 +133,8 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
     """Why a folder is no complete checkpoint, None where it is one; `deep` compares every file's SHA-256, too."""
     try:
         folder = Folder(path, manifest=True)
-        adapters, files = [*PLAYERS], [*FILES]
+        adapters: list[str] = [*PLAYERS]
+        files = [*FILES]
         if has_reference(folder):
             adapters.append(REFERENCE)
             files.append(f"{REFERENCE}/adapter_config.json")
@@ -157,7 +158,7 @@ def find(folder: Path, step: int | None) -> Path:
     steps = _steps(folder)
     if step is not None and step in steps and is_complete(steps[step]):
         return steps[step]
-    skipped = []
+    skipped: list[str] = []
     for number in sorted(steps, reverse=True) if step is None else ():
         why = fault(steps[number], deep=True)
         if why is None:

@@ -67,10 +67,7 @@ class Verb:
 
 def _verbs(table: str) -> list[Verb]:
     sets = ("subjects", "objects")
-    return [
-        Verb(**{name: frozenset(value) if name in sets else value for name, value in row.items()})
-        for row in _TABLES[table]
-    ]
+    return [Verb(**{**row, **{name: frozenset(row[name]) for name in sets if name in row}}) for row in _TABLES[table]]
 
 
 NOUNS = [Noun(**{**row, "tags": frozenset([row["kind"], row["en"], *row["tags"]])}) for row in _TABLES["nouns"]]
