@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 from . import frames, randomness
 from .extras import need
-from .rewards.messages import completion_text
+from .messages import completion_text
 from .wording import did_you_mean, shortened, shown
 
 Conversation = list[dict[str, Any]]  # messages, each with a role and a content
@@ -304,6 +304,13 @@ def is_conversation(value: Any) -> TypeGuard[Conversation]:
 def is_prompt(value: Any) -> TypeGuard[Prompt]:
     """Whether this is one prompt, a text or chat messages, and not several."""
     return isinstance(value, str) or is_conversation(value)
+
+
+def require_targets(rows: list[Row], need: str, remedy: str = "") -> None:
+    """Name a row without a target where one is needed, before anything is sampled or any true reward is paid for."""
+    for row in rows:
+        if row.target is None:
+            raise RowError(row, f"{need}, and the prompt {excerpt(row.prompt)} has none{remedy}")
 
 
 def excerpt(prompt: Prompt) -> str:

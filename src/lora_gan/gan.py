@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from . import data, rewards, row_checks
+from . import data, rewards
 from .config import Config
 from .data import Prompt, Row
 from .export import exporting
@@ -27,8 +27,7 @@ from .model.base import load_base
 from .model.players import Player, Players
 from .rewards.budget import Budget, BudgetSpent, Purpose
 from .rewards.true_reward import TrueReward
-from .row_checks import require_targets
-from .run import evaluation, recovery, snapshot, tracking
+from .run import evaluation, recovery, row_checks, snapshot, tracking
 from .run.callbacks import Callback, check_callbacks
 from .run.display import aside_for
 from .run.ending import Ending
@@ -233,7 +232,7 @@ class LoraGAN:
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
         if plan.imitates:
-            require_targets(rows, "imitation needs target_text")
+            data.require_targets(rows, "imitation needs target_text")
         if plan.reinforces and self.config.num_generations == 1 and not self._told_of_no_group:
             self._told_of_no_group = True
             warnings.warn(NO_GROUP, stacklevel=3)
@@ -663,7 +662,7 @@ class LoraGAN:
             if asks:
                 self.true_reward.require_comparable([row])
             if imitates:
-                require_targets([row], "imitation needs target_text")
+                data.require_targets([row], "imitation needs target_text")
             if (imitates or (compares and not held_out)) and row.target is not None:
                 encoder.target(row)
 

@@ -11,9 +11,9 @@ import time
 import pytest
 from helpers import PROMPTS, ROOT, small_gan
 
+from lora_gan.messages import as_text
 from lora_gan.rewards import RewardUnavailable, score_trl
 from lora_gan.rewards.human import Human
-from lora_gan.rewards.messages import as_text
 from lora_gan.storage.json_lines import append_line, open_lines
 
 

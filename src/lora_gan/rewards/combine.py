@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..messages import completion_text
 from ..wording import shown
 from .calling import Call, Caller, CallFailed, is_async
-from .messages import completion_text
 from .notes import Notes, Recorder
 from .signatures import BATCH_NAMES, TrlCall, pair_call, require_columns, reward_name, takes_completions, trl_call
 

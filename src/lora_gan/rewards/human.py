@@ -17,9 +17,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..messages import as_text
 from ..storage.json_lines import append_line, open_lines
 from .combine import RewardUnavailable
-from .messages import as_text
 
 TOP = 10  # ratings are 0 to TOP
 QUESTION = "rating 0 to 10, or s, u, q, ? > "

@@ -206,7 +206,7 @@ def reward(completions: Sequence[Any], constraints: Sequence[Sequence[str]], **c
     Returns:
         B rewards in [0, 1].
     """
-    from .messages import completion_text
+    from ..messages import completion_text
 
     return [
         sum(graded(constraint, completion_text(completion)) for constraint in some) / len(some)

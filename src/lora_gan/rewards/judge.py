@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..extras import need
+from ..messages import as_text
 from ..storage.json_lines import append_line, open_lines
 from .combine import RewardUnavailable
-from .messages import as_text
 
 if TYPE_CHECKING:
     from openai import OpenAI

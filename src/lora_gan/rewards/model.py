@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..messages import completion_text
 from .combine import RewardUnavailable
 from .loading import local_folder, undisturbed
-from .messages import completion_text
 from .signatures import GIVEN
 
 Reads = Literal["response", "pair", "text", "chat"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .messages import completion_text
+from ..messages import completion_text
 
 if TYPE_CHECKING:
     from ..data import Row

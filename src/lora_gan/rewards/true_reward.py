@@ -19,7 +19,6 @@ from transformers import TrainerState
 from .. import data
 from ..config import Config, RewardSignal
 from ..data import Row
-from ..row_checks import require_targets
 from .answers import Answers
 from .budget import Budget, BudgetSpent, Purpose
 from .calling import Caller
@@ -111,7 +110,7 @@ class TrueReward:
         comparing = [func for func in self.funcs if getattr(func, "needs_target", False)]
         if comparing:
             remedy = ": give target_text (target_column names its column in data), or another reward"
-            require_targets(rows, f"the reward {reward_name(comparing[0])!r} compares with a target", remedy)
+            data.require_targets(rows, f"the reward {reward_name(comparing[0])!r} compares with a target", remedy)
 
     def require_answerable(self, rows: list[Row]) -> None:
         """Raise where a reward needs a target, or a column, that neither the rows nor the run's data have."""

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from lora_gan import LoraGAN, data, tiny
 from lora_gan.cli.main import main
 from lora_gan.data import read_rows
-from lora_gan.row_checks import CheckedRows
+from lora_gan.run.row_checks import CheckedRows
 
 LONG = "cat " * 120  # more tokens than the 96 of these bases
 SHORT = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": "by"} for i in range(6)]

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from .data import Row, RowError, Stream, excerpt
-from .model.encoding import TooLong
+from ..data import Row, Stream
+from ..model.encoding import TooLong
 
 #: Raises ValueError for a row that cannot be used, TooLong for a prompt that leaves no room for its response.
 Check = Callable[[Row], object]
@@ -74,10 +74,3 @@ class _Fits:
             self._told = True
             return False
         return True
-
-
-def require_targets(rows: list[Row], need: str, remedy: str = "") -> None:
-    """Name a row without a target where one is needed, before anything is sampled or any true reward is paid for."""
-    for row in rows:
-        if row.target is None:
-            raise RowError(row, f"{need}, and the prompt {excerpt(row.prompt)} has none{remedy}")
