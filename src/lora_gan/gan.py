@@ -143,7 +143,7 @@ class LoraGAN:
         if reward is not None and rewards.takes_completions(reward):
             reward_funcs = [reward]
         elif reward is not None:
-            self.__setattr__("compute_reward", reward)
+            self.__setattr__("compute_reward", reward)  # in place of the method
         self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
         for func in reward_funcs or ([] if reward is None else [reward]):
             if hasattr(func, "bind"):  # one that asks the base itself, as Perplexity does

@@ -83,6 +83,16 @@ def test_a_torn_line_is_asked_again_and_closed(tmp_path):
     assert len(paid.asked) == 3, "of eight answers of two steps five were there"
 
 
+@pytest.mark.parametrize("damage", [{"asked": None}, {"asked": ["a list"]}, {"occurrence": "0"}])
+def test_a_line_without_a_proper_key_is_not_taken(damage, tmp_path):
+    with dies():
+        run(tmp_path, Paid(6))
+    *lines, last = (tmp_path / FILE).read_text().splitlines()
+    (tmp_path / FILE).write_text("\n".join([*lines, json.dumps(json.loads(last) | damage)]) + "\n")
+    with pytest.warns(UserWarning, match="5 answers"):
+        run(tmp_path, Paid(), steps=2)
+
+
 def test_going_back_on_purpose_asks_anew(tmp_path):
     """Whoever takes up an older checkpoint may have changed the reward."""
     run(tmp_path, Paid(), steps=5)

@@ -4,6 +4,7 @@ import functools
 import json
 import linecache
 import textwrap
+import types
 import warnings
 from unittest.mock import Mock
 
@@ -185,6 +186,16 @@ def test_options_by_which_a_reward_was_made(tmp_path):
         )  # fmt: skip
 
     assert of_trl(3) == of_trl(3) != of_trl(4)
+
+
+def test_a_bound_callable_is_described_by_what_is_called():
+    class Owner:
+        pass
+
+    def bound(value):
+        return source_digest(types.MethodType(functools.partial(max, value), Owner()))
+
+    assert bound(1) == bound(1) != bound(2)
 
 
 def test_odd_callables_have_a_digest():
