@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
@@ -19,9 +19,6 @@ from ..export.licences import licence_id
 from ..run.options import SETTINGS_FILE, kept_options
 from ..run.runs import require_run
 from ..storage.json_lines import write_json
-
-if TYPE_CHECKING:
-    from ..data import Row
 
 EXPORTED = {
     "generator": "the generator as an adapter for PEFT",
@@ -402,7 +399,7 @@ def _read(
     target_column: str | None,
     split: str = "train",
     columns: bool = True,
-) -> list[Row]:
+) -> list[Any]:
     """Rows of a file, its columns named on the command line or, where they are not, as in the run."""
     from .. import data as data_module
 
@@ -415,7 +412,7 @@ def _read(
     )
 
 
-def _rows(data: str, prompt_column: str) -> list[Row]:
+def _rows(data: str, prompt_column: str) -> list[Any]:
     from .. import data as data_module
 
     return list(data_module.read_rows(data, prompt_column=prompt_column, columns=False))
