@@ -7,7 +7,6 @@ one.
 """
 # No `from __future__ import annotations`: the annotations are read when a Config is made.
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen, Unit
 
 from .settings import Group, Mark, accepted, fits
-from .wording import shown
+from .wording import did_you_mean, shown
 
 RewardSignal = Literal["true", "predicted", "corrected"]
 QueryDesign = Literal["uniform", "groups", "uncertain"]
@@ -318,8 +317,7 @@ class Config:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                nearest = difflib.get_close_matches(shown(name).strip("'"), known, n=1)
-                hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+                hint = did_you_mean(name, known)
                 raise ValueError(f"there is no setting {shown(name)}{hint}. The settings: {', '.join(known)}")
         return cls(**values)
 
