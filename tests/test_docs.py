@@ -1,4 +1,4 @@
-"""README.md and docs/: every link within the repository leads somewhere, and a test that a link names is there.
+"""README.md, CONTRIBUTING.md and docs/: every link leads somewhere, and a test that a link names is there.
 
 A link names a test in its text or its title: [`test_x`](../tests/test_y.py), [a claim](../tests/test_y.py "test_x").
 docs/compare.md is held to more: nothing is said there of this library without a link, or of another without a source.
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMPARE = ROOT / "docs" / "compare.md"
 
 INLINE = re.compile(r"\[((?:`[^`]*`|[^\]`])*)\]\(<?([^)\s>]+)>?(?:\s+\"([^\"]*)\")?\)")

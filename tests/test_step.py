@@ -117,6 +117,7 @@ def test_what_was_not_asked_is_none():
     assert gan.reward_calls == out["reward_calls"] == 12
 
 
+@pytest.mark.filterwarnings("ignore:num_generations=1")
 def test_a_group_of_one():
     gan = small_gan(num_generations=1)
     before = player_state(gan, "generator")
@@ -271,6 +272,7 @@ def test_reward_funcs_in_trls_form():
     assert single["true_rewards"] == [0.5 * len(text) + 6 for text in single["responses"]]
 
 
+@pytest.mark.filterwarnings("ignore:the reward .* answered for none of the step's")
 def test_an_unanswered_reward_is_none_and_learning_goes_on():
     gan = small_gan(reward=lambda response, target: None if len(response) % 2 else reward(response), num_generations=8)
     out = gan.step(PROMPTS[:2])
@@ -382,6 +384,7 @@ def test_a_bad_reward_is_named():
 
 
 @pytest.mark.parametrize("settings", [{}, {"disc_updates": 5, "disc_heads": 2}, {"num_generations": 1}], ids=str)
+@pytest.mark.filterwarnings("ignore:num_generations=1")
 def test_query_rate_one_is_exactly_plain_rloo(settings):
     """The defaults, discriminator and all, against a run in which no discriminator ever learns or is listened to."""
     whole = small_gan(**settings)

@@ -36,6 +36,7 @@ def there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [["--dry-run"], []], ids=["dry run", "run"])
+@pytest.mark.filterwarnings("always:num_generations=1")
 def test_one_response_per_prompt_is_explained_in_one_line(there, capsys, more):
     assert train("--num_generations", "1", "--max_steps", "2", *more) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "num_generations" in line]

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from helpers import base_folder
 
+# TRL gives transformers a setting by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
 ROOT = Path(__file__).parents[2]
 
 

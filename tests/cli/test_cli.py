@@ -182,6 +182,7 @@ def test_the_run_is_found_from_another_folder(there, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
 def test_ctrl_c_saves_and_says_how_to_go_on(there):
     (there / "mine.py").write_text(
         "import time\ndef length(response, target):\n    time.sleep(0.02)\n    return 1.0 * len(response)\n"
@@ -342,6 +343,7 @@ def test_ctrl_c_before_anything_is_saved_does_not_say_go_on(there, capsys):
     assert "nothing new to save" in said and "--resume" not in said
 
 
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
 def test_a_reward_that_fails_later_leaves_a_run_that_goes_on(there, capsys):
     (there / "mine.py").write_text(
         "calls = []\ndef length(response, target):\n    calls.append(1)\n"
@@ -406,6 +408,7 @@ def test_a_run_that_was_stopped_leaves_its_curves(there, stops, monkeypatch):
     assert list(calls.get_ydata()) == [8, 16], "the steps that were whole"
 
 
+@pytest.mark.filterwarnings("always:training.png could not be drawn")
 def test_a_picture_that_cannot_be_drawn_hides_nothing(there, capsys, monkeypatch):
     monkeypatch.setattr("lora_gan.run.plots.plot_run", lambda *_, **__: 1 / 0)
     assert train("--max_steps", "1") == 0

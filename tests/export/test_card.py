@@ -109,6 +109,7 @@ def test_the_evaluation_of_this_generator_is_in_the_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["gpt2", "llama"])
+@pytest.mark.filterwarnings("ignore:the base has a chat template, and the prompts are plain")
 def test_the_template_uses_no_name_that_it_is_not_given(tmp_path, monkeypatch, base):
     """jinja2 writes nothing for an unknown name; here it raises."""
     strict = functools.partial(jinja2.Template, undefined=jinja2.StrictUndefined)

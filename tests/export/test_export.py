@@ -309,6 +309,7 @@ def test_other_kinds_of_adapter_are_merged_and_named(field, tmp_path):
     assert f"{kind}, r 3, alpha 6, on `down_proj`, `q_proj`" in text
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_tied_head_with_an_adapter_of_its_own_is_untied(tmp_path):
     gan = trained_gan(base_folder("qwen2"), target_modules=("q_proj", "lm_head"))
     assert gan.players.lm.config.tie_word_embeddings

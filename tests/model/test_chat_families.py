@@ -114,6 +114,7 @@ def test_a_family_is_what_its_files_say(name):
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.filterwarnings("ignore:the base has a chat template, and the prompts are plain")
 def test_score_is_the_prediction_in_training(name, kind, monkeypatch):
     """Compared: responses that ended with the closing id of this kind of prompt and tokenize back to their ids."""
     family, prompts = FAMILIES[name], prompts_of(FAMILIES[name], kind)
@@ -282,6 +283,7 @@ def test_imitation_goes_on_with_a_message_that_the_prompt_begins(name, monkeypat
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:the base has a chat template, and the prompts are plain")
 def test_imitation_of_a_plain_text_ends_as_the_tokenizer_ends_texts(name, monkeypatch):
     tokenizer = tokenizer_of(name)
     prompts = prompts_of(FAMILIES[name], "plain")

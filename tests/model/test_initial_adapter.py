@@ -37,6 +37,9 @@ from lora_gan.model import initial_adapter
 from lora_gan.rewards.perplexity import Perplexity
 from lora_gan.storage import checkpoint
 
+# Stock PEFT says so when it saves the adapter on the head.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+
 REST = {name: value for name, value in SMALL.items() if "lora_" not in name or name.startswith("disc_")}
 TOGETHER = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}
 VARIANTS = {
@@ -500,6 +503,7 @@ def train(*more, **changed):
 
 
 @pytest.mark.parametrize("kl_reference", ["base", None])
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
 def test_the_command_line_resumes_bitwise_without_the_folder(there, capsys, kl_reference):
     assert train(max_steps=4, save_steps=2, kl_reference=kl_reference) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -78,6 +78,7 @@ def test_checkpoints_and_adapters_are_no_bases(tmp_path):
     refused("an adapter, not a base.*load_generator", folder / "generator")
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_models_in_memory():
     model = AutoModelForCausalLM.from_pretrained(base_folder())
     tokenizer = small_gan().players.base.tokenizer

@@ -169,6 +169,7 @@ NOT_ACCEPTED = {
 
 @pytest.mark.parametrize("field", NOT_ACCEPTED)
 @pytest.mark.parametrize("argument", ["peft_config", "disc_peft_config"])
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
 def test_a_field_that_cannot_work_on_a_shared_base_is_named(argument, field):
     config = LoraConfig(r=4, target_modules="all-linear", **{field: NOT_ACCEPTED[field]})
     with pytest.raises(ValueError, match=rf"^{argument} has {field}=.*not accepted: .*(rslora|gaussian)"):
@@ -199,6 +200,7 @@ def test_initialisations_that_change_the_base_are_refused(init):
         ({"gen": LoraConfig(target_modules="all-linear", init_lora_weights="orthogonal", r=3)}, "even"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_else_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         gan_of("gpt2", **arguments)

@@ -5,6 +5,7 @@ Oracle: an HTTP server on the loopback that counts the requests which rewards ma
 
 import asyncio
 import json
+import urllib.error
 import urllib.request
 import warnings
 
@@ -41,8 +42,12 @@ class Server(CountingServer):
     def ask(self, text):
         request = urllib.request.Request(self.url, json.dumps({"text": text}).encode(), method="POST")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=20) as answer:
-            return json.load(answer)["score"]
+        try:
+            with opener.open(request, timeout=20) as answer:
+                return json.load(answer)["score"]
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise
 
     # rewards of each form
 

@@ -559,6 +559,7 @@ def test_two_steps_with_a_judge_as_the_reward(serve):
     assert any("\na target\n" in body["messages"][0]["content"] for body in server.bodies)
 
 
+@pytest.mark.filterwarnings("ignore:the judge 'grader' gave no score")
 def test_requests_are_counted_when_they_are_sent_and_none_follows_after_giving_up(serve):
     server = serve(lambda body, number: failure(503))
     judge = server.judge(max_concurrency=4, max_failures=2, max_retries=5)

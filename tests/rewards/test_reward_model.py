@@ -332,12 +332,12 @@ def test_a_classifier_is_a_gans_true_reward(folders):
 
 def test_cosine_takes_any_sentence_transformers_model(folders, tmp_path):
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers import models as parts
+    from sentence_transformers.sentence_transformer import modules as parts
 
     save(seeded(BertModel, BertConfig(**BERT)), bert_tokenizer(), tmp_path / "bert")
     body = parts.Transformer(str(tmp_path / "bert"))
     SentenceTransformer(
-        modules=[body, parts.Pooling(body.get_word_embedding_dimension())], device="cpu"
+        modules=[body, parts.Pooling(body.get_embedding_dimension())], device="cpu"
     ).save(str(tmp_path / "model"))  # fmt: skip
     vectors = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode
     a, b = vectors(RESPONSES[:3]).astype(float), vectors(PROMPTS[:3]).astype(float)

@@ -75,6 +75,7 @@ SETTINGS = [
 @pytest.mark.parametrize("kind", ["gradient", "loss"])
 @pytest.mark.parametrize("player", ["generator", "discriminator"])
 @pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.filterwarnings("ignore:num_generations=1")
 def test_the_run_goes_on_as_if_the_poisoned_update_had_been_left_out(monkeypatch, settings, player, kind):
     spoiled, oracle = small_gan(**settings), small_gan(**settings)
     which = {2, 3}

@@ -185,6 +185,7 @@ def test_a_score_of_a_response_without_an_end_reads_the_cut_prompt_as_training_d
     assert whole >= 1
 
 
+@pytest.mark.filterwarnings("ignore:3 of 3 rows are dropped")
 def test_nothing_is_left():
     gan = small_gan(on_long_prompt="drop")
     with pytest.raises(ValueError, match="no row is left.*row 1: a prompt of"):

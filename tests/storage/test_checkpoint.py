@@ -30,6 +30,12 @@ from safetensors.torch import save_file
 
 from lora_gan import LoraGAN
 
+pytestmark = [
+    # What some of VARIANTS tell, in a fixture too.
+    pytest.mark.filterwarnings("ignore:num_generations=1"),
+    pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent"),
+]
+
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(8)]
 
 VARIANTS = {
@@ -155,6 +161,7 @@ def test_the_six_files_exist_whoever_trained(training, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", [*SIX, "trainer_state.json"])
+@pytest.mark.filterwarnings("ignore:the checkpoint of step 2 is skipped")
 def test_an_incomplete_folder_is_skipped(file, tmp_path):
     gan = small_gan(output_dir=str(tmp_path))
     gan.step(PROMPTS[0])

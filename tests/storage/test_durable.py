@@ -111,6 +111,7 @@ def test_a_fault_at_every_operation_leaves_the_old_or_the_new(where, fault, two,
     assert outcomes == ({2} if fault == "short" else {1, 2})
 
 
+@pytest.mark.filterwarnings("ignore:a checkpoint could not be written")
 def test_a_full_disk_is_told_and_the_run_goes_on_and_saves_when_it_can(tmp_path, monkeypatch):
     undisturbed = small_gan(output_dir=str(tmp_path / "undisturbed"), save_steps=2)
     undisturbed.fit(ROWS, steps=8, progress=False)

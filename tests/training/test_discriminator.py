@@ -142,6 +142,7 @@ def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
 def test_no_forward_is_kept_that_the_update_would_not_begin_with(settings):
     gan = small_gan(**settings)
     gan.step(PROMPTS[:2], TARGETS[:2])

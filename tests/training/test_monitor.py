@@ -122,6 +122,7 @@ def test_the_calls_left_are_never_passed_and_the_correction_stays_unbiased(desig
 
 
 @pytest.mark.parametrize("design", ["uniform", "groups", "uncertain"])
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
 def test_the_budget_is_kept_to_exactly(design):
     gan = small_gan(reward_budget=13, query_rate=0.5, query_design=design, num_generations=4)
     for _ in range(8):

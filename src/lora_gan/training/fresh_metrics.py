@@ -21,6 +21,7 @@ def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndar
     Responses whose prediction is not finite do not count. None where there are too few answers, or no spread, to say.
     """
     answered_B = ~np.isnan(true_B) & np.isfinite(predicted_MB).all(0)
+    predicted_MB = np.where(answered_B, predicted_MB, 0.0)  # NumPy warns of arithmetic with infinities
     spread_B = predicted_MB.std(0)[answered_B]
     predicted_B, true_B, group_B = predicted_MB.mean(0)[answered_B], true_B[answered_B], group_B[answered_B]
     compared_B = np.array([(group_B == group).sum() > 1 for group in group_B], dtype=bool)
