@@ -49,13 +49,13 @@ BatchedRewardFunction = Callable[..., Sequence[float | None]]
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Row] | Callable[[], Iterable[Mapping[str, Any]]]
 
 
-#: What a run is told whose plain prompts bypass the base's chat template.
+#: Warning for plain prompts that are sent without the base's chat template.
 PLAIN_PROMPTS = (
     "the base has a chat template, and the prompts are plain texts: they reach the model as they are. Set "
     "apply_chat_template=True to send each as a user message, or False to keep them plain without this notice"
 )
 
-#: What a run is told that has one response per prompt.
+#: Warning for num_generations=1.
 NO_GROUP = (
     "num_generations=1: a prompt's one response has no group to be compared with, so the baseline is a running mean of "
     "rewards, and the discriminator learns no ranking within groups; set num_generations to 2 or more"
@@ -172,7 +172,7 @@ class LoraGAN:
         return None if self._loop is None else self._loop.ending
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A reward that is assigned is checked as one that is given."""
+        """Check a reward assigned to compute_reward as the constructor does."""
         if name == "compute_reward" and callable(value):
             rewards.check_reward(value)
         super().__setattr__(name, value)
@@ -410,7 +410,7 @@ class LoraGAN:
         return self.true_reward.funcs
 
     def _meant(self) -> tuple[list[Callable[..., Any]], list[float] | None]:
-        """The functions whose weighted sum is the true reward, and their weights; what was assigned last is meant."""
+        """The functions whose weighted sum is the true reward, and their weights. The latest assignment wins."""
         assigned = "compute_reward" in vars(self)
         if self.reward_funcs and not assigned:
             return list(self.reward_funcs), self.reward_weights
@@ -509,8 +509,8 @@ class LoraGAN:
 
         Args:
             prompts: one prompt, or several: texts, or lists of chat messages.
-            apply_chat_template: True sends a text as a user message, False sends it as it is; None: as the setting
-                says, else as the prompts were that the generator was trained on.
+            apply_chat_template: True sends a text as a user message, False sends it as it is; None: use the
+                setting; where it is not set, do as in training.
             tools, chat_template_kwargs: for the chat template of every prompt; they override the config's.
             best_of: how many to sample; the discriminator picks the one it predicts the highest reward for.
             temperature, top_p, max_completion_length: the config's where not given; temperature 0 is greedy.
@@ -553,9 +553,8 @@ class LoraGAN:
     ) -> list[float]:
         """The discriminator's predicted reward of one response to each prompt, always a list.
 
-        Prompt and response are tokenized apart, concatenated, and closed with the id that closes a response to this
-        kind of prompt: what the discriminator was trained on, for a response that was generated, and ended, as these
-        tokens.
+        Prompt and response are tokenized separately and concatenated, and the end token for this kind of prompt is
+        appended. This equals training for a response that was sampled as these tokens and ended.
 
         Args:
             batch_size: pairs read at once; None = all.
@@ -702,7 +701,7 @@ class LoraGAN:
         return self.players.encoder.as_chat(rows) if wanted else rows
 
     def _follows(self, kinds: set[str]) -> bool | None:
-        """Whether plain prompts beside training prompts of these kinds are sent as messages; None: the setting says."""
+        """Whether plain prompts are sent as messages, given the kinds seen in training. None: the setting decides."""
         if self.config.apply_chat_template is not None:
             return None
         return kinds == {"messages"} and self.players.encoder.has_template

@@ -50,8 +50,7 @@ class State:
 
 
 class Carried(Generic[T]):
-    """An attribute that another attribute holds: `global_step = Carried[int]("state")` reads and sets
-    `self.state.global_step`."""
+    """Delegates an attribute: `global_step = Carried[int]("state")` reads and sets `self.state.global_step`."""
 
     def __init__(self, holder: str, name: str | None = None) -> None:
         self.holder, self.name = holder, name

@@ -104,7 +104,7 @@ class Endings:
     def is_rendered(self, text: str, options: Mapping[str, Any]) -> bool:
         """Whether a plain prompt is chat messages that a template has rendered already."""
         tails = {self._tail(options), self._tail({})} - {("", False)}
-        # No other text has a special token in it, so that an answer may have begun behind the tail.
+        # Only rendered text has special tokens, so the tail may also stand in the middle: a response was begun.
         return any(text.rstrip().endswith(tail) or (is_special and tail in text) for tail, is_special in tails)
 
     def _find_closing(self, options: Mapping[str, Any]) -> int | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Fields that may say anything: dropout does nothing here, and how the weights began is past.
 TRAINING_FIELDS = ("lora_dropout", "eva_config")
-#: Ways to begin that left the base as it was. The others (pissa, olora, loftq, corda, …) changed it.
+#: Methods of initialization that leave the base's weights unchanged. The others (pissa, olora, loftq, corda, …) do not.
 HARMLESS_INITS = (*INIT_METHODS, "eva")
 LARGEST_RANK = 2**14
 

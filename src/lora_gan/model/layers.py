@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """A causal LM's layers, and the name they stand under; None where it has not one list of them."""
+    """A causal LM's layers, and the name they stand under; None if there is not exactly one such list."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     return lists[0] if len(lists) == 1 else None

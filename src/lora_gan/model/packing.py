@@ -205,8 +205,8 @@ def _packed(
 
 
 class UnpackTokens(torch.autograd.Function):
-    """Tokens [N, …] taken apart into the places [P·S + B·T, …]. Each token has one place, so the way back is a look-up
-    too, and no sum whose order could change; what stands where a row is shorter is seen by nobody."""
+    """Tokens [N, …] taken apart into the places [P·S + B·T, …]. Each token has one place, so the backward is a
+    look-up, too: no sum whose order could change. Padding slots are masked."""
 
     @staticmethod
     def forward(ctx: Any, x_N: Tensor, place: Tensor, token_N: Tensor) -> Tensor:

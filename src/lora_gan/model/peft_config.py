@@ -131,7 +131,7 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
 
 
 def attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel:
-    """The base with its adapters on it; what PEFT cannot do is one line, `said` among it."""
+    """Put the adapters on the base. An error of PEFT is raised as one line that contains `said`."""
     on_cpu = base.model.device.type == "cpu"
     if on_cpu and getattr(base.model, "is_loaded_in_8bit", False) and any(c.use_dora for c in lora.values()):
         raise ValueError(

@@ -250,7 +250,7 @@ class Players:
         config = self.lm.config
         if "position_ids" not in self._takes or config.get_text_config() is not config:
             return False
-        # A trial of a few tokens does not reach the end of a window, and not every attention is told of its own.
+        # A trial of a few tokens cannot show a sliding window, so the config is asked.
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         if any(windows) or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             return False
@@ -265,7 +265,7 @@ class Players:
                     for batch in (self.batch(*trial, packs=True), self.batch(*trial, packs=False))
                 )
             except torch.OutOfMemoryError:
-                raise  # it says nothing of the base, and a run that goes on must find what this one found
+                raise  # it does not show that packing fails, and a resumed run must find the same
             except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
                 return False  # whatever a base does that is told nothing of rows: it is read as it always was
             return _equal_to_rounding(packed, padded)
@@ -299,7 +299,7 @@ class Players:
 
     @cached_property
     def _shares_frozen_layers(self) -> bool:
-        """Whether there are such layers, in a base whose forward can begin above them; found out by trying, once."""
+        """Whether the output of the frozen lower layers can be shared; tried once."""
         if self._frozen_layers is None:
             return False
         batch = self.batch([[1, 2], [3]], [[1, 3], [2]], np.arange(2))

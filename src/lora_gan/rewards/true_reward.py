@@ -1,7 +1,7 @@
 """The true reward of a run: the weighted sum of one or several functions, asked within a budget. Used by `gan`.
 
-It holds what goes with asking: counts and limits (`budget`), scales of the parts, failures, and, during fit(), the log
-of answers, the columns of the data and the state that rewards of TRL's form receive.
+It also holds the budget, the scales of the parts and the failures and, during fit(), the log of answers, the columns of
+the data and the state that rewards of TRL's form receive.
 
 # B = responses of one step
 """
@@ -28,7 +28,7 @@ from .scales import Scales
 from .signatures import needs_columns, require_columns, reward_name, takes_completions
 from .source import source_digest
 
-#: Different causes of failed reward calls that a run tells.
+#: Most distinct causes of failed calls that are warned about.
 CAUSES = 5
 
 Funcs = list[Callable[..., Any]]
@@ -113,12 +113,12 @@ class TrueReward:
             data.require_targets(rows, f"the reward {reward_name(comparing[0])!r} compares with a target", remedy)
 
     def require_answerable(self, rows: list[Row]) -> None:
-        """Raise where a reward needs a target, or a column, that neither the rows nor the run's data have."""
+        """Raise if a reward needs a target or a column that is missing."""
         self.require_comparable(rows)
         require_columns(self.funcs, data.column_names(rows).union(self.data_columns), rows="no row")
 
     def require_columns(self, rows: list[Row] | data.Stream, called: str, *, position: int) -> None:
-        """Raise where a reward needs a column that no row has; of a stream, none of the first step's."""
+        """Raise if a reward needs a column that no row has. Of a stream, only the first step's rows are checked."""
         read = f"no row of the {called}"
         if isinstance(rows, data.Stream) and needs_columns(self.funcs):
             rows.take(self.config.prompts_per_step, position)

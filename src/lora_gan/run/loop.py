@@ -78,7 +78,7 @@ class Loop:
                 with self._interrupts.catching():
                     self._take_steps()
             except (Interrupted, ValueError, RewardUnavailable) as stop:
-                # A person, or a row or a reward that is not as it should be: the last step is whole.
+                # An interrupt, a bad row or a bad reward: the last step was completed, so it can be saved.
                 saved = self._saver.finish(self._run.best_steps) if self._records else None
                 if not isinstance(stop, Interrupted):
                     raise
@@ -107,7 +107,7 @@ class Loop:
             if run.control.should_evaluate:
                 self._judge()
                 run.stops(self._reason_to_stop(record))  # the evaluation may have spent the budget
-            due = run.control.should_save  # before looking: on_save of an earlier one takes it back
+            due = run.control.should_save  # read first: look() may fire on_save, which clears it
             if self._saver.look() or due:
                 self._saver.save(keep=run.best_steps)
             if run.control.should_training_stop:
@@ -129,7 +129,7 @@ class Loop:
             self._run.went_back()
             while self._records and self._records[-1]["step"] > self.state.global_step:
                 self._records.pop()
-            self._saver.last = None  # what stands under a later step's name is of steps that come again
+            self._saver.last = None  # later checkpoints are of steps that will be repeated
             return None
 
     def _judge(self) -> None:

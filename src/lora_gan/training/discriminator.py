@@ -65,9 +65,9 @@ class Discriminator:
     def gate(self) -> float:
         """How far the generator trusts predictions, 0 to 1, by the fresh rank correlation within groups so far."""
         if not self.config.gate_correlation or self.config.disc_objective == "real_vs_generated":
-            return 1.0  # no true reward is asked for there, that predictions could be judged by
+            return 1.0  # this objective has no true reward to measure predictions by
         if not self.correlated:
-            # One that has learned here is trusted once it was judged; one that came from elsewhere may never be.
+            # One that learned in this run has no weight before it is measured. A loaded one may never be measured.
             return 0.0 if self.knows_unit else 1.0
         return min(max(self.correlation / self.correlated / self.config.gate_correlation, 0.0), 1.0)
 
@@ -109,8 +109,8 @@ class Discriminator:
     def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, RetainedFeatures]:
         """`predict`, and the features [B, H] with the graph that the next update begins from.
 
-        None are retained where it would learn from something else: other weights than those that score, other rows, in
-        smaller parts than all at once; nor where many responses go unasked, whose share of the graph is for nothing.
+        None are retained if the update uses other weights (a moving average), other rows (targets) or smaller batches,
+        or if few responses are asked about.
         """
         size = self.optimizer.micro_batch_size
         whole = self.config.query_rate >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
@@ -195,7 +195,7 @@ class Discriminator:
     # --- targets as data
 
     def _answered(self, experience: Experience) -> list[Group]:
-        """The step's answered groups, each with its prompt's target in it where what that is worth is known."""
+        """The step's answered groups, each with its prompt's target in it if disc_anchor_reward is set."""
         groups = answered_groups(experience, self.config)
         if self.config.disc_anchor_reward is not None:
             for j, group in groups.items():
@@ -237,7 +237,7 @@ class Discriminator:
     # --- learning
 
     def _update_reward_unit(self, fresh: list[Group]) -> None:
-        """Read the reward's unit off the first answers, and again when they come to spread twice as far.
+        """Set the reward's unit from the first answers, and again when their standard deviation has doubled.
 
         The first answers may happen to be all alike. Predictions stay as they were: the heads are counted anew. With
         several processes the unit is the mean over those with answers.
@@ -325,8 +325,8 @@ class Discriminator:
     def _learn_in_batches(self, groups: list[Group], total: int) -> Tensor:
         """Backward of some groups' share of the loss. A group of more responses than a micro-batch is read twice.
 
-        The loss compares them all, so first it is asked what it wants of each one's features, which takes no graph of
-        the base; then each micro-batch has its forward and backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
+        The loss compares all of them. So its gradient with respect to each one's features comes first, without a graph
+        of the base; then each micro-batch has its forward and backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
         pieces = self._batches(groups)
         if len(pieces) == 1:
@@ -408,7 +408,7 @@ class Discriminator:
         self._forget()
 
     def _forget(self) -> None:
-        """What came in from elsewhere is the adapter; nothing is known of how it predicts."""
+        """Reset what was measured: the predictions of a loaded adapter never were."""
         self.average = None
         self.correlation, self.correlated = 0.0, 0.0
 

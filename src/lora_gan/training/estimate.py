@@ -137,9 +137,9 @@ def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: n
 
 
 def gated_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
-    """What the generator sees of the predictions, [B]: a lower confidence bound over the heads, moved towards its
-    group's mean as far as the gate is shut. Only differences within a group reach the generator, and a gate of zero
-    leaves none."""
+    """The predictions that the generator learns from, [B]: a lower confidence bound over the heads, moved to its
+    group's mean by the share 1 − gate. Only differences within a group reach the generator; a gate of zero leaves
+    none."""
     bound_B = predicted_MB.mean(0)
     if penalty:
         bound_B = bound_B - penalty * predicted_MB.std(0)
@@ -150,7 +150,7 @@ def gated_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty:
 
 
 def centered_within_groups(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
-    """What is left of each value when its group's mean is taken off, [B]: all that reaches the generator."""
+    """Values minus their group's mean, [B]: all that reaches the generator."""
     _, index_B = np.unique(group_B, return_inverse=True)
     return values_B - (np.bincount(index_B, values_B) / np.bincount(index_B))[index_B]
 

@@ -28,7 +28,7 @@ class RetainedFeatures:
         self._features_BH = features_BH
 
     def take(self) -> Tensor | None:
-        """The features. No reference to them stays here, so that the taker's last one frees the graph's memory."""
+        """Return the features and clear them: the caller's reference is then the only one."""
         features_BH, self._features_BH = self._features_BH, None
         return features_BH
 
@@ -55,8 +55,8 @@ class Experience:
 
     @property
     def dropped_B(self) -> np.ndarray | None:
-        """Failed responses that were certain to be asked, bool; None = no response. They have no part in their group:
-        nothing would correct the bare prediction in place of their true reward."""
+        """Failed responses with inclusion probability 1, bool; None = no response. They are excluded, because nothing
+        would correct their prediction."""
         if self.failed_B is None or not self.failed_B.any():
             return None
         return self.failed_B & (self.inclusion_B >= 1)

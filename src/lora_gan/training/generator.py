@@ -74,8 +74,7 @@ class Generator:
     ) -> dict[str, float | None]:
         """The step's updates, the first of them on-policy. Without experience imitation alone teaches.
 
-        Returns the first update's loss and its parts, None where they are not finite, and how many updates were skipped
-        for it.
+        Returns the first update's loss and its parts (None if not finite), and the number of skipped updates.
         """
         metrics: dict[str, float | None] = {}
         reward_B = advantage_B = None
@@ -92,7 +91,7 @@ class Generator:
             loss, parts, logprobs_R = micro_batch.within_memory(backward, self.optimizer, most)
             sampled_R = logprobs_R if sampled_R is None else sampled_R
             if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
-                loss = math.nan  # predictions that are not finite would pass for rewards that are not known
+                loss = math.nan  # NaN means unknown in reward_B, so a NaN prediction must fail the update
             rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)
             skipped += norm is None
             if iteration == 0:
@@ -156,7 +155,7 @@ class Generator:
         if experience.dropped_B is not None and signal != "predicted":
             reward_B = np.where(experience.dropped_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
-            # What the discriminator's own gradient does not carry.
+            # Subtract the share that the discriminator's gradient carries.
             reward_B = reward_B - self.config.straight_through_weight * predicted_B
         return reward_B
 

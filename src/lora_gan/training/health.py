@@ -1,7 +1,7 @@
 """Notices: what is wrong with a run and can still be mended, each said once, with the figure and the setting to change.
 
 `LoraGAN` feeds every step's record to `Health.watch`; what it returns is warned of and stands in metrics.jsonl. The
-monitor (`guard`) is something else: it looks for exploitation of the discriminator, and can stop a run or take it back.
+monitor is something else: it looks for exploitation of the discriminator, and can stop a run or take it back.
 
 Every threshold is a constant with its reason. A healthy run of `tiny` sets off none (tests/training/test_health.py).
 """
@@ -62,8 +62,8 @@ STREAK = {"steps": 0, "responses": 0, "answers": 0, "total": 0.0, "low": 0.0, "h
 
 
 def prediction_counts(config: Config, signal: RewardSignal, *, train_gen: bool) -> bool:
-    """Whether anything depends on what the discriminator predicts: at a query rate of 1 the corrected reward is the
-    true one. Where the generator does not learn, the discriminator is what the step is for."""
+    """Whether anything depends on the predictions. Nothing does where every response gets its true reward. A step that
+    trains the discriminator alone always counts."""
     if not train_gen or signal == "predicted" or config.gradient_path == "straight_through":
         return True
     return signal == "corrected" and (config.query_rate < 1 or config.reward_budget is not None)

@@ -2,9 +2,8 @@
 
 # B = responses
 
-Predicted reward that rises while the true one falls, on responses whose true reward was asked for, is what exploitation
-looks like; repetition, length and KL show it where nothing is asked. The other half of the guard, the gate, is the
-discriminator's (`Discriminator.gate`).
+Signals of exploitation: the predicted reward rises while the true one falls, on responses that were asked about;
+without true rewards, repetition, length and KL. The gate is the discriminator's (`Discriminator.gate`).
 """
 
 from __future__ import annotations

@@ -80,14 +80,14 @@ class PlayerOptimizer:
         self.scale = scale
 
     def _multiply_learning_rate(self, ratio: float) -> None:
-        """A checkpoint brings its own learning rate along; one that was set anew since then wins."""
+        """Scale a loaded learning rate to the one that is configured now."""
         if ratio != 1:
             for group in self.adamw.param_groups:
                 group["lr"], group["initial_lr"] = group["lr"] * ratio, group["initial_lr"] * ratio
             self.schedule.base_lrs = [rate * ratio for rate in self.schedule.base_lrs]
 
     def _follow_schedule(self) -> None:
-        """Where a checkpoint came from another schedule, its next update is made at the rate of the one that is set."""
+        """Use the configured schedule's rate, also if the checkpoint came from another schedule."""
         scheduled = zip(self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
         for group, base, share in scheduled:
             # As the scheduler itself makes it: where it is the same one, to the bit.
