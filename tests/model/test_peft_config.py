@@ -200,6 +200,7 @@ def test_initialisations_that_change_the_base_are_refused(init):
         ({"gen": LoraConfig(target_modules="all-linear", init_lora_weights="orthogonal", r=3)}, "even"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")  # for the head, which is no Conv1D
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_else_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
