@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 from peft import LoraConfig
@@ -596,33 +596,11 @@ class LoraGAN:
 
         See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size, apply_chat_template).
         """
-        chats = options.get("apply_chat_template")
-        rows = self.check_rows(dataset, split="test", train_gen=False, apply_chat_template=chats)
-        rows = self.as_meant(list(rows), options.pop("apply_chat_template", None), follow=True)
+        chats = options.pop("apply_chat_template", None)
+        checked = self.check_rows(dataset, split="test", train_gen=False, apply_chat_template=chats)
+        rows = self.as_meant(list(checked), chats, follow=True)
         return evaluation.evaluate(rows, generate=self.generate, score=self.score, ask=self.ask, **options)
 
-    @overload
-    def check_rows(
-        self,
-        dataset: Dataset,
-        *,
-        split: Literal["test"],
-        train_gen: bool = True,
-        asks: bool = True,
-        progress: bool = True,
-        apply_chat_template: bool | None = None,
-    ) -> list[Row]: ...
-    @overload
-    def check_rows(
-        self,
-        dataset: Dataset,
-        *,
-        split: str = "train",
-        train_gen: bool = True,
-        asks: bool = True,
-        progress: bool = True,
-        apply_chat_template: bool | None = None,
-    ) -> list[Row] | data.Stream: ...
     def check_rows(
         self,
         dataset: Dataset,
@@ -682,7 +660,9 @@ class LoraGAN:
         """
         first = training.take(1, self.position) if isinstance(training, data.Stream) else training
         chats = self._follows(self.prompt_kinds | self._kinds(first))
-        return self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
+        rows = self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
+        assert isinstance(rows, list), "held-out rows are read whole"
+        return rows
 
     def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
         prompts, targets = self.config.prompt_column, self.config.target_column

@@ -15,7 +15,7 @@ from ..storage import checkpoint, untrusted
 from ..storage.durable import Damaged, Folder
 from . import composite
 from .initial_adapter import InitAdapter
-from .peft_config import ACCEPTED
+from .peft_config import lora_config_from
 from .players import Players
 
 SCORE = "base_model.model.score.weight"  # where stock PEFT looks for a sequence classifier's head
@@ -58,11 +58,7 @@ def save_adapter(players: Players, player: str, folder: Path, weights_format: st
 
 def read_lora_config(folder: Folder) -> LoraConfig:
     """The adapter a checkpoint holds, from what of its JSON is accepted; the base it names is never followed."""
-    theirs = _read_adapter_config(folder)
-    try:
-        return LoraConfig(**{name: theirs[name] for name in ACCEPTED if name in theirs})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder.path / 'adapter_config.json'} does not describe a LoRA adapter: {error}") from error
+    return lora_config_from(_read_adapter_config(folder), str(folder.path / "adapter_config.json"))
 
 
 def _read_adapter_config(folder: Folder) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _require_in_memory(
 def _keep_differentiable(lm: PreTrainedModel) -> None:
     """Keep gradients through layers in 4 bits.
 
-    On a CPU with AVX512-BF16, bitsandbytes packs the weights of a layer anew when it first runs without gradients, and
+    On a CPU with AVX512-BF16, bitsandbytes packs the weights of a layer again when it first runs without gradients, and
     its product with packed weights has no backward: after sampling, no gradient would reach the layers below.
     """
     for module in lm.modules():

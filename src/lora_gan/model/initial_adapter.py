@@ -7,7 +7,6 @@ followed. Used by `gan`.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -20,7 +19,15 @@ from peft import LoraConfig
 from ..storage import checkpoint, untrusted
 from ..storage.durable import MANIFEST, Folder
 from ..wording import shown
-from .peft_config import ACCEPTED, INIT_METHODS, SET_BY_LIBRARY, changed_setting, default_of, require_shareable
+from .peft_config import (
+    ACCEPTED,
+    INIT_METHODS,
+    SET_BY_LIBRARY,
+    changed_setting,
+    default_of,
+    lora_config_from,
+    require_shareable,
+)
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -171,11 +178,7 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
             raise ValueError(f"{where} has the rank {shown(rank)}: it must be a whole number from 1 to {LARGEST_RANK}")
     for alpha in [theirs.get("lora_alpha", stock["lora_alpha"]), *_values(theirs.get("alpha_pattern"))]:
         untrusted.require_float(alpha, f"{where}: lora_alpha")
-    try:
-        kept = {name: copy.deepcopy(theirs[name]) for name in ACCEPTED if name in theirs}
-        return LoraConfig(**kept | {"init_lora_weights": True})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} does not describe a LoRA adapter: {error}") from error
+    return lora_config_from(theirs, where, init_lora_weights=True)
 
 
 def _values(pattern: Any) -> list[Any]:

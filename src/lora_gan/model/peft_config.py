@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, cast
 
@@ -150,6 +150,19 @@ def attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel
                 f"{error_line(error)}"
             ) from error
     return peft
+
+
+def lora_config_from(theirs: Mapping[str, Any], where: str, **settings: Any) -> LoraConfig:
+    """An adapter's config from what is accepted of its JSON; `settings` come before it.
+
+    Raises:
+        ValueError: it describes no LoRA adapter; `where` names the file.
+    """
+    kept = {name: copy.deepcopy(theirs[name]) for name in ACCEPTED if name in theirs}
+    try:
+        return LoraConfig(**kept | settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not describe a LoRA adapter: {error}") from error
 
 
 def changed_setting(config: Config, settings: Iterable[str]) -> str | None:

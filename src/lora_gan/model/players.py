@@ -404,7 +404,7 @@ class Players:
 def _equal_to_rounding(one: Tensor, other: Tensor) -> bool:
     """Far above rounding in bfloat16, far below what a layer left out does, or a token that sees one too many.
 
-    Equality to the bit is not to be had: a product's rounding depends on where in memory its operands lie.
+    Bitwise equality cannot be asked: a product's rounding depends on where in memory its operands lie.
     """
     return bool((one - other).norm() <= 0.02 * other.norm())
 

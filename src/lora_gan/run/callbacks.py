@@ -272,7 +272,7 @@ class Run:
         self._end_if_told()
 
     def went_back(self) -> None:
-        """The run is at an earlier step again: the steps since then come anew, and what was written of them goes.
+        """The run went back to an earlier step: later steps are repeated, and what was written of them is removed.
 
         Trackers keep it: theirs cannot be taken back.
         """

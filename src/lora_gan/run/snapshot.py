@@ -99,7 +99,7 @@ def _warn_of_another_machine(state: State, saved: Mapping[str, Any]) -> None:
     changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
     if changed:
         warnings.warn(
-            f"the run goes on, but not equal to the bit to one that was never interrupted: {'; '.join(changed)}",
+            f"the run goes on, but it is not bitwise equal to one that was never interrupted: {'; '.join(changed)}",
             stacklevel=4,
         )
 

@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(players: Players) -> dict[str, Any]:
-    """What sums are rounded by: under another one a run that goes on is not equal to the bit."""
+    """Device and threads, which decide how sums are rounded: with others a resumed run is not bitwise equal."""
     device = players.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads()}

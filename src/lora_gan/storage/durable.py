@@ -180,7 +180,7 @@ def tidy(parent: Path) -> None:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        else:  # of a log that was being written anew
+        else:  # of a log that was being rewritten
             path.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from . import durable
 class JsonLines:
     """A file of JSON objects with a `step`, a line each, written as whole lines.
 
-    At step 0 it begins anew. A run that goes on after step N keeps the lines up to N: what was written between the
+    At step 0 the file is emptied. A run that goes on after step N keeps the lines up to N: what was written between the
     checkpoint and a crash comes again. `kept` holds them. Nothing is touched before there is a line to write.
 
     Args:

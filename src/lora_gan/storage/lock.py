@@ -1,7 +1,7 @@
 """One run a folder. The lock is the kernel's: it goes with the process that holds it, however that ends.
 
 The `.lock` file says who writes there. It is removed while it is still held: filelock sees that a file it has locked
-has no name any more, and begins anew, so that no two runs hold a lock each.
+has no name any more, and begins again, so that no two runs hold a lock each.
 """
 
 from __future__ import annotations

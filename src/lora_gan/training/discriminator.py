@@ -239,7 +239,7 @@ class Discriminator:
     def _update_reward_unit(self, fresh: list[Group]) -> None:
         """Set the reward's unit from the first answers, and again when their standard deviation has doubled.
 
-        The first answers may happen to be all alike. Predictions stay as they were: the heads are counted anew. With
+        The first answers may happen to be all alike. Predictions stay as they were: the heads are rescaled. With
         several processes the unit is the mean over those with answers.
         """
         rewards = [reward for group in (*self.replay.groups, *fresh) for reward in group.rewards]

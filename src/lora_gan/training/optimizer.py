@@ -54,7 +54,7 @@ class PlayerOptimizer:
             self.restart(self.state_dict())
 
     def restart(self, state: dict[str, Any] | None) -> None:
-        """Begin anew, or from a saved state."""
+        """Begin again, or continue from a saved state."""
         self.adamw = torch.optim.AdamW(self.parameters, lr=self.first_learning_rate, weight_decay=0.0)
         self.schedule = get_scheduler(
             self.config.lr_scheduler_type,
@@ -90,7 +90,7 @@ class PlayerOptimizer:
         """Use the configured schedule's rate, also if the checkpoint came from another schedule."""
         scheduled = zip(self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
         for group, base, share in scheduled:
-            # As the scheduler itself makes it: where it is the same one, to the bit.
+            # Computed as the scheduler does, so the same schedule gives bitwise the same rate.
             group["lr"] = base * share(self.schedule.last_epoch)
 
     def zero_grad(self) -> None:
