@@ -253,6 +253,8 @@ class LoraGAN:
         alarms: list[str] = []
         if experience is not None and plan.reinforces:
             alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
+            for words in alarms:  # at once: what follows may raise
+                warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
         self.global_step += 1
         self.prompt_kinds |= kinds
         recovery.require_progress(self.state, gen, disc)
@@ -272,13 +274,13 @@ class LoraGAN:
         return record
 
     def _tell(self, record: dict[str, Any], plan: StepPlan) -> None:
-        """Warn of a step's alarms and of what is wrong with the run; notices go into the record."""
+        """Warn of what is wrong with the run; the notices go into the record."""
         learns_to_predict = plan.train_disc and prediction_counts(self.config, plan.signal, train_gen=plan.train_gen)
         record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
         if plan.samples:
             measured = self.discriminator.fresh_correlation
             record["notices"] += self.true_reward.notice_of_spent_budget(plan.signal, measured)
-        for words in [*record["alarms"], *record["notices"]]:
+        for words in record["notices"]:
             warnings.warn(f"step {self.global_step}: {words}", stacklevel=4)
         record["notices"] += self.true_reward.causes_told()  # warned of when they occurred
 
