@@ -45,7 +45,7 @@ def found() -> dict[str, dict[str, Any]]:
 
 
 def documented_metrics() -> list[str]:
-    file = ROOT / "docs" / "metrics.md"
+    file = ROOT / "docs" / "reference" / "metrics.md"
     rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     return sorted({name for row in rows for name in re.findall(r"`([\w/<>]+)`", row.split("|")[1])})
 

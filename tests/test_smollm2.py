@@ -12,7 +12,7 @@ import torch
 from helpers import copies, differences, logits, player_state, reward, rollout_of, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_bases import base_weights
-from test_quickstart import CHAT, run_blocks
+from test_tutorial import CHAT, run_blocks
 from test_rewards_trl import OF_TRL, Recorder, of_trl, trl_rewards
 from transformers import (
     AutoConfig,
@@ -249,7 +249,7 @@ def test_five_rewards_of_trl_see_what_grpo_would_show_them(smollm2):
 
 
 def test_the_quickstarts_path_of_a_chat_model(smollm2, tmp_path):
-    """docs/quickstart.md, its second path, as it stands."""
+    """docs/tutorial.md, its second path, as it stands."""
     fetched, rows, _, look, train, used, stock = run_blocks(CHAT, tmp_path)
     assert str(smollm2) in fetched and '"role": "user"' in rows
     assert "chat messages; a response ends with '<|im_end|>'" in look and "brief: asked for 100%" in look

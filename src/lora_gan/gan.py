@@ -78,7 +78,7 @@ class LoraGAN:
             fetch smollm2`), or a model in memory with `processing_class`.
         config: settings; or give them by name: `LoraGAN("tiny", learning_rate=1e-3)`.
         reward: f(response, target) or f(prompt, response, target) -> float, higher is better, matched by these names;
-            or a function of TRL's form, f(prompts, completions, **columns) -> list[float | None]. docs/rewards.md says
+            or a function of TRL's form, f(prompts, completions, **columns) -> list[float | None]. docs/reference/rewards.md says
             what each form receives. Default: cosine by all-MiniLM-L6-v2.
         reward_funcs: instead of `reward`, several functions of either form; their weighted sum is the true reward.
         reward_weights: one weight a function of `reward_funcs`; default 1 each.

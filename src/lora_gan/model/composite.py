@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-#: Model types that are opened this way: those for which the tests show all of docs/bases.md.
+#: Model types that are opened this way: those for which the tests show all of docs/reference/bases.md.
 OPENS_AS_TEXT = ("qwen3_5", "qwen3_5_moe")
 BODY, WITHIN = "model.", "model.language_model."  # the text model's modules: on their own, and in the whole model
 ADAPTER = "base_model.model."  # what PEFT puts in front of a module's name

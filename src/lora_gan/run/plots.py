@@ -46,7 +46,7 @@ def plot_run(metrics: Path, picture: Path, *, title: str | None = None, window: 
     """Draw `PANELS`, and the parts of the reward where there are several, against steps.
 
     Args:
-        metrics: a metrics.jsonl as fit() writes it (docs/metrics.md).
+        metrics: a metrics.jsonl as fit() writes it (docs/reference/metrics.md).
         picture: the file to write; its ending says the format.
         title: the run's name; None: the name of the folder that metrics is in.
         window: lines of the running mean; the single ones stand behind it, pale.

@@ -3,7 +3,7 @@
 # P = prompts, K = responses a prompt, B = P·K
 
 `step()` returns a record under this library's own names (`step_record`); what is logged bears TRL's, where TRL has the
-metric, and then means what it means there (`summary`). docs/metrics.md lists every name.
+metric, and then means what it means there (`summary`). docs/reference/metrics.md lists every name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/quickstart.md, run as it stands: every command and every line of Python in it, in an empty folder.
+"""docs/tutorial.md, run as it stands: every command and every line of Python in it, in an empty folder.
 
 Here its first path, on the base that ships; test_smollm2.py runs the second one.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "quickstart.md"
+PAGE = ROOT / "docs" / "tutorial.md"
 PAIRS, CHAT = PAGE.read_text(encoding="utf-8").split("\n## A chat model\n")
 
 
