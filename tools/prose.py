@@ -3,9 +3,9 @@
     python tools/prose.py             every text of the project
     python tools/prose.py docs/ src/lora_gan/gan.py
 
-Two checks: words and forms that CONTRIBUTING.md ("How we write") excludes, each with what to write instead, and sentences
-of more than 35 words. tools/prose_allowed.txt lists the sentences that stay, each with its reason. An entry that
-matches nothing is an error, too, so that the list stays short.
+Two checks: words and forms that CONTRIBUTING.md ("How we write") excludes, each with what to write instead, and
+sentences of more than 35 words. tools/prose_allowed.txt lists the sentences that stay, each with its reason. An entry
+that matches nothing is an error, too, so that the list stays short.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ ALLOWED = Path(__file__).with_name("prose_allowed.txt")
 MOST_WORDS = 35
 FEWEST_WORDS = 4  # shorter string literals are names, keys and formats
 
-_THINGS = "steps?|tokens?|prompts?|responses?|groups?|rows?|layers?|labels?|updates?|calls?|seconds?|nats?|bytes?|numbers?"
+_THINGS = (
+    "steps?|tokens?|prompts?|responses?|groups?|rows?|layers?|labels?|updates?|calls?|seconds?|nats?|bytes?|numbers?"
+)
 # (what to look for, what to write instead)
 FORMS = [
     (r"\bnought\b", "zero"),
@@ -44,7 +46,10 @@ FORMS = [
     (r"\bin (its|their) midst\b", "in the middle of"),
     (r"\b(is|are|was|were|be|been|being) (told|said)\b", "reported, logged, printed, stated"),
     (r"\b(must|can|cannot|could|to) bear\b", "be safe for, support"),
-    (r"\b(thereof|therein|thereby|thereafter|wherein|whereby|whence|hence|hitherto)\b", "a plain connection, or a new sentence"),
+    (
+        r"\b(thereof|therein|thereby|thereafter|wherein|whereby|whence|hence|hitherto)\b",
+        "a plain connection, or a new sentence",
+    ),
     (r"\b(keen|eager(?!ly))\b", "a name that says what the setting does"),
     (r"\bfor want of\b", "without"),
     (r"\bno (more|less|longer|shorter|fewer) than\b", "at most, at least"),
@@ -55,7 +60,10 @@ FORMS = [
 ]
 # Forms that open a sentence.
 OPENINGS = [
-    (r"What (?!if\b|to\b)[^?]*\b(is|are|was|were|gets|stays|costs|reaches)\b[^?]*[.:;]$", "start with the subject: 'The X that ...'"),
+    (
+        r"What (?!if\b|to\b)[^?]*\b(is|are|was|were|gets|stays|costs|reaches)\b[^?]*[.:;]$",
+        "start with the subject: 'The X that ...'",
+    ),
     (r"(Nor|Neither|Never|Only then|Not until|Nothing but)\b", "start with the subject"),
     (r"Of (a|an|the|each|every|several|these|those|all|what|its)\b", "start with the subject"),
     (r"Whoever|Whatever|Wherever", "start with the subject"),
@@ -111,10 +119,20 @@ def _python(path: Path, source: str) -> Iterator[Text]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 docstrings.add(id(first.value))
                 yield from _paragraphs(path, first.lineno, ast.get_docstring(node) or "")
-    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
+    inside = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in ast.walk(node)
+        if part is not node
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             words = "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
@@ -182,7 +200,9 @@ def findings_of(text: Text) -> Iterator[Finding]:
 
 
 def _files(arguments: list[str]) -> list[Path]:
-    named = [Path(argument) for argument in arguments] or [ROOT / name for name in ("src", "docs", "examples", "tools", "benchmarks")]
+    named = [Path(argument) for argument in arguments] or [
+        ROOT / name for name in ("src", "docs", "examples", "tools", "benchmarks")
+    ]
     if not arguments:
         named += sorted(ROOT.glob("*.md"))
     found = []
