@@ -113,7 +113,7 @@ def table(out: Path, rows: list[dict[str, str]]) -> str:
     """Markdown of all finished seeds: means with 95 % intervals over prompts (seeds averaged per prompt)."""
     results = [json.loads(file.read_text()) for file in sorted(out.glob("seed-*/result.json"))]
     lines = [
-        "| model | cosine (trained on) | chrF (second judge) | words | distinct-2 |",
+        "| model | cosine (trained on) | chrF (second metric) | words | distinct-2 |",
         "| --- | --- | --- | --- | --- |",
     ]
     mean = {
