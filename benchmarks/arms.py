@@ -1,21 +1,21 @@
 """What the speed and memory benchmarks compare: one training step over the same base, prompts and response length.
 
-    lora_gan               this library's defaults, the true reward asked for every response
-    lora_gan_fresh         the same with one discriminator update a step, on this step's responses alone
-    lora_gan_upper         as lora_gan_fresh, the discriminator's adapter on the upper third of the layers only
-    lora_gan_checkpointed  the defaults with gradient_checkpointing
-    plain_rl               this library with train_disc=False, adversarial=False: RLOO on the true reward alone
-    two_models             the literal reading: two separate bases with an adapter each, one response at a time,
-                           plain transformers and PEFT
-    trl                    TRL's GRPOTrainer with PEFT, and beside it a separate reward model with its own adapter
-    trl_checkpointed       the same with gradient checkpointing, TRL's default
+- `lora_gan`: this library's defaults. The true reward of every response is queried.
+- `lora_gan_fresh`: as lora_gan, with one discriminator update per step, on this step's responses only.
+- `lora_gan_upper`: as lora_gan_fresh, with the discriminator's adapter on the upper third of the layers only.
+- `lora_gan_checkpointed`: the defaults with gradient_checkpointing.
+- `plain_rl`: this library with train_disc=False and adversarial=False, that is RLOO on the true reward only.
+- `two_models`: a literal implementation with plain transformers and PEFT. It has two separate bases with an adapter
+  each, and processes one response at a time.
+- `trl`: TRL's GRPOTrainer with PEFT, and a separate reward model with its own adapter.
+- `trl_checkpointed`: as trl, with gradient checkpointing, which is TRL's default.
 
 One `step()` of each arm is one training step over exactly `prompts × group` responses of exactly `tokens` tokens. All
-use AdamW, LoRA of the same rank on the same layers, the same learning rates, temperature and weight of the KL, no
-dropout, and the same deterministic reward, which is next to free.
+arms use AdamW, LoRA of the same rank on the same layers, the same learning rates, temperature and KL weight, and no
+dropout. They share one deterministic reward, which takes almost no time.
 
-Every response has the same length because no text can end: the base each arm loads (`prepare`) names as its end an id
-beyond its vocabulary, so that no arm pays for holding the end back, and none stops early.
+Every response has the same length because no text can end. The base that each arm loads (`prepare`) has an
+end-of-text id beyond its vocabulary. So no arm pays for suppressing the end, and none stops early.
 
 # B = responses of a step, T = tokens of a response, V = vocabulary
 """
@@ -56,8 +56,8 @@ from lora_gan.config import Config
 from lora_gan.model.players import Base
 
 DEFAULTS = Config()
-NEVER = "<|never|>"  # the end-of-text token that no base can write
-POOL = 64  # prompts that steps take in turn
+NEVER = "<|never|>"  # the end-of-text token, which no base can write
+POOL = 64  # prompts; the steps take them in turn
 STORIES = Path(__file__).parents[1] / "../shared/models/stories260K"
 
 
@@ -66,14 +66,14 @@ STORIES = Path(__file__).parents[1] / "../shared/models/stories260K"
 
 @dataclass(frozen=True)
 class Shape:
-    """A base, and how much is asked of it in a step."""
+    """A base, and the size of one step."""
 
     name: str
     base: str  # "tiny", a folder, or a key of RANDOM
-    prompts: int  # a step
-    group: int  # responses a prompt
+    prompts: int  # per step
+    group: int  # responses per prompt
     tokens: int  # of each response
-    prompt_tokens: int | None = None  # of each prompt; None: as the base's own pairs come
+    prompt_tokens: int | None = None  # of each prompt; None: the lengths of the base's own pairs
 
     @property
     def responses(self) -> int:
@@ -110,7 +110,7 @@ def _random_mini() -> PreTrainedConfig:
     return GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=512, n_positions=64)
 
 
-RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {  # bases made here, of random weights
+RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {  # bases made here, with random weights
     "gpt2": _random_gpt2,
     "llama-0.5b": _random_llama,
     "small": _random_small,
@@ -120,11 +120,11 @@ RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {  # bases made here, of ran
 
 @dataclass(frozen=True)
 class Workload:
-    """What every arm is given."""
+    """The base, prompts and micro-batch that every arm receives."""
 
     shape: Shape
-    folder: Path  # the base, its tokenizer, and no end of text that it could write
-    second: Path  # the same in files of its own, for arms that have two bases: Linux would hold one file's pages once
+    folder: Path  # the base and its tokenizer, with an end of text that the base cannot write
+    second: Path  # a copy, for arms with two bases: Linux would hold the pages of a shared file only once
     prompts: tuple[str, ...]
     micro_batch: int | None = None  # responses in one forward and backward of an update; None: all
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -135,7 +135,7 @@ class Workload:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As the library's dtype="auto" chooses."""
+        """The dtype that the library's dtype="auto" chooses."""
         return torch.bfloat16 if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
@@ -143,7 +143,7 @@ def prepare(shape: Shape, folder: Path, *, seed: int = 0, micro_batch: int | Non
     """Write the base that all arms load into `folder`, and choose the prompts.
 
     Raises:
-        FileNotFoundError: the shape's base is a folder, and it is not there.
+        FileNotFoundError: the shape's base is a folder that does not exist.
     """
     if shape.base in RANDOM:
         config = RANDOM[shape.base]()
@@ -154,13 +154,13 @@ def prepare(shape: Shape, folder: Path, *, seed: int = 0, micro_batch: int | Non
     else:
         source = tiny.PATH if shape.base == "tiny" else Path(shape.base)
         if not (source / "config.json").is_file():
-            raise FileNotFoundError(f"the shape {shape.name} needs the model in {source}, which is not there")
+            raise FileNotFoundError(f"the shape {shape.name} needs the model in {source}, which does not exist")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.add_special_tokens({"eos_token": NEVER})
     vocabulary = model.config.get_text_config().vocab_size
     if tokenizer.convert_tokens_to_ids(NEVER) < vocabulary:
-        raise ValueError(f"the base of {shape.name} has unused places in its vocabulary: its texts could end")
+        raise ValueError(f"the base of {shape.name} has unused rows in its vocabulary, so its texts could end")
     model.config.eos_token_id = model.config.bos_token_id = None
     model.config.pad_token_id = 0  # stock sequence classification finds the last token by it
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(0), "left"
@@ -170,13 +170,13 @@ def prepare(shape: Shape, folder: Path, *, seed: int = 0, micro_batch: int | Non
     for where in (folder, second):
         model.save_pretrained(where)
         tokenizer.save_pretrained(where)
-    os.sync()  # or the disk is written to while the first steps are timed
+    os.sync()  # otherwise the disk is written while the first steps are timed
     count = max(POOL // shape.prompts, 1) * shape.prompts
     return Workload(shape, folder, second, tuple(_prompts(shape, tokenizer, count, seed)), micro_batch)
 
 
 def _word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A word for each id, and the end beyond them: a prompt of n words has n tokens."""
+    """One word per id, and the end token beyond them. A prompt of n words has n tokens."""
     ids = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -194,7 +194,7 @@ def _prompts(shape: Shape, tokenizer: Any, count: int, seed: int) -> Iterator[st
         words = sorted({word for pair in tiny.pairs("train", 256, seed=seed) for word in pair["prompt"].split()})
     for _ in range(count):
         chosen: list[str] = []
-        for _ in range(200):  # words that still fit, until the length is met: at once where a word is a token
+        for _ in range(200):  # add words that fit until the length is reached; one try per word if a word is a token
             longer = [*chosen, draws.choice(words)]
             length = len(tokenizer(" ".join(longer))["input_ids"])
             if length <= shape.prompt_tokens:
@@ -207,7 +207,7 @@ def _prompts(shape: Shape, tokenizer: Any, count: int, seed: int) -> Iterator[st
 
 
 def reward(response: str) -> float:
-    """The true reward of every arm: deterministic, spread evenly over [0, 1), next to free."""
+    """The true reward of every arm: deterministic, spread evenly over [0, 1), almost no time."""
     return zlib.crc32(response.encode()) / 2**32
 
 
@@ -216,10 +216,10 @@ def reward(response: str) -> float:
 
 @dataclass(frozen=True)
 class Wrote:
-    """What a step sampled."""
+    """The number of responses that one step sampled, and their lengths."""
 
     responses: int
-    mean: float  # tokens a response
+    mean: float  # tokens per response
     least: int
     most: int
 
@@ -233,7 +233,7 @@ class Arm(Protocol):
 
     name: str
     workload: Workload
-    reward: Callable[[str], float]  # called for each response; may be replaced by one that is timed
+    reward: Callable[[str], float]  # called for each response; phases.py replaces it by a timed one
 
     def step(self) -> Wrote: ...
 
@@ -262,7 +262,7 @@ class LoraGanArm:
                     target_modules=linear_names(workload.folder),
                 )
         tokenizer = None
-        if "endings" in {known.name for known in fields(Base)}:  # commits before it open the folder as it is
+        if "endings" in {known.name for known in fields(Base)}:  # earlier commits open the folder unchanged
             # NEVER has no row in the embedding, and the library refuses such an end token: the last word replaces it.
             tokenizer = AutoTokenizer.from_pretrained(workload.folder)
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids(NEVER) - 1)
@@ -302,7 +302,7 @@ class LoraGanArm:
 
 
 def _let_nothing_end(gan: LoraGAN) -> None:
-    """Every response has all its tokens, as those of the other arms."""
+    """No response can end, so every response has its full length, as in the other arms."""
     from lora_gan.model.endings import Endings
 
     base = gan.players.base
@@ -312,10 +312,11 @@ def _let_nothing_end(gan: LoraGAN) -> None:
 
 
 class TwoModels:
-    """Two bases with an adapter each, one response a time: generate, ask, one update of each. Nothing of this library.
+    """Two bases with an adapter each: generate one response, query its reward, update each base once.
 
-    REINFORCE against the mean of the rewards so far, the KL to the reference exact over the vocabulary, as in this
-    library; one row at a time, so that there is no padding, and logits of response places only.
+    No code of this library is used. The loss is REINFORCE with the mean of all rewards so far as the baseline. The KL
+    to the reference is exact over the vocabulary, as in this library. Rows are processed one at a time, so there is no
+    padding. Logits are computed for response tokens only.
     """
 
     name = "two_models"
@@ -326,7 +327,7 @@ class TwoModels:
         self.tokenizer = AutoTokenizer.from_pretrained(workload.folder)
         generator = AutoModelForCausalLM.from_pretrained(workload.folder, **where)
         discriminator = AutoModelForSequenceClassification.from_pretrained(workload.second, num_labels=1, **where)
-        # eval mode: no dropout, as in the other arms; gradients are taken all the same
+        # eval mode: no dropout, as in the other arms; gradients are still computed
         self.generator = get_peft_model(generator, _lora(task_type="CAUSAL_LM")).to(workload.device).eval()
         self.discriminator = get_peft_model(discriminator, _lora(task_type="SEQ_CLS")).to(workload.device).eval()
         self.generator_adamw = _adamw(self.generator, DEFAULTS.learning_rate)
@@ -371,7 +372,7 @@ class TwoModels:
         _update(self.generator_adamw)
 
     def response_logprobs(self, row_1L: Tensor, tokens: int) -> Tensor:
-        """Log-probabilities over the vocabulary at each place that predicts a response token, [T, V]."""
+        """Log-probabilities over the vocabulary at each position that predicts a response token, [T, V]."""
         logits = self.generator(input_ids=row_1L, use_cache=False, logits_to_keep=tokens + 1).logits[0, :-1]
         return (logits.float() / DEFAULTS.temperature).log_softmax(-1)
 
@@ -390,12 +391,12 @@ class _Closed(Exception):
 
 
 class Trl:
-    """TRL's GRPOTrainer, let run a step at a time, and a reward model that learns from every step's true rewards.
+    """TRL's GRPOTrainer, one step at a time, and a reward model that learns from every step's true rewards.
 
-    The trainer runs train() in a thread that waits at the beginning of each step; `step()` lasts from there to the
-    beginning of the next one, logging and loading included. All that computes is made and runs in that one thread:
-    OpenMP gives each thread that computes a team of its own, and teams of more threads than there are cores put each
-    other to sleep. The reward model makes one update on all responses of a step, inside the reward function.
+    The trainer runs train() in a thread that waits at the beginning of each step. `step()` lasts until the beginning of
+    the next step, with logging and loading. All computing objects are created and used in this one thread: OpenMP
+    gives each computing thread its own team, and teams with more threads than cores slow each other down. The reward
+    model makes one update on all responses of a step, inside the reward function.
     """
 
     def __init__(self, name: str, workload: Workload, *, checkpointing: bool = False) -> None:
@@ -449,7 +450,7 @@ class Trl:
         self.trainer.remove_callback(PrinterCallback)
 
     def _train(self, checkpointing: bool) -> None:
-        torch.set_num_threads(self.threads)  # a new thread has a number of its own
+        torch.set_num_threads(self.threads)  # a new thread does not inherit the number
         try:
             self._build(checkpointing)
             self.trainer.train()
@@ -517,7 +518,12 @@ ARMS: dict[str, Callable[[Workload], Arm]] = {
     "trl_checkpointed": lambda workload: Trl("trl_checkpointed", workload, checkpointing=True),
     "plain_rl": lambda workload: LoraGanArm("plain_rl", workload, train_disc=False, adversarial=False),
 }
-OURS = ("lora_gan", "lora_gan_fresh", "lora_gan_upper", "lora_gan_checkpointed")  # what the ratios are taken of
+OURS = (
+    "lora_gan",
+    "lora_gan_fresh",
+    "lora_gan_upper",
+    "lora_gan_checkpointed",
+)  # speed.py and memory.py print their ratios
 
 
 # --- what the arms share ----------------------------------------------------------------------------------------------
@@ -541,8 +547,8 @@ def _update(adamw: torch.optim.Optimizer) -> None:
 
 
 def linear_names(folder: Path) -> list[str]:
-    """The last names of the linear layers inside the body, which "all-linear" stands for: PEFT takes a choice of layers
-    only beside a list of names."""
+    """The last names of the linear layers inside the body, as a list: PEFT does not accept a choice of layers together
+    with "all-linear"."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     body = getattr(lm, lm.base_model_prefix)
@@ -552,7 +558,7 @@ def linear_names(folder: Path) -> list[str]:
 
 @contextmanager
 def built(names: Iterable[str], workload: Workload) -> Iterator[dict[str, Arm]]:
-    """These arms, side by side in one process; closed and let go at the end."""
+    """These arms, side by side in one process. They are closed and released at the end."""
     arms: dict[str, Arm] = {}
     try:
         for name in names:
@@ -564,7 +570,7 @@ def built(names: Iterable[str], workload: Workload) -> Iterator[dict[str, Arm]]:
 
 
 def quiet() -> None:
-    """Silence what libraries say of random weights and of each other; before they are used."""
+    """Silence the libraries' warnings about random weights and about each other. Call it before they are used."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 

@@ -1,9 +1,9 @@
-"""Does torch.compile pay? Seconds of the first step, and a later step beside one that is not compiled.
+"""Does torch.compile pay? Seconds of the first step, and of later steps with and without compilation.
 
     python benchmarks/compiled.py --shape tiny --steps 10
 
-Each layer of the base is compiled for shapes that change, as they do from step to step and token to token. The two
-take turns, a step each, on one thread.
+Each layer of the base is compiled for changing shapes, because shapes change between steps and between tokens. The two
+arms take turns, one step each, on one thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_gan.model.layers import layer_list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=list(SHAPES))
-    parser.add_argument("--steps", type=int, default=10, help="of each, once everything is compiled")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each arm after everything is compiled")
     given = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
@@ -41,10 +41,10 @@ def main() -> None:
         pairs = [(_seconds(plain), _seconds(compiled)) for _ in range(given.steps)]
     ratio = statistics.median(with_it / without for without, with_it in pairs)
     without, with_it = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-    print(f"a step: {without:.3f} s, compiled {with_it:.3f} s, {ratio:.2f} times as long")
+    print(f"one step: {without:.3f} s, compiled {with_it:.3f} s, {ratio:.2f} times as long")
     if with_it < without:
         spent = sum(first) - len(first) * without
-        print(f"what compiling took is paid back after {spent / (without - with_it):,.0f} steps")
+        print(f"the time of compiling is recovered after {spent / (without - with_it):,.0f} steps")
 
 
 def _seconds(arm: Arm) -> float:

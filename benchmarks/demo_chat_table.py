@@ -2,9 +2,9 @@
 
     python benchmarks/demo_chat_table.py --seeds 0 1 2
 
-Each run is `lora-gan demo-chat --seed N --output-dir OUT/seed-N`. Its result is appended to --results; a seed that is
-there already is not run again. The table is made from this file alone. Intervals are 95 % percentiles of a bootstrap
-over seeds and over held-out prompts.
+Each run is `lora-gan demo-chat --seed N --output-dir OUT/seed-N`. Its result is appended to --results. A seed that the
+file already has is not run again. The table is made from this file only. Intervals are 95 % bootstrap intervals over
+seeds and held-out prompts.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def values(results: list[dict[str, Any]], model: str, metric: str) -> np.ndarray:
-    """A metric per seed and held-out prompt, [seeds, prompts]; NaN where nothing was measured."""
+    """A metric per seed and held-out prompt, [seeds, prompts]. NaN where it was not measured."""
     chosen = [next(m for m in result["models"] if m["name"] == model) for result in results]
     return np.array([m[metric] for m in chosen], dtype=np.float64)
 
 
 def bootstrap(values_SP: np.ndarray) -> tuple[float, float, float]:
-    """Mean, and the 2.5 and 97.5 percentiles over draws of seeds and of prompts, with replacement."""
+    """Mean, and the 2.5 and 97.5 percentiles over draws of seeds and prompts with replacement."""
     seeds, prompts = values_SP.shape
     draw = randomness.generator(0, 0, "bootstrap over seeds and prompts")
     means = [
@@ -76,7 +76,7 @@ def gain(results: list[dict[str, Any]], model: str, metric: str) -> tuple[float,
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """Markdown: a line per model, a line per gain, a line per seed, what the target says, and ten prompts."""
+    """Markdown: a line per model, per gain and per seed, two checks, and ten prompts with their answers."""
     names = [model["name"] for model in results[0]["models"]]
     lines = [
         "| model | constraints met % | prompts met in full % | log-prob. under the base | words | distinct-2 |",
@@ -98,10 +98,13 @@ def report(results: list[dict[str, Any]]) -> str:
             f"{result['seconds']['all']:.0f} s in all"
         )
     mean, low, _ = gain(results, "trained", "share")
-    lines += ["", f"- the gain is {'' if mean >= 0.15 else 'not '}at least 0.15, its interval {_excludes(low)} zero"]
+    lines += ["", f"- The gain is {'' if mean >= 0.15 else 'not '}at least 0.15. Its interval {_excludes(low)} zero."]
     base, trained = (bootstrap(values(results, name, "base_logprob")) for name in ("base", "trained"))
     state = "below" if trained[0] < base[1] else "not below"
-    lines.append(f"- the second metric is {state} the base's interval: {trained[0]:.2f}, base from {base[1]:.2f}")
+    lines.append(
+        f"- The second metric is {state} the base's interval: it is {trained[0]:.2f}, and the interval begins "
+        f"at {base[1]:.2f}."
+    )
     if "by_kind" in results[0]["models"][0]:
         lines += ["", "| constraint | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
         for kind in results[0]["models"][0]["by_kind"]:

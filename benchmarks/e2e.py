@@ -1,12 +1,13 @@
-"""Tune a small story-telling model to describe restaurants: imitation warm-up, then adversarial, on real input.
+"""Trains a small story model to describe restaurants, on real input: imitation warm-up, then adversarial training.
 
     python benchmarks/e2e.py --model FOLDER --data e2e_nlg.jsonl --out runs/e2e --seeds 0 1 2
 
 The data is the development set of the E2E NLG Challenge (CC BY-SA 4.0): meaning representations, each with several
-reference texts. It is split by distinct prompt. Three models are compared on held-out prompts: the untouched base,
-the warm-up's own checkpoint, and the one the adversarial phase made of it; paired differences are bootstrapped over
-prompts. Every seed writes its result to OUT/seed-N/result.json and is skipped when that exists, so that an interrupted
-run goes on; the table at the end is made of these files alone.
+reference texts. It is split by distinct prompt. Three models are compared on held-out prompts: the untouched base, the
+warm-up's checkpoint, and the model after the adversarial phase. Paired differences are bootstrapped over prompts.
+
+Each seed writes its result to OUT/seed-N/result.json. A seed with this file is skipped, so an interrupted run
+continues. The table at the end is made from these files only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lora_gan.storage.checkpoint import complete
 
 
 def split(path: Path, test: int, validation: int) -> dict[str, list[dict[str, str]]]:
-    """Rows by part: no prompt stands in two parts. Held-out parts have one row a prompt, its first reference."""
+    """Rows by part. No prompt is in two parts. Held-out parts have one row per prompt, with its first reference."""
     rows = [{"prompt": row.prompt + "\n", "target": row.target} for row in read_rows(path)]
     prompts = sorted({row["prompt"] for row in rows})
     order = np.random.Generator(np.random.Philox(0)).permutation(len(prompts))
@@ -46,7 +47,7 @@ def split(path: Path, test: int, validation: int) -> dict[str, list[dict[str, st
 
 
 def judge(gan: LoraGAN, rows: list[dict[str, str]], samples: int, player: str = "generator") -> dict[str, list[float]]:
-    """Each judge's mean over `samples` responses a prompt: one number a prompt, so that models can be paired."""
+    """Each metric's mean over `samples` responses per prompt: one number per prompt, so that models can be paired."""
     runs = [gan.evaluate(rows, player=player, seed=1000 + i) for i in range(samples)]
     columns: dict[str, list[float]] = {}
     for name in ("true_reward", "pred_reward"):
@@ -90,7 +91,7 @@ def run_seed(seed: int, arguments: argparse.Namespace, parts: dict[str, list[dic
         save_steps=arguments.steps, **shared,
     )  # fmt: skip
     gan.load_generator(folder / "warm-up" / f"step-{arguments.imitation_steps}")
-    gan.generator.optimizer.restart(None)  # the warm-up's schedule has run out
+    gan.generator.optimizer.restart(None)  # the warm-up's schedule has ended
     result["adversarial seconds"] = timed(
         lambda: (
             gan.fit(parts["train"], steps=arguments.disc_steps, train_gen=False),
@@ -109,10 +110,10 @@ def timed(work: Callable[[], object]) -> int:
 
 
 def table(out: Path, rows: list[dict[str, str]]) -> str:
-    """Markdown of all seeds that are there: means with 95 % intervals over prompts (seeds averaged per prompt)."""
+    """Markdown of all finished seeds: means with 95 % intervals over prompts (seeds averaged per prompt)."""
     results = [json.loads(file.read_text()) for file in sorted(out.glob("seed-*/result.json"))]
     lines = [
-        "| model | cosine (trained on) | chrF (second judge) | words | distinct-2 |",
+        "| model | cosine (trained on) | chrF (second metric) | words | distinct-2 |",
         "| --- | --- | --- | --- | --- |",
     ]
     mean = {
@@ -164,10 +165,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/e2e"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--test", type=int, default=128, help="held-out prompts")
-    parser.add_argument("--samples", type=int, default=2, help="responses a held-out prompt, at temperature 1")
+    parser.add_argument("--samples", type=int, default=2, help="responses per held-out prompt, at temperature 1")
     parser.add_argument("--imitation-steps", type=int, default=1000)
     parser.add_argument("--imitation-learning-rate", type=float, default=5e-3)
-    parser.add_argument("--disc-steps", type=int, default=15, help="steps in which the discriminator alone learns")
+    parser.add_argument("--disc-steps", type=int, default=15, help="steps in which only the discriminator learns")
     parser.add_argument("--steps", type=int, default=80, help="steps of the adversarial phase")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--disc-learning-rate", type=float, default=1e-3)

@@ -1,21 +1,24 @@
-"""What does a step of this library cost as its sizes grow, and as a run goes on?
+"""How does the time of one step grow with its sizes, and over a run?
 
     python benchmarks/growth.py --out docs/results/growth.jsonl --plot docs/results/growth.png
     python benchmarks/growth.py --axes rank replay --repeats 7
-    python benchmarks/growth.py --out docs/results/growth.jsonl --report        # the table of what is there, no run
+    python benchmarks/growth.py --out docs/results/growth.jsonl --report        # only the table of --out
 
-One size at a time is changed, all others stay as below; the settings are otherwise the library's own. The values of an
-axis take turns, a step each, `--repeats` times round, so that the machine's moods fall on all of them. Medians are
-printed beside what is expected: in proportion to the first value (responses, group, tokens), to prompt and response
-together (prompt_tokens), or flat (replay, rank, steps).
+One size changes at a time. All other sizes stay as in PLAIN, and the other settings are the library's defaults. The
+values of an axis take turns, one step each, for `--repeats` rounds, so other load on the machine affects all values.
+The table gives medians next to the expected time. The expected time grows in proportion to the size (responses, group,
+tokens), in proportion to prompt and response together (prompt_tokens), or not at all (replay, rank, steps).
 
-    responses       a step: prompts × 8                  tokens         of a response
-    group           responses a prompt, of 2 prompts     prompt_tokens  of a prompt
-    replay          groups that replay holds (full: filled with the first step's before anything is timed)
-    rank            of both adapters                     steps          taken before, in one run
+- responses: responses per step, that is prompts × 8
+- group: responses per prompt, with 2 prompts
+- tokens: tokens per response
+- prompt_tokens: tokens per prompt
+- replay: groups in replay; replay is filled with the first step's groups before anything is timed
+- rank: the rank of both adapters
+- steps: the steps before, in one run
 
-The base is a GPT-2 of four layers of width 128 with random weights, made here, or "tiny", which ships. Each step that
-was timed is one line of the results file, and a run that was interrupted goes on where it stopped.
+The base is a GPT-2 of four layers of width 128 with random weights, made here, or "tiny", which ships. Each timed step
+is one line of the results file. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -42,21 +45,21 @@ PLAIN = Shape("growth", "small", prompts=2, group=8, tokens=16, prompt_tokens=16
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One size that is changed."""
+    """One size that changes."""
 
     values: tuple[int, ...]
     unit: str
     shape: Callable[[int], dict[str, int]] = lambda value: {}
     settings: Callable[[int], dict[str, int]] = lambda value: {}
-    grows: Callable[[int], float] = lambda value: 1.0  # what the cost is expected in proportion to
+    grows: Callable[[int], float] = lambda value: 1.0  # the expected time is proportional to this
 
 
 AXES = {
-    "responses": Axis((8, 16, 32, 64), "responses a step", lambda v: {"prompts": v // 8}, grows=float),
-    "group": Axis((2, 4, 8, 16), "responses a prompt", lambda v: {"group": v}, grows=float),
-    "tokens": Axis((8, 16, 32, 64), "tokens a response", lambda v: {"tokens": v}, grows=float),
+    "responses": Axis((8, 16, 32, 64), "responses per step", lambda v: {"prompts": v // 8}, grows=float),
+    "group": Axis((2, 4, 8, 16), "responses per prompt", lambda v: {"group": v}, grows=float),
+    "tokens": Axis((8, 16, 32, 64), "tokens per response", lambda v: {"tokens": v}, grows=float),
     "prompt_tokens": Axis(
-        (8, 32, 64, 128), "tokens a prompt", lambda v: {"prompt_tokens": v}, grows=lambda v: v + PLAIN.tokens
+        (8, 32, 64, 128), "tokens per prompt", lambda v: {"prompt_tokens": v}, grows=lambda v: v + PLAIN.tokens
     ),
     "replay": Axis((2, 16, 64, 256, 1024), "groups in replay", settings=lambda v: {"disc_replay_groups": v}),
     "rank": Axis((4, 8, 16, 32, 64), "rank", settings=lambda v: {"lora_r": v, "disc_lora_r": v}),
@@ -68,16 +71,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES), help="default: all")
     parser.add_argument("--base", default="small", choices=["small", "tiny"], help="default: small")
-    parser.add_argument("--repeats", type=int, default=5, help="steps timed of each value (default 5)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/growth.jsonl"), help="JSON Lines, one a step")
-    parser.add_argument("--plot", type=Path, help="draw what --out holds as one picture, a panel an axis")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1: these bases are small)")
-    parser.add_argument(
-        "--report", action="store_true", help="print the table of what --out holds, and measure nothing"
-    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per value (default 5)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/growth.jsonl"), help="JSON Lines, one per step")
+    parser.add_argument("--plot", type=Path, help="draw the lines in --out as one picture, one panel per axis")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1: these bases are small)")
+    parser.add_argument("--report", action="store_true", help="print the table of the lines in --out; measure nothing")
     given = parser.parse_args(arguments)
     if given.report and not given.out.is_file():
-        raise SystemExit(f"there is no {given.out} to report on: run the benchmark first, or name another --out")
+        raise SystemExit(f"{given.out} does not exist: run the benchmark first, or name another --out")
     if not given.report:
         quiet()
         torch.set_num_threads(given.threads)
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def over_values(name: str, base: str, repeats: int, out: Path) -> None:
-    """Steps at each of the axis's values, in turns."""
+    """Time steps at each value of the axis, in turns."""
     axis = AXES[name]
     where = _where(name, base)
     done = {_key(line) for line in open_lines(out)}
@@ -116,7 +117,7 @@ def over_values(name: str, base: str, repeats: int, out: Path) -> None:
 
 
 def over_steps(name: str, base: str, repeats: int, out: Path) -> None:
-    """The last steps up to each mark of one run; begun anew where the file does not have them all."""
+    """Time the last steps before each mark of one run. The run starts again if the file lacks some of these steps."""
     where = _where(name, base)
     marks = AXES[name].values
     done = {_key(line) for line in open_lines(out)}
@@ -160,7 +161,7 @@ def _group(line: Line) -> tuple[Any, ...]:
 
 
 def points(lines: list[Line]) -> Iterator[tuple[str, dict[int, list[float]]]]:
-    """Of the last group in the file: each axis, and the seconds at each of its values."""
+    """Each axis of the last group in the file, with the seconds at each of its values."""
     latest = [line for line in lines if _group(line) == _group(lines[-1])] if lines else []
     for name in AXES:
         at: dict[int, list[float]] = {}
@@ -172,7 +173,7 @@ def points(lines: list[Line]) -> Iterator[tuple[str, dict[int, list[float]]]]:
 
 
 def expected(name: str, at: dict[int, list[float]]) -> list[float]:
-    """Seconds in proportion to the first value's."""
+    """Seconds that follow from the first value's."""
     first = next(iter(at))
     grows = AXES[name].grows
     return [statistics.median(at[first]) * grows(value) / grows(first) for value in at]
@@ -187,7 +188,7 @@ def report(lines: list[Line]) -> str:
         for name, at in points(lines)
         for value, its in zip(at, expected(name, at), strict=True)
     ]
-    heads = ["size", "value", "seconds a step: median (least–most)", "expected", "measured over expected"]
+    heads = ["size", "value", "seconds per step: median (minimum–maximum)", "expected", "measured over expected"]
     where = (
         f"{first['device']}, {first['threads']} threads; base {first['base']}; code {first['code']}, torch "
         f"{first['torch']}. Otherwise {PLAIN.prompts} prompts × {PLAIN.group} responses × {PLAIN.tokens} tokens, "
@@ -197,13 +198,13 @@ def report(lines: list[Line]) -> str:
 
 
 def draw(lines: list[Line], file: Path) -> None:
-    """A panel an axis: medians with their range, and the expected line."""
+    """One panel per axis: medians with their range, and the expected line."""
     from learning_report import figure_of, legend
 
     found = list(points(lines))
     columns = 4
     figure, panels = figure_of(
-        -(-len(found) // columns), columns, "What a step costs as sizes grow", width=3.2, height=2.7
+        -(-len(found) // columns), columns, "Time of one step as sizes grow", width=3.2, height=2.7
     )
     for axes, (name, at) in zip(panels.ravel(), found, strict=False):
         medians = [statistics.median(its) for its in at.values()]
@@ -212,8 +213,8 @@ def draw(lines: list[Line], file: Path) -> None:
         axes.plot(list(at), expected(name, at), "k--", linewidth=1, label="expected from the first value")
         axes.errorbar(list(at), medians, [below, above], marker="o", markersize=4, capsize=2, label="measured, median")
         most = max(max(max(its) for its in at.values()), *expected(name, at))
-        axes.set(xlabel=AXES[name].unit, ylabel="seconds a step", ylim=(0, 1.15 * most))
-        if len(set(expected(name, at))) == 1:  # flat: over many sizes
+        axes.set(xlabel=AXES[name].unit, ylabel="seconds per step", ylim=(0, 1.15 * most))
+        if len(set(expected(name, at))) == 1:  # expected to be flat, over a wide range of sizes
             axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     for axes in panels.ravel()[len(found) :]:

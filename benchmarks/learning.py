@@ -1,14 +1,18 @@
-"""Where the discriminator pays: arms against RLOO tuned for the same number of true-reward calls.
+"""Where the discriminator pays: arms compared with RLOO, tuned for the same number of true-reward calls.
 
     python benchmarks/learning.py run --settings benchmarks/learning.json --out docs/learning/results.jsonl --workers 2
     python benchmarks/learning.py report --settings benchmarks/learning.json --out docs/learning/results.jsonl \\
         --docs docs/learning
     python benchmarks/learning.py list --settings benchmarks/learning.json --out docs/learning/results.jsonl
 
-Every run is a process of its own and leaves one line in --out; one that is there is not run again unless its settings
-have changed since, so that what was interrupted goes on. `report` makes table.md and the plots of that file alone.
-The settings file's form stands in learning_settings.py, what is learned in learning_tasks.py, what a run measures in
-learning_run.py. The task e2e needs --model (the story model stories260K) and --data (E2E's rows as JSON Lines).
+Each run is its own process and writes one line to --out. A run with a line there is not run again, unless its settings
+have changed. An interrupted benchmark therefore continues. `report` makes table.md and the plots from this file only.
+
+- learning_settings.py: the format of the settings file
+- learning_tasks.py: prompts, rewards and metrics of each task
+- learning_run.py: the measurements of a run
+
+The task e2e needs --model (the story model stories260K) and --data (E2E's rows as JSON Lines).
 """
 
 from __future__ import annotations
@@ -37,19 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--settings", type=Path, default=Path(__file__).with_suffix(".json"))
-    shared.add_argument("--out", type=Path, default=Path("docs/learning/results.jsonl"), help="JSON Lines, one a run")
-    shared.add_argument("--only", default="", metavar="REGEX", help="runs whose key it is found in")
-    shared.add_argument("--seeds", type=int, nargs="+", help="instead of the settings file's")
-    runs = commands.add_parser("run", parents=[shared], help="run what is missing in --out")
-    runs.add_argument("--workers", type=int, default=1, help="processes at once; each takes one core")
-    runs.add_argument("--model", help="of e2e: folder or hub id of the story model")
-    runs.add_argument("--data", type=Path, help="of e2e: JSON Lines with prompt and target")
-    runs.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where e2e's warm-up is kept")
-    runs.add_argument("--warm-up-steps", type=int, default=1000, help="of e2e")
-    commands.add_parser("list", parents=[shared], help="every run, and whether it is done")
-    report = commands.add_parser("report", parents=[shared], help="table and plots of what is in --out")
+    shared.add_argument("--out", type=Path, default=Path("docs/learning/results.jsonl"), help="JSON Lines, one per run")
+    shared.add_argument("--only", default="", metavar="REGEX", help="only runs with a key that matches")
+    shared.add_argument("--seeds", type=int, nargs="+", help="seeds that replace the settings file's")
+    runs = commands.add_parser("run", parents=[shared], help="make the runs that --out lacks")
+    runs.add_argument("--workers", type=int, default=1, help="parallel processes; each takes one core")
+    runs.add_argument("--model", help="for e2e: folder or hub id of the story model")
+    runs.add_argument("--data", type=Path, help="for e2e: JSON Lines with prompt and target")
+    runs.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of e2e's warm-up")
+    runs.add_argument("--warm-up-steps", type=int, default=1000, help="for e2e")
+    commands.add_parser("list", parents=[shared], help="list every run, and whether it is done")
+    report = commands.add_parser("report", parents=[shared], help="make the table and plots from --out")
     report.add_argument("--docs", type=Path, default=Path("docs/learning"))
-    one = commands.add_parser("one", help="what each process of `run` does")
+    one = commands.add_parser("one", help="one run: each process of `run` calls this")
     one.add_argument("plan", type=Path)
     given = parser.parse_args(arguments)
     if given.command == "one":
@@ -71,10 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_missing(planned: Sequence[Planned], done: Mapping[str, Any], given: argparse.Namespace) -> int:
-    """Run what --out lacks, `workers` at once; 1 where a run failed."""
+    """Make the runs that --out lacks, `workers` in parallel. Returns 1 if a run failed, else 0."""
     missing = [run for run in planned if run.key not in done or done[run.key]["hash"] != run.hash]
     alike = {line["hash"]: line for line in done.values()}
-    for run in [run for run in missing if run.hash in alike]:  # two experiments may share an arm: it is run once
+    for run in [run for run in missing if run.hash in alike]:  # two experiments may share an arm, which runs only once
         append_line(given.out, {**alike[run.hash], **run.to_dict()})
         missing.remove(run)
     print(f"{len(planned)} runs, {len(planned) - len(missing)} of them done", flush=True)
@@ -122,7 +126,7 @@ def run_missing(planned: Sequence[Planned], done: Mapping[str, Any], given: argp
 
 
 def estimate(walls: Sequence[tuple[str, int, str, float]], left: Sequence[Planned]) -> float:
-    """Seconds the runs that are left take in one process: as those most like them took so far."""
+    """Seconds of the remaining runs in one process, estimated from the most similar finished runs."""
 
     def like(run: Planned) -> float:
         for same in (
@@ -142,11 +146,11 @@ def estimate(walls: Sequence[tuple[str, int, str, float]], left: Sequence[Planne
 
 
 class Failed(Exception):
-    """A run's process ended without a result."""
+    """The process of a run ended without a result."""
 
 
 class Child:
-    """A run in a process of its own: nothing of one run is left in the next, and a crash ends one run alone."""
+    """A run in its own process: no run affects the next one, and a crash ends only one run."""
 
     def __init__(self, run: Planned | None, e2e: Any = None, work: dict[str, Any] | None = None) -> None:
         self.run = run
@@ -188,7 +192,7 @@ def in_process(work: dict[str, Any]) -> Any:
 
 
 def one_run(plan: Path) -> int:
-    """In the process: do what the plan says, and write result.json beside it."""
+    """The work of a child process: execute the plan, and write result.json next to the plan."""
     work = json.loads(plan.read_text(encoding="utf-8"))
     threading.Thread(target=end_with, args=(work["parent"],), daemon=True).start()
     if "prepare_e2e" in work:
@@ -205,7 +209,7 @@ def one_run(plan: Path) -> int:
 
 
 def end_with(parent: int) -> None:
-    """A run whose parent was killed would go on for nothing, beside the one that takes its place."""
+    """End this process when its parent is gone. Otherwise it would continue next to the run that replaces it."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The learning benchmark's results as docs/learning: one page of tables, and plots, from the results file alone."""
+"""Makes docs/learning from the results file of the learning benchmark: a page of tables, and plots."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from learning_settings import expand, read_settings, results
 from learning_stats import Interval, calls_to_reach, gap_closed, interval, over_seeds, saving
 
-BASELINE = "rloo"  # the arm that all others are compared with; where it is not among them, the first
-LEVELS = (1000, 2000)  # calls of the baseline whose level the others are to reach with fewer
-LEAST_GAP = 0.02  # an oracle's gain under which best_of says nothing
-SECOND = ("chrf", "rule")  # the judges that the reward knows nothing of, in percent and in [0, 1]
+BASELINE = "rloo"  # All other arms are compared with this one; without it, with the first arm.
+LEVELS = (1000, 2000)  # Calls of the baseline. Others need fewer calls for the same level.
+LEAST_GAP = 0.02  # Below this gain of the oracle, best_of is not reported.
+SECOND = ("chrf", "rule")  # Metrics that the reward does not see, in percent and in [0, 1].
 WORDS = {
     "reward": "true reward, held out, without noise",
     "chrf": "chrF, 0 to 100",
@@ -23,7 +23,7 @@ WORDS = {
     "exact": "exact match, share",
     "distinct_2": "distinct-2, share of word pairs",
     "length": "length, words",
-    "kl": "KL to the base, nats a response",
+    "kl": "KL to the base, nats per response",
 }
 DIGITS = {"chrf": 1, "length": 1, "kl": 2, "seconds": 0}
 
@@ -41,12 +41,12 @@ class Cell:
 
     @property
     def name(self) -> tuple[str, str, str, int]:
-        """What arms are compared within."""
+        """Arms with the same value of this are compared with each other."""
         return self.experiment, self.task, self.reward, self.budget
 
     @property
     def labels(self) -> list[str]:
-        """The marks that all seeds have, in their order; the last one of each run is called "last"."""
+        """The marks that all seeds have, in order. The last mark of each run is called "last"."""
         shared = set.intersection(*({mark["at"] for mark in run["marks"][:-1]} for run in self.runs))
         return [mark["at"] for mark in self.runs[0]["marks"][:-1] if mark["at"] in shared] + ["last"]
 
@@ -60,7 +60,7 @@ class Cell:
         return metric in self.runs[0]["marks"][-1]
 
     def values(self, metric: str, label: str = "last") -> np.ndarray:
-        """One number a seed and prompt, [S, P]."""
+        """One number per seed and prompt, [S, P]."""
         return np.array([mark[metric] for mark in self.marks(label)], dtype=float)
 
     def scalar(self, metric: str, label: str = "last") -> list[float | None]:
@@ -88,12 +88,12 @@ def cells(lines: Iterable[Mapping[str, Any]], only: str = "", seeds: Sequence[in
 
 
 def paired(cell: Cell, baseline: Cell, metric: str) -> Interval | None:
-    """The arm minus the baseline, on the seeds and prompts that both have."""
+    """The arm minus the baseline, on the seeds and prompts that both have. None if they share none."""
     shared = [seed for seed in cell.seeds if seed in baseline.seeds]
     if not shared or not (cell.has(metric) and baseline.has(metric)):
         return None
     ours, theirs = cell.only(shared).values(metric), baseline.only(shared).values(metric)
-    return interval(ours - theirs) if ours.shape == theirs.shape else None  # else judged on different prompts
+    return interval(ours - theirs) if ours.shape == theirs.shape else None  # else the two used different prompts
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def write_report(
     settings: Path,
     out: Path,
 ) -> list[Path]:
-    """Write table.md and the plots; returns the files."""
+    """Write table.md and the plots. Returns the files."""
     docs.mkdir(parents=True, exist_ok=True)
     every = in_order(cells(lines, only, seeds), settings)
     plots = draw_plots(every, docs)
@@ -117,7 +117,7 @@ def write_report(
 
 
 def in_order(every: list[Cell], settings: Path) -> list[Cell]:
-    """As the settings file names them; what it does not name any more comes last."""
+    """The cells in the order of the settings file. Cells that it no longer names come last."""
     planned = expand(read_settings(settings), seeds=[0]) if settings.exists() else []
     rank = {(run.experiment, run.reward, run.budget, run.arm): place for place, run in enumerate(planned)}
     return sorted(every, key=lambda c: rank.get((c.experiment, c.reward, c.budget, c.arm), len(rank)))
@@ -131,10 +131,11 @@ def table(every: list[Cell], plots: Mapping[str, Path], settings: Path, out: Pat
         f"Made by `python benchmarks/learning.py report` from `{here(out)}`, which\n"
         f"`python benchmarks/learning.py run --settings {here(settings)} --out {here(out)}` made:\n"
         f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}.",
-        "Held-out prompts, one response each at temperature 1; the true reward is judged without noise.\n"
-        "Brackets: 95 % bootstrap intervals over seeds and prompts; of what is one number a run, over seeds.\n"
-        "Differences are paired by seed and prompt. Corr. within: Spearman's of predicted and told reward within\n"
-        "groups, fresh, over the last 10 steps. Seconds are of training on one core, evaluations left out.",
+        "Each held-out prompt gets one response at temperature 1. The true reward is measured without noise.\n"
+        "Brackets are 95 % bootstrap intervals over seeds and prompts. For metrics with one number per run they are\n"
+        "intervals over seeds. Differences are paired by seed and prompt. Corr. within: Spearman's correlation of\n"
+        "predicted reward and the reward that the players saw, within groups, fresh, over the last 10 steps. Seconds\n"
+        "are seconds of training on one core, without evaluations.",
     ]
     for name in dict.fromkeys(cell.name for cell in every):
         parts += section([cell for cell in every if cell.name == name])
@@ -144,12 +145,12 @@ def table(every: list[Cell], plots: Mapping[str, Path], settings: Path, out: Pat
 
 
 def here(path: Path) -> str:
-    """As one types it from the working folder."""
+    """The path relative to the working folder."""
     return (path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path).as_posix()
 
 
 def is_baseline(cell: Cell) -> bool:
-    """RLOO, in one of the settings it was tuned over."""
+    """Whether the arm is RLOO, in one of the settings of its tuning."""
     return cell.arm == BASELINE or cell.arm.startswith(f"{BASELINE}-")
 
 
@@ -158,7 +159,7 @@ def section(arms: list[Cell]) -> list[str]:
     first = arms[0]
     second = next(name for name in SECOND if first.has(name))
     metrics = ["reward", second] + ["exact"] * first.has("exact") + ["length"]
-    # Of several settings of RLOO the one that ended best is what the others must beat.
+    # The others are compared with the RLOO setting that ended best.
     tuned = [cell for cell in arms if is_baseline(cell)]
     baseline = max(tuned, key=lambda cell: cell.values("reward").mean(), default=first)
     head = ["arm", "seeds", "reward", f"− {baseline.arm}", WORDS[second].split(",")[0], f"− {baseline.arm}"]
@@ -198,7 +199,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def savings(every: list[Cell]) -> str:
-    """Where the reward is noisy: how many times fewer calls than the baseline an arm needs to be where that is."""
+    """For noisy rewards: how many times fewer calls than the baseline an arm needs for the same level."""
     rows = []
     noisy = [cell for cell in every if cell.reward != "exact"]
     for name in dict.fromkeys(cell.name[:3] for cell in noisy):
@@ -210,7 +211,7 @@ def savings(every: list[Cell]) -> str:
             whose, level_SP = level
             for cell in arms:
                 if cell.runs[0]["calls"] == 0:
-                    continue  # it asks for no reward
+                    continue  # it queries no reward
                 calls_M = np.array([cell.mean_over_seeds("calls", label) for label in cell.labels])
                 marks_MSP = np.stack([cell.values("reward", label) for label in cell.labels])
                 at = calls_to_reach(calls_M, marks_MSP.mean((1, 2)), float(level_SP.mean()))
@@ -233,16 +234,18 @@ def savings(every: list[Cell]) -> str:
         "ratio",
     ]
     note = (
-        f"The level is the mean held-out reward of {BASELINE} at that many calls, the best of its settings there.\n"
-        "Calls to reach it: where the line through an arm's marks first does. Ratio: the level's calls divided by\n"
-        "these; 0 where a draw does not reach it."
+        f"The level is the mean held-out reward of {BASELINE} at that many calls, with its best setting there.\n"
+        "Calls to reach it: the first point at which the line through an arm's marks reaches the level. Ratio: the\n"
+        "level's calls divided by these calls. A bootstrap draw that does not reach the level counts as 0."
     )
-    return f"## Calls to reach what {BASELINE} reaches\n\n{note}\n\n{markdown(head, rows)}"
+    return f"## Calls to reach the level of {BASELINE}\n\n{note}\n\n{markdown(head, rows)}"
 
 
 def baseline_at(arms: list[Cell], calls: int) -> tuple[str, np.ndarray] | None:
-    """The baseline's rewards at that many calls, [S, P]: the best of the settings it was tuned over, so that no other
-    arm is compared with one that was tuned for something else."""
+    """The baseline's rewards at that many calls, [S, P], with the name of its best setting there.
+
+    Other arms are thus never compared with a setting that was tuned for another budget.
+    """
     found = []
     for cell in arms:
         if not is_baseline(cell):
@@ -273,7 +276,10 @@ def best_of(every: list[Cell]) -> str:
     if not rows:
         return ""
     head = ["experiment", "task", "reward", "budget", "arm", "seeds", "first", "discriminator's pick", "oracle's pick"]
-    note = "At half of the training: the true reward of the first of 8 samples, of the pick, and of the best."
+    note = (
+        "Measured at half of the budget: the true reward of the first of 8 samples, of the pick, and of the best.\n"
+        "The pick is the sample with the highest predicted reward."
+    )
     return f"## Best of 8 by the discriminator\n\n{note}\n\n{markdown([*head, 'share of the gap closed'], rows)}"
 
 
@@ -298,7 +304,7 @@ def sweeps(every: list[Cell]) -> str:
 
 
 def sweep_of(cell: Cell) -> list[list[Mapping[str, Any]]]:
-    """The points of a sweep, each a list over seeds."""
+    """The points of a sweep. Each point is a list over seeds."""
     runs = [run["sweep"] for run in cell.runs if run.get("sweep")]
     return [list(points) for points in zip(*runs, strict=True)] if runs else []
 
@@ -307,11 +313,11 @@ def sweep_of(cell: Cell) -> list[list[Mapping[str, Any]]]:
 
 
 def draw_plots(every: list[Cell], docs: Path) -> dict[str, Path]:
-    """Every plot there is something for: title -> file."""
+    """Draw all plots that have data. Returns title -> file."""
     plots: dict[str, Path] = {}
     from matplotlib import colormaps
 
-    palette = colormaps["tab20"].colors  # twenty: two arms of one colour could not be told apart
+    palette = colormaps["tab20"].colors  # twenty colours, so that no two arms of one plot look equal
     colours = {arm: palette[i % 20] for i, arm in enumerate(dict.fromkeys(cell.arm for cell in every))}
     for name in dict.fromkeys((cell.experiment, cell.task, cell.budget) for cell in every):
         arms = [cell for cell in every if (cell.experiment, cell.task, cell.budget) == name]
@@ -336,7 +342,7 @@ def draw_plots(every: list[Cell], docs: Path) -> dict[str, Path]:
 
 
 def figure_of(rows: int, columns: int, title: str, width: float = 4.6, height: float = 3.4) -> tuple[Any, np.ndarray]:
-    from matplotlib.figure import Figure  # the object interface: no global state, no display
+    from matplotlib.figure import Figure  # the object interface has no global state and needs no display
 
     figure = Figure(figsize=(max(7.0, width * columns), height * rows + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -344,7 +350,7 @@ def figure_of(rows: int, columns: int, title: str, width: float = 4.6, height: f
 
 
 def legend(figure: Any, panels: np.ndarray) -> None:
-    """One for all panels, under them, where it covers nothing."""
+    """One legend for all panels, below them, where it covers nothing."""
     entries = {
         label: handle
         for axes in panels.ravel()
@@ -356,7 +362,7 @@ def legend(figure: Any, panels: np.ndarray) -> None:
 
 
 def curves(arms: list[Cell], against: str, unit: str, title: str, file: Path, colours: Mapping[str, Any]) -> Path:
-    """Reward and second metric at the marks, one column a reward; the band is the interval over seeds and prompts."""
+    """Reward and second metric at the marks, one column per reward. Bands are intervals over seeds and prompts."""
     rewards = list(dict.fromkeys(cell.reward for cell in arms))
     second = next(name for name in SECOND if arms[0].has(name))
     figure, panels = figure_of(2, len(rewards), title)
@@ -380,7 +386,7 @@ def curves(arms: list[Cell], against: str, unit: str, title: str, file: Path, co
 
 
 def predicted(arms: list[Cell], title: str, file: Path) -> Path:
-    """What the discriminator says of the step's responses, what they got, and what held-out ones are worth."""
+    """Predicted and true reward of each step's responses, and the true reward of held-out responses."""
     rewards = list(dict.fromkeys(cell.reward for cell in arms))
     names = list(dict.fromkeys(cell.arm for cell in arms))
     figure, panels = figure_of(len(rewards), len(names), title, width=3.2, height=2.7)
@@ -388,7 +394,7 @@ def predicted(arms: list[Cell], title: str, file: Path) -> Path:
         axes = panels[rewards.index(cell.reward), names.index(cell.arm)]
         for name, label, style in (
             ("pred_reward_mean", "predicted, fresh", "-"),
-            ("reward_mean", "true, as it was told", "-"),
+            ("reward_mean", "true, as queried", "-"),
         ):
             axes.plot(*curve_of(cell, name), style, label=label, linewidth=1.5)
         held = [float(cell.values("reward", label).mean()) for label in cell.labels]
@@ -406,7 +412,7 @@ def predicted(arms: list[Cell], title: str, file: Path) -> Path:
 
 
 def curve_of(cell: Cell, name: str) -> tuple[list[int], list[float]]:
-    """A number of the steps, averaged over the seeds that have it at that step."""
+    """A metric of the steps, averaged over the seeds that have the metric at that step."""
     at: dict[int, list[float]] = {}
     for run in cell.runs:
         for point in run["curve"]:
@@ -417,7 +423,7 @@ def curve_of(cell: Cell, name: str) -> tuple[list[int], list[float]]:
 
 
 def quality(arms: list[Cell], title: str, file: Path, colours: Mapping[str, Any]) -> Path:
-    """Reward and second metric against distinct-2, a line an arm, a point a temperature."""
+    """Reward and second metric against distinct-2: one line per arm, one point per temperature."""
     groups = list(dict.fromkeys((cell.reward, cell.budget) for cell in arms))
     second = next(name for name in SECOND if arms[0].has(name))
     figure, panels = figure_of(2, len(groups), title)

@@ -1,4 +1,4 @@
-"""One run of the learning benchmark: train by one arm's settings, and judge on held-out prompts along the way."""
+"""One run of the learning benchmark: trains with one arm's settings, and evaluates on held-out prompts."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lora_gan.rewards.text import distinct_n
 from lora_gan.training import losses
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
-EVERY = 10  # steps between points of the curve, fewer where the budget is small
-CANDIDATES = 8  # of best_of
-ROWS = 160  # judged at once
-IDLE = 1000  # steps without a call, after which a run is given up: its budget would never be spent
+EVERY = 10  # Steps between points of the curve. Fewer for a small budget.
+CANDIDATES = 8  # Responses per prompt for best_of.
+ROWS = 160  # Responses sampled and judged together.
+IDLE = 1000  # Steps without a call after which a run is stopped: it would never spend its budget.
 
 
 def run(planned: Planned, e2e: dict[str, str] | None = None) -> dict[str, Any]:
-    """Everything the results file keeps of a run, as plain values."""
-    torch.set_num_threads(1)  # these bases are too small to share: more threads wait for each other
+    """Make a run. Returns the line of the results file, as plain values."""
+    torch.set_num_threads(1)  # with bases this small, more threads wait for each other
     began = time.perf_counter()
     task = load(planned.task, seed=planned.seed, options=planned.options, e2e=e2e)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,8 +52,10 @@ def build(planned: Planned, task: Task, reward: Reward, folder: str) -> LoraGAN:
 
 
 def shuffle_labels(gan: LoraGAN) -> None:
-    """The discriminator learns from true rewards dealt out at random among the step's answered responses: whatever it
-    brings then, it does not bring by knowing better from worse. The generator sees the true ones where it is told them.
+    """Shuffle the discriminator's true rewards among the queried responses of each step.
+
+    Any effect of this discriminator does not come from knowing which response is better. The generator still receives
+    the unshuffled true rewards, if its reward signal uses them.
     """
     update = gan.discriminator.update
 
@@ -72,19 +74,19 @@ def with_shuffled_labels(experience: Any, seed: int) -> Any:
     return dataclasses.replace(experience, true_B=true_B)
 
 
-# --- a run's course ---------------------------------------------------------------------------------------------------
+# --- progress of a run ------------------------------------------------------------------------------------------------
 
 
 class Course:
-    """How far a run is, which marks are due, and what they found."""
+    """The progress of a run: the marks that are due, and the results of the marks so far."""
 
     def __init__(self, planned: Planned, task: Task, reward: Reward) -> None:
         self.planned, self.task, self.reward = planned, task, reward
         options, budget = planned.options, planned.budget
-        # A run that asks for no reward is measured by its steps, against marks at the same fractions.
+        # A run that queries no reward is measured by its steps, with marks at the same fractions.
         self.by_steps = options["kind"] == "sft" or planned.settings.get("disc_objective") == "real_vs_generated"
         if self.by_steps and not options["max_steps"]:
-            raise ValueError(f"{planned.key} asks for no reward, so max_steps must say where it ends")
+            raise ValueError(f"{planned.key} queries no reward, so it needs max_steps")
         calls = [0, budget // 4, budget // 2, budget] if options["marks"] is None else options["marks"]
         self.due = sorted({int(mark) for mark in calls if mark <= budget})
         self.steps_due = sorted(int(mark) for mark in options["step_marks"])
@@ -92,13 +94,13 @@ class Course:
         self.curve: list[dict[str, Any]] = []
         self.best_of: dict[str, Any] | None = None
         self.every = min(EVERY, max(1, budget // 60))
-        self.seconds = 0.0  # of training, on one core, evaluations left out
+        self.seconds = 0.0  # of training, on one core, without evaluations
         self.alarms = 0
         self.recent: list[dict[str, Any]] = []
         self.within: deque[float] = deque(maxlen=10)
 
     def share(self, calls: int, step: int) -> float:
-        """Of the budget, what is spent."""
+        """The share of the budget that is spent."""
         return step / self.planned.options["max_steps"] if self.by_steps else calls / self.planned.budget
 
     def over(self, calls: int, step: int, since_spent: int) -> bool:
@@ -108,7 +110,7 @@ class Course:
         return self.share(calls, step) >= 1 and (self.by_steps or since_spent >= options["extra_steps"])
 
     def add(self, record: Mapping[str, Any], seconds: float, calls: int) -> None:
-        """A step is done."""
+        """Record a finished step."""
         self.seconds += seconds
         alarms = record.get("alarms")
         self.alarms += int(alarms) if isinstance(alarms, (int, float)) else len(alarms or ())
@@ -122,11 +124,11 @@ class Course:
             self.recent = []
 
     def at(self, gan: LoraGAN, calls: int, step: int) -> None:
-        """Judge, where a mark is due here."""
+        """Evaluate, if a mark is due at this point."""
         spent = self.share(calls, step) * self.planned.budget
         labels = []
         while self.due and spent >= self.due[0] - 1e-9:
-            labels = [str(self.due.pop(0))]  # of several at once the last one names it
+            labels = [str(self.due.pop(0))]  # if several are due together, the last one gives the name
         while self.steps_due and step >= self.steps_due[0]:
             labels.append(f"step {self.steps_due.pop(0)}")
         if labels:
@@ -169,7 +171,7 @@ def _run_lora_gan(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
     while not course.over(gan.reward_calls, gan.global_step, since_spent):
         spent, before = gan.reward_calls >= planned.budget, gan.reward_calls
         batch = data.take(task.train, gan.config.prompts_per_step, seed=planned.seed, position=gan.position)
-        began = time.process_time()  # of this process alone: others on the same cores do not count
+        began = time.process_time()  # of this process only, so other load on the cores does not count
         record = gan._step(batch, True, trains_disc)
         seconds = time.process_time() - began
         gan.position += len(batch)
@@ -186,8 +188,10 @@ def _run_lora_gan(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
 
 
 def respond(gan: LoraGAN, task: Task, count: int, temperature: float | None = None) -> list[sampling.Rollout]:
-    """`count` responses to each held-out prompt, in parts; the same uniforms whatever the arm and the step, so that
-    differences between models are not differences between draws."""
+    """`count` responses to each held-out prompt, in parts.
+
+    The uniform random numbers are equal for all arms and steps, so models do not differ by their draws.
+    """
     encoded = gan._encode(row.prompt for row in task.heldout)
     parts = []
     for part in sampling.chunks(len(encoded), max(1, ROWS // count)):
@@ -199,7 +203,7 @@ def respond(gan: LoraGAN, task: Task, count: int, temperature: float | None = No
 
 
 def judge(gan: LoraGAN, task: Task, *, temperature: float | None = None, kl: bool = False) -> dict[str, Any]:
-    """What every judge says of one response to each held-out prompt: a number a prompt, and some of them all."""
+    """All metrics of one response to each held-out prompt: a list over prompts, or one number over all prompts."""
     parts = respond(gan, task, 1, temperature)
     texts = [text for part in parts for text in part.texts]
     targets = [row.target for row in task.heldout]
@@ -214,14 +218,14 @@ def judge(gan: LoraGAN, task: Task, *, temperature: float | None = None, kl: boo
 
 
 def rounded(values: Any) -> list[float | int]:
-    """Four digits, and whole numbers as such: the file is committed."""
+    """Values with four digits, whole numbers as int. This keeps the committed file small."""
     short = [round(float(value), 4) for value in values]
     return [int(value) if value.is_integer() else value for value in short]
 
 
 @torch.no_grad()
 def kl_of(gan: LoraGAN, rows: sampling.Rollout) -> list[float]:
-    """KL(generator ‖ base) of each response in nats, exact over the vocabulary at each sampled place, temperature 1."""
+    """KL(generator ‖ base) of each response in nats, exact over the vocabulary at each sampled token, temperature 1."""
     batch, logits = rows.batch(), {}
     for player in ("generator", "reference"):
         with gan.players.playing(player):
@@ -232,7 +236,7 @@ def kl_of(gan: LoraGAN, rows: sampling.Rollout) -> list[float]:
 
 
 def best_of(gan: LoraGAN, task: Task, count: int = CANDIDATES) -> dict[str, Any]:
-    """True reward of the first of `count` samples, of the discriminator's pick, and of the oracle's, a prompt each."""
+    """True reward per prompt of the first of `count` samples, of the discriminator's pick, and of the oracle's pick."""
     parts = respond(gan, task, count)
     texts = [text for part in parts for text in part.texts]
     true_PK = np.array(task.score(texts, [row.target for row in task.heldout for _ in range(count)]))
@@ -256,10 +260,10 @@ def samples(gan: LoraGAN, task: Task, count: int = 4) -> list[dict[str, Any]]:
 
 
 def _run_trl(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
-    """TRL's GRPOTrainer on the true reward, with RLOO's batch, group, learning rate and KL weight, TRL's own otherwise.
+    """TRL's GRPOTrainer on the true reward, with RLOO's batch, group, learning rate and KL weight.
 
-    Of kind trl-unscaled, its advantages are not divided by a group's standard deviation, as RLOO's are not.
-    Its adapter is read into a LoraGAN by its files, as PEFT saved them, and judged there as all others are.
+    All other settings are TRL's own. For the kind trl-unscaled, advantages are not divided by a group's standard
+    deviation, as in RLOO. A LoraGAN loads the adapter from the files that PEFT saved, and evaluates it like all others.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -272,7 +276,7 @@ def _run_trl(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
     gan = LoraGAN(task.model, reward=reward, seed=planned.seed, output_dir=folder, **planned.settings)
     config, course = gan.config, Course(planned, task, reward)
     batch = config.prompts_per_step * config.num_generations
-    steps = planned.options["max_steps"] or planned.budget // batch  # a last part of a batch is left unspent
+    steps = planned.options["max_steps"] or planned.budget // batch  # an incomplete last batch is not spent
     course.at(gan, 0, 0)
 
     class Judging(TrainerCallback):
@@ -322,7 +326,7 @@ def _run_trl(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
     )  # fmt: skip
     trainer.train()
     read()
-    if course.due:  # a budget that is no multiple of the batch
+    if course.due:  # the budget is not a multiple of the batch
         course.due = []
         if course.marks and course.marks[-1]["step"] != steps:
             course.mark(gan, str(planned.budget), reward.calls, steps)

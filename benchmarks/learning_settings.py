@@ -1,4 +1,4 @@
-"""The settings file of the learning benchmark: experiments made into runs, and what is finished of them.
+"""The settings file of the learning benchmark: turns experiments into runs, and finds the finished runs.
 
     {"defaults": {SETTINGS}, "tasks": {"e2e": {SETTINGS}},
      "arms": {"rloo": {"kind": "rl", "settings": {SETTINGS}, "by_task": {"e2e": {...}}, "by_reward": {"noisy": {...}},
@@ -7,9 +7,9 @@
      "experiments": [{"name": "core", "task": "tiny", "rewards": ["exact", "noisy"], "budgets": [125, 500],
                       "arms": ["rloo"], "seeds": [0, 1, 2], "settings": {...}}]}
 
-SETTINGS are LoraGAN's, and any of OPTIONS beside them; later ones override earlier ones, in the order above. An option
-of the arm may also stand beside "settings", and one of the experiment beside its "name". An arm "like" another has all
-that the other has, but for what it says itself.
+SETTINGS are LoraGAN's settings and any of OPTIONS. Later ones override earlier ones, in the order above. An option of
+an arm may also be a key of the arm, next to "settings". An option of an experiment may be a key of the experiment, next
+to "name". An arm with "like" copies the other arm, and overrides the entries that it has itself.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: What a run is told beside LoraGAN's settings, with the values that hold where nothing is said.
+#: Options of a run in addition to LoraGAN's settings, with their defaults.
 OPTIONS: dict[str, Any] = {
-    # rl; sft: imitation of the targets alone; null: shuffled labels; trl: GRPOTrainer on the true reward, trl-unscaled:
+    # rl; sft: imitation of the targets only; null: shuffled labels; trl: GRPOTrainer on the true reward; trl-unscaled:
     # the same without division by a group's standard deviation
     "kind": "rl",
     "train_disc": True,
-    "max_steps": None,  # the run ends here at the latest; what a run that asks for no reward is measured by
-    "extra_steps": 0,  # steps that follow when the budget is spent, on the predicted reward
-    "marks": None,  # evaluations at these numbers of calls; None: at 0, a quarter, half and all of the budget
-    "step_marks": [],  # and after these numbers of steps
-    "sweep": False,  # at the end, evaluations at several temperatures
-    "best_of": False,  # half way, best of 8 by the discriminator against the oracle's
-    "split": "heldout",  # of the prompts that judge: validation where settings are chosen
-    "heldout": 160,  # prompts that judge
-    "train": 4096,  # prompts to learn on
-    "sigma": None,  # of the noisy reward; None: the task's own
+    "max_steps": None,  # Last step of the run. Runs without a reward measure progress by it.
+    "extra_steps": 0,  # Steps on the predicted reward after the budget is spent.
+    "marks": None,  # Calls at which to evaluate; None: at 0, a quarter, half and all of the budget.
+    "step_marks": [],  # Steps at which to evaluate, in addition.
+    "sweep": False,  # Whether to evaluate at several temperatures at the end.
+    "best_of": False,  # Whether to compare the discriminator's best of 8 with the oracle's, at half of the budget.
+    "split": "heldout",  # Prompts to evaluate on: validation if the run chooses settings.
+    "heldout": 160,  # Number of prompts to evaluate on.
+    "train": 4096,  # Number of prompts to learn on.
+    "sigma": None,  # Standard deviation of the noisy reward; None: the task's own.
 }
 LAYERS = ("by_task", "by_reward", "by_budget", "by_reward_budget")
 KINDS = ("rl", "sft", "null", "trl", "trl-unscaled")
@@ -44,7 +44,7 @@ KINDS = ("rl", "sft", "null", "trl", "trl-unscaled")
 
 @dataclass(frozen=True)
 class Planned:
-    """One run: what it is called, and all that decides its result."""
+    """One run: its name, and everything that determines its result."""
 
     experiment: str
     task: str
@@ -61,7 +61,7 @@ class Planned:
 
     @property
     def hash(self) -> str:
-        """Of everything but the names: a run whose settings were changed is another run."""
+        """Hash of everything except the names. A run with changed settings is a different run."""
         values = [self.task, self.reward, self.budget, self.seed, self.options, self.settings]
         return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -70,7 +70,7 @@ class Planned:
 
 
 def expand(file: Mapping[str, Any], seeds: Iterable[int] | None = None) -> list[Planned]:
-    """Every run of the file, in the order in which they are best done: one seed of everything before the next."""
+    """Every run of the file, ordered so that each experiment finishes one seed before it starts the next."""
     planned = []
     for experiment in file["experiments"]:
         for seed in experiment["seeds"] if seeds is None else seeds:
@@ -81,7 +81,7 @@ def expand(file: Mapping[str, Any], seeds: Iterable[int] | None = None) -> list[
     keys = [run.key for run in planned]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"two runs are called {key}: give their experiments different names")
+            raise ValueError(f"two runs have the key {key}: give their experiments different names")
     return planned
 
 
@@ -114,7 +114,7 @@ def resolve(
 
 
 def like(arms: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    """What an arm says, with what it takes over from the arm it is like."""
+    """An arm's entries, merged with those of the arm that its "like" names."""
     told = dict(arms[arm])
     other = told.pop("like", None)
     if other is None:
@@ -129,7 +129,7 @@ def like(arms: Mapping[str, Any], arm: str) -> dict[str, Any]:
 
 
 def results(lines: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Finished runs by key; of several lines of one key the last one counts."""
+    """Finished runs by key. If a key has several lines, the last one counts."""
     return {line["key"]: line for line in lines}
 
 

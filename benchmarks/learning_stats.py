@@ -2,8 +2,9 @@
 
 # S = seeds, P = held-out prompts, D = bootstrap draws, M = marks of a run
 
-Every seed is judged on the same prompts, so prompts are drawn once a draw, for all seeds and for both arms: an interval
-then covers other seeds AND other prompts (hierarchical, crossed; Efron and Tibshirani 1993, chapter 8).
+All seeds are evaluated on the same prompts. Each bootstrap draw therefore draws the prompts once, for all seeds and for
+both arms. An interval then covers other seeds AND other prompts (hierarchical, crossed; Efron and Tibshirani 1993,
+chapter 8).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Draws:
-    """How often each seed and each prompt stands in each bootstrap draw."""
+    """How often each bootstrap draw contains each seed and each prompt."""
 
     seeds_DS: np.ndarray
     prompts_DP: np.ndarray
@@ -48,7 +49,7 @@ class Draws:
 
 
 def draws(seeds: int, prompts: int, count: int = DRAWS) -> Draws:
-    """The same for the same numbers of seeds and prompts: two arms' draws are pairs."""
+    """Bootstrap draws. They depend only on the numbers of seeds and prompts, so the draws of two arms are paired."""
     return Draws(_counts(seeds, count, "seeds"), _counts(prompts, count, "prompts"))
 
 
@@ -60,7 +61,7 @@ def _counts(size: int, count: int, purpose: str) -> np.ndarray:
 
 
 def interval(values_SP: np.ndarray, count: int = DRAWS) -> Interval:
-    """Mean over seeds and prompts; with one seed the interval is over prompts alone."""
+    """Mean over seeds and prompts, with its interval. With one seed the interval is over prompts only."""
     return of(float(values_SP.mean()), draws(*values_SP.shape, count).means(values_SP))
 
 
@@ -70,13 +71,13 @@ def of(estimate: float, drawn_D: np.ndarray) -> Interval:
 
 
 def over_seeds(values: Sequence[float | None], count: int = DRAWS) -> Interval | None:
-    """Of what is one number a run; None where nothing was measured."""
+    """Interval of a metric with one number per run. None if no run measured it."""
     known = np.array([value for value in values if value is not None], dtype=float)
     return interval(known[:, None], count) if len(known) else None
 
 
 def calls_to_reach(calls_M: np.ndarray, values_M: np.ndarray, level: float) -> float:
-    """Calls at which the line through the marks first reaches the level; infinite where it does not."""
+    """Calls at which the line through the marks first reaches the level. Infinite if the line never does."""
     return float(_crossing(calls_M, values_M[None], np.array([level]))[0])
 
 
@@ -97,9 +98,9 @@ def _crossing(calls_M: np.ndarray, values_DM: np.ndarray, level_D: np.ndarray) -
 def saving(
     calls_M: np.ndarray, marks_MSP: np.ndarray, level_calls: float, level_SP: np.ndarray, count: int = DRAWS
 ) -> Interval:
-    """How many times fewer calls an arm needs to reach what another one reaches at `level_calls`; 0 = never reaches it.
+    """How many times fewer calls an arm needs for the level of another arm at `level_calls`. 0: it never reaches it.
 
-    Draws pair the two arms' prompts, and their seeds where both have equally many.
+    Draws pair the two arms' prompts. They also pair their seeds, if both have the same number of seeds.
     """
     arm, other = draws(*marks_MSP.shape[1:], count), draws(*level_SP.shape, count)
     values_DM = np.stack([arm.means(values_SP) for values_SP in marks_MSP], -1)
@@ -109,11 +110,11 @@ def saving(
 
 
 def _ratio(level_calls: float, calls: float) -> float:
-    return level_calls / max(calls, 1.0)  # an arm that is there before its first call needed none: bounded by one
+    return level_calls / max(calls, 1.0)  # an arm that starts above the level needs no call; one call bounds the ratio
 
 
 def gap_closed(first_SP: np.ndarray, picked_SP: np.ndarray, oracle_SP: np.ndarray, count: int = DRAWS) -> Interval:
-    """Of the oracle's gain over one sample, the share that the discriminator's pick takes."""
+    """The share of the oracle's gain over one sample that the discriminator's pick achieves."""
     drawn = draws(*first_SP.shape, count)
     gain_D, gap_D = drawn.means(picked_SP - first_SP), drawn.means(oracle_SP - first_SP)
     return of(float((picked_SP - first_SP).mean() / (oracle_SP - first_SP).mean()), gain_D / gap_D)

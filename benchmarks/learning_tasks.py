@@ -1,4 +1,4 @@
-"""What the learning benchmark's runs learn: prompts, the true reward with and without noise, and unrelated judges."""
+"""Tasks of the learning benchmark: prompts, the true reward with and without noise, and unrelated metrics."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from lora_gan.data import Row
 from lora_gan.rewards import CosineReward, chrf, exact_match
 from lora_gan.tiny import drawing
 
-Judge = Callable[[Sequence[str], Sequence[str | None]], list[float]]  # responses, targets -> a number each
+Judge = Callable[[Sequence[str], Sequence[str | None]], list[float]]  # responses, targets -> one number per response
 REWARDS = ("exact", "noisy", "thumbs")
-SPLITS = {"heldout": "test", "validation": "validation"}  # tiny's names and those of benchmarks/e2e.py
+SPLITS = {"heldout": "test", "validation": "validation"}  # names in tiny -> names in benchmarks/e2e.py
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to learn on and to be judged on, the reward, and judges that the reward knows nothing of."""
+    """Rows for training and evaluation, the reward, and metrics that the reward does not see."""
 
     model: str
     train: list[Row]
     heldout: list[Row]
     score: Judge  # the true reward, without noise
-    judges: dict[str, Judge]  # the first is what tables call the second metric
+    judges: dict[str, Judge]  # tables call the first one "second metric"
     sigma: float  # noise of about three times the spread within a group
 
 
 class Reward:
-    """The true reward as the players are told it: of TRL's form, counted, and with noise where it has some.
+    """The true reward as the players see it, in TRL's form. Counts its calls, and adds noise for the noisy kinds.
 
-    Noise is a function of the run's seed and the call's number, so that a run's rewards do not depend on when they
-    were asked for, and no two calls share it.
+    Noise is a function of the run's seed and the call's number. Rewards therefore do not depend on the time of the
+    call, and no two calls share their noise.
     """
 
     __name__ = "true"
@@ -66,7 +66,7 @@ class Reward:
 
 
 class Memo:
-    """A judge that is asked once for each response and target: the same short texts come again and again."""
+    """Calls a metric once per response and target, because the same short texts occur many times."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
@@ -86,7 +86,7 @@ def each(judge: Callable[[str, str | None], float], scale: float = 1.0) -> Judge
 
 
 def load(name: str, *, seed: int, options: dict[str, Any], e2e: dict[str, str] | None = None) -> Task:
-    """A task by name, with the prompts that this run's seed learns on; `e2e` is what `prepare_e2e` returned."""
+    """A task by name, with the training prompts of this run's seed. `e2e` is the result of `prepare_e2e`."""
     compare = {"chrf": Memo(each(chrf, 100.0)), "exact": each(exact_match)}
     if name == "e2e":
         if e2e is None:
@@ -102,7 +102,7 @@ def load(name: str, *, seed: int, options: dict[str, Any], e2e: dict[str, str] |
     raise ValueError(f"there is no task {name!r}: there are tiny, e2e, style")
 
 
-# --- style: say it in French, and deny it ----------------------------------------------------------------------------
+# --- style: a negated French sentence --------------------------------------------------------------------------------
 
 DENIAL = re.compile(r"\b(?:ne |n')(?:y )?\S+ (?:pas|jamais)\b", re.IGNORECASE)
 
@@ -114,8 +114,8 @@ def french(count: int, split: str = "train", seed: int = 7) -> list[str]:
 def denial_classifier(count: int = 6000) -> Judge:
     """P(a negated French sentence) by logistic regression on character n-grams, trained on tiny's own sentences.
 
-    Such sentences against other French ones and English ones, negated or not. It can be pleased by less than a
-    sentence, which is what makes it a reward that a second judge must stand beside.
+    The other class has other French sentences and English sentences, negated or not. Fragments of a sentence can get a
+    high score, so this reward needs a second metric.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -133,9 +133,10 @@ _vocabulary: set[str] = set()
 
 
 def denies(response: str, target: str | None = None) -> float:
-    """1 for what looks like one whole negated French sentence: a rule, which the classifier's weights do not enter.
+    """1 for a response that looks like one whole negated French sentence, else 0. The rule does not use the classifier.
 
-    A capital, 4 to 16 words of tiny's French, no word twice in a row, and exactly one "ne … pas" or "ne … jamais".
+    The rule requires a capital letter, 4 to 16 words of tiny's French, no word twice in a row, and exactly one
+    "ne … pas" or "ne … jamais".
     """
     if not _vocabulary:
         _vocabulary.update(word.lower() for text in french(30_000) for word in re.findall(r"\w+", text))
@@ -150,9 +151,10 @@ def denies(response: str, target: str | None = None) -> float:
 
 
 def prepare_e2e(model: str, data: Path, runs: Path, *, steps: int = 1000, prompts_per_step: int = 16) -> dict[str, str]:
-    """The story model taught to describe restaurants by imitation, as benchmarks/e2e.py does, made once.
+    """Train the story model to describe restaurants by imitation, as benchmarks/e2e.py does. This is done once.
 
-    The warm-up's adapter is merged into its base: runs start from what it can do, and stay near that, not near stories.
+    The warm-up's adapter is merged into its base. Runs start from this model, and the KL keeps them near it, not near
+    stories.
     """
     import e2e
 

@@ -1,7 +1,7 @@
-"""The machine under a measurement: its name, the versions on it, and how fast it multiplies and reads.
+"""The machine of a measurement: its name, its versions, and how fast it multiplies and reads memory.
 
-A matrix product is measured on the base's own weights, all of its layers in turn, since one layer alone would stay in
-a cache that a model does not fit in: what is measured is a whole pass of the linear layers and nothing else.
+Matrix products are measured on the base's own weights, over all layers in turn. One layer alone would stay in a CPU
+cache, and a whole model does not fit in it. The measured time is one pass through the linear layers and nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-READ = {"cpu": 2**28, "cuda": 2**31}  # bytes that bandwidth is measured on: more than any cache holds
+READ = {"cpu": 2**28, "cuda": 2**31}  # bytes read to measure bandwidth: more than any cache holds
 
 
 def synchronize(device: torch.device) -> None:
@@ -37,7 +37,7 @@ def device_name(device: torch.device) -> str:
 
 
 def code_version() -> str:
-    """The last commit of the package, with a plus where it was changed since; the package's version outside git."""
+    """The last commit of the package, with a plus if files changed since. Outside git: the package's version."""
     here = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
@@ -50,7 +50,7 @@ def code_version() -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What every line of a results file says of where it was measured."""
+    """Device, threads, code and versions: the fields of every line of a results file."""
     versions = {}
     for package in ("torch", "transformers", "peft", "trl"):
         try:
@@ -64,7 +64,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def least_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """The quickest of some runs, after one that does not count: what the machine can, not what it happens to."""
+    """Seconds of the fastest of some runs, after one warm-up run: the machine's limit, without other load."""
     times = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -80,11 +80,11 @@ def least_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 
 
 @dataclass(frozen=True)
 class Linear:
-    """A frozen linear layer of the base, and whose adapters stand on it."""
+    """A frozen linear layer of the base, with its adapters."""
 
     weight: Tensor
-    transposed: bool  # GPT-2's kind holds [in, out]
-    adapters: tuple[tuple[str, int], ...]  # player, weights of its adapter here
+    transposed: bool  # GPT-2's Conv1D has weights of shape [in, out]
+    adapters: tuple[tuple[str, int], ...]  # player, number of weights of its adapter on this layer
 
     @property
     def inputs(self) -> int:
@@ -110,17 +110,20 @@ def linear_layers(lm: nn.Module) -> tuple[list[Linear], Linear]:
     return body, Linear(head.weight, False, ())
 
 
-# --- what it can ------------------------------------------------------------------------------------------------------
+# --- its speed -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast this machine multiplies this base's matrices, FLOP a second by rows of the product, and reads."""
+    """How fast this machine multiplies this base's matrices and reads memory.
+
+    `body` and `head` map the rows of a product to FLOP per second.
+    """
 
     body: dict[int, float]
     head: dict[int, float]
-    read: float  # bytes a second, summed
-    copy: float  # bytes a second, read and written counted
+    read: float  # bytes per second, summing a tensor
+    copy: float  # bytes per second, counting reads and writes
 
     @property
     def bandwidth(self) -> float:
@@ -131,7 +134,7 @@ class Rates:
 
     @classmethod
     def best(cls, those: list[Rates]) -> Rates:
-        """The highest of several measurements: one that something else disturbed says nothing of what is possible."""
+        """The highest of several measurements: other load can only make a measurement slower."""
         body, head = (
             {rows: max(getattr(its, name)[rows] for its in those) for rows in getattr(those[0], name)}
             for name in ("body", "head")
@@ -146,7 +149,7 @@ class Rates:
 
 @torch.no_grad()
 def measure(lm: nn.Module, body_rows: set[int], head_rows: set[int], device: torch.device) -> Rates:
-    """Products of the body and of the head at these numbers of rows, and the memory's bandwidth."""
+    """Measure products of the body and the head at these numbers of rows, and the memory's bandwidth."""
     body, head = linear_layers(lm)
 
     def rate(layers: list[Linear], rows: int) -> float:

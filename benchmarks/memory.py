@@ -1,30 +1,35 @@
-"""How much memory does training take, beside peers? The peak of each arm, in a process of its own.
+"""How much memory does training take, compared with peers? The peak of each arm, in its own process.
 
     python benchmarks/memory.py --shapes gpt2 --micro-batch 4 --out docs/results/memory.jsonl
-    python benchmarks/memory.py --out docs/results/memory.jsonl --report      # the tables of what is there, no run
+    python benchmarks/memory.py --out docs/results/memory.jsonl --report      # only the tables of --out
 
-Arms and shapes are those of arms.py. Each measurement is a new process that imports everything, builds the arm once on
-a base of two narrow layers and runs it (so that what libraries load late is there), drops it, and notes how much memory
-it holds: the baseline. Then it builds the arm on the real base and runs `--steps` steps. On the CPU the peak is the
-kernel's count of resident memory (VmHWM of Linux), on CUDA torch.cuda.max_memory_allocated; both less the baseline.
+Arms and shapes are those of arms.py. Each measurement is a new process:
 
-Measured: the peak, over all and of the steps alone (loading a base may take more than using it); the bytes of the
-tensors of the bases, of what is trained (adapters and heads), and of the optimizers' moments. What is left of the
-steps' peak beside those is activations, logits, gradients, the cache of sampling, and what the allocator holds back (of
-a base, what was never read is not in memory and is not taken off: most of a reward model's embeddings, say). Computed,
-not measured: the size of one float32 copy of the logits of the largest forward.
+1. It imports everything, builds the arm on a base of two narrow layers and runs one step, because libraries load parts
+   late. It drops this arm. The memory that the process holds now is the baseline.
+2. It builds the arm on the real base and runs `--steps` steps.
 
-Micro-batches are equal: this library's `micro_batch_size`, TRL's `per_device_train_batch_size` with as many steps of
-accumulation as make the same batch, and for two_models one response, as its definition says: --micro-batch 1 makes the
-others equal to it. Arms run without gradient checkpointing, but for those named for it.
+The peak is VmHWM of Linux (resident memory) on the CPU, and torch.cuda.max_memory_allocated on CUDA, minus the
+baseline. These figures are measured:
+
+- the peak overall, and the peak of the steps alone, because loading a base may take more memory than using it;
+- the bytes of the bases' tensors, of the trained tensors (adapters and heads), and of the optimizers' moments.
+
+The rest of the steps' peak is activations, logits, gradients, the cache of sampling, and memory that the allocator
+keeps. Weights that no step read are not in memory, so they are not subtracted: most of a reward model's embeddings, for
+example. The size of one float32 copy of the logits of the largest forward pass is computed, not measured.
+
+Micro-batches are equal. They are this library's `micro_batch_size`, and TRL's `per_device_train_batch_size` with enough
+accumulation steps for the same batch. two_models has one response by its definition; --micro-batch 1 gives the other
+arms the same. Only the arms named "checkpointed" use gradient checkpointing.
 
 On the CPU the weights of a base are mapped from its file, not copied. The two bases of two_models and trl come from two
-files, as a model and a reward model do. Were they one file, Linux would hold its pages once and yet count them twice in
-each figure here; the last column says what such a pair would take (computed: the peak less what is in memory of the
-second base). On a GPU nothing is shared.
+files, as a model and a reward model do. If both came from one file, Linux would hold its pages once, but would count
+them twice in each figure here. The last column gives the memory of such a pair. It is computed: the peak minus the part
+of the second base that is in memory. On a GPU nothing is shared.
 
-Every process has the same settings of glibc's allocator (MALLOC_ARENA_MAX=1, and freed blocks from 128 KiB go back to
-the system at once), which make the figure steadier: without them it holds memory that was freed.
+Every process has the same settings of glibc's allocator: MALLOC_ARENA_MAX=1, and freed blocks from 128 KiB return to
+the system immediately. Without these settings the process keeps freed memory, and the figure varies more.
 """
 
 from __future__ import annotations
@@ -63,17 +68,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", default=["tiny"], choices=list(SHAPES), help="default: tiny")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="default: all")
     parser.add_argument("--micro-batch", type=int, default=4, help="responses in one forward and backward (default 4)")
-    parser.add_argument("--steps", type=int, default=2, help="training steps whose peak is taken (default 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="processes an arm (default 3)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/memory.jsonl"), help="JSON Lines, one a process")
+    parser.add_argument("--steps", type=int, default=2, help="training steps that the peak covers (default 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per arm (default 3)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results/memory.jsonl"), help="JSON Lines, one per process"
+    )
     add_shape_options(parser)
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # what a measuring process is told, as JSON
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # the task of a measuring process, as JSON
     given = parser.parse_args(arguments)
     if given.child:
         print(json.dumps(measure(json.loads(given.child))))
         return
     if given.report and not given.out.is_file():
-        raise SystemExit(f"there is no {given.out} to report on: run the benchmark first, or name another --out")
+        raise SystemExit(f"{given.out} does not exist: run the benchmark first, or name another --out")
     if not given.report:
         quiet()
         if given.threads:
@@ -84,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(shape: Shape, names: Iterable[str], micro_batch: int, steps: int, repeats: int, out: Path) -> None:
-    """Measure what the results file does not hold yet of this shape, one process after the other."""
+    """Make the measurements of this shape that the results file lacks, one process after the other."""
     if shape.responses % micro_batch:
         raise SystemExit(f"--micro-batch {micro_batch} does not divide the {shape.responses} responses of {shape.name}")
     with tempfile.TemporaryDirectory(prefix="lora-gan-benchmark-") as folder:
@@ -121,7 +128,7 @@ def run(shape: Shape, names: Iterable[str], micro_batch: int, steps: int, repeat
 
 
 def measure(told: dict[str, Any]) -> Line:
-    """Build and run one arm; its peaks and its tensors in bytes."""
+    """Build and run one arm. Returns its peaks and the sizes of its tensors, in bytes."""
     quiet()
     torch.set_num_threads(told["threads"])
     with tempfile.TemporaryDirectory() as folder, built([told["arm"]], prepare(MINI, Path(folder))) as arms:
@@ -145,7 +152,7 @@ def measure(told: dict[str, Any]) -> Line:
 
 
 def tensors(arm: Arm) -> dict[str, int]:
-    """Bytes of the tensors of the bases, of what is trained, and of what its optimizers keep."""
+    """Bytes of the bases, of the trained tensors, and of the optimizers' moments."""
 
     def size(those: Iterable[torch.Tensor]) -> int:
         alone = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in those}
@@ -168,7 +175,7 @@ def tensors(arm: Arm) -> dict[str, int]:
 
 
 def logits_bytes(arm: Arm) -> int:
-    """One float32 copy of the logits of the largest forward: computed."""
+    """Bytes of one float32 copy of the logits of the largest forward pass: computed."""
     shape = arm.workload.shape
     rows = 1 if arm.name == "two_models" else arm.workload.micro_batch or shape.responses
     vocabulary = arm.models()[0].get_base_model().config.get_text_config().vocab_size
@@ -176,7 +183,7 @@ def logits_bytes(arm: Arm) -> int:
 
 
 def held(device: torch.device) -> int:
-    """Bytes that the process holds now, after giving back what it can."""
+    """Bytes that the process holds now, after it returned all unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -188,7 +195,7 @@ def held(device: torch.device) -> int:
 
 
 def start_peak(device: torch.device) -> None:
-    """The peak counts from here, where the system lets it be reset; elsewhere it is that of all before as well."""
+    """Reset the peak, if the system allows this. Otherwise the peak includes all memory use before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -207,14 +214,14 @@ def peak(device: torch.device) -> int:
 
 
 def mapped_files() -> int:
-    """Of the resident memory, what is files: weights that were mapped and not copied stand there. 0 where not known."""
+    """Bytes of resident memory that are mapped files, such as mapped weights. 0 where this is unknown."""
     return _status("RssFile") if sys.platform == "linux" else 0
 
 
 def _status(name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
-        raise OSError(f"this kernel does not say {name} in /proc/self/status")
+        raise OSError(f"/proc/self/status of this kernel has no {name}")
     return int(found.group(1)) * 1024
 
 
@@ -227,7 +234,7 @@ def _key(line: Line) -> tuple[Any, ...]:
 
 
 def report(lines: list[Line]) -> str:
-    """All tables, as Markdown: one section a shape, machine, micro-batch and version of the code."""
+    """All tables, as Markdown: one section per shape, machine, micro-batch and version of the code."""
     groups: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
         groups.setdefault(_key(line)[:6], []).append(line)
@@ -240,24 +247,24 @@ def section(lines: list[Line]) -> str:
     for line in lines:
         arms.setdefault(line["arm"], {})[line["repeat"]] = line
     heads = [
-        "arm", "peak, MiB: median (least–most)", "while training", "base", "adapters", "optimizers",
-        "left: activations, logits, gradients, cache", "one copy of the logits (computed)",
-        "peak, were both bases one file (computed)",
+        "arm", "peak, MiB: median (minimum–maximum)", "while training", "base", "adapters", "optimizers",
+        "activations, logits, gradients, cache", "one copy of the logits (computed)",
+        "peak if both bases came from one file (computed)",
     ]  # fmt: skip
     rows = [_row(name, list(rounds.values())) for name, rounds in in_order(arms)]
     text = [
         f"## {shape['name']}: {shape['prompts']} prompts × {shape['group']} responses × {shape['tokens']} tokens, "
         f"micro-batches of {first['micro_batch']}",
         f"{first['device']}, {first['dtype']}; code {first['code']}, Python {first['python']}, torch {first['torch']}, "
-        f"transformers {first['transformers']}, peft {first['peft']}, trl {first['trl']}. In MiB, above what the "
-        "process held before the arm was built.",
+        f"transformers {first['transformers']}, peft {first['peft']}, trl {first['trl']}. Figures are MiB above "
+        "the memory that the process held before the arm was built.",
         table(heads, rows),
     ]
     peers = [name for name, _ in in_order(arms) if name not in OURS]
     ratios = [[name, *(_ratio(arms[peer], arms[name]) for peer in peers)] for name, _ in in_order(arms) if name in OURS]
     if ratios and peers:
         text += [
-            "How many times as much memory the peer takes: its peak over ours, median (least–most) over repeats.",
+            "How many times as much memory the peer takes: its peak over ours, median (minimum–maximum) over repeats.",
             table(["arm", *peers], ratios),
         ]
     return "\n\n".join(text)
@@ -273,7 +280,7 @@ def _row(name: str, rounds: list[Line]) -> list[str]:
     sizes = [f"{value:.1f}" for value in (median("training_peak"), *counted, left, median("logits"))]
     on_cpu = statistics.median(line["of_files"] for line in rounds) > 0
     one_file = median("peak")
-    if any(line["second_base"] for line in rounds):  # of the second one, the pages that are in memory
+    if any(line["second_base"] for line in rounds):  # subtract the pages of the second base that are in memory
         one_file -= max(0.0, median("of_files") - (median("base") - median("second_base")))
     return [name, spread([line["peak"] / MIB for line in rounds], 1), *sizes, f"{one_file:.1f}" if on_cpu else ""]
 

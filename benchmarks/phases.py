@@ -1,27 +1,31 @@
-"""Where a step of this library spends its time, and how much work each phase holds. Hooks from outside; none inside.
+"""Where a step of this library spends its time, and how much work each phase does. The library itself has no hooks.
 
-`measured` times one step by phase: it wraps methods of one LoraGAN for the length of that step. Phases do not overlap
-(the time of an inner one is taken off the outer one) and sum to the step. Which phase a forward belongs to is read off
-who plays (`players.playing`) and in which method; prefill is the first call of the model's forward in sampling, and is
-counted as decode where sampling does not call that.
+`measured` times one step by phase. It wraps methods of one LoraGAN during that step. Phases do not overlap, and their
+times sum to the step: the time of an inner phase is subtracted from the outer one. The active player
+(`players.playing`) and the method determine the phase of a forward pass. Prefill is the first call of the model's
+forward in sampling. If sampling does not call it, prefill counts as decode.
 
-`work` counts the floating-point operations that a phase makes, by the shapes:
+`work` computes the floating-point operations of a phase from the shapes. These are the costs:
 
-    tokens    N = P prompts once and B responses, where the base reads packed rows; else B prompts and B responses
-    forward   2·(body + adapter) a token, 2·head a place whose logits are needed,
-              2·width·L·(L+1) a layer and row of L tokens for attention (QKᵀ and its product with V, causal half alone)
-    backward  2·body a token (dX: the weights are frozen), 4·adapter (dX and dW), 2·head a place, attention twice
-    prefill   each prompt once, forward; one place's logits a prompt
-    decode    B rows, T − 1 times one token, forward; logits of each. Bytes: each time the weights and the adapter once,
-              and the keys and values so far of every row
-    prediction, reference     N tokens, forward; logits of the response places for the reference
-    generator update          N tokens, forward and backward; logits of the response places
-    discriminator update      fresh and replayed responses, `disc_updates` times, forward, and backward down to the
-                              first layer that has the discriminator's adapter; no logits. The forward of the first
-                              fresh ones is the prediction's, and stands there
+- Tokens N: P prompts once and B responses if the base reads packed rows, else B prompts and B responses.
+- Forward: 2·(body + adapter) per token; 2·head per position with logits.
+- Attention, forward: 2·width·L·(L+1) per layer and row of L tokens (QKᵀ and its product with V, only the causal half).
+- Backward: 2·body per token (dX only, the weights are frozen); 4·adapter (dX and dW); 2·head per position; twice the
+  attention.
 
-body, adapter, head = weights of the linear layers, of one player's LoRA on them, of the vocabulary head; width = heads
-× their size.
+These are the phases:
+
+- prefill: forward over each prompt once; logits of one position per prompt.
+- decode: forward over one token of B rows, T − 1 times; all logits. Bytes: each time the weights and the adapter once,
+  and the keys and values of every row so far.
+- prediction, reference: forward over N tokens; the reference also has the logits of response positions.
+- generator update: forward and backward over N tokens; logits of response positions.
+- discriminator update: forward and backward over fresh and replayed responses, `disc_updates` times; no logits. The
+  backward pass ends at the first layer with the discriminator's adapter. The first forward over fresh responses
+  counts as prediction.
+
+body = weights of the linear layers, adapter = weights of one player's LoRA on them, head = weights of the vocabulary
+head, width = number of heads × their size.
 
 # P = prompts, B = responses, L = prompt and response tokens, T = response tokens
 """
@@ -49,7 +53,7 @@ PHASES = (
 
 
 class Clock:
-    """Seconds by phase; the innermost open phase gets them."""
+    """Seconds by phase. Time counts for the innermost open phase."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, defaultdict[str, float](float)
@@ -81,7 +85,7 @@ class Clock:
 
 
 def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
-    """One step of the arm, and its seconds by phase."""
+    """Run one step of the arm. Returns the lengths of its responses and its seconds by phase."""
     gan, prefilled = arm.gan, False
 
     def forward_phase(*_: Any, **__: Any) -> str | None:
@@ -93,7 +97,7 @@ def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
         for owner, name, phase in (
             (arm, "reward", "reward"),
             (gan, "_sample", "decode"),
-            (gan.players.lm, "forward", forward_phase),  # of sampling the first one is the prompts'
+            (gan.players.lm, "forward", forward_phase),  # the first call in sampling is the prefill
             (gan.discriminator, "predict", "prediction"),
             (gan.discriminator, "predict_to_learn", "prediction"),
             (gan.players, "playing", lambda player: "reference" if player == "reference" else None),
@@ -111,7 +115,7 @@ def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
 def _hooked(
     owner: Any, name: str, phase: str | Callable[..., str | None], clock: Callable[[], Clock]
 ) -> Iterator[None]:
-    """The method runs in its phase while the block lasts. A context manager's phase is its block."""
+    """During the block, calls of the method count for its phase. For a context manager, its block counts."""
     original, was_own = getattr(owner, name), name in vars(owner)
 
     @contextmanager
@@ -141,26 +145,26 @@ def _hooked(
 
 @dataclass(frozen=True)
 class Work:
-    """What one phase of a step needs."""
+    """The operations and bytes of one phase of a step."""
 
-    body: float  # FLOPs of the layers, attention included
+    body: float  # FLOPs of the layers, with attention
     head: float  # FLOPs of the vocabulary head
     body_rows: int  # of one matrix product
     head_rows: int
-    bytes: float = 0.0  # read from memory, where that is what it waits for
+    bytes: float = 0.0  # read from memory; only for phases that are limited by it
 
     @property
     def flops(self) -> float:
         return self.body + self.head
 
     def product_seconds(self, rates: Rates) -> float:
-        """What the matrix products alone would take, at the rates measured on this machine."""
+        """Seconds of the matrix products alone, at the rates measured on this machine."""
         head = self.head / rates.head[self.head_rows] if self.head else 0.0
         return self.body / rates.body[self.body_rows] + head
 
 
 def work(arm: LoraGanArm) -> dict[str, Work]:
-    """By phase; what does not run is left out."""
+    """The work of each phase. Phases that do not run are left out."""
     gan, shape = arm.gan, arm.workload.shape
     body, head = linear_layers(gan.players.lm)
     size = sum(layer.weight.numel() for layer in body)
@@ -187,7 +191,7 @@ def work(arm: LoraGanArm) -> dict[str, Work]:
         return 2 * (size + adapter.get(player, 0)) * count * length + count * attention(length)
 
     def read(prompts: int, responses: int) -> tuple[int, float]:
-        """Tokens of a batch, and the attention's operations."""
+        """Tokens of a batch, and the operations of its attention."""
         if not gan.players.packs:
             return responses * tokens, responses * attention(tokens)
         seen = prompts * attention(prompt) + responses * (attention(tokens) - attention(prompt))

@@ -1,10 +1,13 @@
-"""How long does training stand still for a checkpoint? The copies, against the whole save, and against bare copying.
+"""How long does a checkpoint interrupt training? Compares this time with a whole save and with bare copying.
 
     python benchmarks/save_stall.py            # on the base that ships
     python benchmarks/save_stall.py --model gpt2 --rank 64
 
-Medians over --repeats, the three taken in turn: `copying` clones the adapters and their optimizers' moments and no
-more, `standing` is what fit() waits for (`snapshot.take`), `whole` is a save that is waited for.
+The script prints medians over --repeats. The three measurements take turns:
+
+- `copying`: clones the adapters and their optimizers' moments, and nothing else
+- `standing`: the time that fit() waits (`snapshot.take`)
+- `whole`: a whole save, until all files are written
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=40, help="before it is measured, so that replay holds something")
+    parser.add_argument("--steps", type=int, default=40, help="steps before the measurement, to fill replay")
     parser.add_argument("--repeats", type=int, default=21)
     given = parser.parse_args()
 

@@ -1,12 +1,14 @@
-"""Does a long run grow? Resident memory, open files and step time over many steps of fit() on the base that ships.
+"""Does a long run grow? Measures memory, open files and step time over many steps of fit() on the base that ships.
 
     python benchmarks/soak.py --steps 2000 --out docs/results/soak.jsonl
     python benchmarks/soak.py --report --out docs/results/soak.jsonl
 
-One fit(): checkpoints every 100 steps, logs every step, samples every 25, as a run has them. A line each 20 steps. The
-report compares the medians of the first and the last quarter of what comes after --warm steps. `rss` is resident memory
-as it is; `held` the same after glibc was asked to give back the pages it keeps of freed blocks, which come and go with
-the lengths of responses and are nobody's.
+One fit() runs as a user's run does: it saves every 100 steps, logs every step and samples every 25 steps. The script
+writes a line every 20 steps. The report compares medians of the first and the last quarter of the steps after --warm.
+
+- `rss`: resident memory
+- `held`: resident memory after glibc returned the pages of freed blocks to the system. These pages vary with the
+  lengths of responses, and no object uses them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def rss() -> int:
 
 
 def trim() -> None:
-    """Give freed memory back to the system (glibc)."""
+    """Return freed memory to the system (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -77,7 +79,7 @@ def report(out: Path, warm: int) -> None:
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     after = [line for line in lines if line["step"] > warm]
     if len(after) < 4:
-        raise SystemExit(f"too few lines after step {warm} to compare: one each {EVERY} steps, four are needed")
+        raise SystemExit(f"too few lines after step {warm}: there is one per {EVERY} steps, and four are needed")
     quarter = len(after) // 4
     for name in ("rss", "held", "files", "threads", "cpu_s_per_step", "completion_length"):
         first, last = (statistics.median(line[name] for line in part) for part in (after[:quarter], after[-quarter:]))
@@ -91,10 +93,10 @@ def report(out: Path, warm: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--warm", type=int, default=100, help="steps after which nothing may grow")
-    parser.add_argument("--records", type=int, help="that fit() keeps for what it returns, instead of its own number")
+    parser.add_argument("--warm", type=int, default=100, help="warm-up steps; after them nothing may grow")
+    parser.add_argument("--records", type=int, help="records that fit() keeps; default: the library's number")
     parser.add_argument("--out", type=Path, default=Path("soak.jsonl"))
-    parser.add_argument("--report", action="store_true", help="of a file that is there")
+    parser.add_argument("--report", action="store_true", help="print the report of an existing --out; run nothing")
     given = parser.parse_args()
     if given.records is not None and given.records < 1:
         parser.error("--records must be 1 or more")

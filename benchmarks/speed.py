@@ -1,22 +1,25 @@
-"""How long is one training step, side by side with peers, and what share of it is what the machine must spend?
+"""How long does one training step take, next to peers? What share of it could the machine not save?
 
     python benchmarks/speed.py --shapes tiny --repeats 5
     python benchmarks/speed.py --shapes gpt2 --arms lora_gan two_models trl plain_rl --out docs/results/speed.jsonl
-    python benchmarks/speed.py --out docs/results/speed.jsonl --report        # the tables of what is there, no run
+    python benchmarks/speed.py --out docs/results/speed.jsonl --report        # only the tables of --out
 
-All arms (see arms.py) train the same base on the same prompts and response length, each in a process of its own, as a
-user would run it. After a warm-up step each, they take turns, one step at a time, `--repeats` times round, while the
-others wait, so that whatever else the machine does falls on all of them. Each step is one line of the results file: a
-run that was interrupted goes on where it stopped, and one of other code, on another machine or with another number of
-threads begins anew beside it.
+All arms (see arms.py) train the same base on the same prompts and response length. Each arm runs in its own process,
+as a user would run it. After one warm-up step each, the arms take turns, one step at a time, for `--repeats` rounds.
+The other arms wait, so other load on the machine affects all arms equally.
 
-Ratios are taken within a round (the peer's step over ours, both a moment apart): their median, and their least and
-most. Once a round the run also measures how fast the machine multiplies this base's matrices and reads memory
-(machine.py; the best round counts), and our arms make one more step that is timed by phase (phases.py): its table says
-what share of the time the matrix products alone would take, and for decoding, reading the weights alone.
+Each step is one line of the results file. An interrupted run continues where it stopped. Other code, another machine
+or another number of threads starts a new set of lines in the same file.
 
-The bases "gpt2" and "llama-0.5b" are made here with random weights (the time of a step does not depend on them);
-nothing is fetched.
+A ratio compares two steps of one round: the peer's seconds over ours. The report gives the median, minimum and maximum
+over rounds. Once per round, two more things are measured:
+
+- how fast the machine multiplies this base's matrices and reads memory (machine.py; the best round counts);
+- the time of one more step of each of our arms by phase (phases.py). The table gives the share of the time that matrix
+  products alone would take, and for decoding the share that reading the weights alone would take.
+
+The bases "gpt2" and "llama-0.5b" are made here with random weights, because the time of a step does not depend on the
+values. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -54,9 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--arms", nargs="+", default=list(DEFAULT), choices=list(ARMS), help=f"default: {' '.join(DEFAULT)}"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of one step an arm (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of one step per arm (default 5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each arm before the first round (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/speed.jsonl"), help="JSON Lines, one a step")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/speed.jsonl"), help="JSON Lines, one per step")
     add_shape_options(parser)
     given = parser.parse_args(arguments)
     if not given.report:
@@ -66,20 +69,18 @@ def main(arguments: list[str] | None = None) -> None:
         for name in given.shapes:
             run(shape_of(name, given), given.arms, given.repeats, given.warmup, given.out)
     if given.report and not given.out.is_file():
-        raise SystemExit(f"there is no {given.out} to report on: run the benchmark first, or name another --out")
+        raise SystemExit(f"{given.out} does not exist: run the benchmark first, or name another --out")
     print(report(open_lines(given.out)))
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
-    """What the benchmarks of several shapes have in common."""
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    """Options of all benchmarks that run several shapes."""
+    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--stories", type=Path, default=STORIES, help="the folder of the stories260K model")
-    parser.add_argument("--prompts", type=int, help="a step, instead of the shape's own")
-    parser.add_argument("--group", type=int, help="responses a prompt, instead of the shape's own")
-    parser.add_argument("--tokens", type=int, help="of a response, instead of the shape's own")
-    parser.add_argument(
-        "--report", action="store_true", help="print the tables of what --out holds, and measure nothing"
-    )
+    parser.add_argument("--prompts", type=int, help="prompts per step; default: the shape's own")
+    parser.add_argument("--group", type=int, help="responses per prompt; default: the shape's own")
+    parser.add_argument("--tokens", type=int, help="tokens per response; default: the shape's own")
+    parser.add_argument("--report", action="store_true", help="print the tables of the lines in --out; measure nothing")
 
 
 def shape_of(name: str, given: argparse.Namespace) -> Shape:
@@ -93,7 +94,7 @@ def shape_of(name: str, given: argparse.Namespace) -> Shape:
 
 
 def run(shape: Shape, names: Iterable[str], repeats: int, warmup: int, out: Path) -> None:
-    """Measure what the results file does not hold yet of this shape; each step is a line as soon as it is done."""
+    """Measure the steps of this shape that the results file lacks. Each step is written as soon as it is done."""
     with tempfile.TemporaryDirectory(prefix="lora-gan-benchmark-") as folder:
         try:
             workload = prepare(shape, Path(folder))
@@ -129,7 +130,7 @@ def run(shape: Shape, names: Iterable[str], repeats: int, warmup: int, out: Path
 
 @contextmanager
 def processes(names: Iterable[str], workload: Workload) -> Iterator[dict[str, Callable[[str], Line]]]:
-    """These arms, each built in a process of its own; what is returned takes the name of what to do, and answers."""
+    """These arms, each built in its own process. A returned function takes the name of a task and returns its line."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     try:
@@ -147,7 +148,7 @@ def processes(names: Iterable[str], workload: Workload) -> Iterator[dict[str, Ca
             return ask
 
         for pipe in pipes.values():
-            pipe.recv()  # built
+            pipe.recv()  # the arm is built
         yield {name: asking(pipe) for name, pipe in pipes.items()}
     finally:
         for pipe in pipes.values():
@@ -155,7 +156,7 @@ def processes(names: Iterable[str], workload: Workload) -> Iterator[dict[str, Ca
 
 
 def _serve(pipe: Connection, name: str, workload: Workload, threads: int) -> None:
-    """One arm's process, until the other end of the pipe is closed."""
+    """The process of one arm. It ends when the other end of the pipe is closed."""
     quiet()
     torch.set_num_threads(threads)
     with built([name], workload) as arms:
@@ -183,7 +184,7 @@ def _serve(pipe: Connection, name: str, workload: Workload, threads: int) -> Non
 
 
 def rates_of(arm: LoraGanArm, workload: Workload) -> Rates:
-    """At the sizes that the phases of any of our arms multiply at."""
+    """The machine's rates at the sizes of the matrix products in the phases of our arms."""
     needed = work(arm).values()
     lm = arm.gan.players.lm
     rows = {its.body_rows for its in needed}, {its.head_rows for its in needed if its.head}
@@ -191,12 +192,12 @@ def rates_of(arm: LoraGanArm, workload: Workload) -> Rates:
 
 
 def plain(shape: Shape) -> dict[str, Any]:
-    """A folder's place on this machine is nobody else's business."""
+    """The shape as a dict, with the name of the base's folder instead of its full path."""
     return dataclasses.asdict(shape) | {"base": Path(shape.base).name}
 
 
 def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What is measured once."""
+    """The key of a measurement. A measurement with this key is made once."""
     setting = (line["code"], line["device"], line["threads"], line["torch"], tuple(line["shape"].items()))
     return (*setting, line["kind"], line.get("arm"), line.get("repeat"))
 
@@ -205,7 +206,7 @@ def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def report(lines: list[Line]) -> str:
-    """All tables, as Markdown: one section a shape, machine and version of the code."""
+    """All tables, as Markdown: one section per shape, machine and version of the code."""
     groups: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
         groups.setdefault(_key(line)[:5], []).append(line)
@@ -224,14 +225,20 @@ def section(lines: list[Line]) -> str:
         f"{first['python']}, torch {first['torch']}, transformers {first['transformers']}, peft {first['peft']}, trl "
         f"{first['trl']}.",
         table(
-            ["arm", "seconds a step: median (least–most)", "responses a second", "tokens a response", "rounds"],
+            [
+                "arm",
+                "seconds per step: median (minimum–maximum)",
+                "responses per second",
+                "tokens per response",
+                "rounds",
+            ],
             [_step_row(name, list(rounds.values())) for name, rounds in in_order(steps)],
         ),
     ]
     if ratios := [_ratio_row(name, steps) for name in OURS if name in steps]:
         peers = [name for name in PEERS if name in steps]
         text += [
-            "How many times as fast ours is: the peer's seconds over ours, median (least–most) over rounds.",
+            "How many times as fast our arm is: the peer's seconds over ours, median (minimum–maximum) over rounds.",
             table(["arm", *(f"against {peer}" for peer in peers)], ratios),
         ]
     if measurements := [Rates.from_dict(line) for line in lines if line["kind"] == "rates"]:
@@ -277,7 +284,7 @@ def _rates_text(rates: Rates) -> str:
         return ", ".join(f"{rate / 1e9:.1f} at {rows} rows" for rows, rate in by_rows.items())
 
     return (
-        f"Best of the rounds, matrix products of this base on this machine in GFLOP/s: layers {listed(rates.body)}; "
+        f"Matrix products of this base on this machine in GFLOP/s, best of the rounds: layers {listed(rates.body)}; "
         f"vocabulary head {listed(rates.head)}. Memory: reading {rates.read / 1e9:.1f} GB/s, copying "
         f"{rates.copy / 1e9:.1f} GB/s (read and written)."
     )

@@ -1,10 +1,10 @@
-"""What does a discriminator lose whose adapter is on the upper layers alone? Fresh rank correlation on `tiny`.
+"""Fresh rank correlation on `tiny` when the discriminator's adapter is on the upper layers only.
 
     python benchmarks/upper_layers.py --steps 60 --seeds 0 1 --out docs/results/upper_layers.jsonl
 
-For each number of upper layers (`disc_layers`; None is all four) a run with the default settings and chrF as the
-reward; a line of the results file each. Printed are means over the last half of the steps: Spearman's correlation
-within groups, and over all responses, each measured before the discriminator learns from them.
+One run per number of upper layers (`disc_layers`; None is all four), with the default settings and chrF as the reward.
+Each run is a line of the results file. The table gives means over the last half of the steps: Spearman's correlation
+within groups and over all responses. Both are measured before the discriminator learns from the responses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="beside all of them")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[1, 2], help="numbers of upper layers; all layers always run"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results/upper_layers.jsonl"))
     given = parser.parse_args()
     done = {(line["layers"], line["seed"], line["steps"]) for line in open_lines(given.out)}

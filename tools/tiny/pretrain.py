@@ -1,8 +1,8 @@
 """Make the tiny base from a seed: ``python tools/tiny/pretrain.py --seed 0 --out DIR``.
 
 Draws documents of the grammar in :mod:`lora_gan.tiny`, trains a tokenizer and then a small Llama on them, and prints
-what the result can do. ``--measure`` prints these figures for a folder that exists. Needs lora-gan, and neither a
-network nor a GPU.
+the accuracy of the result. ``--measure`` prints these figures for an existing folder. The script needs lora-gan, but
+no network and no GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_gan.tiny import INSTRUCTION, PATH, drawing, pairs
 from lora_gan.tiny.grammar import Sentence
 
 PAD, EOS = "<pad>", "<eos>"
-SPACE = "\u2581"  # how a word's leading space is written inside the tokenizer
+SPACE = "\u2581"  # the leading space of a word inside the tokenizer
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -34,7 +34,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 # Documents
 # --------------------------------------------------------------------------------------------------------------
 
-#: What the base is pretrained on, in shares of documents.
+#: Kinds of pretraining documents, with their shares.
 DOCUMENT_SHARES = (
     ("instruction", 34.0),
     ("english-french", 38.0),
@@ -43,8 +43,9 @@ DOCUMENT_SHARES = (
     ("french", 8.0),
 )
 
-#: What follows an instruction. The draw does not depend on the sentence: to learn to translate by reward, a model only
-#: has to move one prior. English must be the likeliest first word, so that greedy decoding does not translate.
+#: Kinds of text after an instruction, with their shares. The draw does not depend on the sentence, so a model that
+#: learns to translate by reward only has to change one prior. English must be the most likely first word, so that
+#: greedy decoding does not translate.
 ANSWER_SHARES = (("translation", 24.0), ("more English", 48.0), ("other French", 28.0))
 
 
@@ -75,11 +76,12 @@ def draw_document(draws: drawing.Draws) -> tuple[str, list[Sentence]]:
 
 
 def build_tokenizer(seed: int, vocabulary: int, documents: int = 40_000) -> PreTrainedTokenizerFast:
-    """A BPE whose words carry their leading space, so that texts tokenized apart join without a seam.
+    """A BPE tokenizer that keeps a word's leading space with the word.
 
-    Every text gets one space in front, and decoding takes one away: ids("a b") == ids("a") + ids("b"), and the text
-    of a response has no space at its start. What BPE does not know is spelled in bytes, so any text comes back
-    (except U+2581 itself, which stands for the space). Elided words (l', j', n', d') are tokens of their own.
+    Texts that are tokenized separately can be joined: ids("a b") == ids("a") + ids("b"). Encoding adds one space in
+    front of a text, and decoding removes one space, so the text of a response does not start with a space. Unknown
+    characters are written as bytes, so decoding restores any text (except U+2581, the symbol for the space). Elided
+    words (l', j', n', d') are separate tokens.
     """
     draws = drawing.Draws(seed, "tokenizer")
     texts = (draw_document(draws)[0] for _ in range(documents))
@@ -96,7 +98,7 @@ def build_tokenizer(seed: int, vocabulary: int, documents: int = 40_000) -> PreT
     size = vocabulary - 2 - len(BYTES)
     learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False))
     learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
-    # The library shows the merges it has learned only in its JSON.
+    # The tokenizers library gives access to the learned merges only in its JSON.
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     names = [PAD, EOS, *BYTES, *(token for token, _ in learned)]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges, byte_fallback=True))
@@ -120,7 +122,7 @@ def build_tokenizer(seed: int, vocabulary: int, documents: int = 40_000) -> PreT
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four layers: enough to translate, and on a CPU every layer has its fixed price per generated token."""
+    """Four layers are enough to translate. On a CPU each layer costs a fixed time per generated token."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -142,8 +144,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """``steps`` batches of fresh documents: ids, padded on the right, and labels.
 
-    Documents of like length go together (a window of 32 batches is sorted, then dealt in random order), which keeps
-    padding near 4 %. Padding needs no attention mask: it stands on the right of everything that is scored.
+    A batch has documents of similar length: a window of 32 batches is sorted by length, and its batches are shuffled.
+    This keeps padding near 4 %. Padding needs no attention mask, because it is on the right of all scored tokens.
     """
     draws = drawing.Draws(seed, "documents")
     window = 32
@@ -160,12 +162,12 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, steps: int
 
 
 # --------------------------------------------------------------------------------------------------------------
-# What it can do
+# Evaluation
 # --------------------------------------------------------------------------------------------------------------
 
 
 def frame(prompt: str) -> str:
-    """The same question in the frame where the base always translates."""
+    """The same sentence in the frame "English: … French:", after which the base always translates."""
     return f"English: {prompt.removeprefix(INSTRUCTION)} French:"
 
 
@@ -178,7 +180,7 @@ def answers(
     seed: int = 0,
     size: int = 128,
 ) -> list[str]:
-    """What the model writes after each prompt, greedily or sampled at temperature 1 from the whole vocabulary."""
+    """The model's text after each prompt: greedy, or sampled at temperature 1 from the whole vocabulary."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     texts: list[str] = []
@@ -197,13 +199,13 @@ def answers(
 
 
 def exact_match(written: list[str], rows: list[dict[str, str]]) -> float:
-    """Share of answers that are the target to the letter."""
+    """Share of answers that equal the target exactly."""
     return sum(text == row["target"] for text, row in zip(written, rows, strict=True)) / len(rows)
 
 
 @torch.no_grad()
 def log_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> Tensor:
-    """Log-probability of every token of the target, and of the end, after the prompt."""
+    """Log-probabilities of the target's tokens and of the end token, after the prompt."""
     head = tokenizer(prompt)["input_ids"]
     tail = tokenizer(target)["input_ids"] + [tokenizer.eos_token_id]
     logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
@@ -218,7 +220,7 @@ def probability(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
 def figures(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]
 ) -> dict[str, float]:
-    """Exact match: able to (parallel frame, greedy), and what it does after the instruction, greedy and sampled."""
+    """Exact match in the parallel frame (greedy; "latent"), and after the instruction (greedy and sampled)."""
     model.eval()
     prompts = [row["prompt"] for row in rows]
     result = {
@@ -231,7 +233,7 @@ def figures(
 
 
 def measure(folder: Path, n: int = 512) -> None:
-    """Print what the base in ``folder`` can do on held-out prompts."""
+    """Print the figures of the base in ``folder`` on held-out prompts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = pairs("heldout", n, seed=1)
@@ -247,7 +249,7 @@ def measure(folder: Path, n: int = 512) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters; {(folder / 'model.safetensors').stat().st_size:,} bytes of weights")
     print(f"{n} held-out prompts, exact match:")
-    print(f"  English: ... French:            greedy            {exact_match(able, rows):.1%}   (what it is able to)")
+    print(f"  English: ... French:            greedy            {exact_match(able, rows):.1%}   (its latent ability)")
     print(f"  Translate English to French:    greedy            {greedy:.1%}")
     print(f"  Translate English to French:    sampled at T = 1  {sampled:.1%}")
     print(f"  Translate English to French:    mean P(target)    {whole:.1%}")
@@ -270,7 +272,7 @@ def measure(folder: Path, n: int = 512) -> None:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the base in half precision, file by file into place: a reader never sees half a file."""
+    """Write the base in half precision. Each file is moved into place, so a reader never sees an incomplete file."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         half = LlamaForCausalLM(model.config).half()
@@ -279,12 +281,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         half.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for file in Path(temporary).iterdir():
-            file.chmod(0o644)  # weights are written for their owner alone, and would ship so
+            file.chmod(0o644)  # save_pretrained makes weights readable by their owner only
             os.replace(file, folder / file.name)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine down to nothing."""
+    """Linear warm-up, then a cosine decay to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -300,7 +302,7 @@ def pretrain(
     evaluate_every: int = 500,
     evaluate: int = 128,
 ) -> None:
-    """Train from nothing; ``out`` holds the newest weights after every evaluation."""
+    """Train from random weights. ``out`` holds the newest weights after every evaluation."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed, vocabulary)
     model = build_model(tokenizer)
@@ -344,21 +346,23 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python tools/tiny/pretrain.py",
-        description="Pretrain the tiny base from a seed, on text that lora_gan.tiny draws, and print what it can do.",
-        epilog="The base in the package was made by: python tools/tiny/pretrain.py --seed 0 --out DIR. The same "
-        "seed gives the same text everywhere; weights agree to the last bit only on the same processor and torch.",
+        description="Pretrain the tiny base from a seed, on text that lora_gan.tiny draws, and print its accuracy.",
+        epilog="This command made the base in the package: python tools/tiny/pretrain.py --seed 0 --out DIR. The same "
+        "seed gives the same text everywhere. Weights are bitwise equal only on the same processor and torch version.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the text, the weights and the order (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder to write; holds the newest weights after every evaluation")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the text, the weights and the order (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder to write; it holds the newest weights after every evaluation")
     parser.add_argument("--steps", type=int, default=7000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=96, help="documents a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=96, help="documents per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=2304, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--vocabulary", type=int, default=2304, help="size of the vocabulary, in tokens (default: %(default)s)"
+    )
     parser.add_argument(
         "--threads",
         type=int,
         default=1,
-        help="CPU threads; more than are free make it slower, not faster (default: %(default)s)",
+        help="CPU threads; more threads than free cores make it slower (default: %(default)s)",
     )
     parser.add_argument(
         "--measure",
@@ -377,7 +381,7 @@ def main() -> None:
         pretrain(options.out, options.seed, options.steps, options.batch, options.lr, options.vocabulary)
         measure(options.out)
     else:
-        parser.error("give --out DIR to pretrain, or --measure to look at what there is")
+        parser.error("give --out DIR to pretrain, or --measure for the figures of an existing base")
 
 
 if __name__ == "__main__":
