@@ -50,12 +50,12 @@ FORMS = [
         r"\b(thereof|therein|thereby|thereafter|wherein|whereby|whence|hence|hitherto)\b",
         "a plain connection, or a new sentence",
     ),
-    (r"\b(keen|eager(?!ly))\b", "a name that says what the setting does"),
+    (r"\b(keen|eager(?!ly))\b(?! attention)", "a name that says what the setting does"),
     (r"\bfor want of\b", "without"),
     (r"\bno (more|less|longer|shorter|fewer) than\b", "at most, at least"),
     (r"\bas it came out\b", "leave it out"),
     (r"\bunder way\b", "running, in progress"),
-    (r"\b(stands|stand) (there|here|in|beside|under|for|together|on)\b", "is, are"),
+    (r"\b(stands|stand) (there|here|in|beside|under|together|on)\b", "is, are"),
     (r"(?<![/\w])\b(lies|lie) (in|there|here|on|under|beside|within)\b", "is, are"),
 ]
 # Forms that open a sentence.
@@ -147,16 +147,17 @@ def _python(path: Path, source: str) -> Iterator[Text]:
 
 def _comments(path: Path, source: str) -> Iterator[Text]:
     """Comments on consecutive lines are one text."""
-    start, words, last = 0, "", -1
+    start, words, last, joins = 0, "", -1, False
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
             continue
         line = token.start[0]
-        if line != last + 1 or not words:
+        alone = token.line.lstrip().startswith("#")
+        if line != last + 1 or not words or not (alone and joins):
             if words:
                 yield Text(path, start, words)
             start, words = line, ""
-        words, last = f"{words} {token.string.lstrip('#: ')}", line
+        words, last, joins = f"{words} {token.string.lstrip('#: ')}", line, alone
     if words:
         yield Text(path, start, words)
 
