@@ -1,8 +1,8 @@
 """docs/how-to/: the code of each page runs, in an empty folder, offline.
 
-Blocks of bash and Python run as they are written, except that each run takes 2 steps. Blocks fenced as sh or yaml are shown
-only: they need a network, a hub id or a server. The judge's page meets a stub server on the loopback interface, and the
-person's page a pseudo-terminal.
+Blocks of bash and Python run as they are written, except that each run takes 2 steps. Blocks fenced as sh, yaml or json
+are shown only: they need a network, a hub id or a server. The judge's page meets a stub server on the loopback
+interface, and the person's page a pseudo-terminal.
 """
 
 import inspect
@@ -62,7 +62,7 @@ def test_each_page_with_code_is_run_here():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_code_is_fenced_as_a_kind_that_says_whether_it_runs(page):
-    assert {kind for kind, _ in BLOCK.findall(PAGES[page])} <= {"bash", "python", "sh", "yaml"}
+    assert {kind for kind, _ in BLOCK.findall(PAGES[page])} <= {"bash", "python", "sh", "yaml", "json"}
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - WITHOUT_CODE))
