@@ -198,13 +198,16 @@ def test_threads(tmp_path):
 
 @pytest.mark.slow
 def test_person(tmp_path):
-    """A person at a terminal who types 7 and 3 in turn, then the same command again: nothing is asked twice."""
+    """A person at a terminal types 7 and 3 in turn. An equal run with this log of ratings then shows nothing again."""
     ((_, code),) = [block for block in BLOCK.findall(short("person")) if block[0] == "bash"]
-    at_a_terminal(code, tmp_path, typed="7\n3\n" * 16)
-    ratings = lines_of(tmp_path / "runs" / "human" / "ratings.jsonl")
+    seen = at_a_terminal(code, tmp_path, typed="7\n3\n" * 16)
+    run = tmp_path / "runs" / "human"
+    ratings = lines_of(run / "ratings.jsonl")
     assert 1 <= len(ratings) <= 32 and {line["rating"] for line in ratings} <= {7.0, 3.0}
-    calls = lines_of(tmp_path / "runs" / "human" / "metrics.jsonl")[-1]["reward_calls"]
-    assert len(ratings) <= calls
+    assert seen.count("rating 0 to 10") == len(ratings) <= lines_of(run / "metrics.jsonl")[-1]["reward_calls"]
+    equal = code.replace("--reward human", """--reward '{"name": "human", "log": "runs/human/ratings.jsonl"}'""")
+    seen = at_a_terminal(equal.replace("--output_dir runs/human", "--output_dir runs/again"), tmp_path, typed="9\n")
+    assert "rating 0 to 10" not in seen and lines_of(run / "ratings.jsonl") == ratings
 
 
 def at_a_terminal(code, work, typed):
