@@ -9,8 +9,8 @@
    tokenizes prompt and response as LoRA-GAN does.
 
 Two other ways have the weight 0 and are logged for comparison. `gan_score` calls the LoraGAN itself, and gives the same
-scores. The third way passes the classifier as a model, and gives slightly different scores: GRPOTrainer joins prompt
-and completion as text, where a space can be lost, and leaves out the end-of-text token, at which the discriminator
+scores. The third way passes the classifier as a model, and gives slightly different scores. GRPOTrainer joins prompt
+and completion as text, where a space can be lost. It also leaves out the end-of-text token, at which the discriminator
 gives its score.
 
 The defaults run offline on the base that ships, in about a minute on a CPU; so few steps show the wiring, not a result.
