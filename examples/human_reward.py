@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None, *, stdin: TextIO | None = None, std
     )
     try:
         gan.fit([{"prompt": prompt} for prompt in PROMPTS], steps=given.steps, progress=False)
-    except KeyboardInterrupt as stop:  # q, Ctrl-C or Ctrl-D: go on with what was learned so far
+    except KeyboardInterrupt as stop:  # q, Ctrl-C or Ctrl-D: use what was learned so far
         print(stop, file=stdout)
     said: list[dict[str, Any]] = [
         {"prompt": prompt, "response": gan.generate(prompt, best_of=8)[0]} for prompt in PROMPTS

@@ -1,8 +1,8 @@
-"""A reward of your own, in both forms: a response and its target, or whole columns of a batch as TRL has them.
+"""A reward of your own, in both forms: one response and its target, or all responses of a step, as in TRL.
 
     python examples/own_reward.py
 
-The rows are yours too: a prompt, a target where the reward needs one, and whatever else a reward wants to see.
+The rows are yours, too: a prompt, a target if the reward needs one, and any other columns that a reward reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS = [
 
 
 def shared_words(response: str, target: str) -> float:
-    """Of a response and its target: the share of the target's words that the response has."""
+    """The pair form: share of the target's words that the response contains."""
     wanted = set(target.lower().split())
     return len(wanted & set(response.lower().split())) / len(wanted)
 
@@ -28,9 +28,9 @@ def shared_words(response: str, target: str) -> float:
 def short_enough(
     prompts: list[str], completions: list[str], most_words: list[int | None], **columns: Any
 ) -> list[float | None]:
-    """Of a batch, with a column of the rows: 1 where a response has no more words than its row allows.
+    """TRL's form, with a column of the rows: 1 if a response has at most as many words as its row allows, else 0.
 
-    None says that there is no answer: a row without a limit is judged by the other reward alone.
+    None means no answer. The other reward alone then scores a row without a limit.
     """
     return [
         None if most is None else float(len(text.split()) <= most)

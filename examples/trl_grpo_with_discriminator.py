@@ -1,15 +1,17 @@
-"""A discriminator as the reward of TRL's GRPOTrainer: nobody asks for a true reward any more.
+"""A discriminator as the reward of TRL's GRPOTrainer: no further call of the true reward.
 
     pip install "lora-gan" trl
     python examples/trl_grpo_with_discriminator.py
 
 1. LoRA-GAN trains both players for some steps on a true reward, here the share of the target's words in the response.
 2. `export` writes the discriminator as a stock sequence classifier.
-3. GRPOTrainer trains an adapter of its own on the same base, rewarded by that classifier: `discriminator`, a function
-   that reads prompt and response as LoRA-GAN does. Beside it, with weight 0, two other ways in: `gan_score`, the
-   LoraGAN itself, which says the same; and the classifier handed over as a model, which does not quite. GRPOTrainer
-   then joins prompt and completion as texts, where a space between them can be lost, and leaves out the end-of-text
-   token, at which the discriminator has learned to say its score.
+3. GRPOTrainer trains its own adapter on the same base. The reward is that classifier: the function `discriminator`
+   tokenizes prompt and response as LoRA-GAN does.
+
+Two other ways have the weight 0 and are logged for comparison. `gan_score` calls the LoraGAN itself, and gives the same
+scores. The third way passes the classifier as a model, and gives slightly different scores. GRPOTrainer joins prompt
+and completion as text, where a space can be lost. It also leaves out the end-of-text token, at which the discriminator
+gives its score.
 
 The defaults run offline on the base that ships, in about a minute on a CPU; so few steps show the wiring, not a result.
 """
@@ -112,7 +114,7 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
         trainer.train()
 
     names = ("discriminator", "gan_score", "discriminator-merged")
-    print("mean reward a step, by", ", ".join(names))
+    print("mean reward per step, by", ", ".join(names))
     for line in trainer.state.log_history:
         if "reward" in line:
             print(f"{line['step']:4d}", *(f"{line[f'rewards/{name}/mean']:9.4f}" for name in names))

@@ -1,4 +1,4 @@
-"""Every file in examples/ runs, on the base that ships, and does what it says."""
+"""Every file in examples/ runs offline, on the base that ships or on its chat model, and does what it says."""
 
 import importlib.util
 import io
@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting_server import CountingServer, chat_completion
+from families import family_folder
 from helpers import PROMPTS, ROOT, TARGETS, base_folder, small_gan
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_gan.data import Row
 from lora_gan.export.exporting import export
 
+# TRL 1.16 uses names that transformers 5.23 has renamed.
+TRLS_OWN = r"ignore:`gradient_checkpointing\w*` is deprecated:FutureWarning"
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
@@ -50,7 +56,76 @@ def test_human_reward(tmp_path):
     assert (tmp_path / "ratings.jsonl").read_text().splitlines() == ratings
 
 
+def test_chat_rows(tmp_path, capsys):
+    """On a tiny random base with SmolLM2's chat template: what it is asked, compared with the stock template."""
+    example = load("chat_rows")
+    assert example.right_and_brief("Paris", "Paris") == 1.0 > example.right_and_brief("It is paris.", "Paris") == 0.8
+    assert example.right_and_brief("one two three four five six Paris", "Paris") == 0.5
+    assert example.right_and_brief("Lyon", "Paris") == 0.0
+    folder = family_folder("smollm2")
+    gan = example.main(["--model", str(folder), "--steps", "1", "--output_dir", str(tmp_path)])
+    questions = [row["messages"][1]["content"] for row in example.ROWS]
+    assert [line.partition(" -> ")[0] for line in capsys.readouterr().out.splitlines()] == questions
+    samples = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 and {sample["target"] for sample in samples} <= set(example.CAPITALS.values())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for sample in samples:
+        assert [message["role"] for message in sample["prompt"]] == ["system", "user"]
+        expected = tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True)["input_ids"]
+        assert gan.players.encoder.prompt(Row(sample["prompt"])) == expected
+
+
+def test_judge(tmp_path, capsys):
+    """A stub on the loopback interface that scores by the length of the message; a second start asks nothing again."""
+    pytest.importorskip("openai", reason="openai is absent: the extra `judge` brings it")
+    example = load("judge")
+    asked = []
+
+    def answer(body):
+        asked.append(body["messages"][0]["content"])
+        return chat_completion(f'{{"score": {len(asked[-1]) % 11}}}', prompt_tokens=100, completion_tokens=10)
+
+    server = CountingServer(answer)
+    arguments = ["--base_url", f"{server.url}/v1", "--judge", "grader", "--price", "2", "8", "--steps", "2"]
+    try:
+        usage = example.main([*arguments, "--output_dir", str(tmp_path)]).usage
+        (tmp_path / "again").mkdir()
+        (tmp_path / "again" / "judge.jsonl").write_bytes((tmp_path / "judge.jsonl").read_bytes())
+        again = example.main([*arguments, "--output_dir", str(tmp_path / "again")]).usage
+    finally:
+        server.close()
+    assert 0 < usage["requests"] == len(asked) == server.requests <= 16, "8 responses in each of 2 steps"
+    assert all(
+        "correct French translation" in message and "Translate English to French" in message for message in asked
+    )
+    assert usage["cost"] == pytest.approx(len(asked) * (100 * 2 + 10 * 8) / 1e6)
+    assert again["requests"] == 0 and again["cached"] == 16
+    assert f"{len(asked)} requests, {usage['cached']} answers from judge.jsonl" in capsys.readouterr().out
+
+
 @pytest.mark.slow
+def test_smollm2_end_to_end(smollm2, tmp_path, capsys):
+    example = load("smollm2_end_to_end")
+    assert (
+        example.brief("") == 0.0 and example.brief("Paris") == 1.0 and example.brief("a b c d") == pytest.approx(0.95)
+    )
+    arguments = ["--steps", "1", "--held_out", "2", "--output_dir", str(tmp_path / "run")]
+    made = example.main([*arguments, "--export_dir", str(tmp_path / "out")])
+    assert made["gan"].reward_calls == 8 and set(made["evaluations"]) == {"base", "generator", "best of 4"}
+    for evaluation in made["evaluations"].values():
+        rewards = [example.brief(sample["response"]) for sample in evaluation["samples"]]
+        assert evaluation["metrics"]["true_reward"]["mean"] == pytest.approx(sum(rewards) / 2)
+    assert "Portugal" in (out := capsys.readouterr().out) and repr(made["answer"]) in out
+    merged = tmp_path / "out" / "generator-merged"
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    messages = [{"role": "user", "content": "What is the capital of Portugal?"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    stock = AutoModelForCausalLM.from_pretrained(merged).generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert tokenizer.decode(stock[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == made["answer"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(TRLS_OWN)
 def test_trl_grpo_with_discriminator(tmp_path, capsys):
     """What GRPOTrainer logs as the reward of the exported classifier is gan.score of the same completions."""
     pytest.importorskip("trl", reason="the example needs TRL")
@@ -72,6 +147,7 @@ def test_trl_grpo_with_discriminator(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(TRLS_OWN)
 def test_a_classifier_handed_to_trl_as_a_model_says_gan_score_where_the_tokens_are_the_same(tmp_path):
     """With pad = end-of-text, GPT-2's habit, the score is read before the end: TRL's missing end token changes nothing.
 
