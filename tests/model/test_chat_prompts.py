@@ -208,7 +208,7 @@ def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypa
     gan.step(OTHER)
     seen, prompt = [], Encoder.prompt
     monkeypatch.setattr(Encoder, "prompt", lambda self, row, *_: seen.append(row.prompt) or prompt(self, row, *_))
-    list(preview.dry_run(gan, [Row(QUESTION)], steps=1))
+    list(preview.Preview(gan, [Row(QUESTION)], steps=1).dry_run())
     assert seen and set(map(str, seen)) == {QUESTION}
 
 
