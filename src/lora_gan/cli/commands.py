@@ -182,7 +182,10 @@ def generate(
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code)
-    prompts = [prompt] if data is None else _rows(data, prompt_column or gan.config.prompt_column)
+    if data is None:
+        prompts = [prompt]
+    else:
+        prompts = _read(data, prompt_column=prompt_column or gan.config.prompt_column, columns=False)
     responses = gan.generate(
         prompts,
         best_of,
@@ -240,7 +243,7 @@ def score(
         print(gan.score(prompt or "", response or "", apply_chat_template=apply_chat_template)[0])
         return
     try:
-        rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column, columns=False)
+        rows = _read(data, prompt_column=prompt_column, target_column=response_column, columns=False)
     except ValueError as error:  # the response stands where a target would
         raise ValueError(str(error).replace("target_column", "--response_column")) from error
     _write_scored(output, gan, rows, [row.target or "" for row in rows], batch_size, apply_chat_template)
@@ -290,7 +293,8 @@ def evaluate(
 
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
-    rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
+    columns = prompt_column or gan.config.prompt_column, target_column or gan.config.target_column
+    rows = _read(data, split=split, prompt_column=columns[0], target_column=columns[1])
     gan.budget = Budget()  # this command's own calls, which the run's limits do not concern
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     options["apply_chat_template"] = apply_chat_template
@@ -391,31 +395,10 @@ def _open(
     return LoraGAN.from_checkpoint(path, model, **arguments)
 
 
-def _read(
-    data: str,
-    config: Config,
-    *,
-    prompt_column: str | None,
-    target_column: str | None,
-    split: str = "train",
-    columns: bool = True,
-) -> list[Any]:
-    """Rows of a file, its columns named on the command line or, where they are not, as in the run."""
-    from .. import data as data_module
+def _read(data: str, **how: Any) -> list[Any]:
+    from ..data import read_rows
 
-    prompt_column = config.prompt_column if prompt_column is None else prompt_column
-    target_column = config.target_column if target_column is None else target_column
-    return list(
-        data_module.read_rows(
-            data, prompt_column=prompt_column, target_column=target_column, split=split, columns=columns
-        )
-    )
-
-
-def _rows(data: str, prompt_column: str) -> list[Any]:
-    from .. import data as data_module
-
-    return list(data_module.read_rows(data, prompt_column=prompt_column, columns=False))
+    return list(read_rows(data, **how))
 
 
 def _write_scored(

@@ -8,7 +8,6 @@ setting of `Config` is an option of `train` under its own name. A YAML file give
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -25,6 +24,7 @@ from ..run.interrupts import Terminated
 from ..run.resuming import in_moved_folder
 from ..settings import Group, Mark, bounds, group, markers, plain_type, units
 from ..version import __version__
+from ..wording import did_you_mean
 from . import commands
 from .notices import one_line_each
 
@@ -62,7 +62,6 @@ class Parser(ArgumentParser):
 
     options: set[str] = set()  # of all commands, by name
     reading: str | None = None  # the file that --config named, while it is read
-    line: list[str] = []  # the words of the command line
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command, file = self.prog.replace(" [options]", ""), Parser.reading
@@ -86,10 +85,7 @@ class Parser(ArgumentParser):
         message = re.sub(r"(required: )(.*)", lambda m: m[1] + re.sub(r"(\w+\.)?(\w+)", r"--\2", m[2]), message)
         if wrong := UNKNOWN.search(message):
             name = next(filter(None, wrong.groups()))
-            nearest = difflib.get_close_matches(name, self.options, n=1)
-            typed = any(word.startswith(f"--{name}") for word in self.line)
-            hint = f"; did you mean --{nearest[0]}?" if nearest else ""
-            message = f"there is no option --{name}{'' if typed else ' (in the file that --config names)'}{hint}"
+            message = f"there is no option --{name}{did_you_mean(name, self.options)}"
         return message
 
 
@@ -120,7 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments:
         _parser().print_help(sys.stderr)
         return 2
-    Parser.line = spelled
     chosen = _parser().parse_args(spelled)
     values = chosen[chosen.command].as_dict()
     files = values.pop("config", None) or []
