@@ -46,8 +46,11 @@ def demo(
         heldout: Held-out prompts to judge on.
         output_dir: For checkpoint, metrics, plot; null: runs/demo-DISCRIMINATOR.
     """
+    import torch
+
     from . import demo as demo_module
 
+    torch.set_num_threads(1)  # tiny's matrices are too small to share: more threads wait for each other
     demo_module.run(opponent=discriminator, steps=steps, seed=seed, heldout=heldout, output_dir=output_dir)
 
 
@@ -182,10 +185,8 @@ def generate(
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
     _require_writable(output)
     gan = _open(checkpoint, model, device, trust_remote_code)
-    if data is None:
-        prompts = [prompt]
-    else:
-        prompts = _read(data, prompt_column=prompt_column or gan.config.prompt_column, columns=False)
+    column = prompt_column or gan.config.prompt_column
+    prompts = [prompt] if data is None else _read(data, prompt_column=column, columns=False)
     responses = gan.generate(
         prompts,
         best_of,

@@ -138,11 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lora-gan: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
-        said = str(stop)
-        print(
-            f"lora-gan: {said if said.startswith('stopped') else ': '.join(filter(None, ['stopped', said]))}",
-            file=sys.stderr,
-        )
+        said = str(stop) or "stopped"
+        print(f"lora-gan: {said if said.startswith('stopped') else f'stopped: {said}'}", file=sys.stderr)
         return stop.code if isinstance(stop, Terminated) else 130
     return 0
 

@@ -6,6 +6,7 @@ seconds.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..run.options import keep_options, kept_options, with_full_paths
+from ..run.options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 from ..storage.json_lines import read_lines
 
@@ -90,7 +91,7 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
     folder, resume = Path(config.output_dir), options["resume"]
     generator = {
         "init_adapter": options["init_adapter"],
-        "peft_config": _lora("peft_config", options["peft_config"]),
+        "peft_config": _constructed("peft.LoraConfig", "peft_config", options["peft_config"]),
     }
     if resume:
         generator, said = adapter_arguments(folder, generator, config.kl_reference)
@@ -101,8 +102,10 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
         reward_funcs=reward_funcs,
         reward_weights=reward_weights,
         **generator,
-        disc_peft_config=_lora("disc_peft_config", options["disc_peft_config"]),
-        quantization_config=_quantization(options["quantization_config"]),
+        disc_peft_config=_constructed("peft.LoraConfig", "disc_peft_config", options["disc_peft_config"]),
+        quantization_config=_constructed(
+            "transformers.BitsAndBytesConfig", "quantization_config", options["quantization_config"]
+        ),
     )
     if resume:
         gan.load_checkpoint()
@@ -133,26 +136,25 @@ def _fit(
     """Train. Options and identities are kept with the first step: what fails before leaves nothing."""
     from ..storage.checkpoint import complete
 
-    folder = Path(gan.config.output_dir)
-    settings: list[Path] = []
+    folder, before = Path(gan.config.output_dir), gan.global_step
 
     def keep(record: dict[str, Any]) -> None:
-        if not settings:
-            settings.append(keep_options(folder, options))
+        if record["step"] == before + 1:
+            keep_options(folder, options)
             keep_identities(folder, identities)
 
     try:
         gan.fit(rows, eval_dataset=held_out, on_step=keep)
     except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
-        if settings and complete(folder):
+        if gan.global_step > before and complete(folder):
             # A row or a reward that is not as it must be would end the resumed run at the same place.
             first = "when that is mended, " if isinstance(stop, ValueError | RuntimeError) else ""
             saved = "" if isinstance(stop, KeyboardInterrupt | SystemExit) else f"step {gan.global_step} is saved; "
-            go_on = f"{saved}{first}go on with: lora-gan train --config {settings[0]} --resume"
+            go_on = f"{saved}{first}go on with: lora-gan train --config {folder / SETTINGS_FILE} --resume"
             stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
         raise
     finally:
-        if settings:  # a step was taken
+        if gan.global_step > before:
             _draw(gan, folder)
 
 
@@ -216,24 +218,12 @@ def _say_if_other_reward(folder: Path, reward: Any) -> None:
         _say(f"The reward is another one than before: {before} up to here, {reward} from now on.")
 
 
-def _lora(name: str, fields: dict[str, Any] | None) -> Any:
+def _constructed(kind: str, name: str, fields: dict[str, Any] | None) -> Any:
+    """An object of a class in peft or transformers, from its fields; None without any."""
     if fields is None:
         return None
-    from peft import LoraConfig
-
-    return _constructed(LoraConfig, name, fields)
-
-
-def _quantization(fields: dict[str, Any] | None) -> Any:
-    if fields is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return _constructed(BitsAndBytesConfig, "quantization_config", fields)
-
-
-def _constructed(kind: type, name: str, fields: dict[str, Any]) -> Any:
+    library, _, called = kind.partition(".")
     try:
-        return kind(**fields)
+        return getattr(importlib.import_module(library), called)(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={fields!r} is not accepted by {kind.__name__}: {error}") from error
+        raise ValueError(f"{name}={fields!r} is not accepted by {called}: {error}") from error

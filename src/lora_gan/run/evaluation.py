@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -12,23 +12,8 @@ from .. import randomness
 from ..data import Row
 from ..model.players import Player
 from ..rewards import Notes, text
-from ..rewards.budget import Purpose
 from ..rewards.combine import Parts
 from . import tables, tracking
-
-
-class Asks(Protocol):
-    """`LoraGAN.ask`: the true reward of responses, and its parts by name."""
-
-    def __call__(
-        self,
-        rows: list[Row],
-        responses: list[str],
-        *,
-        completion_ids: list[list[int]] | None,
-        notes: Notes,
-        purpose: Purpose,
-    ) -> tuple[list[float | None], Parts]: ...
 
 
 def evaluate(
@@ -36,7 +21,7 @@ def evaluate(
     *,
     generate: Callable[..., list[str]],
     score: Callable[..., list[float]],
-    ask: Asks,
+    ask: Callable[..., tuple[list[float | None], Parts]],
     temperature: float | None = None,
     player: Player = "generator",
     best_of: int = 1,
