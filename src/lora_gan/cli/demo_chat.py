@@ -102,7 +102,6 @@ def run(
     heldout: int = 96,
     output_dir: str | None = None,
     model: str = "smollm2",
-    **settings: Any,
 ) -> dict[str, Any]:
     """Judge the base, tune, judge again, print the tables; returns what result.json in the output folder holds.
 
@@ -110,14 +109,13 @@ def run(
         steps: generator updates; those after the reward budget is spent learn from the predicted reward alone.
         heldout: held-out prompts in the table.
         model: another chat model than SmolLM2: a hub id or a folder.
-        settings: of `Config`, instead of RECIPE's.
 
     Raises:
         ValueError: the base is not on this machine; the message names the command that brings it.
     """
     began = time.monotonic()
     folder = Path(output_dir or f"runs/demo-chat-{seed}")
-    options = {**RECIPE, "seed": seed, "max_steps": steps, "save_steps": None, "output_dir": str(folder), **settings}
+    options = {**RECIPE, "seed": seed, "max_steps": steps, "save_steps": None, "output_dir": str(folder)}
     gan = LoraGAN(model, reward_funcs=[instructions.reward], **options)
     folder.mkdir(parents=True, exist_ok=True)
     train = instructions.rows("train", max(64, steps * gan.config.prompts_per_step), seed=seed)

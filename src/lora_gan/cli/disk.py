@@ -7,15 +7,12 @@ estimate from the number and the length of responses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..config import Config
+from ..gan import LoraGAN
 from ..run import snapshot
 from ..storage import checkpoint
 from .plan import times
-
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
 
 LINE = 1500  # bytes of a line of metrics.jsonl
 ANSWER = 200  # bytes of a line of answers.jsonl, or of completions.jsonl, beside its texts

@@ -9,12 +9,13 @@ import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import rewards
 from ..data import Row
+from ..gan import PLAIN_PROMPTS, LoraGAN
 from ..rewards.calling import ASYNC_WORKERS, is_async
 from ..rewards.combine import Parts
 from ..rewards.cost import Meter
@@ -26,9 +27,6 @@ from .disk import needed
 from .footprint import Lengths, Memory, resident
 from .plan import calls_per_step, planned
 from .trial import Seconds, Trial, shape_of_trial
-
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
 
 
 @dataclass(frozen=True)
@@ -132,15 +130,11 @@ class Preview:
     def _kinds(self) -> str:
         """How the first prompts reach the model, and which token closes a response to them."""
         encoder, tokenizer = self.players.encoder, self.players.base.tokenizer
-        chats = [encoder.is_chat(row) for row in self.rows]
-        kind = "chat messages" if all(chats) else "chat messages and plain text" if any(chats) else "plain text"
+        kinds = {"chat messages" if encoder.is_chat(row) else "plain text" for row in self.rows}
         ends = sorted({repr(tokenizer.convert_ids_to_tokens(encoder.closing_id(row))) for row in self.rows})
-        lines = f"{kind}; a response ends with {', '.join(ends)}"
-        if not all(chats) and encoder.has_template and self.config.apply_chat_template is None:
-            lines += (
-                "\n! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to "
-                "send each as a user message, or to false to keep them as they are"
-            )
+        lines = f"{' and '.join(sorted(kinds))}; a response ends with {', '.join(ends)}"
+        if "plain text" in kinds and encoder.has_template and self.config.apply_chat_template is None:
+            lines += f"\n! {PLAIN_PROMPTS}"
         return lines
 
     def _calls(self, dry_run: bool) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import torch
 from .. import randomness
 from ..config import Config
 from ..data import Row
+from ..gan import LoraGAN
 from ..model.sampling import Rollout
 from ..storage.checkpoint import PLAYERS
 from ..training import estimate
@@ -30,9 +31,6 @@ from ..training.generator import Generator
 from ..training.replay import answered_groups
 from .footprint import Growth, Lengths, spare_share
 from .plan import calls_per_step
-
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
 
 Result = TypeVar("Result")
 PROMPTS, RESPONSES = 4, 4  # the reward is tried on at most so many responses to so many prompts

@@ -249,26 +249,16 @@ def _is_latest(name: str) -> bool:
     return name in LATEST or name.startswith("reward_calls/")
 
 
-class Window:
-    """The steps since the last line of metrics: means, or the latest of what is a total or a setting."""
-
-    def __init__(self) -> None:
-        self.steps: list[Mapping[str, Any]] = []
-
-    def add(self, values: Mapping[str, Any]) -> None:
-        self.steps.append(values)
-
-    def take(self) -> dict[str, Any]:
-        """What they come to; the next window begins. Steps in which a number was not measured do not count for it."""
-        columns: dict[str, list[Any]] = {}
-        for values in self.steps:
-            for name, value in values.items():
-                columns.setdefault(name, []).append(value)
-        self.steps = []
-        return {
-            name: column[-1] if _is_latest(name) or len(column) == 1 else sum(column) / len(column)
-            for name, column in columns.items()
-        }
+def averaged(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over some steps, or the latest of what is a total or a setting; each over the steps that measured it."""
+    columns: dict[str, list[Any]] = {}
+    for values in steps:
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    return {
+        name: column[-1] if _is_latest(name) or len(column) == 1 else sum(column) / len(column)
+        for name, column in columns.items()
+    }
 
 
 def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
