@@ -54,13 +54,7 @@ class Judged:
     base_logprob: list[float | None]  # nats per token under the untouched base
     words: list[float]
     by_kind: dict[str, float]  # share met, per kind of constraint
-
-    @property
-    def distinct_2(self) -> float:
-        return text.distinct_n(self.answers, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"distinct_2": self.distinct_2}
+    distinct_2: float  # of all answers
 
 
 def judge(
@@ -92,6 +86,7 @@ def judge(
         fluency(prompts, answers),
         [float(len(answer.split())) for answer in answers],
         {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())},
+        text.distinct_n(answers, 2),
     )
 
 
@@ -136,7 +131,7 @@ def run(
         "seed": seed, "steps": steps, "reward_calls": gan.reward_calls, "heldout": len(test),
         "settings": {name: value for name, value in options.items() if name != "output_dir"},
         "seconds": {"training": round(training, 1), "all": round(time.monotonic() - began, 1)},
-        "models": [model.to_dict() for model in judged],
+        "models": list(map(asdict, judged)),
     }  # fmt: skip
     write_json(folder / "result.json", result)
     write_lines(folder / "answers.held_out.jsonl", _lines(test, judged))

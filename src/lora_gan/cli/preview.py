@@ -171,14 +171,12 @@ class Preview:
 
     def _written(self) -> str:
         """What the run will write."""
-        disk, limit = self.disk, self.config.save_total_limit
+        disk = self.disk
         kept, most = f"{counted(disk.kept, 'checkpoint')} of {size(disk.each)}", ""
         if disk.kept < disk.saved:
-            kept = f"the newest {disk.kept:,} of {disk.saved:,} checkpoints of {size(disk.each)}"
-            kept += f" (save_total_limit={limit})"
+            kept = f"the newest {disk.kept:,} of {disk.saved:,} checkpoints of {size(disk.each)} "
+            kept += f"(save_total_limit={self.config.save_total_limit})"
             most = f", and {size(disk.total + disk.each)} while a checkpoint replaces another"
-        elif disk.saved > 3:
-            kept += " (save_total_limit keeps fewer)"
         return f"about {size(disk.total)}{most}: {kept}, logs {size(disk.logs)}"
 
     # --- the trial

@@ -126,7 +126,6 @@ class Display:
 
     def __enter__(self) -> Display:
         global _current
-        self._began = self._said_at = time.monotonic()
         if self.is_live:
             self._start()
             _current = self
