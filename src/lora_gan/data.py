@@ -568,10 +568,12 @@ class Stream:
         self._name, self._source, self._to_row = name, source, to_row
         self._keep: Callable[[Row], bool] | None = None
         self.columns: set[str] = set()
-        self._position: int
-        self._read: list[Row]  # rows from the position on: a step that failed takes them again
-        self._unread: Iterator[Row]
         self._seek(0)
+
+    def _seek(self, position: int) -> None:
+        self._position = position
+        self._read: list[Row] = []  # rows from the position on: a step that failed takes them again
+        self._unread = itertools.islice(self._endless(), position, None)
 
     def only(self, keep: Callable[[Row], bool]) -> None:
         """Pass over the rows that `keep` refuses, from here on. Positions count the rows that it takes."""
@@ -591,11 +593,6 @@ class Stream:
             self._seek(position)
             raise
         return self._read[:count]
-
-    def _seek(self, position: int) -> None:
-        self._position = position
-        self._read = []
-        self._unread = itertools.islice(self._endless(), position, None)
 
     def _endless(self) -> Iterator[Row]:
         for epoch in itertools.count():

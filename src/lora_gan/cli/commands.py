@@ -183,8 +183,7 @@ def generate(
     """
     if (prompt is None) == (data is None):
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
-    _require_writable(output)
-    gan = _open(checkpoint, model, device, trust_remote_code)
+    gan = _open(checkpoint, model, device, trust_remote_code, output=output)
     column = prompt_column or gan.config.prompt_column
     prompts = [prompt] if data is None else _read(data, prompt_column=column, columns=False)
     responses = gan.generate(
@@ -238,8 +237,7 @@ def score(
     """
     if (data is None) == (prompt is None or response is None) or (data is not None and (prompt or response)):
         raise ValueError("give --prompt TEXT and --response TEXT, or --data FILE")
-    _require_writable(output)
-    gan = _open(checkpoint, model, device, trust_remote_code)
+    gan = _open(checkpoint, model, device, trust_remote_code, output=output)
     if data is None:
         print(gan.score(prompt or "", response or "", apply_chat_template=apply_chat_template)[0])
         return
@@ -292,8 +290,7 @@ def evaluate(
     """
     from ..rewards.budget import Budget
 
-    _require_writable(output)
-    gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
+    gan = _open(checkpoint, model, device, trust_remote_code, output=output, reward=reward, needs_reward=True)
     columns = prompt_column or gan.config.prompt_column, target_column or gan.config.target_column
     rows = _read(data, split=split, prompt_column=columns[0], target_column=columns[1])
     gan.budget = Budget()  # this command's own calls, which the run's limits do not concern
@@ -372,10 +369,15 @@ def _open(
     device: str | None,
     trust_remote_code: bool,
     *,
+    output: str | None = None,
     reward: Any = None,
     needs_reward: bool = False,
 ) -> Any:
-    """The run as it was saved; with the reward given, or else the run's own."""
+    """The run as it was saved, with the reward given or else its own; `output` must be no folder."""
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        if Path(output).is_dir():
+            raise ValueError(f"--output {output} is a folder: give a file")
     path = Path(checkpoint)
     if not path.is_dir():
         raise ValueError(f"there is no folder {checkpoint}: --checkpoint takes a run's output_dir, or one step-N in it")
@@ -424,12 +426,3 @@ def _write_scored(
         sys.stdout.writelines(lines)
     else:
         Path(output).write_text("".join(lines), encoding="utf-8")
-
-
-def _require_writable(output: str | None) -> None:
-    """Asked before anything is computed."""
-    if output is None:
-        return
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    if Path(output).is_dir():
-        raise ValueError(f"--output {output} is a folder: give a file")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,8 +270,8 @@ class Preview:
     def _at_once(self) -> int:
         """Calls that run at once, as `rewards.calling.Caller` makes them."""
         funcs = self.gan._rewards
-        if any(map(_in_batches, funcs)):
-            return 1
+        if any(hasattr(func, "batch") or rewards.takes_completions(func) for func in funcs):
+            return 1  # one call is about several responses
         return self.config.reward_workers or (ASYNC_WORKERS if all(map(is_async, funcs)) else 1)
 
     def _verdict_on_ends(self, ids: list[list[int]]) -> Iterator[str]:
@@ -331,11 +331,6 @@ def _answers(rows: list[Row], reward_PK: np.ndarray, responses: list[str], parts
         known = [value for value in part if value is not None]
         mean = f"mean {np.mean(known):.3f}, {len(known)} of {len(part)} answered" if known else "no answer"
         yield f"  {name}: {mean}"
-
-
-def _in_batches(func: Callable[..., Any]) -> bool:
-    """Whether one call of a reward is about several responses; reward_workers makes no difference then."""
-    return hasattr(func, "batch") or rewards.takes_completions(func)
 
 
 def _verdict_on_spread(reward_PK: np.ndarray) -> str:
