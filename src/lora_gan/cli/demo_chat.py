@@ -212,13 +212,7 @@ def side_by_side(rows: list[dict[str, Any]], before: Judged, after: Judged, coun
 def _lines(rows: list[dict[str, Any]], judged: list[Judged]) -> list[dict[str, Any]]:
     """One line per model and row, for other tools."""
     return [
-        {
-            "model": model.name,
-            **row,
-            "completion": model.answers[i],
-            "share_met": model.share[i],
-            "base_logprob": model.base_logprob[i],
-        }
+        {"model": model.name, **row, "completion": answer, "share_met": share, "base_logprob": logprob}
         for model in judged
-        for i, row in enumerate(rows)
+        for row, answer, share, logprob in zip(rows, model.answers, model.share, model.base_logprob, strict=True)
     ]
