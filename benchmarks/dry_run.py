@@ -59,8 +59,8 @@ import json, re, sys
 def held(name):
     return 1024 * int(re.search(rf"^{name}:\\s+(\\d+) kB", open("/proc/self/status").read(), re.MULTILINE)[1])
 start = held("VmRSS")
-from lora_gan import cli
-code = cli.main(sys.argv[1:])
+from lora_gan.cli.main import main
+code = main(sys.argv[1:])
 print("PEAK", held("VmHWM") - start)
 sys.exit(code)
 """

@@ -287,16 +287,12 @@ class Config:
         """What the advantage is made of; raises where the settings contradict each other."""
         if adversarial not in (True, False, None):
             raise ValueError(f"adversarial={shown(adversarial)} is not accepted: it must be True, False or None")
-        if adversarial is True and self.reward_signal == "true":
-            raise ValueError(
-                "adversarial=True learns from the predicted reward, reward_signal='true' from the true one: drop one"
-            )
-        if adversarial is False and self.reward_signal == "predicted":
-            raise ValueError(
-                "adversarial=False learns from the true reward, reward_signal='predicted' from the discriminator: "
-                "drop one"
-            )
         signal = {True: "predicted", False: "true", None: self.reward_signal}[adversarial]
+        if self.reward_signal not in (signal, "corrected"):
+            raise ValueError(
+                f"adversarial={adversarial} learns from the {signal} reward, and reward_signal={self.reward_signal!r} "
+                "says otherwise: drop one"
+            )
         if signal == "true" and self.query_rate < 1:
             raise ValueError(
                 f"learning from the true reward needs it for every response, but query_rate={self.query_rate}: "

@@ -434,7 +434,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Data files in a folder or its data/ that are called as a split is, as in the hub's repositories: train.csv,
     train-00000-of-00002.parquet."""
     places = [place for place in (folder, folder / "data") if place.is_dir()]
-    files = sorted(file for place in places for file in place.iterdir() if _is_data(file))
+    found = (file for place in places for file in place.iterdir())
+    files = sorted(file for file in found if file.suffix.lower() in READERS and file.is_file())
     chosen = [file for file in files if re.split(r"[-_.]", file.name)[0] == split]
     if not chosen:
         there = ", ".join(file.name for file in files[:10]) or "none"
@@ -443,10 +444,6 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             f"SUFFIX is one of {', '.join(READERS)}; data files there: {there}"
         )
     return chosen
-
-
-def _is_data(path: Path) -> bool:
-    return path.suffix.lower() in READERS and path.is_file()
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -467,27 +464,24 @@ def _lines(path: Path) -> Iterator[str]:
 def _json_lines(path: Path) -> Numbered:
     for number, line in enumerate(_lines(path), 1):
         if not line.isspace():
-            where = f"{path}, line {number}"
-            yield where, _object(where, line)
+            values = _parsed(line.rstrip(), path, number)
+            if not isinstance(values, dict):
+                raise ValueError(f"{path}, line {number}: expected an object with 'prompt', got {line.strip():.60}")
+            yield f"{path}, line {number}", values
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
-    values = _parsed(where, line, is_line=True)
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object with 'prompt', got {line.strip():.60}")
-    return values
-
-
-def _parsed(where: str, text: str, *, is_line: bool = False) -> Any:
+def _parsed(text: str, path: Path, line: int = 1) -> Any:
+    """The JSON of a text that begins at this line of a file."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        where, remedy = (where, "; an object a line is expected") if is_line else (f"{where}, line {error.lineno}", "")
-        raise ValueError(f"{where}: not JSON ({error}){remedy}") from error
+        line += error.lineno - 1
+        what = f"not JSON ({error}); an object a line is expected, or in a .json file a list of objects"
+        raise ValueError(f"{path}, line {line}: {what}") from error
     except RecursionError as error:
-        raise ValueError(f"{where}: nested too deep to be read") from error
+        raise ValueError(f"{path}, line {line}: nested too deep to be read") from error
     except ValueError as error:  # NaN, or a whole number of thousands of digits
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{path}, line {line}: {error}") from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -499,7 +493,7 @@ def _json(path: Path) -> Numbered:
     if not next((line for line in _lines(path) if not line.isspace()), "").lstrip().startswith("["):
         yield from _json_lines(path)
         return
-    rows = _parsed(str(path), "".join(_lines(path)))
+    rows = _parsed("".join(_lines(path)), path)
     for number, values in enumerate(rows, 1):
         yield f"{path}, row {number}", values
 
@@ -510,29 +504,24 @@ def _csv(path: Path) -> Numbered:
     semicolons = ";" in header_line and "," not in header_line  # as spreadsheets write where the comma is decimal
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolons else ","
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+    header: list[str] = []
     line = 1  # where the row begins: a quoted field may have several
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {line}: not CSV ({error}); a field is closed by its quote") from error
-        if cells is None:
-            return
-        where, line = f"{path}, line {line}", reader.line_num + 1
-        if not cells:
-            continue
-        if header is None:
-            header = cells
-            if twice := [name for name in header if header.count(name) > 1]:
-                raise ValueError(f"{where}: two columns are called {twice[0]!r}")
-        elif len(cells) != len(header):
-            raise ValueError(
-                f"{where}: {len(cells)} fields, and the header has {len(header)}; a field with {delimiter!r} in it "
-                "stands in quotes"
-            )
-        else:
-            yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    try:
+        for cells in reader:
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if not header:
+                header = cells
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise ValueError(f"{where}: two columns are called {twice[0]!r}")
+            elif len(cells) == len(header):
+                yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            elif cells:
+                raise ValueError(
+                    f"{where}: {len(cells)} fields, and the header has {len(header)}; a field with {delimiter!r} in it "
+                    "stands in quotes"
+                )
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: not CSV ({error}); a field is closed by its quote") from error
 
 
 def _text(path: Path) -> Numbered:
@@ -579,11 +568,12 @@ class Stream:
         self._name, self._source, self._to_row = name, source, to_row
         self._keep: Callable[[Row], bool] | None = None
         self.columns: set[str] = set()
-        self._shapes: set[frozenset[Any]] = set()  # the keys of the rows that were passed over, where they differ
-        self._position: int
-        self._read: list[Row]  # rows from the position on: a step that failed takes them again
-        self._unread: Iterator[Row]
         self._seek(0)
+
+    def _seek(self, position: int) -> None:
+        self._position = position
+        self._read: list[Row] = []  # rows from the position on: a step that failed takes them again
+        self._unread = itertools.islice(self._endless(), position, None)
 
     def only(self, keep: Callable[[Row], bool]) -> None:
         """Pass over the rows that `keep` refuses, from here on. Positions count the rows that it takes."""
@@ -604,40 +594,20 @@ class Stream:
             raise
         return self._read[:count]
 
-    def _seek(self, position: int) -> None:
-        self._position = position
-        self._read = []
-        self._unread = self._from(position)
-
-    def _from(self, position: int) -> Iterator[Row]:
-        passed = 0
+    def _endless(self) -> Iterator[Row]:
         for epoch in itertools.count():
-            before = passed
-            for where, values in self._source(epoch):
-                if self._keep is None and passed < position:
-                    self._pass_over(where, values)
-                    passed += 1
-                    continue
-                row = self._to_row(where, values)
-                if self._keep is not None and not self._keep(row):
-                    continue
+            row: Row | None = None
+            for row in self._epoch(epoch):
                 self.columns.update(row.columns)
-                passed += 1
-                if passed > position:
-                    yield row
-            if passed == before:
+                yield row
+            if row is None:
                 raise ValueError(_no_rows(self._name))
 
-    def _pass_over(self, where: str, values: Any) -> None:
-        """Learn the columns of a row that is not taken; rows of the same keys are not parsed again."""
-        keys = frozenset(values) if isinstance(values, Mapping) else None
-        if keys is None or keys not in self._shapes:
-            self._shapes |= set() if keys is None else {keys}
-            self.columns.update(self._to_row(where, values).columns)
+    def _epoch(self, number: int) -> Iterator[Row]:
+        return filter(self._keep, (self._to_row(where, values) for where, values in self._source(number)))
 
     def __iter__(self) -> Iterator[Row]:
-        rows = (self._to_row(where, values) for where, values in self._source(0))
-        return rows if self._keep is None else filter(self._keep, rows)
+        return self._epoch(0)
 
 
 def take(rows: list[Row] | Stream, count: int, *, seed: int, position: int) -> list[Row]:
@@ -661,33 +631,28 @@ def rows_of(
 ) -> list[Row]:
     """Rows from step()'s arguments: one of each, or lists of equal length."""
     _require_free_names(columns, "step()")
-    if is_prompt(prompt):
-        if not (target is None or isinstance(target, str) or is_conversation(target)):
-            raise ValueError(f"one prompt takes one target_text, a text or None, not {type(target).__name__}")
-        return [_row_of(prompt, target, dict(columns), "")]
-    prompts = [one for one in prompt if is_prompt(one)] if isinstance(prompt, (list, tuple)) else []
-    if not prompts or len(prompts) < len(prompt):
+    single = is_prompt(prompt)
+    prompts = [prompt] if single else list(prompt) if isinstance(prompt, (list, tuple)) else []
+    if not prompts or not all(map(is_prompt, prompts)):
         raise ValueError("prompt must be a text or chat messages, or a list of at least one of them")
-    targets = [None] * len(prompts) if target is None else target
-    for name, values in {"target_text": targets, **columns}.items():
+    given: dict[str, Any] = {"target_text": target, **columns}
+    if single:
+        given = {name: [value] for name, value in given.items()}
+    elif target is None:
+        given["target_text"] = [None] * len(prompts)
+    for name, values in given.items():
         if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts need a list of {len(prompts)} values under {name}, got {shown(values)}"
             )
-    if not all(target is None or isinstance(target, str) or is_conversation(target) for target in targets):
-        raise ValueError(f"target_text must be texts or None, got {shown(targets, 80)}")
-    return [
-        _row_of(one, targets[i], {name: values[i] for name, values in columns.items()}, f", row {i + 1}")
-        for i, one in enumerate(prompts)
-    ]
-
-
-def _row_of(prompt: Prompt, target: Any, columns: dict[str, Any], where: str) -> Row:
-    """One row of step()'s arguments; `where` tells it from the others in messages."""
-    for name, value in {"prompt": prompt, "target_text": target, **columns}.items():
-        require_unicode(value, f"step(): {name}{where}")
-    text, messages = _target(target, "target_text")
-    return Row(_given(prompt), text, columns, messages)
+    rows = []
+    for i, one in enumerate(prompts):
+        others = {name: values[i] for name, values in given.items()}
+        for name, value in {"prompt": one, **others}.items():
+            require_unicode(value, f"step(): {name}" + ("" if single else f", row {i + 1}"))
+        text, messages = _target(others.pop("target_text"), "target_text")
+        rows.append(Row(_given(one), text, others, messages))
+    return rows
 
 
 def _given(prompt: Any) -> Prompt:

@@ -6,7 +6,7 @@ pydantic would check such annotations too, but its import costs more than all of
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from enum import Enum
 from types import NoneType, UnionType
@@ -83,12 +83,17 @@ def units(field: Field[Any]) -> list[str]:
 
 def accepted(field: Field[Any]) -> str:
     """What the setting accepts, such as "a whole number, 1 or more, or None"."""
-    kinds = [
-        "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else KINDS[get_origin(kind) or kind]
-        for kind in _alternatives(plain_type(field))
-    ]
+    kinds = kinds_of(plain_type(field), KINDS)
     none = [kinds.pop()] if kinds[-1] == KINDS[NoneType] else []
     return ", or ".join([", ".join([", or ".join(kinds), *bounds(field)]), *none])
+
+
+def kinds_of(hint: Any, words: Mapping[type, str]) -> list[str]:
+    """The alternatives of a type in words, such as ["a whole number", "None"]."""
+    return [
+        words.get(get_origin(kind) or kind) or "one of " + ", ".join(map(str, get_args(kind)))
+        for kind in _alternatives(hint)
+    ]
 
 
 def fits(declared: Any, value: Any) -> bool:

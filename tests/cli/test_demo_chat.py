@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def judged(name: str, share: list[float]) -> Judged:
     count = len(share)
     full = [float(value == 1) for value in share]
-    return Judged(name, ["a b c"] * count, share, full, [-2.0] * count, [3.0] * count, {"no_comma": 0.5})
+    return Judged(name, ["a b c"] * count, share, full, [-2.0] * count, [3.0] * count, {"no_comma": 0.5}, 1.0)
 
 
 def test_help_names_the_options_and_the_base(capsys):

@@ -193,13 +193,13 @@ def test_the_dry_run_says_how_prompts_reach_the_model(tmp_path, capsys):
         return re.sub(r"\n +", " ", capsys.readouterr().out)  # lines that go on
 
     told = dry("gemma-3", "--max_completion_length", "6")
-    assert "plain text; a response ends with '<eos>'" in told and "set apply_chat_template to true" in told
+    assert "plain text; a response ends with '<eos>'" in told and "Set apply_chat_template=True" in told
     told = dry("gemma-3", "--max_completion_length", "6", "--apply_chat_template", "true")
     assert (
         "chat messages; a response ends with '<end_of_turn>'" in told
         and "!" not in told.split("prompts")[1].split("\n")[0]
     )
-    assert "set apply_chat_template" not in dry("llama-3-base", "--max_completion_length", "6")
+    assert "apply_chat_template" not in dry("llama-3-base", "--max_completion_length", "6")
 
 
 def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypatch):
@@ -208,7 +208,7 @@ def test_the_dry_run_tries_the_reward_on_prompts_as_training_sends_them(monkeypa
     gan.step(OTHER)
     seen, prompt = [], Encoder.prompt
     monkeypatch.setattr(Encoder, "prompt", lambda self, row, *_: seen.append(row.prompt) or prompt(self, row, *_))
-    list(preview.dry_run(gan, [Row(QUESTION)], steps=1))
+    list(preview.Preview(gan, [Row(QUESTION)], steps=1).dry_run())
     assert seen and set(map(str, seen)) == {QUESTION}
 
 

@@ -46,8 +46,11 @@ def demo(
         heldout: Held-out prompts to judge on.
         output_dir: For checkpoint, metrics, plot; null: runs/demo-DISCRIMINATOR.
     """
+    import torch
+
     from . import demo as demo_module
 
+    torch.set_num_threads(1)  # tiny's matrices are too small to share: more threads wait for each other
     demo_module.run(opponent=discriminator, steps=steps, seed=seed, heldout=heldout, output_dir=output_dir)
 
 
@@ -180,9 +183,9 @@ def generate(
     """
     if (prompt is None) == (data is None):
         raise ValueError("give --prompt TEXT or --data FILE, one of the two")
-    _require_writable(output)
-    gan = _open(checkpoint, model, device, trust_remote_code)
-    prompts = [prompt] if data is None else _rows(data, prompt_column or gan.config.prompt_column)
+    gan = _open(checkpoint, model, device, trust_remote_code, output=output)
+    column = prompt_column or gan.config.prompt_column
+    prompts = [prompt] if data is None else _read(data, prompt_column=column, columns=False)
     responses = gan.generate(
         prompts,
         best_of,
@@ -234,13 +237,12 @@ def score(
     """
     if (data is None) == (prompt is None or response is None) or (data is not None and (prompt or response)):
         raise ValueError("give --prompt TEXT and --response TEXT, or --data FILE")
-    _require_writable(output)
-    gan = _open(checkpoint, model, device, trust_remote_code)
+    gan = _open(checkpoint, model, device, trust_remote_code, output=output)
     if data is None:
         print(gan.score(prompt or "", response or "", apply_chat_template=apply_chat_template)[0])
         return
     try:
-        rows = _read(data, gan.config, prompt_column=prompt_column, target_column=response_column, columns=False)
+        rows = _read(data, prompt_column=prompt_column, target_column=response_column, columns=False)
     except ValueError as error:  # the response stands where a target would
         raise ValueError(str(error).replace("target_column", "--response_column")) from error
     _write_scored(output, gan, rows, [row.target or "" for row in rows], batch_size, apply_chat_template)
@@ -288,9 +290,9 @@ def evaluate(
     """
     from ..rewards.budget import Budget
 
-    _require_writable(output)
-    gan = _open(checkpoint, model, device, trust_remote_code, reward=reward, needs_reward=True)
-    rows = _read(data, gan.config, split=split, prompt_column=prompt_column, target_column=target_column)
+    gan = _open(checkpoint, model, device, trust_remote_code, output=output, reward=reward, needs_reward=True)
+    columns = prompt_column or gan.config.prompt_column, target_column or gan.config.target_column
+    rows = _read(data, split=split, prompt_column=columns[0], target_column=columns[1])
     gan.budget = Budget()  # this command's own calls, which the run's limits do not concern
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     options["apply_chat_template"] = apply_chat_template
@@ -367,10 +369,15 @@ def _open(
     device: str | None,
     trust_remote_code: bool,
     *,
+    output: str | None = None,
     reward: Any = None,
     needs_reward: bool = False,
 ) -> Any:
-    """The run as it was saved; with the reward given, or else the run's own."""
+    """The run as it was saved, with the reward given or else its own; `output` must be no folder."""
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        if Path(output).is_dir():
+            raise ValueError(f"--output {output} is a folder: give a file")
     path = Path(checkpoint)
     if not path.is_dir():
         raise ValueError(f"there is no folder {checkpoint}: --checkpoint takes a run's output_dir, or one step-N in it")
@@ -391,31 +398,10 @@ def _open(
     return LoraGAN.from_checkpoint(path, model, **arguments)
 
 
-def _read(
-    data: str,
-    config: Config,
-    *,
-    prompt_column: str | None,
-    target_column: str | None,
-    split: str = "train",
-    columns: bool = True,
-) -> list[Any]:
-    """Rows of a file, its columns named on the command line or, where they are not, as in the run."""
-    from .. import data as data_module
+def _read(data: str, **how: Any) -> list[Any]:
+    from ..data import read_rows
 
-    prompt_column = config.prompt_column if prompt_column is None else prompt_column
-    target_column = config.target_column if target_column is None else target_column
-    return list(
-        data_module.read_rows(
-            data, prompt_column=prompt_column, target_column=target_column, split=split, columns=columns
-        )
-    )
-
-
-def _rows(data: str, prompt_column: str) -> list[Any]:
-    from .. import data as data_module
-
-    return list(data_module.read_rows(data, prompt_column=prompt_column, columns=False))
+    return list(read_rows(data, **how))
 
 
 def _write_scored(
@@ -440,12 +426,3 @@ def _write_scored(
         sys.stdout.writelines(lines)
     else:
         Path(output).write_text("".join(lines), encoding="utf-8")
-
-
-def _require_writable(output: str | None) -> None:
-    """Asked before anything is computed."""
-    if output is None:
-        return
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    if Path(output).is_dir():
-        raise ValueError(f"--output {output} is a folder: give a file")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from .. import tiny
 from ..gan import LoraGAN
@@ -78,24 +77,9 @@ class Judged:
     greedy: dict[str, Any] | None
 
 
-def run(
-    *,
-    opponent: Opponent = "learning",
-    seed: int = 0,
-    steps: int = 160,
-    heldout: int = 320,
-    output_dir: str | None = None,
-) -> dict[str, Any]:
+def run(*, opponent: Opponent, steps: int, heldout: int, output_dir: str | None, seed: int = 0) -> dict[str, Any]:
     """Tune, judge before and after, print the table; returns what result.json in the output folder holds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny's matrices are too small to share: more threads wait for each other
-    try:
-        return _run(opponent, seed, steps, heldout, Path(output_dir or f"runs/demo-{opponent}"))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(opponent: Opponent, seed: int, steps: int, heldout: int, folder: Path) -> dict[str, Any]:
+    folder = Path(output_dir or f"runs/demo-{opponent}")
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     train = tiny.pairs("train", 4096, seed=seed)

@@ -54,13 +54,7 @@ class Judged:
     base_logprob: list[float | None]  # nats per token under the untouched base
     words: list[float]
     by_kind: dict[str, float]  # share met, per kind of constraint
-
-    @property
-    def distinct_2(self) -> float:
-        return text.distinct_n(self.answers, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"distinct_2": self.distinct_2}
+    distinct_2: float  # of all answers
 
 
 def judge(
@@ -92,6 +86,7 @@ def judge(
         fluency(prompts, answers),
         [float(len(answer.split())) for answer in answers],
         {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())},
+        text.distinct_n(answers, 2),
     )
 
 
@@ -102,7 +97,6 @@ def run(
     heldout: int = 96,
     output_dir: str | None = None,
     model: str = "smollm2",
-    **settings: Any,
 ) -> dict[str, Any]:
     """Judge the base, tune, judge again, print the tables; returns what result.json in the output folder holds.
 
@@ -110,14 +104,13 @@ def run(
         steps: generator updates; those after the reward budget is spent learn from the predicted reward alone.
         heldout: held-out prompts in the table.
         model: another chat model than SmolLM2: a hub id or a folder.
-        settings: of `Config`, instead of RECIPE's.
 
     Raises:
         ValueError: the base is not on this machine; the message names the command that brings it.
     """
     began = time.monotonic()
     folder = Path(output_dir or f"runs/demo-chat-{seed}")
-    options = {**RECIPE, "seed": seed, "max_steps": steps, "save_steps": None, "output_dir": str(folder), **settings}
+    options = {**RECIPE, "seed": seed, "max_steps": steps, "save_steps": None, "output_dir": str(folder)}
     gan = LoraGAN(model, reward_funcs=[instructions.reward], **options)
     folder.mkdir(parents=True, exist_ok=True)
     train = instructions.rows("train", max(64, steps * gan.config.prompts_per_step), seed=seed)
@@ -138,7 +131,7 @@ def run(
         "seed": seed, "steps": steps, "reward_calls": gan.reward_calls, "heldout": len(test),
         "settings": {name: value for name, value in options.items() if name != "output_dir"},
         "seconds": {"training": round(training, 1), "all": round(time.monotonic() - began, 1)},
-        "models": [model.to_dict() for model in judged],
+        "models": list(map(asdict, judged)),
     }  # fmt: skip
     write_json(folder / "result.json", result)
     write_lines(folder / "answers.held_out.jsonl", _lines(test, judged))
@@ -219,13 +212,7 @@ def side_by_side(rows: list[dict[str, Any]], before: Judged, after: Judged, coun
 def _lines(rows: list[dict[str, Any]], judged: list[Judged]) -> list[dict[str, Any]]:
     """One line per model and row, for other tools."""
     return [
-        {
-            "model": model.name,
-            **row,
-            "completion": model.answers[i],
-            "share_met": model.share[i],
-            "base_logprob": model.base_logprob[i],
-        }
+        {"model": model.name, **row, "completion": answer, "share_met": share, "base_logprob": logprob}
         for model in judged
-        for i, row in enumerate(rows)
+        for row, answer, share, logprob in zip(rows, model.answers, model.share, model.base_logprob, strict=True)
     ]

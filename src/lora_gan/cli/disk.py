@@ -7,21 +7,17 @@ estimate from the number and the length of responses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ..config import Config
+from ..gan import LoraGAN
 from ..run import snapshot
 from ..storage import checkpoint
 from .plan import times
 
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
-
 LINE = 1500  # bytes of a line of metrics.jsonl
 ANSWER = 200  # bytes of a line of answers.jsonl, or of completions.jsonl, beside its texts
 CHARACTERS = 4  # of a token
+MOMENTS = 800  # bytes that torch.save writes beside the numbers of AdamW's moments of one tensor
 
 
 @dataclass(frozen=True)
@@ -75,21 +71,16 @@ def written(config: Config, first: int, steps: int) -> int:
 
 
 def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:
-    config, content = gan.config, snapshot.take(gan.state)
-    for player in checkpoint.PLAYERS:
-        parameters = gan.players.parameters(player)
-        moments = {
-            i: {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            for i, p in enumerate(parameters)
-        }
-        content[f"{player}/optimizer.pt"]["optimizer"]["state"] = moments
-        if player == "generator" and config.on_exploit == "rollback":  # the monitor keeps the best generator
-            kept: dict[str, Any] = {"weights": parameters, "optimizer": content["generator/optimizer.pt"]}
-            content["generator/monitor.pt"]["kept"] = checkpoint.copied(kept)
-    if config.disc_average:  # made with the first update
-        average = checkpoint.copied(gan.players.parameters("discriminator"))
-        content["discriminator/state.pt"]["average"] = average
+    """Of what is there now, and of what updates add: AdamW's two moments, and copies of a player."""
+    config, parameters = gan.config, {player: gan.players.parameters(player) for player in checkpoint.PLAYERS}
+    weights = {player: sum(p.nbytes for p in tensors) for player, tensors in parameters.items()}
+    moments = {player: 2 * weights[player] + MOMENTS * len(tensors) for player, tensors in parameters.items()}
+    added = sum(moments.values())
+    if config.on_exploit == "rollback":  # the monitor keeps the best generator
+        added += weights["generator"] + moments["generator"]
+    if config.disc_average:
+        added += weights["discriminator"]
     groups = min(config.disc_replay_groups, round(steps * config.prompts_per_step * config.query_rate))
     tokens = groups * (prompt_tokens + config.num_generations * config.max_completion_length)
     replay = 8 * (tokens + groups * (2 + 2 * config.num_generations))  # int64 ids and lengths, float64 rewards
-    return replay + checkpoint.size_of(content)
+    return checkpoint.size_of(snapshot.take(gan.state)) + added + replay

@@ -9,14 +9,14 @@ take turns need is not added up: the larger one counts.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class Memory:
         return max(sum(self.always.values()) + max(self.in_turn.values(), default=0.0), self.least)
 
 
-@dataclass(frozen=True)
-class Lengths:
+class Lengths(NamedTuple):
     """Tokens of a step's prompts and responses: their means, and the longest of each."""
 
     prompt: float
@@ -71,8 +70,7 @@ class Lengths:
         return cls(prompt, prompt, response, response)
 
 
-@dataclass(frozen=True)
-class Graph:
+class Graph(NamedTuple):
     """Bytes that autograd keeps of a forward through the body: fitted to measured ones.
 
     Attributes:
@@ -89,8 +87,7 @@ class Graph:
 
     def bytes(self, prompts: int, responses: int, lengths: Lengths, *, packs: bool) -> float:
         """Bytes for so many responses to so many prompts."""
-        features = _features(prompts, responses, lengths, packs=packs)
-        return float(np.dot(features, (self.per_token, self.per_place, self.per_pair, self.constant)))
+        return float(np.dot(_features(prompts, responses, lengths, packs=packs), self))
 
 
 def host(
@@ -103,7 +100,6 @@ def host(
     spare: float = 0.0,
     checkpoint: float = 0.0,
     saves_beside: bool = False,
-    least: float = 0.0,
 ) -> Memory:
     """Memory of the process on the host.
 
@@ -116,7 +112,6 @@ def host(
         spare: bytes that the process holds beside each byte of an update (`spare_share`).
         checkpoint: bytes of one checkpoint on the disk.
         saves_beside: whether checkpoints are written while steps are taken.
-        least: most bytes that the process has held so far.
     """
     base, trained = _base_bytes(players), _trained_bytes(players)
     on_host = players.device.type == "cpu"
@@ -133,7 +128,8 @@ def host(
             always["freed memory that the C library keeps"] = spare * max(in_turn.values())
     # A snapshot of all tensors, and the bytes of all its files, which are written together (checkpoint.py).
     (always if saves_beside else in_turn)["saving a checkpoint"] = 2.0 * checkpoint
-    return Memory(always, in_turn, least)
+    # The base of another device passed through the host when it was opened.
+    return Memory(always, in_turn, least=0.0 if on_host else resident(peak=True))
 
 
 def spare_share(
@@ -152,19 +148,14 @@ def spare_share(
     """
     if not grew or players.device.type != "cpu":
         return 0.0
-    tried = replace(
-        config,
-        prompts_per_step=groups,
-        num_generations=responses // groups,
-        query_rate=1.0,
-    )
+    tried = replace(config, prompts_per_step=groups, num_generations=responses // groups, query_rate=1.0)
     in_use = max(value for name, value in device_memory(players, tried, lengths).in_turn.items() if "update" in name)
     # The copies of both adapters, and one's gradient and moments; the adapters are of about one size.
     copies = 2.5 * _trained_bytes(players)
     return max(0.0, (grew - copies) / in_use - 1)
 
 
-def device_memory(players: Players, config: Config, lengths: Lengths, *, least: float = 0.0) -> Memory:
+def device_memory(players: Players, config: Config, lengths: Lengths) -> Memory:
     """Memory of the base, the adapters, sampling and updates, wherever they are.
 
     Weights and optimizers are exact: the adapter, its gradient and AdamW's two moments are of one size. The graphs of
@@ -191,60 +182,44 @@ def device_memory(players: Players, config: Config, lengths: Lengths, *, least: 
         table = base_checks.embedding_weight(players.lm).numel() * 4.0
         critic = _update_bytes(players, config, graphs["discriminator"], generating, lengths)
         in_turn["the generator's update"] = table + max(critic, in_turn["the generator's update"])
-    return Memory(always, in_turn, least)
+    on_gpu = players.device.type == "cuda"
+    return Memory(always, in_turn, least=float(torch.cuda.max_memory_allocated(players.device)) if on_gpu else 0.0)
 
 
 def resident(peak: bool = False) -> float:
-    """Bytes that this process holds in memory now, or held at its peak; 0 where the system does not say.
-
-    Only Linux tells both; the peak is known on macOS too.
-    """
-    if sys.platform == "linux":
-        name = "VmHWM" if peak else "VmRSS"
-        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return 1024.0 * int(found[1]) if found else 0.0
-    if sys.platform == "darwin" and peak:
-        import resource
-
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return 0.0
+    """Bytes that this process holds in memory now, or held at its peak; 0 where the system is not Linux."""
+    status = Path("/proc/self/status")
+    text = status.read_text() if status.exists() else ""
+    found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", text, re.MULTILINE)
+    return 1024.0 * int(found[1]) if found else 0.0
 
 
 class Growth:
     """How many bytes the process grows by within a block; a context manager.
 
     Memory that was freed before goes back to the system first (glibc's malloc_trim), or the block would grow into it
-    unseen. A thread looks every few milliseconds: the system's own peak may be from before the block.
+    unseen. The system's record of the peak starts again with the block.
 
     Attributes:
         bytes: the growth at its peak; 0 where the system does not say.
     """
 
-    INTERVAL = 0.004  # seconds
-
-    def __init__(self) -> None:
-        self.bytes = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="lora-gan memory", daemon=True)
+    bytes = 0.0
 
     def __enter__(self) -> Growth:
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-        self._before = resident()
-        if self._before:
-            self._thread.start()
+        self._before = math.inf
+        with suppress(OSError):  # not Linux
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = resident()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        if self._before:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(self.INTERVAL):
-            self.bytes = max(self.bytes, resident() - self._before)
+        self.bytes = max(0.0, resident(peak=True) - self._before)
 
 
+@lru_cache(maxsize=2)
 def graph_of(players: Players, player: Player) -> Graph:
     """Measure what autograd keeps of a player's forward, on four short texts; once per object and player.
 
@@ -252,30 +227,19 @@ def graph_of(players: Players, player: Player) -> Graph:
     weights; four measured sizes give these three factors and a constant. Weights are not counted. Under
     gradient_checkpointing layers are measured as if it were off.
     """
-    known = _graphs.setdefault(players, {})
-    if (player, players.packs) not in known:
-        known[player, players.packs] = _measured(players, player)
-    return known[player, players.packs]
-
-
-_graphs: WeakKeyDictionary[Players, dict[tuple[Player, bool], Graph]] = WeakKeyDictionary()
-
-
-def _measured(players: Players, player: Player) -> Graph:
-    recurrent = bool(_state_bytes(players))
     measured, features = [], []
     with without_checkpointing(players.lm):
-        for prompt, response in LONG_PROBES if recurrent else PROBES:
+        for prompt, response in LONG_PROBES if _state_bytes(players) else PROBES:
             prompts, responses = [_text(players, prompt)], [_text(players, response)] * 2
             batch = players.batch(prompts, responses, np.zeros(2, dtype=int))
             with _counting(players) as kept, players.playing(player):
                 hidden = players.hidden(batch, batch.predicting_R)
-                measured.append(kept.bytes)
+                measured.append(float(sum(kept.values())))
                 hidden.detach_()
             del hidden
             features.append(_features(1, 2, Lengths.at_most(prompt, response), packs=players.packs))
     # Without packing a token and a place are the same: least squares shares the factor between them.
-    factors = np.linalg.lstsq(np.array(features), np.array(measured, dtype=float), rcond=None)[0]
+    factors = np.linalg.lstsq(np.array(features), np.array(measured), rcond=None)[0]
     return Graph(*map(float, factors))
 
 
@@ -289,25 +253,19 @@ def _features(prompts: int, responses: int, lengths: Lengths, *, packs: bool) ->
     return [tokens, places, prompts * prompt**2 + responses * response * (prompt + response), 1.0]
 
 
-class _Kept:
-    """Counts the bytes of storages that autograd keeps, each once."""
+@contextmanager
+def _counting(players: Players) -> Iterator[dict[int, int]]:
+    """The bytes of the storages that autograd keeps, by their address, without those of weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*players.lm.parameters(), *players.lm.buffers())}
+    kept: dict[int, int] = {}
 
-    def __init__(self, weights: set[int]) -> None:
-        self.seen, self.bytes = weights, 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a node that keeps its own output would keep itself, and nothing would be freed
 
-
-@contextmanager
-def _counting(players: Players) -> Iterator[_Kept]:
-    tensors = [*players.lm.parameters(), *players.lm.buffers()]
-    kept = _Kept({tensor.untyped_storage().data_ptr() for tensor in tensors})
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
 
 

@@ -8,23 +8,25 @@ setting of `Config` is an option of `train` under its own name. A YAML file give
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NoReturn, get_origin
 
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from ..config import Config
 from ..run.interrupts import Terminated
 from ..run.resuming import in_moved_folder
-from ..settings import Group, Mark, bounds, group, markers, plain_type, units
+from ..settings import KINDS, Group, Mark, bounds, group, kinds_of, markers, plain_type, units
 from ..version import __version__
+from ..wording import did_you_mean
 from . import commands
 from .notices import one_line_each
 
@@ -44,16 +46,13 @@ UNKNOWN = re.compile(
     r"option '(?:\w+\.)?([\w-]+)' is not accepted|does not accept option '([\w-]+)'|unrecognized arguments: -+([\w-]+)",
     flags=re.IGNORECASE,
 )
-WRONG = re.compile(  # jsonargparse's three ways to say that a value is of the wrong type
+WRONG = re.compile(  # jsonargparse's ways to say that a value is of the wrong type
     r"Parser key [\"'](?:\w+\.)?(\w+)[\"']: "
-    r"(?:.*?Subtypes: \[(?P<several>.*)\] Errors: .*Given value: (?P<a>.*)"
-    r"|Expected a (?P<one>.*?)\. Got value: (?P<b>.*)"
-    r"|Not of type (?P<number>\w+): (?:(?P<c>\S+) does not conform.*|.*'(?P<d>.*)'))"
+    r"(?:.*Given value: (.*)|Expected a .*\. Got value: (.*)|Not of type \w+: (\S+) does not .*|Not of type .*'(.*)')"
 )
-KINDS = {
-    "PositiveInt": "a whole number from 1", "NonNegativeInt": "a whole number, 0 or more", "int": "a whole number",
-    "float": "a number", "bool": "true or false", "str": "a text", "dict": "a mapping", "tuple": "a list",
-    "list": "a list", "NoneType": "null",
+WORDS = {  # of types, as they are written on the command line
+    **KINDS, PositiveInt: "a whole number from 1", NonNegativeInt: "a whole number, 0 or more", list: "a list",
+    bool: "true or false", NoneType: "null",
 }  # fmt: skip
 
 
@@ -62,7 +61,6 @@ class Parser(ArgumentParser):
 
     options: set[str] = set()  # of all commands, by name
     reading: str | None = None  # the file that --config named, while it is read
-    line: list[str] = []  # the words of the command line
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command, file = self.prog.replace(" [options]", ""), Parser.reading
@@ -74,9 +72,9 @@ class Parser(ArgumentParser):
         """One line in this library's words, with the nearest option's name beside one that does not exist."""
         message = " ".join(message.split()).rstrip(".")
         if wrong := WRONG.fullmatch(message):
-            value = next(wrong[name] for name in "abcd" if wrong[name] is not None)
-            kinds = _kinds(wrong["several"] or wrong["one"] or wrong["number"])
-            return f"--{wrong[1]} {value} is not accepted: it must be {kinds}"
+            name, value = (group for group in wrong.groups() if group is not None)
+            hint = next(getattr(action, "_typehint", action.type) for action in self._actions if action.dest == name)
+            return f"--{name} {value} is not accepted: it must be {', or '.join(kinds_of(hint, WORDS))}"
         message = re.sub(r"Parser key [\"'](?:\w+\.)?(\w+)[\"']:", r"--\1:", message)
         message = re.sub("Unexpected config:.*", "it must be YAML, an option a line, as NAME: VALUE", message)
         message = message.replace("Problems parsing config:", "not YAML:").replace('in "<unicode string>", ', "")
@@ -86,20 +84,8 @@ class Parser(ArgumentParser):
         message = re.sub(r"(required: )(.*)", lambda m: m[1] + re.sub(r"(\w+\.)?(\w+)", r"--\2", m[2]), message)
         if wrong := UNKNOWN.search(message):
             name = next(filter(None, wrong.groups()))
-            nearest = difflib.get_close_matches(name, self.options, n=1)
-            typed = any(word.startswith(f"--{name}") for word in self.line)
-            hint = f"; did you mean --{nearest[0]}?" if nearest else ""
-            message = f"there is no option --{name}{'' if typed else ' (in the file that --config names)'}{hint}"
+            message = f"there is no option --{name}{did_you_mean(name, self.options)}"
         return message
-
-
-def _kinds(types: str) -> str:
-    """Python's types, as a person would say them."""
-    types = re.sub(r"(dict|tuple)\[[^]]*\]", r"\1", types)
-    said = []
-    for choices, kind in re.findall(r"Literal\[([^]]*)\]|(\w+)", types):
-        said += ["one of " + choices.replace("'", "")] if choices else [KINDS[kind]] if kind in KINDS else []
-    return ", or ".join(said).replace("a list, or one of", "a list [...] of")
 
 
 class ConfigFile(ActionConfigFile):
@@ -120,7 +106,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments:
         _parser().print_help(sys.stderr)
         return 2
-    Parser.line = spelled
     chosen = _parser().parse_args(spelled)
     values = chosen[chosen.command].as_dict()
     files = values.pop("config", None) or []
@@ -143,11 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lora-gan: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
-        said = str(stop)
-        print(
-            f"lora-gan: {said if said.startswith('stopped') else ': '.join(filter(None, ['stopped', said]))}",
-            file=sys.stderr,
-        )
+        said = str(stop) or "stopped"
+        print(f"lora-gan: {said if said.startswith('stopped') else f'stopped: {said}'}", file=sys.stderr)
         return stop.code if isinstance(stop, Terminated) else 130
     return 0
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TextIO
+from typing import Any
 
 #: Messages that no user can act on, by the logger that they come from: how they begin.
 POINTLESS = {
@@ -34,19 +34,11 @@ def one_line_each() -> Iterator[None]:
             stack.callback(logger.removeFilter, _is_of_use)
         usual = warnings.showwarning
 
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if category is not UserWarning:
-                usual(message, category, filename, lineno, file, line)
-                return
-            # sys.stderr as it is now: a live display stands in for it.
-            (file or sys.stderr).write(f"lora-gan: warning: {' '.join(str(message).split())}\n")
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if category is UserWarning:  # to sys.stderr as it is now: a live display stands in for it
+                sys.stderr.write(f"lora-gan: warning: {' '.join(str(message).split())}\n")
+            else:
+                usual(message, category, *where, **more)
 
         warnings.showwarning = show
         yield

@@ -35,9 +35,9 @@ class Plan:
         """Calls of the run, without those of a dry run."""
         return self.training + self.evaluating
 
-    def in_words(self) -> str:
-        """As in "320 calls in training, 90 in 3 evaluations of 30 rows"."""
-        said = f"{self.training:,} calls in training, "
+    def in_words(self, note: str = "") -> str:
+        """As in "320 calls in training, 90 in 3 evaluations of 30 rows", with a note on those in training."""
+        said = f"{self.training:,} calls in training{note}, "
         if not self.rows:
             return said + "0 in evaluations (no eval_data)"
         return said + f"{self.evaluating:,} in {counted(self.evaluations, 'evaluation')} of {counted(self.rows, 'row')}"
@@ -58,8 +58,6 @@ def planned(config: Config, *, first: int, steps: int, held_out: int = 0, left: 
 
 def calls(config: Config, steps: int, left: int | None = None) -> int:
     """True rewards that so many steps ask for, at most reward_budget, and what is left of it."""
-    if config.disc_objective == "real_vs_generated":
-        return 0
     wanted = round(steps * calls_per_step(config))
     return min(limit for limit in (wanted, config.reward_budget, left) if limit is not None)
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from .. import rewards
-from ..config import Config
 from ..data import Row
+from ..gan import PLAIN_PROMPTS, LoraGAN
 from ..rewards.calling import ASYNC_WORKERS, is_async
 from ..rewards.combine import Parts
 from ..rewards.cost import Meter
@@ -26,148 +25,8 @@ from ..wording import counted, duration, size
 from . import footprint
 from .disk import needed
 from .footprint import Lengths, Memory, resident
-from .plan import Plan, calls, calls_per_step, planned
+from .plan import calls_per_step, planned
 from .trial import Seconds, Trial, shape_of_trial
-
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
-
-
-def describe(
-    gan: LoraGAN,
-    rows: list[Row],
-    *,
-    total: int | None,
-    steps: int,
-    held_out: int = 0,
-    opened: float = 0.0,
-    dry_run: bool = False,
-) -> str:
-    """Base, adapters, data, steps, true-reward calls, memory and disk, a line each.
-
-    Args:
-        rows: the rows of the next step: their prompts' length is taken for that of all.
-        total: rows there are; None where they are streamed.
-        steps: steps that would be run.
-        held_out: rows of the evaluation data; 0 without.
-        opened: bytes that the process held when `gan` was there (`footprint.resident()`); 0: not known.
-        dry_run: say how many calls the dry run makes, and leave memory to its end, when more is known.
-    """
-    config, players, base = gan.config, gan.players, gan.players.base
-    rows = gan.as_meant(rows)
-    sizes = {player: sum(p.numel() for p in players.parameters(player)) for player in PLAYERS}
-    frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
-    frozen -= sum(p.numel() for p in players.parameters("reference"))
-    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-    lengths = [len(ids) for ids in players.encoder.prompts(rows)]
-    lines = {
-        "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {players.device})",
-        "generator": f"{sizes['generator']:,} parameters in its adapter{_start(gan)}",
-        "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} score heads",
-        "data": ("streamed" if total is None else counted(total, "row"))
-        + (f", and {counted(held_out, 'held-out row')}" if held_out else ""),
-        "prompts": _kinds(gan, rows),
-        "steps": f"{steps:,}, each of {config.prompts_per_step} prompts × {config.num_generations} responses of at "
-        f"most {config.max_completion_length} tokens" + (f"; {gan.global_step:,} are done" if gan.global_step else ""),
-        "true reward": _calls(gan, rows, steps, held_out, dry_run),
-        "memory": "",
-        "disk": _disk(gan, steps, max(lengths)),
-    }
-    if dry_run:
-        del lines["memory"]
-    else:
-        at_most = Lengths.at_most(max(lengths), config.max_completion_length)
-        of_memory = _memory(gan, at_most, steps, max(lengths), opened=opened)
-        known = "without what the reward loads and what the C library keeps of freed memory, which --dry-run measures"
-        lines["memory"] = "\n".join([*of_memory, known])
-    return "\n".join(_named(name, text) for name, text in lines.items())
-
-
-def _named(name: str, text: str) -> str:
-    """The name, and beside it the lines of the text, wrapped to 80 columns."""
-    wrap = textwrap.TextWrapper(width=80 - 15, break_long_words=False, break_on_hyphens=False)
-    lines = [part for line in text.splitlines() for part in wrap.wrap(line)]
-    return "\n".join(f"{'' if i else name:<15}{line}" for i, line in enumerate(lines))
-
-
-def _calls(gan: LoraGAN, rows: list[Row], steps: int, held_out: int, dry_run: bool) -> str:
-    """True-reward calls by purpose."""
-    config = gan.config
-    plan = _plan(gan, steps, held_out)
-    share = f"asked for {config.query_rate:.0%} of the responses"
-    if config.disc_objective == "real_vs_generated":
-        share = "not asked in training (disc_objective='real_vs_generated')"
-    of_plan = plan.in_words()
-    if plan.training < round(steps * calls_per_step(config)):
-        enough = plan.training / calls_per_step(config)
-        ends = f"all that the budget leaves: enough for about {enough:.3g} of {counted(steps, 'step')}"
-        of_plan = of_plan.replace("calls in training", f"calls in training ({ends})", 1)
-    said = f"{', '.join(gan.reward_names)}: {share}: {of_plan}"
-    if dry_run:
-        said += f", up to {dry_run_calls(config, rows, _allowed(gan))} in this dry run"
-    if config.reward_retries:
-        said += f"; a call that fails is made up to {config.reward_retries} more times"
-    return said
-
-
-def _start(gan: LoraGAN) -> str:
-    """Where the generator starts, if that is a saved adapter."""
-    if gan.init_adapter is None:
-        return ""
-    reference = "a frozen copy of it" if gan.players.has_reference else "the base"
-    return f", starts as the adapter {gan.init_adapter}; the KL is to {reference}"
-
-
-def _kinds(gan: LoraGAN, rows: list[Row]) -> str:
-    """How the first prompts reach the model, and which token closes a response to them."""
-    encoder, tokenizer = gan.players.encoder, gan.players.base.tokenizer
-    chats = [encoder.is_chat(row) for row in rows]
-    kind = "chat messages" if all(chats) else "chat messages and plain text" if any(chats) else "plain text"
-    closing = ", ".join(sorted({repr(tokenizer.convert_ids_to_tokens(encoder.closing_id(row))) for row in rows}))
-    lines = f"{kind}; a response ends with {closing}"
-    if not all(chats) and encoder.has_template and gan.config.apply_chat_template is None:
-        lines += (
-            "\n! the base has a chat template, and plain prompts bypass it: set apply_chat_template to true to send "
-            "each as a user message, or to false to keep them as they are"
-        )
-    return lines
-
-
-def _memory(gan: LoraGAN, lengths: Lengths, steps: int, prompt_tokens: int, **host: float) -> list[str]:
-    """The peak on the host and, where that is another one, on the device, each with its parts."""
-    config, players = gan.config, gan.players
-    disk = needed(gan, steps=steps, prompt_tokens=prompt_tokens, calls=0)
-    beside = disk.saved > 1 and not gan.callbacks
-    on_cpu = players.device.type == "cpu"
-    if not on_cpu:  # the base passed through the host when it was opened
-        host["least"] = resident(peak=True)
-    of_host = footprint.host(players, config, lengths, checkpoint=disk.each, saves_beside=beside, **host)
-    if on_cpu:
-        return [_in_words(of_host)]
-    least = float(torch.cuda.max_memory_allocated(players.device))
-    of_device = footprint.device_memory(players, config, lengths, least=least)
-    return [f"on {players.device} {_in_words(of_device)}", f"on the host {_in_words(of_host)}"]
-
-
-def _in_words(memory: Memory) -> str:
-    """The peak and its parts; of what takes turns, the largest."""
-    parts = list(memory.always.items())
-    if memory.in_turn:
-        parts.append(max(memory.in_turn.items(), key=lambda part: part[1]))
-    return f"about {size(memory.total)}: " + ", ".join(f"{name} {size(value)}" for name, value in parts)
-
-
-def _disk(gan: LoraGAN, steps: int, prompt_tokens: int) -> str:
-    """What the run will write."""
-    disk = needed(gan, steps=steps, prompt_tokens=prompt_tokens, calls=calls(gan.config, steps))
-    limit = gan.config.save_total_limit
-    kept = f"{counted(disk.kept, 'checkpoint')} of {size(disk.each)}"
-    if disk.kept < disk.saved:
-        kept = f"the newest {disk.kept:,} of {disk.saved:,} checkpoints of {size(disk.each)} (save_total_limit={limit})"
-    elif disk.saved > 3:
-        kept += " (save_total_limit keeps fewer)"
-    most = f", and {size(disk.total + disk.each)} while a checkpoint replaces another" if disk.kept < disk.saved else ""
-    return f"about {size(disk.total)}{most}: {kept}, logs {size(disk.logs)}"
 
 
 @dataclass(frozen=True)
@@ -177,151 +36,289 @@ class Tried:
     Attributes:
         text: for a person.
         calls: responses and targets that it was asked about.
-        seconds: of one call; where calls run at once, of as many as run at once; None: nothing was asked.
+        seconds: of one call; where calls run at once, of as many as run at once.
         at_once: calls that run at once.
     """
 
     text: str
     calls: int = 0
-    seconds: float | None = None
+    seconds: float = 0.0
     at_once: int = 1
 
     def seconds_for(self, calls: float) -> float:
         """Seconds that so many calls take which are made together."""
-        return (self.seconds or 0.0) * (np.ceil(calls / self.at_once) if self.at_once > 1 else calls)
+        return self.seconds * (np.ceil(calls / self.at_once) if self.at_once > 1 else calls)
 
 
-def dry_run(
-    gan: LoraGAN,
-    rows: list[Row],
-    *,
-    steps: int,
-    held_out: int = 0,
-    opened: float = 0.0,
-    columns: Collection[str] = (),
-    max_steps: int | None = None,
-) -> Iterator[str]:
-    """Try the reward and time a step, and say what was found: paragraphs, each as soon as it is known.
+class Preview:
+    """What is known of a run before its first step; made when the base is open and nothing was tried.
 
     Args:
-        rows: the rows of the next step.
-        steps: steps of the run.
-        held_out, opened: as in `describe`.
+        gan: whose run is meant. It is left as it is.
+        rows: the rows of the next step: their prompts' length is taken for that of all.
+        steps: steps that would be run.
+        total: rows there are; None where they are streamed.
+        held_out: rows of the evaluation data; 0 without.
         columns: names of all columns of the data; rewards get None for those that these rows lack.
-        max_steps: the run's last step, for the trainer_state that rewards get.
     """
-    rows = gan.as_meant(rows)
-    plan = _plan(gan, steps, held_out)
-    allowed = _allowed(gan)
-    trial = Trial(gan, rows, allowed or None)
-    meter = Meter(gan._rewards)
-    before = resident()
-    if allowed == 0:
-        tried = Tried("\nThe reward is not tried: reward_budget or reward_budget_total is spent.")
-    else:
-        tried = try_reward(gan, trial, columns=columns, max_steps=max_steps)
-    reward_model = max(0.0, resident() - before)
-    yield tried.text
-    costs = meter.lines(tried.calls, plan.total, f"{plan.total:,} calls of this run") if tried.calls else []
-    if costs:
-        yield "\n".join(costs)
-    seconds = trial.seconds()
-    yield "\n" + _named("time", "\n".join(_time(gan, seconds, tried, plan, steps)))
-    prompts = list(map(len, trial.prompts))
-    now = Lengths(float(np.mean(prompts)), max(prompts), seconds.tokens, seconds.longest)
-    spare = footprint.spare_share(
-        gan.players, gan.config, now, groups=seconds.groups, responses=seconds.responses, grew=seconds.grew
-    )
-    known = {"opened": opened, "reward_model": reward_model, "spare": spare}
-    of_memory = _memory(gan, now, steps, max(prompts), **known)
-    longest = Lengths.at_most(max(prompts), gan.config.max_completion_length)
-    at_most = _memory(gan, longest, steps, max(prompts), **known)
-    upper, lower = (" and ".join(words.partition(":")[0] for words in lines) for lines in (at_most, of_memory))
-    if upper != lower:
-        of_memory.append(f"{upper} when every response has {gan.config.max_completion_length} tokens")
-    yield _named("memory", "\n".join(of_memory))
-    yield "\nDry run: nothing was trained or saved. To train, give the same command without --dry-run."
 
+    def __init__(
+        self,
+        gan: LoraGAN,
+        rows: list[Row],
+        *,
+        steps: int,
+        total: int | None = None,
+        held_out: int = 0,
+        columns: Collection[str] = (),
+    ) -> None:
+        self.gan, self.config, self.players = gan, gan.config, gan.players
+        self.opened = resident()
+        self.rows, self.steps, self.total, self.held_out = gan.as_meant(rows), steps, total, held_out
+        self.longest_prompt = max(map(len, gan.players.encoder.prompts(self.rows)))
+        left = gan.budget.left()
+        self.plan = planned(gan.config, first=gan.global_step, steps=steps, held_out=held_out, left=left)
+        self.disk = needed(gan, steps=steps, prompt_tokens=self.longest_prompt, calls=self.plan.training)
+        # Calls that a dry run may make: no more than reward_budget and reward_budget_total allow. None: no limit.
+        self.allowed = min((n for n in (left, gan.budget.left("dry_run")) if n is not None), default=None)
+        self.asking: dict[str, Any] = {
+            "columns": columns, "max_steps": gan.global_step + steps, "purpose": "dry_run",
+        }  # fmt: skip
 
-def dry_run_calls(config: Config, rows: list[Row], left: int | None = None) -> int:
-    """Most true-reward calls that a dry run makes.
+    # --- before anything is tried
 
-    Args:
-        rows: the rows of the next step.
-        left: calls that reward_budget allows; None: no limit.
-    """
-    if left == 0:
-        return 0
-    prompts, responses = shape_of_trial(config, len(rows), left)
-    asked = prompts * responses
-    return asked + 2 * _pairs(min(prompts, sum(bool(row.target) for row in rows)), asked, left)
+    def describe(self, *, dry_run: bool = False) -> str:
+        """Base, adapters, data, steps, true-reward calls, memory and disk, a line each.
 
-
-def _pairs(targets: int, asked: int, left: int | None) -> int:
-    """Rows that the reward is tried on with targets in the responses' place: two calls each; from 2, or 0."""
-    pairs = targets if left is None else min(targets, (left - asked) // 2)
-    return pairs if pairs > 1 else 0
-
-
-def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max_steps: int | None = None) -> Tried:
-    """Ask the true reward for a few responses of the generator as it stands, and for targets; say what it can teach.
-
-    Args:
-        trial: the responses.
-        columns, max_steps: as in `dry_run`.
-    """
-    rows, responses = trial.rows, trial.sampled.texts
-    at_once, allowed = _at_once(gan), _allowed(gan)
-    options: dict[str, Any] = {"columns": columns, "max_steps": max_steps, "purpose": "dry_run"}
-    group = len(responses) // len(rows)
-    paired = [row for row in rows if row.target]
-    paired = paired[: _pairs(len(paired), len(responses), allowed)]
-    people = [func for func in gan._rewards if getattr(func, "interactive", False)]
-    retries, cached = gan.budget.counts["retries"], gan.budget.cached
-    if people:
-        print(f"Now you are asked about up to {len(responses) + 2 * len(paired)} responses, to try the reward.",
-              flush=True)  # fmt: skip
-    began = time.perf_counter()
-    _, ids, _ = trial.sampled.parts()
-    answers, parts = gan.ask([row for row in rows for _ in range(group)], responses, completion_ids=ids, **options)
-    first = time.perf_counter() - began
-    reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), group)
-
-    of_step = " that step 1 will sample" if gan.global_step == 0 else " that the next step will sample"
-    lines = [
-        f"\nThe reward, tried on {len(responses)} responses{of_step}:",
-        *_answers(rows, reward_PK, responses, parts),
-    ]
-    lines += _verdict_on_spread(reward_PK)
-    lines += _verdict_on_ends(ids, gan)
-
-    if paired:
-        began = time.perf_counter()
-        own, _ = gan.ask(paired, [row.target or "" for row in paired], **options)
-        others, _ = gan.ask(paired, [row.target or "" for row in paired[1:] + paired[:1]], **options)
-        own_mean, other_mean = (float(np.mean([x for x in xs if x is not None] or [np.nan])) for xs in (own, others))
-        if not np.isnan(own_mean + other_mean):
-            lines.append(
-                f"  a row's own target {own_mean:.3f}, another row's {other_mean:.3f}"
-                + ("" if own_mean > other_mean else "   ! the reward does not prefer a row's own target")
+        Args:
+            dry_run: say how many calls the dry run makes, and leave memory to its end, when more is known.
+        """
+        gan, config, base = self.gan, self.config, self.players.base
+        sizes = {player: sum(p.numel() for p in self.players.parameters(player)) for player in PLAYERS}
+        frozen = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
+        frozen -= sum(p.numel() for p in self.players.parameters("reference"))
+        dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+        data = "streamed" if self.total is None else counted(self.total, "row")
+        done = f"; {gan.global_step:,} are done" if gan.global_step else ""
+        lines = {
+            "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {self.players.device})",
+            "generator": f"{sizes['generator']:,} parameters in its adapter{self._start()}",
+            "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} score "
+            "heads",
+            "data": data + (f", and {counted(self.held_out, 'held-out row')}" if self.held_out else ""),
+            "prompts": self._kinds(),
+            "steps": f"{self.steps:,}, each of {config.prompts_per_step} prompts × {config.num_generations} responses "
+            f"of at most {config.max_completion_length} tokens{done}",
+            "true reward": self._calls(dry_run),
+        }
+        if not dry_run:
+            of_memory = self._memory(Lengths.at_most(self.longest_prompt, config.max_completion_length))
+            lines["memory"] = (
+                f"{of_memory}\nwithout what the reward loads and what the C library keeps of freed memory, which "
+                "--dry-run measures"
             )
-        seconds, rounds = time.perf_counter() - began, 2 * -(-len(paired) // at_once)
-    else:
-        seconds, rounds = first, -(-len(responses) // at_once)  # nothing is asked twice: the start-up is included
-    calls = len(responses) + 2 * len(paired)
-    each = seconds / rounds
-    together = f", {at_once} calls at once (reward_workers)" if at_once > 1 else ""
-    lines.append(
-        f"  {duration(each)} per call{together}; {duration(first)} for the first {len(responses)}, loading included"
-    )
-    retries, cached = gan.budget.counts["retries"] - retries, gan.budget.cached - cached
-    made = f"  True-reward calls: {calls:,} in this dry run" + (
-        f", {counted(retries, 'retry', 'retries')}" if retries else ""
-    )
-    lines.append(made + (f"; {cached:,} of them came from the reward's own cache" if cached else ""))
-    for log in filter(None, (getattr(func, "log", None) for func in people)):
-        lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
-    return Tried("\n".join(lines), calls, each, at_once)
+        lines["disk"] = self._written()
+        return "\n".join(_named(name, text) for name, text in lines.items())
+
+    def _start(self) -> str:
+        """Where the generator starts, if that is a saved adapter."""
+        if self.gan.init_adapter is None:
+            return ""
+        reference = "a frozen copy of it" if self.players.has_reference else "the base"
+        return f", starts as the adapter {self.gan.init_adapter}; the KL is to {reference}"
+
+    def _kinds(self) -> str:
+        """How the first prompts reach the model, and which token closes a response to them."""
+        encoder, tokenizer = self.players.encoder, self.players.base.tokenizer
+        kinds = {"chat messages" if encoder.is_chat(row) else "plain text" for row in self.rows}
+        ends = sorted({repr(tokenizer.convert_ids_to_tokens(encoder.closing_id(row))) for row in self.rows})
+        lines = f"{' and '.join(sorted(kinds))}; a response ends with {', '.join(ends)}"
+        if "plain text" in kinds and encoder.has_template and self.config.apply_chat_template is None:
+            lines += f"\n! {PLAIN_PROMPTS}"
+        return lines
+
+    def _calls(self, dry_run: bool) -> str:
+        """True-reward calls by purpose."""
+        config, plan, each = self.config, self.plan, calls_per_step(self.config)
+        share = f"asked for {config.query_rate:.0%} of the responses" if each else "not asked in training"
+        note = ""
+        if plan.training < round(self.steps * each):
+            enough = f"enough for about {plan.training / each:.3g} of {counted(self.steps, 'step')}"
+            note = f" (all that the budget leaves: {enough})"
+        said = f"{', '.join(self.gan.reward_names)}: {share}: {plan.in_words(note)}"
+        if dry_run:
+            said += f", up to {self.tried_calls()} in this dry run"
+        if config.reward_retries:
+            said += f"; a call that fails is made up to {config.reward_retries} more times"
+        return said
+
+    def _memory(self, lengths: Lengths, **measured: float) -> str:
+        """The peak on the host and, where that is another one, on the device, each with its parts."""
+        players, beside = self.players, self.disk.saved > 1 and not self.gan.callbacks
+        of_host = footprint.host(
+            players,
+            self.config,
+            lengths,
+            opened=self.opened,
+            checkpoint=self.disk.each,
+            saves_beside=beside,
+            **measured,
+        )
+        if players.device.type == "cpu":
+            return _in_words(of_host)
+        of_device = footprint.device_memory(players, self.config, lengths)
+        return f"on {players.device} {_in_words(of_device)}\non the host {_in_words(of_host)}"
+
+    def _written(self) -> str:
+        """What the run will write."""
+        disk = self.disk
+        kept, most = f"{counted(disk.kept, 'checkpoint')} of {size(disk.each)}", ""
+        if disk.kept < disk.saved:
+            kept = f"the newest {disk.kept:,} of {disk.saved:,} checkpoints of {size(disk.each)} "
+            kept += f"(save_total_limit={self.config.save_total_limit})"
+            most = f", and {size(disk.total + disk.each)} while a checkpoint replaces another"
+        return f"about {size(disk.total)}{most}: {kept}, logs {size(disk.logs)}"
+
+    # --- the trial
+
+    def dry_run(self) -> Iterator[str]:
+        """Try the reward and time a step, and say what was found: paragraphs, each as soon as it is known."""
+        config, plan = self.config, self.plan
+        trial, meter, before = Trial(self.gan, self.rows, self.allowed or None), Meter(self.gan._rewards), resident()
+        if self.allowed == 0:
+            tried = Tried("\nThe reward is not tried: reward_budget or reward_budget_total is spent.")
+        else:
+            tried = self.try_reward(trial)
+        reward_model = max(0.0, resident() - before)
+        yield tried.text
+        if tried.calls:
+            yield from meter.lines(tried.calls, plan.total, f"{plan.total:,} calls of this run")
+        seconds = trial.seconds()
+        yield "\n" + _named("time", "\n".join(self.time(seconds, tried)))
+        known = {"reward_model": reward_model, "spare": seconds.spare}
+        of_memory = self._memory(seconds.lengths, **known)
+        at_most = self._memory(Lengths.at_most(self.longest_prompt, config.max_completion_length), **known)
+        upper, lower = (
+            " and ".join(line.partition(":")[0] for line in lines.splitlines()) for lines in (at_most, of_memory)
+        )
+        if upper != lower:
+            of_memory += f"\n{upper} when every response has {config.max_completion_length} tokens"
+        yield _named("memory", of_memory)
+        yield "\nDry run: nothing was trained or saved. To train, give the same command without --dry-run."
+
+    def tried_calls(self) -> int:
+        """Most true-reward calls that a dry run makes."""
+        prompts, responses = shape_of_trial(self.config, len(self.rows), self.allowed)
+        asked = prompts * responses
+        return asked + 2 * self._pairs(min(prompts, sum(bool(row.target) for row in self.rows)), asked)
+
+    def _pairs(self, targets: int, asked: int) -> int:
+        """Rows that the reward is tried on with targets in the responses' place: two calls each; from 2, or 0."""
+        pairs = targets if self.allowed is None else min(targets, (self.allowed - asked) // 2)
+        return pairs if pairs > 1 else 0
+
+    def try_reward(self, trial: Trial) -> Tried:
+        """Ask the true reward for the trial's responses, and for targets; say what it can teach."""
+        gan, rows, responses, at_once = self.gan, trial.rows, trial.sampled.texts, self._at_once()
+        group = len(responses) // len(rows)
+        paired = [row for row in rows if row.target]
+        paired = paired[: self._pairs(len(paired), len(responses))]
+        calls = len(responses) + 2 * len(paired)
+        people = [func for func in gan._rewards if getattr(func, "interactive", False)]
+        retries, cached = gan.budget.counts["retries"], gan.budget.cached
+        if people:
+            print(f"Now you are asked about up to {calls} responses, to try the reward.", flush=True)
+        began = time.perf_counter()
+        _, ids, _ = trial.sampled.parts()
+        of_group = [row for row in rows for _ in range(group)]
+        answers, parts = gan.ask(of_group, responses, completion_ids=ids, **self.asking)
+        seconds = first = time.perf_counter() - began
+        rounds = -(-len(responses) // at_once)  # without targets nothing is asked twice: the start-up is included
+        reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), group)
+        of_step = "step 1" if gan.global_step == 0 else "the next step"
+        lines = [
+            f"\nThe reward, tried on {len(responses)} responses that {of_step} will sample:",
+            *_answers(rows, reward_PK, responses, parts),
+            _verdict_on_spread(reward_PK),
+            *self._verdict_on_ends(ids),
+        ]
+        if paired:
+            began = time.perf_counter()
+            own, other = (self._mean_reward(paired, targets) for targets in (paired, paired[1:] + paired[:1]))
+            seconds, rounds = time.perf_counter() - began, 2 * -(-len(paired) // at_once)
+            if not np.isnan(own + other):
+                warning = "" if own > other else "   ! the reward does not prefer a row's own target"
+                lines.append(f"  a row's own target {own:.3f}, another row's {other:.3f}{warning}")
+        each = seconds / rounds
+        together = f", {at_once} calls at once (reward_workers)" if at_once > 1 else ""
+        lines.append(
+            f"  {duration(each)} per call{together}; {duration(first)} for the first {len(responses)}, loading included"
+        )
+        retries, cached = gan.budget.counts["retries"] - retries, gan.budget.cached - cached
+        made = f", {counted(retries, 'retry', 'retries')}" if retries else ""
+        made += f"; {cached:,} of them came from the reward's own cache" if cached else ""
+        lines.append(f"  True-reward calls: {calls:,} in this dry run{made}")
+        for log in filter(None, (getattr(func, "log", None) for func in people)):
+            lines.append(f"  Your answers are in {log}. Training does not ask for them again.")
+        return Tried("\n".join(lines), calls, each, at_once)
+
+    def _mean_reward(self, rows: list[Row], targets: list[Row]) -> float:
+        """Of the targets as responses to the rows; NaN without an answer."""
+        answers, _ = self.gan.ask(rows, [row.target or "" for row in targets], **self.asking)
+        return float(np.mean([answer for answer in answers if answer is not None] or [np.nan]))
+
+    def _at_once(self) -> int:
+        """Calls that run at once, as `rewards.calling.Caller` makes them."""
+        funcs = self.gan._rewards
+        if any(hasattr(func, "batch") or rewards.takes_completions(func) for func in funcs):
+            return 1  # one call is about several responses
+        return self.config.reward_workers or (ASYNC_WORKERS if all(map(is_async, funcs)) else 1)
+
+    def _verdict_on_ends(self, ids: list[list[int]]) -> Iterator[str]:
+        """Responses that were cut have no end, and the reward judges an unfinished text."""
+        limit, ends = self.config.max_completion_length, self.players.base.eos_ids
+        cut = sum(len(response) >= limit and response[-1] not in ends for response in ids)
+        if cut and 2 * cut >= len(ids):
+            yield (
+                f"  ! {cut} of {len(ids)} responses were cut at max_completion_length={limit}: the reward judges "
+                "unfinished texts"
+            )
+
+    def time(self, step: Seconds, tried: Tried) -> list[str]:
+        """Seconds per step and for the whole run, and what they include."""
+        config, plan, steps, asked = self.config, self.plan, self.steps, calls_per_step(self.config)
+        rewarded = tried.seconds_for(asked)
+        asking = min(steps, plan.training / asked) if asked else 0.0  # steps in which the true reward is asked
+        learning = asking if config.disc_objective == "regression" else steps
+        sampled = config.prompts_per_step * config.num_generations
+        rewarding = asking * rewarded + plan.evaluations * tried.seconds_for(plan.rows)
+        sampling_held_out = plan.evaluating * (step.sampling + step.predicting) / sampled
+        every_step = step.sampling + step.generator + step.predicting
+        whole = steps * every_step + learning * step.discriminator + sampling_held_out + rewarding
+        evaluations = f" and {counted(plan.evaluations, 'evaluation')}" if plan.evaluations else ""
+        return [
+            f"about {duration(step.total + rewarded)} per step: sampling {duration(step.sampling)}, updates "
+            f"{duration(step.updating)}, true reward {duration(rewarded)}",
+            f"about {duration(whole)} for {counted(steps, 'step')}{evaluations}, {duration(rewarding)} of that for the "
+            f"{plan.total:,} calls of the true reward; saving checkpoints is not counted",
+            f"measured on {'one step' if step.whole else 'a part of one step'}, with responses of "
+            f"{step.lengths.response:.0f} tokens on average",
+        ]
+
+
+def _named(name: str, text: str) -> str:
+    """The name, and beside it the lines of the text, wrapped to 80 columns."""
+    wrap = textwrap.TextWrapper(width=80 - 15, break_long_words=False, break_on_hyphens=False)
+    lines = [part for line in text.splitlines() for part in wrap.wrap(line)]
+    return "\n".join(f"{'' if i else name:<15}{line}" for i, line in enumerate(lines))
+
+
+def _in_words(memory: Memory) -> str:
+    """The peak and its parts; of what takes turns, the largest."""
+    parts = list(memory.always.items())
+    if memory.in_turn:
+        parts.append(max(memory.in_turn.items(), key=lambda part: part[1]))
+    return f"about {size(memory.total)}: " + ", ".join(f"{name} {size(value)}" for name, value in parts)
 
 
 def _answers(rows: list[Row], reward_PK: np.ndarray, responses: list[str], parts: Parts) -> Iterator[str]:
@@ -336,77 +333,13 @@ def _answers(rows: list[Row], reward_PK: np.ndarray, responses: list[str], parts
         yield f"  {name}: {mean}"
 
 
-def _at_once(gan: LoraGAN) -> int:
-    """Calls that run at once, as `rewards.calling.Caller` makes them."""
-    funcs = gan._rewards
-    if any(map(_in_batches, funcs)):
-        return 1
-    asynchronous = all(is_async(func) for func in funcs)
-    return gan.config.reward_workers or (ASYNC_WORKERS if asynchronous else 1)
-
-
-def _allowed(gan: LoraGAN) -> int | None:
-    """Calls that a dry run may make: no more than reward_budget and reward_budget_total allow; None: no limit."""
-    left = [calls for calls in (gan.budget.left("training"), gan.budget.left("dry_run")) if calls is not None]
-    return min(left, default=None)
-
-
-def _plan(gan: LoraGAN, steps: int, held_out: int) -> Plan:
-    return planned(gan.config, first=gan.global_step, steps=steps, held_out=held_out, left=gan.budget.left())
-
-
-def _in_batches(func: Callable[..., Any]) -> bool:
-    """Whether one call of a reward is about several responses; reward_workers makes no difference then."""
-    return hasattr(func, "batch") or rewards.takes_completions(func)
-
-
-def _time(gan: LoraGAN, step: Seconds, tried: Tried, plan: Plan, steps: int) -> list[str]:
-    """Seconds per step and for the whole run, and what they include."""
-    config = gan.config
-    asked = calls_per_step(config)
-    rewarded = tried.seconds_for(asked)
-    asking = min(steps, plan.training / asked) if asked else 0.0  # steps in which the true reward is asked
-    if config.disc_objective == "real_vs_generated":
-        learning = float(steps)
-    else:
-        learning = asking
-    sampled = config.prompts_per_step * config.num_generations
-    rewarding = asking * rewarded + plan.evaluations * tried.seconds_for(plan.rows)
-    sampling_held_out = plan.evaluating * (step.sampling + step.predicting) / sampled
-    updates = step.generator + step.predicting
-    whole = steps * (step.sampling + updates) + learning * step.discriminator + sampling_held_out + rewarding
-    includes = counted(steps, "step") + (f" and {counted(plan.evaluations, 'evaluation')}" if plan.evaluations else "")
-    what = "one step" if step.whole else "a part of one step"
-    how = f"measured on {what}, with responses of {step.tokens:.0f} tokens on average"
-    return [
-        f"about {duration(step.total + rewarded)} per step: sampling {duration(step.sampling)}, updates "
-        f"{duration(step.updating)}, true reward {duration(rewarded)}",
-        f"about {duration(whole)} for {includes}, {duration(rewarding)} of that for the {plan.total:,} calls of the "
-        "true reward; saving checkpoints is not counted",
-        how,
-    ]
-
-
-def _verdict_on_spread(reward_PK: np.ndarray) -> list[str]:
+def _verdict_on_spread(reward_PK: np.ndarray) -> str:
     """What is learned from is the difference between responses to one prompt."""
-    answered_P = (~np.isnan(reward_PK)).sum(-1)
-    spread_P = np.array([np.nanstd(group) if n > 1 else np.nan for group, n in zip(reward_PK, answered_P, strict=True)])
-    if np.isnan(spread_P).all():
-        return ["  ! no prompt has two answers: there is nothing to compare, and nothing to learn from"]
-    flat = int((spread_P == 0).sum())
-    said = f"  rewards of one prompt's responses differ by {np.nanmean(spread_P):.3f} (standard deviation)"
-    if flat == len(spread_P):
-        return [f"{said}\n  ! every response is worth the same: there is nothing to learn from yet"]
-    return [said + (f"; none for {flat} of {len(spread_P)} prompts, which teach nothing" if flat else "")]
-
-
-def _verdict_on_ends(ids: list[list[int]], gan: LoraGAN) -> list[str]:
-    """Responses that were cut have no end, and the reward judges an unfinished text."""
-    limit, ends = gan.config.max_completion_length, gan.players.base.eos_ids
-    cut = sum(len(response) >= limit and response[-1] not in ends for response in ids)
-    if 2 * cut < len(ids) or not cut:
-        return []
-    return [
-        f"  ! {cut} of {len(ids)} responses were cut at max_completion_length={limit}: the reward judges unfinished "
-        "texts"
-    ]
+    spreads = [np.nanstd(group) for group in reward_PK if (~np.isnan(group)).sum() > 1]
+    if not spreads:
+        return "  ! no prompt has two answers: there is nothing to compare, and nothing to learn from"
+    said = f"  rewards of one prompt's responses differ by {np.mean(spreads):.3f} (standard deviation)"
+    flat = spreads.count(0)
+    if flat == len(reward_PK):
+        return f"{said}\n  ! every response is worth the same: there is nothing to learn from yet"
+    return said + (f"; none for {flat} of {len(reward_PK)} prompts, which teach nothing" if flat else "")

@@ -6,17 +6,22 @@ seconds.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..run.options import keep_options, kept_options, with_full_paths
+from ..run.options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
 from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
 from ..storage.json_lines import read_lines
+
+if TYPE_CHECKING:
+    from ..data import Row, Stream
+    from ..gan import LoraGAN
+    from .preview import Preview
 
 
 def run(config: Config, options: dict[str, Any]) -> None:
@@ -46,13 +51,19 @@ def run(config: Config, options: dict[str, Any]) -> None:
     steps = gan.steps_left(rows)
     if steps == 0:
         raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
-    try_step = _describe(gan, rows, held_out, steps=steps, dry_run=dry_run)
+    preview = _preview(gan, rows, held_out, steps)
+    print(preview.describe(dry_run=dry_run), flush=True)
     func: Any
     for func in rewards[0]:
         if getattr(func, "interactive", False) and func.log is None:
             func.keep(folder / "ratings.jsonl")  # what a person said, in a dry run too, is not asked again
     if dry_run:
-        try_step()
+        from ..gan import NO_GROUP
+
+        if config.num_generations == 1:
+            warnings.warn(NO_GROUP, stacklevel=1)
+        for paragraph in preview.dry_run():
+            print(paragraph, flush=True)
         return
     _fit(gan, rows, held_out, {**options, **config.to_file()}, identities)
     _say_result(gan, folder)
@@ -69,7 +80,7 @@ def _data(config: Config, options: dict[str, Any]) -> tuple[Any, Any, dict[str, 
     return rows, held_out, {"data": identity(data, rows), "eval_data": eval_data and identity(eval_data, held_out)}
 
 
-def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], reward_weights: list[float]) -> Any:
+def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], reward_weights: list[float]) -> LoraGAN:
     """The LoraGAN: new, or from the newest checkpoint, with a line for each thing that is not as before."""
     from ..gan import LoraGAN
     from ..run.resuming import adapter_arguments
@@ -80,7 +91,7 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
     folder, resume = Path(config.output_dir), options["resume"]
     generator = {
         "init_adapter": options["init_adapter"],
-        "peft_config": _lora("peft_config", options["peft_config"]),
+        "peft_config": _constructed("peft.LoraConfig", "peft_config", options["peft_config"]),
     }
     if resume:
         generator, said = adapter_arguments(folder, generator, config.kl_reference)
@@ -91,8 +102,10 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
         reward_funcs=reward_funcs,
         reward_weights=reward_weights,
         **generator,
-        disc_peft_config=_lora("disc_peft_config", options["disc_peft_config"]),
-        quantization_config=_quantization(options["quantization_config"]),
+        disc_peft_config=_constructed("peft.LoraConfig", "disc_peft_config", options["disc_peft_config"]),
+        quantization_config=_constructed(
+            "transformers.BitsAndBytesConfig", "quantization_config", options["quantization_config"]
+        ),
     )
     if resume:
         gan.load_checkpoint()
@@ -102,65 +115,50 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
     return gan
 
 
-def _describe(gan: Any, rows: Any, held_out: Any, *, steps: int, dry_run: bool) -> Callable[[], None]:
-    """Print what will be trained, held and asked for; returns what tries the next step and prints what it finds."""
+def _preview(gan: LoraGAN, rows: list[Row] | Stream, held_out: list[Row] | None, steps: int) -> Preview:
+    """What the run's next steps would do."""
     from .. import data
-    from ..gan import NO_GROUP
-    from . import preview
-    from .footprint import resident
+    from .preview import Preview
 
-    config = gan.config
-    first = data.take(rows, config.prompts_per_step, seed=config.seed, position=gan.position)
+    first = data.take(rows, gan.config.prompts_per_step, seed=gan.config.seed, position=gan.position)
     total = None if isinstance(rows, data.Stream) else len(rows)
-    judged, opened = 0 if held_out is None else len(held_out), resident()
-    said = preview.describe(gan, first, total=total, steps=steps, held_out=judged, opened=opened, dry_run=dry_run)
-    print(said, flush=True)
-
-    def try_step() -> None:
-        if config.num_generations == 1:
-            warnings.warn(NO_GROUP, stacklevel=1)
-        for paragraph in preview.dry_run(
-            gan,
-            first,
-            steps=steps,
-            held_out=judged,
-            opened=opened,
-            columns=data.column_names(rows),
-            max_steps=gan.global_step + steps,
-        ):
-            print(paragraph, flush=True)
-
-    return try_step
+    columns, judged = data.column_names(rows), 0 if held_out is None else len(held_out)
+    return Preview(gan, first, steps=steps, total=total, held_out=judged, columns=columns)
 
 
-def _fit(gan: Any, rows: Any, held_out: Any, options: dict[str, Any], identities: dict[str, Any]) -> None:
+def _fit(
+    gan: LoraGAN,
+    rows: list[Row] | Stream,
+    held_out: list[Row] | None,
+    options: dict[str, Any],
+    identities: dict[str, Any],
+) -> None:
     """Train. Options and identities are kept with the first step: what fails before leaves nothing."""
     from ..storage.checkpoint import complete
 
-    folder = Path(gan.config.output_dir)
-    settings: list[Path] = []
+    folder, before = Path(gan.config.output_dir), gan.global_step
 
     def keep(record: dict[str, Any]) -> None:
-        if not settings:
-            settings.append(keep_options(folder, options))
+        if record["step"] == before + 1:
+            keep_options(folder, options)
             keep_identities(folder, identities)
 
     try:
         gan.fit(rows, eval_dataset=held_out, on_step=keep)
     except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
-        if settings and complete(folder):
+        if gan.global_step > before and complete(folder):
             # A row or a reward that is not as it must be would end the resumed run at the same place.
             first = "when that is mended, " if isinstance(stop, ValueError | RuntimeError) else ""
             saved = "" if isinstance(stop, KeyboardInterrupt | SystemExit) else f"step {gan.global_step} is saved; "
-            go_on = f"{saved}{first}go on with: lora-gan train --config {settings[0]} --resume"
+            go_on = f"{saved}{first}go on with: lora-gan train --config {folder / SETTINGS_FILE} --resume"
             stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
         raise
     finally:
-        if settings:  # a step was taken
+        if gan.global_step > before:
             _draw(gan, folder)
 
 
-def _say_result(gan: Any, folder: Path) -> None:
+def _say_result(gan: LoraGAN, folder: Path) -> None:
     from ..storage.checkpoint import complete
 
     names = ("metrics.jsonl", "completions.jsonl", "training.png")
@@ -185,7 +183,7 @@ def _judged(folder: Path) -> str:
     return f"Held-out reward: {', '.join(shown)}.\n" if values else ""
 
 
-def _draw(gan: Any, folder: Path) -> None:
+def _draw(gan: LoraGAN, folder: Path) -> None:
     """training.png of a run, however it ended. What goes wrong here hides nothing that ended the run."""
     from ..run.plots import plot_run
 
@@ -220,24 +218,12 @@ def _say_if_other_reward(folder: Path, reward: Any) -> None:
         _say(f"The reward is another one than before: {before} up to here, {reward} from now on.")
 
 
-def _lora(name: str, fields: dict[str, Any] | None) -> Any:
+def _constructed(kind: str, name: str, fields: dict[str, Any] | None) -> Any:
+    """An object of a class in peft or transformers, from its fields; None without any."""
     if fields is None:
         return None
-    from peft import LoraConfig
-
-    return _constructed(LoraConfig, name, fields)
-
-
-def _quantization(fields: dict[str, Any] | None) -> Any:
-    if fields is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return _constructed(BitsAndBytesConfig, "quantization_config", fields)
-
-
-def _constructed(kind: type, name: str, fields: dict[str, Any]) -> Any:
+    library, _, called = kind.partition(".")
     try:
-        return kind(**fields)
+        return getattr(importlib.import_module(library), called)(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={fields!r} is not accepted by {kind.__name__}: {error}") from error
+        raise ValueError(f"{name}={fields!r} is not accepted by {called}: {error}") from error

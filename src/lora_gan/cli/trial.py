@@ -10,10 +10,10 @@ with optimizers, replay and baselines of their own, and with made-up rewards: th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import torch
 from .. import randomness
 from ..config import Config
 from ..data import Row
+from ..gan import LoraGAN
 from ..model.sampling import Rollout
 from ..storage.checkpoint import PLAYERS
 from ..training import estimate
@@ -28,12 +29,10 @@ from ..training.discriminator import Discriminator
 from ..training.experience import Experience, RetainedFeatures
 from ..training.generator import Generator
 from ..training.replay import answered_groups
-from .footprint import Growth
+from .footprint import Growth, Lengths, spare_share
 from .plan import calls_per_step
 
-if TYPE_CHECKING:
-    from ..gan import LoraGAN
-
+Result = TypeVar("Result")
 PROMPTS, RESPONSES = 4, 4  # the reward is tried on at most so many responses to so many prompts
 AFFORDED = 10.0  # seconds that timing a whole step may take; a step that takes longer is timed on one group
 AGAIN = 2.0  # updates that take less are timed again: memory that was given back for `Growth` is there again
@@ -48,23 +47,18 @@ class Seconds:
         generator: one step's updates of the generator.
         predicting: the discriminator's predictions of all responses.
         discriminator: one step's updates of the discriminator, while the true reward is asked.
-        tokens: mean length of the responses, in tokens.
-        longest: length of the longest.
+        lengths: tokens of the step's prompts, and of the responses that were sampled.
         whole: whether everything was timed at its full size, and not on a part of it.
-        groups, responses: what the updates were timed on.
-        grew: bytes by which the process grew at most during these updates; 0: not known.
+        spare: bytes that the process holds beside each byte of an update (`footprint.spare_share`).
     """
 
     sampling: float
     generator: float
     predicting: float
     discriminator: float
-    tokens: float
-    longest: int
+    lengths: Lengths
     whole: bool
-    groups: int = 0
-    responses: int = 0
-    grew: float = 0.0
+    spare: float = 0.0
 
     @property
     def updating(self) -> float:
@@ -107,9 +101,8 @@ class Trial:
         ).astype(int)
         self.rows = [rows[j] for j in first_P]
         prompts = [self.prompts[j] for j in first_P]
-        began = _now(gan)
-        self.sampled = gan._sample(prompts, self.uniforms_BT[torch.from_numpy(self.index_B)])
-        self._sampling = _now(gan) - began
+        uniforms_BT = self.uniforms_BT[torch.from_numpy(self.index_B)]
+        self._sampling, self.sampled = self._timed(lambda: gan._sample(prompts, uniforms_BT))
 
     def _asked(self) -> np.ndarray:
         """Which of the step's responses the true reward will be asked about, bool [B]; where that depends on the
@@ -128,34 +121,49 @@ class Trial:
 
     def seconds(self) -> Seconds:
         """Time the step. Everything it changes is undone."""
-        gan, config = self.gan, self.gan.config
-        responses = len(self.prompts) * config.num_generations
+        gan, config, prompts = self.gan, self.gan.config, self.prompts
+        responses = len(prompts) * config.num_generations
         sampled, rows, sampling = self.sampled, self.rows, self._sampling * responses / len(self.sampled)
         if sampling <= AFFORDED:
-            uniforms_PKT = self.uniforms_BT.reshape(len(self.prompts), self.per_prompt, -1)
+            uniforms_PKT = self.uniforms_BT.reshape(len(prompts), self.per_prompt, -1)
             uniforms_BT = uniforms_PKT[:, : config.num_generations].flatten(0, 1)
-            began = _now(gan)
-            sampled, rows = gan._sample(self.prompts, uniforms_BT), self.step_rows
-            sampling = _now(gan) - began
-        tokens, longest = float(sampled.lengths_B.mean()), int(sampled.lengths_B.max())
+            sampling, sampled = self._timed(lambda: gan._sample(prompts, uniforms_BT))
+            rows = self.step_rows
+        lengths_P = list(map(len, prompts))
+        lengths = Lengths(
+            float(np.mean(lengths_P)), max(lengths_P), float(sampled.lengths_B.mean()), int(sampled.lengths_B.max())
+        )
         in_step = _tokens(sampled) * responses / len(sampled)
 
         # One group first. It also warms up what is only done once.
-        group = sampled.rows(np.flatnonzero(sampled.group_B == sampled.group_B[0]))
+        tried = sampled.rows(np.flatnonzero(sampled.group_B == sampled.group_B[0]))
         with Growth() as growth:
-            updates = self._timed_updates(group, rows[:1])
-        share = _tokens(group) / in_step
-        if sum(updates) / share <= AFFORDED:
-            group = sampled
+            updates = self._timed_updates(tried, rows[:1])
+        if sum(updates) * in_step / _tokens(tried) <= AFFORDED:
+            tried = sampled
             with Growth() as growth:
-                updates, share = self._timed_updates(sampled, rows), _tokens(sampled) / in_step
+                updates = self._timed_updates(tried, rows)
             if sum(updates) <= AGAIN:
-                updates = self._timed_updates(sampled, rows)
-        whole = share == 1 and len(sampled) == responses
+                updates = self._timed_updates(tried, rows)
+        share, groups = _tokens(tried) / in_step, len(np.unique(tried.group_B))
         generator, predicting, discriminator = (seconds / share for seconds in updates)
-        discriminator *= _asked_share(config)
-        groups, grew = len(np.unique(group.group_B)), growth.bytes
-        return Seconds(sampling, generator, predicting, discriminator, tokens, longest, whole, groups, len(group), grew)
+        if config.disc_objective == "regression":  # it learns from the responses that are asked about
+            discriminator *= calls_per_step(config) / (config.prompts_per_step * config.num_generations)
+        whole = share == 1 and len(tried) == responses
+        spare = spare_share(gan.players, config, lengths, groups=groups, responses=len(tried), grew=growth.bytes)
+        return Seconds(sampling, generator, predicting, discriminator, lengths, whole, spare)
+
+    def _timed(self, work: Callable[[], Result]) -> tuple[float, Result]:
+        """Seconds until the device has done some work, and its result."""
+        began = self._now()
+        result = work()
+        return self._now() - began, result
+
+    def _now(self) -> float:
+        """Seconds on a clock, once the device has done what it was told."""
+        if self.gan.players.device.type == "cuda":
+            torch.cuda.synchronize(self.gan.players.device)
+        return time.perf_counter()
 
     def _timed_updates(self, sampled: Rollout, rows: list[Row]) -> tuple[float, float, float]:
         """Seconds of the generator's updates, of predictions, and of the discriminator's updates if the true reward of
@@ -163,24 +171,22 @@ class Trial:
         gan, config = self.gan, self.gan.config
         signal = config.signal(config.adversarial)
         through = config.gradient_path == "straight_through"
-        group_B = np.unique(sampled.group_B, return_inverse=True)[1]
-        sampled = replace(sampled, group_B=group_B)
+        sampled = replace(sampled, group_B=np.unique(sampled.group_B, return_inverse=True)[1])
         with undone(gan) as (generator, discriminator):
-            began = _now(gan)
-            features = RetainedFeatures()
-            if through:
-                predicted_MB = discriminator.predict(sampled)
-            else:
-                predicted_MB, features = discriminator.predict_to_learn(sampled)
-            predicting = _now(gan) - began
-            answered = np.ones(len(sampled), dtype=bool)
+
+            def predict() -> tuple[np.ndarray, RetainedFeatures]:
+                if through:
+                    return discriminator.predict(sampled), RetainedFeatures()
+                return discriminator.predict_to_learn(sampled)
+
+            predicting, (predicted_MB, features) = self._timed(predict)
             experience = Experience(
                 step=gan.global_step,
                 rows=rows,
-                prompts=[self.gan.players.encoder.prompt(row) for row in rows],
+                prompts=[gan.players.encoder.prompt(row) for row in rows],
                 rollout=sampled,
                 predicted_MB=predicted_MB,
-                asked_B=answered,
+                asked_B=np.ones(len(sampled), dtype=bool),
                 true_B=randomness.uniforms(len(sampled), config.seed, gan.global_step, "trial"),
                 inclusion_B=np.ones(len(sampled)),
                 features=features,
@@ -189,29 +195,18 @@ class Trial:
             if config.disc_objective == "regression":
                 discriminator.replay.extend(list(answered_groups(experience, config).values()))
 
-            def update_discriminator() -> float:
-                began = _now(gan)
-                discriminator.update(experience)
-                return _now(gan) - began
-
-            def update_generator() -> float:
-                began = _now(gan)
+            def update_generator() -> None:
                 with discriminator.scoring():
                     generator.update(
-                        rows,
-                        experience if config.reward_weight else None,
-                        signal,
-                        config.imitation_weight,
+                        rows, experience if config.reward_weight else None, signal, config.imitation_weight
                     )
-                return _now(gan) - began
 
-            if through:  # the order that a step has
-                learning = update_generator()
-                judging = update_discriminator()
-            else:
-                judging = update_discriminator()
-                learning = update_generator()
-        return learning, predicting, judging
+            def update_discriminator() -> None:
+                discriminator.update(experience)
+
+            both = (update_generator, update_discriminator) if through else (update_discriminator, update_generator)
+            seconds = {update: self._timed(update)[0] for update in both}  # in the order that a step has
+        return seconds[update_generator], predicting, seconds[update_discriminator]
 
 
 @contextmanager
@@ -252,21 +247,7 @@ def shape_of_trial(config: Config, prompts: int, limit: int | None = None) -> tu
     return chosen, count
 
 
-def _asked_share(config: Config) -> float:
-    """Share of a step's responses that the discriminator learns from."""
-    if config.disc_objective == "real_vs_generated":
-        return 1.0
-    return calls_per_step(config) / (config.prompts_per_step * config.num_generations)
-
-
 def _tokens(sampled: Rollout) -> int:
     """Tokens that an update computes: each group's prompt once, and the responses."""
     prompts, responses, _ = sampled.parts()
     return sum(map(len, prompts)) + sum(map(len, responses))
-
-
-def _now(gan: LoraGAN) -> float:
-    """Seconds on a clock, once the device has done what it was told."""
-    if gan.players.device.type == "cuda":
-        torch.cuda.synchronize(gan.players.device)
-    return time.perf_counter()

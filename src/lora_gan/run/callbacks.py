@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from transformers import (
@@ -49,8 +48,7 @@ Callback = TrainerCallback | type[TrainerCallback]
 def check_callbacks(callbacks: Sequence[Callback] | None) -> list[Callback]:
     """The callbacks, as a list; what is none raises."""
     for callback in callbacks or ():
-        kind = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(kind, TrainerCallback):
+        if not _is_a(callback, TrainerCallback):
             raise ValueError(f"callbacks must be transformers.TrainerCallback objects or classes, not {callback!r:.80}")
     return list(callbacks or ())
 
@@ -72,7 +70,6 @@ class Arguments:
         self.eval_steps = config.eval_steps or max(1, max_steps)
         self.eval_strategy = IntervalStrategy.STEPS if evaluates else IntervalStrategy.NO
         self.run_name = config.run_name or Path(config.output_dir).resolve().name
-        self.metric_for_best_model, self.greater_is_better = config.metric_for_best_model, config.greater_is_better
         self.load_best_model_at_end = False
 
     def __getattr__(self, name: str) -> Any:
@@ -143,7 +140,8 @@ class Run:
         )
         shown = progress and not any(_is_a(callback, ProgressCallback) for callback in own)  # it shows its own
         self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
-        self.window, self.num_tokens = tracking.Window(), 0
+        self._unlogged: list[Mapping[str, Any]] = []  # numbers of the steps since the last line of metrics
+        self.num_tokens = 0
         self._evaluated_at: int | None = None
         self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, where they still must go
         self.saved_steps: set[int] = set()  # of the checkpoints that this run has written
@@ -177,9 +175,7 @@ class Run:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:
             self._keep_last()
             self._log_late_calls()
@@ -237,7 +233,7 @@ class Run:
         ended = int(epoch) > int(self.state.epoch)
         self.state.global_step, self.state.epoch = record["step"], epoch
         self.state.num_input_tokens_seen = self.num_tokens
-        self.window.add(values)
+        self._unlogged.append(values)
         self.display.update(record["step"], values)
         if self.carried.config.log_completions:
             self._keep_samples(record["step"], tracking.samples_of(record, rows))
@@ -246,7 +242,7 @@ class Run:
             self._end_epoch()  # here, so that what it asks for is done
         notices = [*record["alarms"], *record["notices"]]
         if self.control.should_log:
-            self._log(self.window.take(), notices)
+            self._log_steps(notices)
         elif notices:  # a line of their own, at once: the next line of numbers may never come
             self._write({"step": record["step"], "notices": notices})
         self._end_if_told()
@@ -255,8 +251,7 @@ class Run:
         """What `gan.evaluate` found: its means, and what rewards gave log_metric, are logged as eval_<name>."""
         means = {name: metric["mean"] for name, metric in result["metrics"].items()}
         means |= {"distinct_2": result["distinct_2"], **result.get("logged", {})}
-        metrics = {f"eval_{name}": value for name, value in means.items()}
-        metrics = tracking.measured(metrics)
+        metrics = tracking.measured({f"eval_{name}": value for name, value in means.items()})
         self._evaluated_at = self.state.global_step
         if self._best_name not in metrics and (self._stops_early or self.args.save_best):
             raise ValueError(
@@ -284,7 +279,7 @@ class Run:
             carried.generator.optimizer.adamw,
             carried.generator.optimizer.schedule,
         )
-        self.window, self.num_tokens, self._evaluated_at = tracking.Window(), 0, None
+        self._unlogged, self.num_tokens, self._evaluated_at = [], 0, None
         self._last_samples = {}
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
@@ -307,8 +302,8 @@ class Run:
         if reason is not None and not self.control.should_training_stop:
             self.control.should_training_stop = True
             self.ends(reason)
-            if self.window.steps:
-                self._log(self.window.take())
+            if self._unlogged:
+                self._log_steps()
             self._end_if_told()
 
     def saved(self, path: Path) -> None:
@@ -333,6 +328,10 @@ class Run:
             raise ValueError(
                 "a callback set should_epoch_stop, but fit() cuts no epoch short: should_training_stop ends"
             )
+
+    def _log_steps(self, notices: Sequence[str] = ()) -> None:
+        values, self._unlogged = tracking.averaged(self._unlogged), []
+        self._log(values, notices)
 
     def _log(self, values: dict[str, Any], notices: Sequence[str] = ()) -> None:
         """Log these numbers; callbacks and trackers get no notices."""
@@ -417,5 +416,4 @@ def _is_a(callback: Callback, kind: type[TrainerCallback]) -> bool:
 
 def _counts(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a line of metrics, the counts of reward calls beside those of training and the total."""
-    other = (name for name in values if name.startswith("reward_calls/") and name != "reward_calls/total")
-    return {name: values[name] for name in other}
+    return {name: n for name, n in values.items() if name.startswith("reward_calls/") and name != "reward_calls/total"}

@@ -24,6 +24,7 @@ from ..wording import duration, shortened
 from .ending import Ending
 from .tracking import part_of
 
+POINTS = 20  # of a trend, at most: on 80 columns it stands beside the longest names and numbers
 PLAIN_SECONDS = 10.0  # between plain lines
 WATCHED = {
     "reward": "reward",
@@ -57,7 +58,7 @@ def aside_for(rewards: Sequence[Any]) -> Iterator[None]:
 
 
 class Series:
-    """One number over the steps, in constant memory: its first and last values, and at most 32 points between."""
+    """One number over the steps, in constant memory: its first and last values, and fewer than POINTS between."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -77,7 +78,7 @@ class Series:
         if self.count % self._stride == 0:
             self.points.append(self._pending)
             self._pending = 0.0
-        if len(self.points) == 32:
+        if len(self.points) == POINTS:
             self.points = [(a + b) / 2 for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
             self._stride *= 2
 
@@ -125,7 +126,6 @@ class Display:
 
     def __enter__(self) -> Display:
         global _current
-        self._began = self._said_at = time.monotonic()
         if self.is_live:
             self._start()
             _current = self
@@ -236,7 +236,7 @@ class Display:
         wide = self.console.width >= 60
         parts: list[Any] = [
             self._progress(wide),
-            self._numbers(trends=wide and self.console.encoding.startswith("utf")),
+            self._numbers(trends=self.console.width >= 80 and self.console.encoding.startswith("utf")),
         ]
         if "reward_calls" in self.series:
             parts.append(Text(f"{WATCHED['reward_calls']} {self._calls_in_words()}"))
@@ -259,25 +259,19 @@ class Display:
     def _numbers(self, *, trends: bool) -> Table:
         series = dict(self.series)  # the main thread may add to it meanwhile
         parts = [name for name in series if name not in WATCHED]
-        rows: list[tuple[str, str, str, list[float]]] = []
+        table = Table(box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for name in ("now", "change"):
+            table.add_column(name, justify="right", no_wrap=True)
+        if trends:
+            table.add_column("since the start", no_wrap=True)
         for name in sorted(series.keys() - {"reward_calls"} - set(parts if len(parts) == 1 else []), key=_place):
             one = series[name]
             label = WATCHED.get(name) or shortened(part_of(name) or name, 24)
             # One that was not measured in this step says when it was.
             now = _number(one.now) if one.step == self.step else f"at step {one.step}: {_number(one.now)}"
-            rows.append((label, now, "" if one.change is None else f"{one.change:+.3f}", one.points))
-        widths = [max(map(len, column), default=0) for column in list(zip(*rows, strict=True))[:3]]
-        room = self.console.width - sum(widths) - 8  # the names of the columns are no wider; a space between two
-        table = Table(box=None, pad_edge=False)
-        table.add_column("", no_wrap=True)
-        for name in ("now", "change"):
-            table.add_column(name, justify="right", no_wrap=True)
-        if trends and room > 8:
-            table.add_column("since the start", no_wrap=True)
-        for label, now, change, points in rows:
-            while len(points) > room > 8:
-                points = points[::2]
-            table.add_row(*map(Text, (label, now, change)), *([sparkline(points)] if trends and room > 8 else []))
+            change = "" if one.change is None else f"{one.change:+.3f}"
+            table.add_row(*map(Text, (label, now, change)), *([sparkline(one.points)] if trends else []))
         return table
 
     def _samples(self, wide: bool) -> Table:

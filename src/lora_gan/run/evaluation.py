@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -12,23 +12,8 @@ from .. import randomness
 from ..data import Row
 from ..model.players import Player
 from ..rewards import Notes, text
-from ..rewards.budget import Purpose
 from ..rewards.combine import Parts
 from . import tables, tracking
-
-
-class Asks(Protocol):
-    """`LoraGAN.ask`: the true reward of responses, and its parts by name."""
-
-    def __call__(
-        self,
-        rows: list[Row],
-        responses: list[str],
-        *,
-        completion_ids: list[list[int]] | None,
-        notes: Notes,
-        purpose: Purpose,
-    ) -> tuple[list[float | None], Parts]: ...
 
 
 def evaluate(
@@ -36,7 +21,7 @@ def evaluate(
     *,
     generate: Callable[..., list[str]],
     score: Callable[..., list[float]],
-    ask: Asks,
+    ask: Callable[..., tuple[list[float | None], Parts]],
     temperature: float | None = None,
     player: Player = "generator",
     best_of: int = 1,
@@ -79,13 +64,12 @@ def evaluate(
         columns |= {f"rewards/{name}": part for name, part in parts.items()}
     columns |= _compared(rows, responses)
     metrics = {name: interval(values) for name, values in columns.items()}
-    logged = tracking.measured(tracking.logged_metrics(notes, (*metrics, "distinct_2")))
     return {
         "metrics": metrics,
         "distinct_2": text.distinct_n(responses, 2),
         "per_row": columns,
         "samples": _samples(rows, responses, true, predicted, notes),
-        "logged": logged,
+        "logged": tracking.measured(tracking.logged_metrics(notes, (*metrics, "distinct_2"))),
     }
 
 
@@ -93,14 +77,10 @@ def _samples(
     rows: list[Row], responses: list[str], true: list[float | None], predicted: list[float], notes: Notes
 ) -> list[dict[str, Any]]:
     """Each row with its response and rewards, and what rewards gave log_extra."""
-    samples = [
-        {"prompt": row.prompt, "target": row.target, "response": response, "true_reward": t, "pred_reward": p}
-        for row, response, t, p in zip(rows, responses, true, predicted, strict=True)
-    ]
-    for column, values in tracking.logged_extras(notes, tuple(samples[0]) if samples else ()).items():
-        for sample, value in zip(samples, values, strict=True):
-            sample[column] = value
-    return samples
+    names = ("prompt", "target", "response", "true_reward", "pred_reward")
+    columns = ([row.prompt for row in rows], [row.target for row in rows], responses, true, predicted)
+    whole = dict(zip(names, columns, strict=True)) | tracking.logged_extras(notes, names)
+    return [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
 
 
 def _compared(rows: list[Row], responses: list[str]) -> dict[str, list[float | None]]:
@@ -125,20 +105,18 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         where either is not measured are left out, and None stands where none is left.
         distinct_2, logged: differences of the plain numbers, without an interval.
     """
-    values, others = one["per_row"], other["per_row"]
-    for name in values.keys() & others.keys():
-        if len(values[name]) != len(others[name]):
+    metrics = {}
+    for name, values in one["per_row"].items():
+        others = other["per_row"].get(name, values)
+        if len(values) != len(others):
             raise ValueError(
-                f"the evaluations are of {len(values[name])} and {len(others[name])} rows: compare two of the same rows"
+                f"the evaluations are of {len(values)} and {len(others)} rows: compare two of the same rows"
             )
+        if name in other["per_row"]:
+            pairs = zip(values, others, strict=True)
+            metrics[name] = interval([None if a is None or b is None else a - b for a, b in pairs])
     return {
-        "metrics": {
-            name: interval(
-                [None if a is None or b is None else a - b for a, b in zip(values[name], others[name], strict=True)]
-            )
-            for name in values
-            if name in others
-        },
+        "metrics": metrics,
         "distinct_2": one["distinct_2"] - other["distinct_2"],
         "logged": {
             name: value - other["logged"][name] for name, value in one["logged"].items() if name in other["logged"]

@@ -16,18 +16,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # as a person calls them
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal came, and everything is as the last whole step left it."""
 
-    def __init__(self, *args: object, number: int = signal.SIGINT) -> None:
+    def __init__(self, *args: object, number: int) -> None:
         super().__init__(*args)
-        self.number = number
-
-    @property
-    def cause(self) -> str:
-        """The signal, as a person calls it."""
-        return "SIGTERM" if self.number == signal.SIGTERM else "Ctrl-C"
+        self.number, self.cause = number, NAMES[signal.Signals(number)]
 
     def ending(self, message: str) -> BaseException:
         """What fit() ends with: KeyboardInterrupt after Ctrl-C, Terminated after SIGTERM."""
@@ -37,19 +34,14 @@ class Interrupted(KeyboardInterrupt):
 class Terminated(SystemExit):
     """SIGTERM, as from a scheduler that takes the machine back; the process ends with the status a shell expects."""
 
-    code: int
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
-        self.code = 128 + signal.SIGTERM
+    code: int = 128 + signal.SIGTERM
 
 
 class Interrupts:
     """Within `catching()` the first signal is kept for `check()`; the second raises at once."""
 
     def __init__(self) -> None:
-        self._requested = False
-        self._number: int = signal.SIGINT  # of the signal that came
+        self._came: int | None = None  # the signal that came
         self._process = os.getpid()  # whose signals these are
         self._harmless = False  # whether raising now would leave nothing half-done
 
@@ -57,38 +49,38 @@ class Interrupts:
     def catching(self) -> Iterator[None]:
         """In threads other than the main one, where Python delivers no signals, nothing is caught; nor is SIGTERM where
         the process was told to ignore it."""
-        self._requested, self._number, self._process = False, signal.SIGINT, os.getpid()
+        self._came, self._process = None, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before: dict[signal.Signals, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in NAMES:
             # SIGINT is ignored in whatever a shell starts in the background, where it is asked for all the same.
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, self._handle)
         try:
             yield
         finally:
-            self._requested = False
+            self._came = None
             for number, handler in before.items():
                 if handler is not None:  # None: set by C code, which signal() cannot put back
                     signal.signal(number, handler)
 
     def check(self) -> None:
         """Between steps: raise Interrupted where a signal came."""
-        if self._requested:
-            raise Interrupted(number=self._number)
+        if self._came:
+            raise Interrupted(number=self._came)
 
     @contextmanager
     def harmless(self) -> Iterator[None]:
         """What runs inside may be broken off at any point: a signal, or one that came before, raises Interrupted."""
         self._harmless = True
         try:
-            if self._requested:
+            if self._came:
                 raise KeyboardInterrupt
             yield
         except KeyboardInterrupt as stop:  # a person who is asked for rewards may quit, too
-            raise Interrupted(*stop.args, number=self._number) from stop
+            raise Interrupted(*stop.args, number=self._came or signal.SIGINT) from stop
         finally:
             self._harmless = False
 
@@ -97,15 +89,14 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        is_second, self._came = self._came is not None, number
         if self._harmless:
-            self._number = number
             raise KeyboardInterrupt
-        if self._requested:
+        if is_second:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        self._requested, self._number = True, number
         print(
-            f"\n{'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}: the run stops after this step and saves it. A "
-            "second signal stops at once, and the step is lost",
+            f"\n{NAMES[signal.Signals(number)]}: the run stops after this step and saves it. A second signal stops at "
+            "once, and the step is lost",
             file=sys.stderr,
             flush=True,
         )

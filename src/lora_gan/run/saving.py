@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from pathlib import Path
 
 from ..state import State
@@ -28,8 +29,7 @@ class Saver:
     def __init__(self, state: State, folder: Path, saved: Callable[[Path], None], *, beside: bool) -> None:
         self.state, self.folder, self.saved, self.beside = state, folder, saved, beside
         self.last: Path | None = None  # the newest that stands
-        self._thread: threading.Thread | None = None
-        self._outcome: Path | Exception | None = None
+        self._writing: Future[Path] | None = None
         self._retry_at: int | None = None  # the step at which to try again after a failure
         self._wait = 1  # steps between tries, doubled each time
 
@@ -46,18 +46,20 @@ class Saver:
         if self.state.generator.optimizer.skipped or self.state.discriminator.optimizer.skipped:
             limit = None  # an older one may be the last good one, which on_nonfinite="rollback" goes back to
 
+        writing = self._writing = Future()
+
         def write() -> None:
             try:
-                self._outcome = checkpoint.write(content, self.folder, step, limit=limit, keep=keep)
-            except Exception as error:  # told in the thread that trains
-                self._outcome = error
+                writing.set_result(checkpoint.write(content, self.folder, step, limit=limit, keep=keep))
+            except BaseException as error:  # told in the thread that trains
+                writing.set_exception(error)
 
-        self._thread = threading.Thread(target=write, name="lora-gan checkpoint", daemon=True)
-        self._thread.start()
+        # No executor: Python waits for an executor's threads when it ends, and a second signal must end it at once.
+        threading.Thread(target=write, name="lora-gan checkpoint", daemon=True).start()
 
     def look(self) -> bool:
         """Between steps: tell of what was written meanwhile; whether a checkpoint that failed is due again."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._writing is not None and self._writing.done():
             self.settle()
         return self._retry_at is not None and self.state.global_step >= self._retry_at
 
@@ -76,27 +78,28 @@ class Saver:
 
     def settle(self, *, raising: bool = False) -> None:
         """Wait for what is being written, and tell of it."""
-        if self._thread is None:
+        if self._writing is None:
             return
-        self._thread.join()
-        outcome, self._thread, self._outcome = self._outcome, None, None
-        if isinstance(outcome, Path):
-            self.last, self._retry_at, self._wait = outcome, None, 1
-            self.saved(outcome)
-        elif isinstance(outcome, OSError) and not raising:
+        writing, self._writing = self._writing, None
+        try:
+            self.last = writing.result()
+        except OSError as error:
+            if raising:
+                raise
             self._retry_at, self._wait = self.state.global_step + self._wait, 2 * self._wait
             warnings.warn(
-                f"a checkpoint could not be written to {self.folder} ({outcome}): training goes on UNSAVED, and tries "
+                f"a checkpoint could not be written to {self.folder} ({error}): training goes on UNSAVED, and tries "
                 f"again at step {self._retry_at}; make room there",
                 stacklevel=3,
             )
-        elif outcome is not None:
-            raise outcome
+        else:
+            self._retry_at, self._wait = None, 1
+            self.saved(self.last)
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         in_a_hurry = kind is not None and not issubclass(kind, Exception)  # a second signal: what is half-written stays
-        if self._thread is not None and not in_a_hurry:
-            self._thread.join()
+        if self._writing is not None and not in_a_hurry:
+            self._writing.exception()  # waits

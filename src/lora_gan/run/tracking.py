@@ -245,48 +245,38 @@ def part_of(name: str) -> str | None:
     return name.removeprefix("rewards/").removesuffix("/mean") if is_mean else None
 
 
-def _is_latest(name: str) -> bool:
-    return name in LATEST or name.startswith("reward_calls/")
+def averaged(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over some steps, or the latest of what is a total or a setting; each over the steps that measured it."""
 
+    def is_latest(name: str) -> bool:
+        return name in LATEST or name.startswith("reward_calls/")
 
-class Window:
-    """The steps since the last line of metrics: means, or the latest of what is a total or a setting."""
-
-    def __init__(self) -> None:
-        self.steps: list[Mapping[str, Any]] = []
-
-    def add(self, values: Mapping[str, Any]) -> None:
-        self.steps.append(values)
-
-    def take(self) -> dict[str, Any]:
-        """What they come to; the next window begins. Steps in which a number was not measured do not count for it."""
-        columns: dict[str, list[Any]] = {}
-        for values in self.steps:
-            for name, value in values.items():
-                columns.setdefault(name, []).append(value)
-        self.steps = []
-        return {
-            name: column[-1] if _is_latest(name) or len(column) == 1 else sum(column) / len(column)
-            for name, column in columns.items()
-        }
+    columns: dict[str, list[Any]] = {}
+    for values in steps:
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    return {
+        name: sum(column) / len(column) if len(column) > 1 and not is_latest(name) else column[-1]
+        for name, column in columns.items()
+    }
 
 
 def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every response of a step with its rewards, as completions.jsonl holds it; `record` is of several prompts."""
     samples = []
     for j, row in enumerate(rows):
-        for response, true, predicted in zip(
-            *(record[name][j] or () for name in ("responses", "true_rewards", "pred_rewards")), strict=True
-        ):
-            sample = {"step": record["step"], "prompt": row.prompt, "completion": response}
-            sample |= {
-                "true_reward": true,
+        for i, response in enumerate(record["responses"][j] or ()):
+            predicted = record["pred_rewards"][j][i]
+            sample = {
+                "step": record["step"],
+                "prompt": row.prompt,
+                "completion": response,
+                "true_reward": record["true_rewards"][j][i],
                 "pred_reward": predicted if predicted is not None and math.isfinite(predicted) else None,
             }
-            samples.append(sample if row.target is None else sample | {"target": row.target})
-        for column, groups in record.get("extra", {}).items():
-            for sample, value in zip(samples[len(samples) - len(groups[j]) :], groups[j], strict=True):
-                sample[column] = value
+            if row.target is not None:
+                sample["target"] = row.target
+            samples.append(sample | {column: groups[j][i] for column, groups in record.get("extra", {}).items()})
     return samples
 
 
