@@ -17,10 +17,10 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .. import randomness
 from .fast_lora import merged_adapter
-from .kv_cache import RowCache, preallocated_cache
 from .packing import Batch
 from .players import Players
 from .tokens import pad
@@ -110,7 +110,7 @@ def sample(
         FloatingPointError: logits that are not finite, from which any token could be read.
     """
     per_prompt = len(uniforms_BT) // len(prompts)
-    cache, mask_BL, logits_BV = _prefill(players, prompts, per_prompt, uniforms_BT.shape[1])
+    cache, mask_BL, logits_BV = _prefill(players, prompts, per_prompt)
     responses = _decode(players, cache, mask_BL, logits_BV, uniforms_BT.to(players.device), temperature, top_p)
     return Rollout(
         players,
@@ -121,28 +121,26 @@ def sample(
     )
 
 
-def _prefill(
-    players: Players, prompts: list[list[int]], per_prompt: int, length: int
-) -> tuple[RowCache, Tensor, Tensor]:
-    """Read each prompt once; the cache, the mask and the next token's logits of its `per_prompt` rows, with room for
-    `length` tokens more."""
+def _prefill(players: Players, prompts: list[list[int]], per_prompt: int) -> tuple[DynamicCache, Tensor, Tensor]:
+    """Read each prompt once; the cache, the mask and the next token's logits of its `per_prompt` rows."""
     ids, mask = pad(prompts, players.base.pad_id, side="left")
     ids_BL = torch.from_numpy(ids).to(players.device)
     mask_BL = torch.from_numpy(mask.astype(np.int64)).to(players.device)
-    cache = preallocated_cache(players.lm.config, ids.shape[1] + length)
+    cache = DynamicCache(config=players.lm.config)
     logits_BV = players.lm(
         input_ids=ids_BL, attention_mask=mask_BL, use_cache=True,
         **players.cached(cache), **players.keep(1), **players.positions(mask_BL),
     ).logits[:, -1]  # fmt: skip
     if per_prompt > 1:
-        cache.batch_repeat_interleave(per_prompt)
-        mask_BL, logits_BV = mask_BL.repeat_interleave(per_prompt, 0), logits_BV.repeat_interleave(per_prompt, 0)
+        rows = torch.arange(len(prompts), device=players.device).repeat_interleave(per_prompt)
+        cache.reorder_cache(rows)
+        mask_BL, logits_BV = mask_BL[rows], logits_BV[rows]
     return cache, mask_BL, logits_BV
 
 
 def _decode(
     players: Players,
-    cache: RowCache,
+    cache: DynamicCache,
     mask_BL: Tensor,
     logits_BV: Tensor,
     uniforms_BT: Tensor,
@@ -167,7 +165,7 @@ def _decode(
                 break
             if left <= len(alive) // 2:  # halving keeps the copies of the cache below one more forward in total
                 keep = running.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 alive, running, token, mask_BL = alive[keep], running[keep], token[keep], mask_BL[keep]
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], -1)
             position = {name: value[:, -1:] for name, value in players.positions(mask_BL).items()}
