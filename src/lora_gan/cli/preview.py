@@ -282,8 +282,7 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
         print(f"Now you are asked about up to {len(responses) + 2 * len(paired)} responses, to try the reward.",
               flush=True)  # fmt: skip
     began = time.perf_counter()
-    _, ids, _ = trial.sampled.parts()
-    answers, parts = gan.ask([row for row in rows for _ in range(group)], responses, completion_ids=ids, **options)
+    answers, parts = gan.ask([row for row in rows for _ in range(group)], responses, completion_ids=trial.sampled.responses, **options)
     first = time.perf_counter() - began
     reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), group)
 
@@ -293,7 +292,7 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
         *_answers(rows, reward_PK, responses, parts),
     ]
     lines += _verdict_on_spread(reward_PK)
-    lines += _verdict_on_ends(ids, gan)
+    lines += _verdict_on_ends(trial.sampled.responses, gan)
 
     if paired:
         began = time.perf_counter()

@@ -261,8 +261,7 @@ def _asked_share(config: Config) -> float:
 
 def _tokens(sampled: Rollout) -> int:
     """Tokens that an update computes: each group's prompt once, and the responses."""
-    prompts, responses, _ = sampled.parts()
-    return sum(map(len, prompts)) + sum(map(len, responses))
+    return sum(map(len, sampled.prompts)) + sum(map(len, sampled.responses))
 
 
 def _now(gan: LoraGAN) -> float:

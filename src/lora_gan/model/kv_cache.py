@@ -1,16 +1,14 @@
 """What a model keeps from the tokens it has read: keys and values, convolution and recurrent states.
 
-The cache itself is transformers' DynamicCache. Its `reorder_cache` moves the rows of every kind of layer: it makes the
-rows of a group from a prompt's row, and drops the rows of ended responses. `batch_repeat_interleave` and
-`batch_select_indices` of transformers 5.23 leave recurrent states as they are.
+The cache itself is transformers' DynamicCache. Used by `sampling`, and by the trial of a base.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -36,6 +34,14 @@ def cache_inputs(takes: Collection[str], cache: DynamicCache, mask_BL: Tensor | 
     assert name is not None  # a base without one is refused when it is opened
     mask = {} if mask_BL is None or name == "cache_params" else {"attention_mask": mask_BL}
     return {name: cache, **mask}
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Replace a cache's rows by these of its rows, in every layer; a row may be chosen several times.
+
+    `batch_repeat_interleave` and `batch_select_indices` of transformers 5.23 leave recurrent states as they are.
+    """
+    cache.reorder_cache(cast(LongTensor, rows))
 
 
 def has_other_than_full_attention(config: PretrainedConfig) -> bool:
