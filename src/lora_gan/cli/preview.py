@@ -282,7 +282,9 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
         print(f"Now you are asked about up to {len(responses) + 2 * len(paired)} responses, to try the reward.",
               flush=True)  # fmt: skip
     began = time.perf_counter()
-    answers, parts = gan.ask([row for row in rows for _ in range(group)], responses, completion_ids=trial.sampled.responses, **options)
+    answers, parts = gan.ask(
+        [row for row in rows for _ in range(group)], responses, completion_ids=trial.sampled.responses, **options
+    )
     first = time.perf_counter() - began
     reward_PK = np.array([np.nan if a is None else a for a in answers]).reshape(len(rows), group)
 
