@@ -5,7 +5,6 @@ calls `open_pretrained` for every base that is given by name.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,51 +129,34 @@ def _reach_hub(name: str, repository: dict[str, Any], local_files_only: bool) ->
     """
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ValueError(
-            f"the base {name!r} is not there: it must be a folder with a transformers model, a GGUF file, a hub id "
-            f"(name, or owner/name), or {named_bases.listed()}"
-        )
     where = {key: repository[key] for key in ("revision", "subfolder") if key in repository}
     file = "/".join(filter(None, [where.get("subfolder"), "config.json"]))
     try:
         cached = try_to_load_from_cache(name, file, repository.get("cache_dir"), where.get("revision"))
-    except ValueError as error:  # two dots, a dash at the end
-        raise ValueError(f"the base {name!r} is neither a folder nor a hub id ({error})") from error
+    except ValueError as error:
+        raise ValueError(
+            f"the base {name!r} is not there: it must be a folder with a transformers model, a GGUF file, a hub id "
+            f"(name, or owner/name), or {named_bases.listed()} ({error_line(error)})"
+        ) from error
     folder = cached.removesuffix(file) if isinstance(cached, str) else None
+    cause: Exception | None = None
     if local_files_only or constants.HF_HUB_OFFLINE:
-        if folder is not None:
-            return folder
-        asked = "only this machine is asked" if local_files_only else "HF_HUB_OFFLINE=1 forbids to ask the hub"
-        raise ValueError(f"the base {name!r} is neither a folder here nor in the hub's cache, and {asked}")
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", **where), token=repository.get("token"))
-    except errors.GatedRepoError as error:
-        raise ValueError(
-            f"the base {name!r} is gated: accept its terms at {constants.ENDPOINT}/{name} and log in with "
-            "`hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"there is no base {name!r}, neither as a folder here nor at {constants.ENDPOINT} (a private one needs "
-            "`hf auth login`)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"the base {name!r} has no revision {where.get('revision')!r}") from error
-    except errors.EntryNotFoundError as error:
-        raise ValueError(f"{name!r} is on the hub, but has no {file}: it is not a transformers model") from error
-    except errors.HfHubHTTPError:
-        return name  # an overloaded hub: its client waits and asks again
-    except Exception as error:  # of whichever client the hub's library uses
-        if "Timeout" in type(error).__name__ and "Connect" not in type(error).__name__:
+        why = "only this machine is asked" if local_files_only else "HF_HUB_OFFLINE=1 forbids to ask the hub"
+    else:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", **where), token=repository.get("token"))
             return name
-        if folder is not None:
-            return folder
-        raise ValueError(
-            f"the base {name!r} is neither a folder here nor in the hub's cache, and {constants.ENDPOINT} cannot be "
-            f"reached ({str(error) or type(error).__name__})"
-        ) from error
-    return name
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+            raise ValueError(f"the base {name!r} is no folder here, and the hub has none: {error_line(error)}") from error
+        except errors.HfHubHTTPError:
+            return name  # an overloaded hub: its client waits and asks again
+        except Exception as error:  # of whichever client the hub's library uses
+            if "Timeout" in type(error).__name__ and "Connect" not in type(error).__name__:
+                return name
+            cause, why = error, f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
+    if folder is None:
+        raise ValueError(f"the base {name!r} is neither a folder here nor in the hub's cache, and {why}") from cause
+    return folder
 
 
 def _dtype(config: Config, device: torch.device) -> torch.dtype:
