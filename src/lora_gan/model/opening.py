@@ -71,7 +71,7 @@ def open_pretrained(
         extra["quantization_config"] = quantization_config
     # Mismatched tensors are refused below by name; transformers would only point to a table that it logs.
     options = {"dtype": _dtype(config, device), "ignore_mismatched_sizes": True}
-    with _opening(name, "model"), base_checks.explaining_pad_id(lm_config):
+    with _opening(name, "model"):
         lm, loading = load_causal_lm(source, **{**options, **extra, **shared})
     base_checks.require_matching(loading["mismatched_keys"], name)
     holds = f" and would be random. It holds {_architectures(lm_config)}"
@@ -147,7 +147,9 @@ def _reach_hub(name: str, repository: dict[str, Any], local_files_only: bool) ->
             get_hf_file_metadata(hf_hub_url(name, "config.json", **where), token=repository.get("token"))
             return name
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-            raise ValueError(f"the base {name!r} is no folder here, and the hub has none: {error_line(error)}") from error
+            raise ValueError(
+                f"the base {name!r} is no folder here, and the hub has none: {error_line(error)}"
+            ) from error
         except errors.HfHubHTTPError:
             return name  # an overloaded hub: its client waits and asks again
         except Exception as error:  # of whichever client the hub's library uses
