@@ -169,17 +169,12 @@ def convert(file: Path, folder: Path) -> None:
     _end_as_trained(model, header)
     _rotate_as_trained(model, header, file)
     # transformers marks the model as quantized and would refuse to save it, though every weight is dequantized.
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(model, mark):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    try:
-        with without_progress_bars():
-            model.save_pretrained(folder)
-    except Exception as error:  # safetensors has an exception of its own, for a full disk too
-        why = error_line(error)
-        raise ValueError(f"the GGUF file {str(file)!r} could not be converted into {folder}: {why}") from error
+    marked = ("hf_quantizer", "is_quantized", "quantization_method")
+    for holder, name in (*((model, name) for name in marked), (model.config, "quantization_config")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    with without_progress_bars():
+        model.save_pretrained(folder)
     if tokenizer is not None:
         _split_as_trained(tokenizer, header, file)
         tokenizer.save_pretrained(folder)
