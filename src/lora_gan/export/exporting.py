@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +43,7 @@ from ..model.endings import ids_of
 from ..model.players import Players
 from ..model.pretrained import without_progress_bars
 from ..state import State
+from ..storage import durable
 from ..storage.checkpoint import readable
 from ..version import __version__
 from . import card, facts
@@ -99,7 +99,7 @@ def export(
         _require_mergeable(state.players)
 
     run = facts.Run.of(state, evaluation, license)
-    with _replacing(final) as writing, state.discriminator.scoring():
+    with durable.replacing(final) as writing, state.discriminator.scoring():
         for part in parts:
             with _exporting(part):
                 tokenizer = _write(state.players, part, writing / part, dtype)
@@ -203,24 +203,6 @@ def _require_hub(name: str) -> None:
 
 
 # --- the parts
-
-
-@contextmanager
-def _replacing(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to write in. It replaces `final` at the end of the block, unless the block raises."""
-    writing, replaced = (final.parent / f".{final.name}.{state}-{os.getpid()}" for state in ("writing", "replaced"))
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        yield writing
-        if final.exists():
-            final.rename(replaced)
-        writing.rename(final)
-    except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
-        if replaced.exists() and not final.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
