@@ -69,7 +69,6 @@ def build_batch(
     prompt_of: np.ndarray,
     *,
     packs: bool,
-    takes_positions: bool,
     pad_id: int,
     pad_on_disk: int | None,
     device: torch.device,
@@ -81,14 +80,11 @@ def build_batch(
         responses: token ids of each response, the end-of-text token included.
         prompt_of: [B] which prompt each response answers.
         packs: whether the base can read one packed row.
-        takes_positions: whether the base takes position ids; padded rows of one that does not have none.
         pad_id: fills padded rows.
         pad_on_disk: the pad id in the base's config, which stock sequence classification skips; see `pooled`.
     """
     lay = _packed if packs else _padded
     inputs, ids, first_B, before_B = lay(prompts, responses, prompt_of, pad_id, device)
-    if not takes_positions:
-        inputs.pop("position_ids", None)
     response = [np.arange(len(answer)) + first for answer, first in zip(responses, first_B, strict=True)]
     predicting = [
         np.concatenate([[before], row[:-1]])[: len(row)] for before, row in zip(before_B, response, strict=True)

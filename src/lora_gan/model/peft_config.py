@@ -24,7 +24,7 @@ from ..config import Config
 from ..wording import error_line, shown
 from . import composite
 from .base import Base
-from .layers import has_adapter, layer_list
+from .layers import has_adapter, require_layer_list
 
 # The fields of peft.LoraConfig that may differ from its defaults. The library sets the last row itself.
 ACCEPTED = (
@@ -114,13 +114,7 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
     count = model.config.get_text_config().num_hidden_layers
     if layers > count:
         raise ValueError(f"disc_layers={layers} is not accepted: {type(model).__name__} has {count} layers")
-    named = layer_list(model)
-    if named is None:
-        raise ValueError(
-            f"disc_layers cannot tell which layers of {type(model).__name__} are the upper ones: name the modules in "
-            "disc_target_modules"
-        )
-    (name, found), first = named, count - layers
+    (name, found), first = require_layer_list(model, "disc_layers", "set disc_target_modules"), count - layers
     left_out = NOT_ADAPTED.get(model.config.model_type, ())
     return sorted(
         f"{name}.{first + i}.{inner}"
