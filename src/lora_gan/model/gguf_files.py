@@ -35,11 +35,6 @@ def is_one(path: Path) -> bool:
     return path.is_file() and (path.suffix != "" or _is_gguf(path))
 
 
-def is_missing(name: str) -> bool:
-    """Whether the name is that of a GGUF file which is not there."""
-    return name.endswith(".gguf") and not Path(name).exists()
-
-
 def file_in(path: Path) -> Path | None:
     """The GGUF file that a path stands for: itself, or the only one in a folder. None: the folder is no such base.
 
@@ -79,7 +74,7 @@ def converted(file: Path) -> Path:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     folder = user_cache.cache_folder() / "gguf" / digest
     if not user_cache.is_whole(folder):
-        weights = _weights_bytes(_header(file))
+        weights = 4 * sum(int(tensor.n_elements) for tensor in _header(file).tensors)  # bytes
         print(f"Converting {file} to float32, {size(weights)}, in {folder}", file=sys.stderr, flush=True)
         user_cache.get(folder, lambda new: convert(file, new), needs=weights + 2**26)  # 64 MB: a tokenizer is smaller
     return folder
@@ -121,11 +116,6 @@ def _header(file: Path) -> Any:
 def _value(header: Any, key: str) -> Any:
     field = header.get_field(key)
     return None if field is None else field.contents()
-
-
-def _weights_bytes(header: Any) -> int:
-    """Of all tensors in float32."""
-    return 4 * sum(int(tensor.n_elements) for tensor in header.tensors)
 
 
 # --- converting -------------------------------------------------------------------------------------------------------

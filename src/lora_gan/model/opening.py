@@ -51,7 +51,7 @@ def open_pretrained(
     elif Path(name).is_dir() or gguf_files.is_one(Path(name)):
         file = gguf_files.file_in(Path(name))
         path = source = str(Path(name).resolve() if file is None else gguf_files.converted(file))
-    elif gguf_files.is_missing(name):
+    elif name.endswith(".gguf"):
         raise ValueError(f"the base {name!r} is not there: there is no such GGUF file")
     else:
         path, source = name, _reach_hub(name, repository, local_files_only)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 import torch
@@ -166,11 +166,6 @@ def changed_setting(config: Config, settings: Iterable[str]) -> str | None:
     return f"{changed[0]}={getattr(config, changed[0])!r}" if changed else None
 
 
-def default_of(field: Field[Any]) -> Any:
-    """The default of a dataclass's field."""
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
 def require_shareable(settings: Iterable[tuple[str, Any]], name: str, *, accepted: Iterable[str], remedy: str) -> None:
     """Refuse a value that is not PEFT's default in a field where only the default works.
 
@@ -183,9 +178,9 @@ def require_shareable(settings: Iterable[tuple[str, Any]], name: str, *, accepte
     Raises:
         ValueError: it names the field, its value and the reason.
     """
-    stock = {field.name: default_of(field) for field in fields(LoraConfig)}
+    stock = LoraConfig()
     for field, value in settings:
-        if field not in accepted and value and value != stock.get(field):
+        if field not in accepted and value and value != getattr(stock, field, None):
             reason = REFUSED_BECAUSE.get(field, "it is not known to work on a base that two adapters share")
             raise ValueError(f"{name} has {str(field)[:60]}={shown(value)}, which is not accepted: {reason}{remedy}")
 
