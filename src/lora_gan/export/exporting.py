@@ -41,7 +41,7 @@ from ..model.adapter_files import save_adapter
 from ..model.base import Base
 from ..model.endings import ids_of
 from ..model.players import Players
-from ..model.pretrained import without_progress_bars
+from ..model.pretrained import hub_id, without_progress_bars
 from ..state import State
 from ..storage import durable
 from ..storage.checkpoint import readable
@@ -191,13 +191,12 @@ def _require_mergeable(players: Players) -> None:
 def _require_hub(name: str) -> None:
     """Asked before anything is computed."""
     from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        for part in PARTS:
-            validate_repo_id(f"{name}-{part}")
-    except HFValidationError as error:
-        raise ValueError(f"push_to_hub={name!r} is not accepted: it must be USER/NAME ({error})") from error
+    if any(hub_id(f"{name}-{part}") is None for part in PARTS):
+        raise ValueError(
+            f"push_to_hub={name!r} is not accepted: it must be USER/NAME, of letters, digits, '-', '_' and '.', short "
+            f"enough that the hub takes NAME-{PARTS[-1]}, of at most 96 characters"
+        )
     if not get_token():
         raise ValueError("there is no token for the hub: log in by `hf auth login`, or set HF_TOKEN")
 

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tokens import pad, positions
 
+Rows = Sequence[list[int]]  # token ids, row by row
 ATTENTION = "lora_gan_packed"  # its name in transformers' attention interface
 
 
@@ -64,8 +65,8 @@ class Batch:
 
 
 def build_batch(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
+    prompts: Rows,
+    responses: Rows,
     prompt_of: np.ndarray,
     *,
     packs: bool,
@@ -83,8 +84,10 @@ def build_batch(
         pad_id: fills padded rows.
         pad_on_disk: the pad id in the base's config, which stock sequence classification skips; see `pooled`.
     """
-    lay = _packed if packs else _padded
-    inputs, ids, first_B, before_B = lay(prompts, responses, prompt_of, pad_id, device)
+    if packs:
+        inputs, ids, first_B, before_B = _packed(prompts, responses, prompt_of, device)
+    else:
+        inputs, ids, first_B, before_B = _padded(prompts, responses, prompt_of, pad_id, device)
     response = [np.arange(len(answer)) + first for answer, first in zip(responses, first_B, strict=True)]
     predicting = [
         np.concatenate([[before], row[:-1]])[: len(row)] for before, row in zip(before_B, response, strict=True)
@@ -126,13 +129,7 @@ def pooled(ids: list[int], pad_on_disk: int | None) -> int:
 Layout = tuple[dict[str, Any], Tensor, np.ndarray, np.ndarray]
 
 
-def _padded(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    prompt_of: np.ndarray,
-    pad_id: int,
-    device: torch.device,
-) -> Layout:
+def _padded(prompts: Rows, responses: Rows, prompt_of: np.ndarray, pad_id: int, device: torch.device) -> Layout:
     """Rows, each with its own copy of the prompt, padded on the left, and the response, padded on the right."""
     prompt_ids, prompt_mask = pad([prompts[j] for j in prompt_of], pad_id, side="left")
     response_ids, response_mask = pad(responses, pad_id, side="right")
@@ -143,13 +140,7 @@ def _padded(
     return inputs, ids_BL, first_B, first_B - 1
 
 
-def _packed(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    prompt_of: np.ndarray,
-    pad_id: int,
-    device: torch.device,
-) -> Layout:
+def _packed(prompts: Rows, responses: Rows, prompt_of: np.ndarray, device: torch.device) -> Layout:
     """One row: prompts, then responses."""
     prompt_lengths, lengths = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
     starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_lengths, lengths]))])

@@ -22,7 +22,7 @@ import copy
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Literal, cast, get_args
@@ -54,7 +54,7 @@ from .layers import (
     replaced,
     require_layer_list,
 )
-from .packing import Batch, build_batch
+from .packing import Batch, Rows, build_batch
 from .peft_config import attach, lora_config, require_trainable, warn_of_stock_clients
 from .tokens import positions
 
@@ -234,14 +234,7 @@ class Players:
         """The frozen input embeddings both players share, as the body receives them."""
         return self.lm.get_input_embeddings()(ids)
 
-    def batch(
-        self,
-        prompts: Sequence[list[int]],
-        responses: Sequence[list[int]],
-        prompt_of: np.ndarray,
-        *,
-        packs: bool | None = None,
-    ) -> Batch:
+    def batch(self, prompts: Rows, responses: Rows, prompt_of: np.ndarray, *, packs: bool | None = None) -> Batch:
         """Responses and the prompts they answer, laid out as this base reads them: without padding where it can, or as
         `packs` says."""
         batch = build_batch(
