@@ -143,11 +143,9 @@ def _base_name(base: Base) -> str:
 
 def _origin(base: Base) -> str:
     """Where a base that has a name of this library's comes from."""
-    if base.name not in named_bases.NAMES:
-        return ""
     if base.name in fetch.BASES:
         return f", which `lora-gan fetch {base.name}` brings"
-    return ", which ships with lora-gan"
+    return ", which ships with lora-gan" if base.name in named_bases.NAMES else ""
 
 
 def _start_name(folder: str) -> str:

@@ -49,10 +49,8 @@ def save_adapter(players: Players, player: str, folder: Path, weights_format: st
     """Adapter weights and config as stock PEFT reads them, into a folder."""
     config, weights = adapter_content(players, player)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (
-        ("adapter_config.json", config),
-        (checkpoint.weights_name(weights_format), checkpoint.copied(weights)),
-    ):
+    content = {"adapter_config.json": config, checkpoint.weights_name(weights_format): checkpoint.copied(weights)}
+    for name, value in content.items():
         (folder / name).write_bytes(checkpoint.serialized(name, value))
 
 

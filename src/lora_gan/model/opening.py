@@ -30,6 +30,15 @@ DECIDED_ELSEWHERE = {
     "output_loading_info": "nothing: the library reads it itself",
 }  # fmt: skip
 REPOSITORY_OPTIONS = ("revision", "token", "cache_dir", "subfolder")  # which concern the tokenizer's files too
+OTHER_FOLDERS = {  # what a folder without a config.json is, by a file in it
+    "adapter_config.json":
+        "it is an adapter, not a base: open it with load_generator(), load_discriminator() or from_checkpoint()",
+    "modules.json":
+        "it is a sentence-transformers model, which embeds texts: give a causal language model (if its transformer is "
+        "one, the folder within it that has a config.json)",
+    "trainer_state.json": "it is a checkpoint, not a base: open it with LoraGAN.from_checkpoint()",
+    "step-*/trainer_state.json": "it is the folder of a checkpoint, not a base: open it with LoraGAN.from_checkpoint()",
+}  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -99,18 +108,8 @@ def _opening(name: str, what: str) -> Iterator[None]:
 def _require_files(folder: Path, name: str, needs_tokenizer: bool) -> None:
     """Say which part of a base a folder lacks; transformers would make up an empty tokenizer where there is none."""
     if not (folder / "config.json").is_file():
-        found = "it has no config.json"
-        if (folder / "adapter_config.json").is_file():
-            found = (
-                "it is an adapter, not a base: open it with load_generator(), load_discriminator() or from_checkpoint()"
-            )
-        elif (folder / "modules.json").is_file():
-            found = (
-                "it is a sentence-transformers model, which embeds texts: give a causal language model (if its "
-                "transformer is one, the folder within it that has a config.json)"
-            )
-        elif (folder / "trainer_state.json").is_file() or any(folder.glob("step-*/trainer_state.json")):
-            found = "it is a checkpoint, not a base: open it with LoraGAN.from_checkpoint()"
+        kinds = (there for file, there in OTHER_FOLDERS.items() if any(folder.glob(file)))
+        found = next(kinds, "it has no config.json")
         raise ValueError(f"the folder {name!r} cannot be the base: {found}")
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.gguf", "*.safetensors.index.*")):
         raise ValueError(f"the folder {name!r} cannot be the base: it has a config.json, but no weights")

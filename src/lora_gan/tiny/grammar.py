@@ -122,11 +122,6 @@ class Phrase:
     determiner: str = ""
     adjective: Adjective | None = None
 
-    @property
-    def third_singular(self) -> bool:
-        """Whether an English verb takes its -s."""
-        return self.person == 2
-
 
 def noun_phrase(noun: Noun, determiner: str, plural: bool, adjective: Adjective | None) -> Phrase:
     """Determiner, adjective and noun, agreeing in both languages."""
@@ -196,7 +191,7 @@ def _direct_object(phrase: Phrase, manner: Manner) -> str:
 
 def english_verb(verb: Verb, subject: Phrase, manner: Manner) -> str:
     """The English verb with its auxiliaries; an adverb is said in the present only."""
-    third = subject.third_singular
+    third = subject.person == 2  # the verb takes its -s
     be = _BE_ENGLISH[subject.person]
     do = "does" if third else "do"
     not_ = "not " if manner.negative else ""
