@@ -154,7 +154,7 @@ def test_scores_are_the_predictions_of_training(chat):
     gan, _ = chat
     prompts, compared = [row["prompt"] for row in ROWS], 0
     for _ in range(3):
-        _, sampled, _ = rollout_of(gan, prompts, 8).parts()
+        sampled = rollout_of(gan, prompts, 8).responses
         out = gan.step(prompts, train_gen=False, train_disc=False)
         for j, (prompt, responses) in enumerate(zip(prompts, out["responses"], strict=True)):
             together, alone = gan.score([prompt] * 8, responses), gan.score(prompt, responses[0])

@@ -320,7 +320,7 @@ class LoraGAN:
             answered = self.true_reward.of_step(
                 rows,
                 sampled.texts,
-                lambda: sampled.parts()[1],
+                lambda: sampled.responses,
                 sampled.group_B,
                 queries.asked_B,
                 notes,
@@ -538,9 +538,8 @@ class LoraGAN:
             if best_of > 1:
                 best = self.discriminator.predict(sampled).mean(0).reshape(-1, best_of).argmax(-1)
             chosen = [j * best_of + int(i) for j, i in enumerate(best)]
-            _, ids, _ = sampled.parts()
             responses += [sampled.texts[row] for row in chosen]
-            responses.token_ids += [ids[row] for row in chosen]
+            responses.token_ids += [sampled.responses[row] for row in chosen]
         return responses
 
     def score(

@@ -261,12 +261,12 @@ def test_any_base_is_merged(name, tmp_path):
 def test_everything_is_safetensors_and_nothing_in_memory_changes(tmp_path):
     gan = trained_gan()
     before, scores = copies(gan.players.lm.state_dict().values()), gan.score(ASKED, ANSWERS)
-    heads, dtype, playing = gan.players.heads_MH.detach().clone(), gan.players.lm.dtype, gan.players._playing
+    heads, dtype, playing = gan.players.heads_MH.detach().clone(), gan.players.lm.dtype, gan.players.active
     export(gan, tmp_path / "out", dtype="float16")
     after = list(gan.players.lm.state_dict().values())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(heads, gan.players.heads_MH) and gan.players.lm.dtype == dtype
-    assert gan.players._playing == playing and gan.score(ASKED, ANSWERS) == scores
+    assert gan.players.active == playing and gan.score(ASKED, ANSWERS) == scores
     assert all(parameter.requires_grad for parameter in gan.players.parameters("generator"))
     files = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]

@@ -88,9 +88,7 @@ def test_a_llama_that_overflows_in_half_precision_says_so(tmp_path):
             layer.mlp.down_proj.weight.mul_(3e7)
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
-    words = (
-        "down_proj.weight holds infinite numbers.*overflows.*float16 holds numbers up to 6.55e\\+04.*'bfloat16' or.*32'"
-    )
+    words = "in float16: .* in 2 of its 21 tensors, first in .*0.mlp.down_proj.weight.*'bfloat16' or.*32'"
     refused(words, tmp_path, processing_class=None, dtype="float16")
     refused(words, copy.deepcopy(model).half(), processing_class=tok)
     small_gan(tmp_path, dtype="bfloat16")
@@ -100,17 +98,15 @@ def test_a_llama_that_overflows_in_half_precision_says_so(tmp_path):
 def test_weights_that_fit_and_products_that_do_not():
     model = scaled(1e4, dtype=torch.float16)
     assert all(parameter.isfinite().all() for parameter in model.parameters()), "the weights themselves fit"
-    refused("in float16: its weights are finite, but its logits are not, it overflows.*dtype='bfloat16' or", model)
+    refused("in float16: its logits are not finite on a few tokens, and its weights are.*dtype='bfloat16' or", model)
     assert small_gan(scaled(1e4), processing_class=WORDS).generate(PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "remedy"), [("bfloat16", "load it with dtype='float32'"), ("float32", "out of proportion")]
-)
+@pytest.mark.parametrize(("dtype", "remedy"), [("bfloat16", "dtype='float32'"), ("float32", "the file is damaged")])
 def test_wider_types_overflow_too(dtype, remedy):
     model = scaled(1e30, name="proj", dtype=getattr(torch, dtype))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    refused(f"in {dtype}: its weights are finite.*overflows.*3.(4|39)e\\+38.*{remedy}", model)
+    refused(f"in {dtype}: its logits are not finite on a few tokens, and its weights are.*{remedy}", model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -118,14 +114,14 @@ def test_a_damaged_weight_is_named(dtype, tmp_path):
     model = small().to(getattr(torch, dtype))
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
-    refused(r"layers.1.self_attn.q_proj.weight holds NaN \(1 of its tensors.*damaged", model)
+    refused("NaN or infinite numbers are in 1 of .*, first in .*layers.1.self_attn.q_proj.weight.*damaged", model)
     model.save_pretrained(tmp_path)
     WORDS.save_pretrained(tmp_path)
-    refused("q_proj.weight holds NaN.*damaged", tmp_path, processing_class=None, dtype=dtype)
+    refused("first in .*q_proj.weight.*damaged", tmp_path, processing_class=None, dtype=dtype)
     if dtype != "float16":
         with torch.no_grad():
             model.model.layers[1].self_attn.q_proj.weight[0, 0] = -torch.inf
-        refused("q_proj.weight holds infinite numbers.*damaged", model)
+        refused("first in .*q_proj.weight.*damaged", model)
 
 
 def test_a_base_that_forbids_tokens_is_no_overflow():
@@ -347,7 +343,7 @@ ON_DISK = {
         {"vocab_size": 200}, r"lm_head.weight is \(300, 32\) in the file and \(200, 32\) by the config \(2 tensors",
     ),
     "another width": ({"hidden_size": 48}, r"do not fit its config.json: .*\(21 tensors differ\)"),
-    "a pad id without a row": ({"pad_token_id": 300}, "pad_token_id=300, and its embedding has 300 rows.*to null"),
+    "a pad id without a row": ({"pad_token_id": 300}, "could not be opened: AssertionError: Padding_idx must"),
     "no such rope": ({"rope_scaling": {"rope_type": "foo"}}, "could not be opened: KeyError: 'foo'"),
     "no context": ({"max_position_embeddings": None}, "could not be opened: .*'max_position_embeddings' expected int"),
     "no such dtype": ({"dtype": "float99"}, "could not be opened: AttributeError: .*float99"),

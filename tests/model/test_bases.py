@@ -318,7 +318,7 @@ def test_straight_through_reads_the_embeddings_that_the_ids_have(trained):
     gan, _, name = trained
     rows = draw(gan, MANY, 2)
     with torch.no_grad(), gan.players.playing("discriminator"):
-        batch = gan.players.batch(*rows.parts())
+        batch = rows.batch()
         by_ids = gan.players.predict(batch)
         by_embeds = gan.players.predict(batch, gan.players.embed(batch.ids))
     assert by_ids.std() > 1e-2 and (by_ids - by_embeds).abs().max() < 1e-5

@@ -6,7 +6,7 @@ import torch
 from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, byte_tokenizer, random_model, small_gan
 
 from lora_gan import LoraGAN
-from lora_gan.model import players
+from lora_gan.model import layers as base_layers
 
 NUMBERS = ("gen_loss", "kl", "disc_loss", "gen_grad_norm", "disc_grad_norm", "imitation_loss")
 MODES = {
@@ -103,7 +103,7 @@ def test_a_run_resumes_with_it_to_the_bit(tmp_path):
 
 
 def test_a_base_whose_layers_are_not_known_is_told_so(monkeypatch):
-    monkeypatch.setattr(players, "layer_list", lambda _: None)
+    monkeypatch.setattr(base_layers, "layer_list", lambda _: None)
     settings = {"gradient_checkpointing": True}
     with pytest.raises(ValueError, match=r"gradient_checkpointing cannot tell .* GPT2LMHeadModel .*micro_batch_size"):
         small_gan(model := random_model("gpt2", 300, 0, 1), processing_class=byte_tokenizer("gpt2", "own"), **settings)

@@ -100,14 +100,14 @@ def test_all_tensors_of_the_cache_follow_their_rows(name):
         own = [getattr(layer, part) for part in ("keys", "values") if torch.is_tensor(getattr(layer, part, None))]
         return own + kv_cache.state_tensors(layer)
 
-    kept = kv_cache.preallocated_cache(model.config, 8)
+    kept = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids, use_cache=True, **kv_cache.cache_inputs(("cache_params",) if name == "mamba2" else
                                                                   ("past_key_values",), kept))  # fmt: skip
     before = [[tensor.clone() for tensor in tensors(layer)] for layer in kept.layers]
     assert all(before) and any(len(layer) > 1 for layer in before)
-    kept.batch_repeat_interleave(3)
-    kept.batch_select_indices(torch.tensor([4, 1]))
+    kept.reorder_cache(torch.arange(2).repeat_interleave(3))
+    kept.reorder_cache(torch.tensor([4, 1]))
     for layer, expected in zip(kept.layers, before, strict=True):
         assert differences([tensor[[1, 0]] for tensor in expected], tensors(layer)) == []
 
@@ -226,14 +226,14 @@ def test_what_fails_the_trial_is_refused_by_name(kind, tmp_path):
 
 @some(["lfm2", "falcon_h1", "mamba2", "qwen3_5"])
 def test_a_cache_whose_states_do_not_follow_their_rows_is_refused(name, monkeypatch):
-    class States(kv_cache.RowCache):
-        def batch_select_indices(self, indices):
-            super().batch_select_indices(indices)
+    class States(DynamicCache):
+        def reorder_cache(self, indices):
+            super().reorder_cache(indices)
             for layer in self.layers:
                 for state in kv_cache.state_tensors(layer):
                     state.copy_(state.roll(1, 0))
 
-    monkeypatch.setattr(kv_cache, "RowCache", States)
+    monkeypatch.setattr(base_trial, "DynamicCache", States)
     with pytest.raises(ValueError, match="cannot be the base: read token by token with its cache"):
         quiet(name)
 

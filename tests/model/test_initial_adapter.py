@@ -138,10 +138,10 @@ def test_training_moves_the_generator_alone(adapter):
 def kl_by_hand(gan, policy, reference, prompts):
     """Mean over the coming step's responses of KL(policy ‖ reference), exact at each sampled prefix, in nats."""
     sampled = rollout_of(gan, prompts, gan.config.num_generations)
-    encoded, ids, _ = sampled.parts()
+    encoded, ids = sampled.prompts, sampled.responses
     total = 0.0
     for i, response in enumerate(ids):
-        prompt = encoded[sampled.group_B[i]] if len(encoded) == len(prompts) else encoded[i]
+        prompt = encoded[sampled.group_B[i]]
         row = [list(prompt) + list(response)]
         p, q = (logits_alone(m, row)[0].double()[len(prompt) - 1 : -1].log_softmax(-1) for m in (policy, reference))
         total += float((p.exp() * (p - q)).sum())

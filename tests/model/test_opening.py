@@ -176,10 +176,10 @@ def test_bases_on_the_hub(tmp_path):
     output = python(ON_THE_HUB, str(base_folder()), str(tmp_path))
     lines = [line.split("|") for line in output.splitlines() if line.count("|") == 2]
     expected = [
-        ("missing/model", "there is no base 'missing/model'"),
-        ("gated/model", "is gated: accept its terms"),
-        ("old/model", "has no revision 'v2'"),
-        ("empty/model", "has no config.json"),
+        ("missing/model", "Repository Not Found"),
+        ("gated/model", "gated repo"),
+        ("old/model", "Revision Not Found"),
+        ("empty/model", "Entry Not Found"),
         ("slow/model", "opened"),
         ("cached/model", "opened"),
         ("cached/model", "opened"),  # the server is gone

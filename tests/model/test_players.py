@@ -165,7 +165,7 @@ def test_switching_between_forward_and_backward_raises():
             loss = batch(gan).sum()
             with gan.players.playing("discriminator"):
                 pytest.fail("entered")
-    assert gan.players._playing == "base"
+    assert gan.players.active == "base"
     with pytest.raises(RuntimeError, match="discriminator → base.*backward"):  # on the way out
         with gan.players.playing("discriminator"):
             loss = batch(gan, "discriminator").sum()
@@ -214,10 +214,10 @@ def test_after_an_exception_the_former_player_is_back(error):
             with gan.players.playing("generator"):
                 loss = batch(gan).sum()
                 raise error("within")
-        assert gan.players._playing == "discriminator"
+        assert gan.players.active == "discriminator"
         with torch.no_grad():
             assert torch.equal(logits(gan, ids), before)
-    assert gan.players._playing == "base" and loss.requires_grad
+    assert gan.players.active == "base" and loss.requires_grad
     del loss
     gan.step(PROMPTS[0])
 

@@ -109,7 +109,7 @@ def test_prompts_and_responses_are_in_group_order(trained):
     prompts = gan._encode(MANY)
     sampled = draw(gan, MANY, 2)
     for row in range(len(sampled)):
-        assert sampled.prompts[row] == prompts[row // 2] and sampled.group_B[row] == row // 2
+        assert sampled.prompts == prompts and sampled.group_B[row] == row // 2
         assert sampled.lengths_B[row] == len(sampled.responses[row]) >= 1
     some = sampled.rows(np.array([3, 0]))
     assert some.responses == [sampled.responses[i] for i in (3, 0)]

@@ -50,7 +50,7 @@ def test_it_reads_the_untouched_base_and_leaves_the_players_alone():
     assert perplexity(PROMPTS, RESPONSES) == before
     with gan.players.playing("generator"):
         assert perplexity(PROMPTS, RESPONSES) == before
-        assert gan.players._playing == "generator"
+        assert gan.players.active == "generator"
     assert gan.generate(PROMPTS, temperature=0) != generated
     assert all(p.grad is None for p in gan.players.peft.parameters())
 

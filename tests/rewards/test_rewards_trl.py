@@ -147,7 +147,7 @@ def test_the_ids_are_those_that_were_sampled(monkeypatch):
     monkeypatch.setattr(gan, "_sample", lambda *a, f=gan._sample, **o: sampled.append(f(*a, **o)) or sampled[-1])
     record = gan.step(PROMPTS[:2], TARGETS[:2])
     asked = [i for i, true in enumerate(sum(record["true_rewards"], [])) if true is not None]
-    responses = sampled[0].parts()[1]
+    responses = sampled[0].responses
     ids = seen.calls[0]["completion_ids"]
     assert 0 < len(asked) < 8 and ids == [responses[i] for i in asked]
     encoder = gan.players.encoder

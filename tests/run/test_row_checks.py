@@ -178,7 +178,7 @@ def test_a_score_of_a_response_without_an_end_reads_the_cut_prompt_as_training_d
     prompts = encoder.prompts(rows)
     sampled = gan._sample(prompts, gan._uniforms(prompts, 24, "test"))
     trained, whole = gan.discriminator.predict(sampled).mean(0), 0
-    for text, ids, predicted in zip(sampled.texts, sampled.parts()[1], trained, strict=True):
+    for text, ids, predicted in zip(sampled.texts, sampled.responses, trained, strict=True):
         if len(ids) == 20 and encoder.response(text, rows[0])[:-1] == ids:  # cut, and tokenized as it was sampled
             assert gan.score(LONG, text) == [pytest.approx(predicted, abs=1e-5)]
             whole += 1

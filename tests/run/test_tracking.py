@@ -55,7 +55,7 @@ def hand_made() -> tuple[Experience, int]:
     eos = gan.players.base.eos_ids[0]
     prompts = [[7, 8], [9]]
     responses = [[7, 8, eos], [eos], [9, eos], [7, 7, 7], [8, 8, eos], [9, 9, 9]]
-    rollout = Rollout(gan.players, [prompts[i // 3] for i in range(6)], responses, np.arange(6) // 3, [""] * 6)
+    rollout = Rollout(gan.players, prompts, responses, np.arange(6) // 3, [""] * 6)
     true_B = np.array([1.0, 2.0, NAN, 5.0, 5.0, 5.0])
     parts = {"one": true_B - 1, "std": np.array([NAN, NAN, NAN, NAN, 4.0, NAN])}
     predicted_MB = np.array([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]])

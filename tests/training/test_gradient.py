@@ -85,7 +85,7 @@ def exact(gan, responses, rewards) -> tuple[np.ndarray, torch.Tensor]:
 def rollout_of_one(gan, responses) -> sampling.Rollout:
     """Responses that all answer one prompt."""
     size = len(responses)
-    return sampling.Rollout(gan.players, [PROMPT] * size, responses, np.zeros(size, dtype=int), [""] * size)
+    return sampling.Rollout(gan.players, [PROMPT], responses, np.zeros(size, dtype=int), [""] * size)
 
 
 def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> Experience:

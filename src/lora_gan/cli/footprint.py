@@ -21,12 +21,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ..config import Config
 from ..model import base_checks
 from ..model.checkpointing import without_checkpointing
 from ..model.fast_lora import merged_bytes
-from ..model.kv_cache import attention_layers, has_state, preallocated_cache, state_tensors
+from ..model.kv_cache import attention_layers, has_state, state_tensors
 from ..model.players import Player, Players
 from ..storage.checkpoint import PLAYERS
 
@@ -323,7 +324,7 @@ def cache_bytes(players: Players, places: int) -> float:
 @torch.no_grad()
 def _state_bytes(players: Players) -> int:
     """Bytes of one row's convolution and recurrent states, from a forward on one token; 0 without such layers."""
-    cache = preallocated_cache(players.lm.config, 1)
+    cache = DynamicCache(config=players.lm.config)
     if not any(map(has_state, cache.layers)):
         return 0
     one = torch.ones(1, 1, dtype=torch.long, device=players.device)

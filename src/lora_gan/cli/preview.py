@@ -229,7 +229,7 @@ class Preview:
         if people:
             print(f"Now you are asked about up to {calls} responses, to try the reward.", flush=True)
         began = time.perf_counter()
-        _, ids, _ = trial.sampled.parts()
+        ids = trial.sampled.responses
         of_group = [row for row in rows for _ in range(group)]
         answers, parts = gan.ask(of_group, responses, completion_ids=ids, **self.asking)
         seconds = first = time.perf_counter() - began

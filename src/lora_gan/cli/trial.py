@@ -249,5 +249,4 @@ def shape_of_trial(config: Config, prompts: int, limit: int | None = None) -> tu
 
 def _tokens(sampled: Rollout) -> int:
     """Tokens that an update computes: each group's prompt once, and the responses."""
-    prompts, responses, _ = sampled.parts()
-    return sum(map(len, prompts)) + sum(map(len, responses))
+    return sum(map(len, sampled.prompts)) + sum(map(len, sampled.responses))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
@@ -20,6 +19,7 @@ from ..model import fetch, named_bases
 from ..model.base import Base
 from ..model.base_checks import embedding_rows
 from ..model.endings import ids_of
+from ..model.pretrained import hub_id
 from ..run import evaluation
 from ..settings import Mark, marked
 from ..version import __version__
@@ -37,6 +37,8 @@ def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) 
         name: what the code in the card loads: a hub id, or the part's folder.
         tokenizer: the one that is saved beside it.
     """
+    data = Path(run.data or "")
+    libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "peft"))
     return ModelCard.from_template(
         _metadata(run, part),
         template_path=str(TEMPLATE),
@@ -46,13 +48,13 @@ def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) 
         base_name=_base_name(run.base),
         origin=_origin(run.base),
         start=None if run.init_adapter is None else _start_name(run.init_adapter),
-        data_name=_data_name(run.data or ""),
+        data_name=data.name if data.is_absolute() else run.data or "",
         code=_code(run, part, name, tokenizer),
         evaluated=list(dict.fromkeys(name for line in run.evaluations for name in line if name != "step")),
         evaluation=evaluation.table(run.evaluation) if run.evaluation else "",
         rows=max((len(result.get("samples", ())) for result in run.evaluation.values()), default=0),
         settings=_settings(run.config),
-        versions=_versions(),
+        versions=f"lora-gan {__version__}, {libraries}",
     )
 
 
@@ -62,8 +64,8 @@ def _metadata(run: Run, part: str) -> ModelCardData:
     task = "text-generation" if generator else "text-classification"
     results = _results(run, task) if generator else []
     return ModelCardData(
-        base_model=_hub_id(run.base.path),
-        datasets=[run.data] if run.data and _hub_id(run.data) else None,
+        base_model=hub_id(run.base.path),
+        datasets=[run.data] if run.data and hub_id(run.data) else None,
         eval_results=results or None,
         license=run.license,
         library_name="peft" if adapter else "transformers",
@@ -115,7 +117,7 @@ def _code(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase) ->
         "pad_is_unknown": pad != base.pad_on_disk,
         "pad_is_new": pad is not None and pad >= embedding_rows(base.model),
         "pad_ends_texts": pad in base.eos_ids,
-        "base_is_local": _hub_id(base.path) is None,
+        "base_is_local": hub_id(base.path) is None,
     }
 
 
@@ -134,27 +136,16 @@ def _not_in_training(base: Base, adapter: bool) -> str:
     return "".join(f", {argument}" for argument in said)
 
 
-def _hub_id(path: str) -> str | None:
-    """The name on the hub; what lies in a folder has none: its path is absolute, and the hub accepts no such name."""
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return None
-    return path
-
-
 def _base_name(base: Base) -> str:
     """As short as it can be told: whose folders a local base lay in is no one's business."""
-    return _hub_id(base.path) or Path(base.name).name or base.model.config.model_type
+    return hub_id(base.path) or Path(base.name).name or base.model.config.model_type
 
 
 def _origin(base: Base) -> str:
     """Where a base that has a name of this library's comes from."""
-    if base.name not in named_bases.NAMES:
-        return ""
     if base.name in fetch.BASES:
         return f", which `lora-gan fetch {base.name}` brings"
-    return ", which ships with lora-gan"
+    return ", which ships with lora-gan" if base.name in named_bases.NAMES else ""
 
 
 def _start_name(folder: str) -> str:
@@ -163,17 +154,7 @@ def _start_name(folder: str) -> str:
     return path.parent.name if path.name == "generator" else path.name
 
 
-def _data_name(data: str) -> str:
-    return Path(data).name if Path(data).is_absolute() else data
-
-
 def _settings(config: Config) -> str:
     unlisted = marked(config, Mark.UNLISTED)
     kept = {name: value for name, value in config.to_dict().items() if name not in unlisted}
     return json.dumps(kept, indent=2, ensure_ascii=False)
-
-
-def _versions() -> str:
-    return f"lora-gan {__version__}, " + ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "transformers", "peft")
-    )

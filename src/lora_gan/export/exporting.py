@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +41,9 @@ from ..model.adapter_files import save_adapter
 from ..model.base import Base
 from ..model.endings import ids_of
 from ..model.players import Players
-from ..model.pretrained import without_progress_bars
+from ..model.pretrained import hub_id, without_progress_bars
 from ..state import State
+from ..storage import durable
 from ..storage.checkpoint import readable
 from ..version import __version__
 from . import card, facts
@@ -99,7 +99,7 @@ def export(
         _require_mergeable(state.players)
 
     run = facts.Run.of(state, evaluation, license)
-    with _replacing(final) as writing, state.discriminator.scoring():
+    with durable.replacing(final) as writing, state.discriminator.scoring():
         for part in parts:
             with _exporting(part):
                 tokenizer = _write(state.players, part, writing / part, dtype)
@@ -191,36 +191,17 @@ def _require_mergeable(players: Players) -> None:
 def _require_hub(name: str) -> None:
     """Asked before anything is computed."""
     from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        for part in PARTS:
-            validate_repo_id(f"{name}-{part}")
-    except HFValidationError as error:
-        raise ValueError(f"push_to_hub={name!r} is not accepted: it must be USER/NAME ({error})") from error
+    if any(hub_id(f"{name}-{part}") is None for part in PARTS):
+        raise ValueError(
+            f"push_to_hub={name!r} is not accepted: it must be USER/NAME, of letters, digits, '-', '_' and '.', short "
+            f"enough that the hub takes NAME-{PARTS[-1]}, of at most 96 characters"
+        )
     if not get_token():
         raise ValueError("there is no token for the hub: log in by `hf auth login`, or set HF_TOKEN")
 
 
 # --- the parts
-
-
-@contextmanager
-def _replacing(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to write in. It replaces `final` at the end of the block, unless the block raises."""
-    writing, replaced = (final.parent / f".{final.name}.{state}-{os.getpid()}" for state in ("writing", "replaced"))
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        yield writing
-        if final.exists():
-            final.rename(replaced)
-        writing.rename(final)
-    except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
-        if replaced.exists() and not final.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class Run:
 
     @classmethod
     def of(cls, state: State, judged: dict[str, Any] | None, license: str | None = None) -> Run:
-        metrics = _last_metrics(state)
+        logged = _logged(state)
+        metrics = _last_metrics(state, logged)
         options = kept_options(Path(state.config.output_dir)) if metrics else {}
         judged = {} if judged is None else {"generator": judged} if "metrics" in judged else judged
         if not all(isinstance(result, dict) and "metrics" in result for result in judged.values()):
@@ -65,24 +66,24 @@ class Run:
             data=options.get("data"),
             metrics=metrics,
             evaluation=judged,
-            evaluations=_evaluations(state, bool(metrics)),
+            evaluations=_evaluations(state, logged, bool(metrics)),
             init_adapter=state.init_adapter,
             kl_is_to_adapter=state.players.has_reference,
             license=license,
         )
 
 
-def _last_metrics(state: State) -> dict[str, float]:
-    """The numbers logged last before these weights, empty where the folder has none, or those of another run."""
+def _logged(state: State) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to these weights; it may be another run's."""
     file = Path(state.config.output_dir) / "metrics.jsonl"
-    if not file.is_file():
-        return {}
+    lines = read_lines(file) if file.is_file() else ()
+    return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= state.global_step]
+
+
+def _last_metrics(state: State, logged: list[dict[str, Any]]) -> dict[str, float]:
+    """The numbers logged last before these weights, empty where there are none, or those of another run."""
     first = state.global_step - state.config.logging_steps + 1
-    lines = [
-        line
-        for line in read_lines(file)
-        if first <= line.get("step", 0) <= state.global_step and "reward_calls" in line
-    ]
+    lines = [line for line in logged if line["step"] >= first and "reward_calls" in line]
     if not lines:
         return {}
     last = lines[-1]
@@ -92,28 +93,22 @@ def _last_metrics(state: State) -> dict[str, float]:
     return {name: n for name, n in numbers.items() if name not in COUNTS and not name.startswith("reward_calls")}
 
 
-def _evaluations(state: State, of_this_run: bool) -> list[dict[str, float]]:
+def _evaluations(state: State, logged: list[dict[str, Any]], of_this_run: bool) -> list[dict[str, float]]:
     """The first and the last evaluation that fit() logged up to these weights, by metric; none of another run.
 
     Args:
-        of_this_run: whether the lines of training in metrics.jsonl are this run's.
+        logged: the lines of metrics.jsonl up to these weights.
+        of_this_run: whether the lines of training in it are this run's.
     """
-    file = Path(state.config.output_dir) / "metrics.jsonl"
-    if not file.is_file() or not state.global_step:
+    found = []
+    for line in logged:
+        judged = {name: value for name, value in line.items() if name.startswith("eval_")}
+        metrics = {name: value for name, value in judged.items() if isinstance(value, int | float)}
+        if metrics:
+            found.append({"step": line["step"], **metrics})
+    if not found or not state.global_step or not (of_this_run or found[-1]["step"] == state.global_step):
         return []
-    lines = [
-        {
-            name: value
-            for name, value in line.items()
-            if name == "step" or (name.startswith("eval_") and isinstance(value, int | float))
-        }
-        for line in read_lines(file)
-        if isinstance(line.get("step"), int) and line["step"] <= state.global_step
-    ]
-    lines = [line for line in lines if len(line) > 1]
-    if not lines or not (of_this_run or lines[-1]["step"] == state.global_step):
-        return []
-    return lines if len(lines) == 1 else [lines[0], lines[-1]]
+    return found[:1] + found[1:][-1:]
 
 
 def _reward(state: State, options: dict[str, Any], metrics: dict[str, float]) -> str | None:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..storage import checkpoint, untrusted
-from ..storage.durable import Damaged, Folder
+from ..storage.durable import Folder
 from . import composite
 from .initial_adapter import InitAdapter
 from .peft_config import lora_config_from
@@ -49,28 +49,19 @@ def save_adapter(players: Players, player: str, folder: Path, weights_format: st
     """Adapter weights and config as stock PEFT reads them, into a folder."""
     config, weights = adapter_content(players, player)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (
-        ("adapter_config.json", config),
-        (checkpoint.weights_name(weights_format), checkpoint.copied(weights)),
-    ):
+    content = {"adapter_config.json": config, checkpoint.weights_name(weights_format): checkpoint.copied(weights)}
+    for name, value in content.items():
         (folder / name).write_bytes(checkpoint.serialized(name, value))
 
 
 def read_lora_config(folder: Folder) -> LoraConfig:
     """The adapter a checkpoint holds, from what of its JSON is accepted; the base it names is never followed."""
-    return lora_config_from(_read_adapter_config(folder), str(folder.path / "adapter_config.json"))
-
-
-def _read_adapter_config(folder: Folder) -> dict[str, Any]:
-    try:
-        return folder.read_json("adapter_config.json")
-    except Damaged as error:
-        raise Damaged(f"{folder.path} has no readable adapter_config.json: it is not an adapter ({error})") from error
+    return lora_config_from(folder.read_json("adapter_config.json"), str(folder.path / "adapter_config.json"))
 
 
 def require_same_scaling(folder: Folder, ours: PeftConfig) -> None:
     """The settings that tensors do not show: an adapter under another alpha is another adapter."""
-    theirs, stock = _read_adapter_config(folder), LoraConfig()
+    theirs, stock = folder.read_json("adapter_config.json"), LoraConfig()
     for name in (
         "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
         "alora_invocation_tokens", "use_bdlora",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,22 +71,6 @@ def require_complete(lm: PreTrainedModel, missing: Collection[str], called: str,
 
 
 @contextmanager
-def explaining_pad_id(config: Any) -> Iterator[None]:
-    """Inside the block, torch's refusal of a pad id beyond the embedding says which setting of the config it is."""
-    try:
-        yield
-    except AssertionError as error:
-        text = config.get_text_config()
-        pad_id, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-        if pad_id is None or rows is None or pad_with_a_row(pad_id, rows) is not None:
-            raise
-        raise ValueError(
-            f"its config.json says pad_token_id={pad_id}, and its embedding has {rows:,} rows (vocab_size), 0 to "
-            f"{rows - 1:,}: set pad_token_id to null there"
-        ) from error
-
-
-@contextmanager
 def explaining_failure(called: str) -> Iterator[None]:
     """Errors inside the block, a forward on a few tokens, say that this base cannot be run; out of memory stays."""
     try:
@@ -115,45 +99,27 @@ def require_floating(lm: PreTrainedModel) -> None:
 
 
 def require_finite(lm: PreTrainedModel, logits: Tensor, called: str) -> None:
-    """Refuse a base whose logits hold NaN or +∞ on a few ordinary tokens, and say why. −∞ forbids a token, and passes.
+    """Refuse a base whose logits hold NaN or +∞ on a few ordinary tokens. −∞ forbids a token, and passes.
 
     Args:
         logits: of any shape, from a forward of the base alone.
         called: the base's name, for the message.
 
     Raises:
-        ValueError: weights that are not finite, by the first tensor's name; else an overflow, by its dtype.
+        ValueError: it names the dtype, and the first weight that is not finite.
     """
     if not (logits.isnan() | (logits == torch.inf)).any():
         return
-    kind = _name(lm.dtype)
-    largest = f"{torch.finfo(lm.dtype).max:.3g}" if lm.dtype.is_floating_point else "few"
-    wider = {"float16": "dtype='bfloat16' or dtype='float32'", "bfloat16": "dtype='float32'"}.get(kind)
-    broken = [
-        (name, tensor) for name, tensor in lm.state_dict().items()
-        if tensor.is_floating_point() and not _all_finite(tensor)
-    ]  # fmt: skip
+    weights = {name: tensor for name, tensor in lm.state_dict().items() if tensor.is_floating_point()}
+    broken = [name for name, tensor in weights.items() if not tensor.float().isfinite().all()]
+    found = "its weights are"
     if broken:
-        name, tensor = broken[0]
-        what = f"{called} cannot be the base: its weights are not finite, {name} holds "
-        count = f"({len(broken)} of its tensors hold such numbers)"
-        # A cast to float16 makes infinities of numbers above 65,504; it never makes NaN.
-        if kind == "float16" and not any(tensor.isnan().any() for _, tensor in broken):
-            raise ValueError(
-                f"{what}infinite numbers {count}. Either it overflows, since {kind} holds numbers up to {largest}: "
-                f"load it with {wider}; or, if it says the same there, the file is damaged"
-            )
-        values = "NaN" if tensor.isnan().any() else "infinite numbers"
-        raise ValueError(f"{what}{values} {count}. The file is damaged, or was saved from a broken run: get it again")
-    remedy = f"load it with {wider}" if wider else "its weights are out of proportion: get the file again"
+        found = f"NaN or infinite numbers are in {len(broken)} of its {len(weights)} tensors, first in {broken[0]}"
     raise ValueError(
-        f"{called} cannot be the base in {kind}: its weights are finite, but its logits are not, it overflows ({kind} "
-        f"holds numbers up to {largest}): {remedy}"
+        f"{called} cannot be the base in {_name(lm.dtype)}: its logits are not finite on a few tokens, and "
+        f"{found}. Load it with dtype='bfloat16' or dtype='float32', which overflow "
+        "later than float16. If that does not help, the file is damaged: get it again"
     )
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # not made for float8
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -177,18 +143,29 @@ def pad_with_a_row(pad_id: int | None, rows: int) -> int | None:
     return pad_id if pad_id is not None and 0 <= pad_id < rows else None
 
 
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids by token; empty where the tokenizer has no list of its tokens, as one of bytes."""
+    try:
+        return tokenizer.get_vocab()
+    except NotImplementedError:
+        return {}
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """All ids that the tokenizer has a token for; empty where it has no list of them."""
-    try:
-        return frozenset({*tokenizer.get_vocab().values(), *tokenizer.all_special_ids})
-    except NotImplementedError:
-        return frozenset()
+    vocabulary = _vocabulary(tokenizer)
+    return frozenset({*vocabulary.values(), *tokenizer.all_special_ids}) if vocabulary else frozenset()
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, AddedToken]:
+    """Tokens beside the vocabulary proper, by id; empty for backends that have a method that raises in its place."""
+    added = tokenizer.added_tokens_decoder
+    return added if isinstance(added, Mapping) else {}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Special tokens by id: those with a role, and those that were added as special."""
-    added = tokenizer.added_tokens_decoder  # of some backends no mapping, but a method that raises
-    tokens = {id: str(token) for id, token in added.items() if token.special} if isinstance(added, Mapping) else {}
+    tokens = {id: str(token) for id, token in added_tokens(tokenizer).items() if token.special}
     ids = cast(list[int | None], tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens))
     with_a_role = zip(ids, tokenizer.all_special_tokens, strict=True)
     return tokens | {id: token for id, token in with_a_role if id is not None}
@@ -223,25 +200,21 @@ def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, called: str)
     Raises:
         ValueError: a token of the vocabulary has no row; it names both sizes and the first such token.
     """
-    try:
-        vocabulary = tokenizer.get_vocab()
-    except NotImplementedError:  # a tokenizer without a list of tokens, as of bytes
-        vocabulary = {}
+    vocabulary = _vocabulary(tokenizer)
     if vocabulary and set(vocabulary) <= set(tokenizer.all_special_tokens):
         raise ValueError(
             f"the tokenizer of {called} knows no words, only special tokens: the files of its vocabulary are missing; "
             "save it whole with tokenizer.save_pretrained()"
         )
     outside = {token: id for token, id in vocabulary.items() if id >= rows}
-    needed = _needed_ids(tokenizer, outside)
+    needed = _needed_ids(tokenizer, outside) if outside else {}
     if needed:
-        first, size = min(needed), max([*vocabulary.values(), 0]) + 1
-        sizes = f"its ids go up to {size - 1:,} ({size:,} in all), the base's embedding has {rows:,} rows"
-        why = needed[first]
+        first, size = min(needed), max(vocabulary.values()) + 1
         token = tokenizer.convert_ids_to_tokens(first)
         raise ValueError(
-            f"the tokenizer does not fit {called}: {sizes}, and {token!r} (id {first}, {why}) has none "
-            f"({len(needed)} such tokens). Call model.resize_token_embeddings({size}) and save the base before it is "
+            f"the tokenizer does not fit {called}: its ids go up to {size - 1:,} ({size:,} in all), the base's "
+            f"embedding has {rows:,} rows, and {token!r} (id {first}, {needed[first]}) has none ({len(needed)} such "
+            f"tokens). Call model.resize_token_embeddings({size}) and save the base before it is "
             "opened here, or give the tokenizer that belongs to the base"
         )
     return _without(tokenizer, outside) if outside else tokenizer
@@ -249,10 +222,8 @@ def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, called: str)
 
 def _needed_ids(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> dict[int, str]:
     """Ids that a text can be tokenized into or ends with, as far as they are outside, each with the reason."""
-    if not outside:
-        return {}
     needed: dict[int, str] = {}
-    added = tokenizer.added_tokens_decoder if isinstance(tokenizer.added_tokens_decoder, Mapping) else {}
+    added = added_tokens(tokenizer)
     proper = _proper_vocabulary(tokenizer)
     templates = tokenizer.chat_template or ""
     template = "\n".join(map(str, templates.values())) if isinstance(templates, dict) else str(templates)

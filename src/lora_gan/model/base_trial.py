@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ..context import context_of
 from . import base_checks
-from .kv_cache import cache_inputs, preallocated_cache
+from .kv_cache import cache_inputs, select_rows
 from .tokens import positions
 
 TOKENS, PADS = 8, 3  # of the trial's text, and of the padding in front of it
@@ -94,11 +94,11 @@ class _Trial:
         """Logits of the second row's text, its last tokens read one by one, with the cache of a group's row."""
         ids, device = self.ids, self.ids_BL.device
         with base_checks.explaining_failure(self.called):
-            cache = preallocated_cache(self.lm.config, 2 * len(ids))
+            cache = DynamicCache(config=self.lm.config)
         prefill = cache_inputs(self.takes, cache)
         logits = [self.run(self.ids_BL, self.mask_BL, use_cache=True, **prefill)[1, self.pads :]]
         with base_checks.explaining_failure(self.called):
-            cache.batch_repeat_interleave(2)
+            select_rows(cache, torch.arange(2, device=device).repeat_interleave(2))
         mask_BL = self.mask_BL.repeat_interleave(2, 0)
         ids_BL = torch.stack([ids.flip(0), ids.flip(0), ids, ids.flip(0)]).to(device)
         for place in range(self.short, len(ids)):
@@ -108,7 +108,7 @@ class _Trial:
             if place == self.short:  # the first prompt's rows leave
                 keep = torch.tensor([0, 2, 3], device=device)
                 with base_checks.explaining_failure(self.called):
-                    cache.batch_select_indices(keep)
+                    select_rows(cache, keep)
                 mask_BL, ids_BL = mask_BL[keep], ids_BL[keep]
         return torch.cat(logits)
 

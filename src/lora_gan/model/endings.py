@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,12 +123,9 @@ class Endings:
     def _first_end(self, text: str) -> int | None:
         """The first special token of a text; else the added token that it begins with."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        special = base_checks.special_tokens(self.tokenizer)
-        first = next((id for id in ids if id in special), None)
-        if first is None:
-            added = self.tokenizer.added_tokens_decoder
-            first = next((id for id, token in added.items() if text.strip().startswith(token.content)), None)
-        return first
+        special, added = base_checks.special_tokens(self.tokenizer), base_checks.added_tokens(self.tokenizer)
+        begins = (id for id, token in added.items() if text.strip().startswith(token.content))
+        return next(chain((id for id in ids if id in special), begins), None)
 
     def _tail(self, options: Mapping[str, Any]) -> tuple[str, bool]:
         """What the template writes after a user's last message, up to where the response begins, without space; and

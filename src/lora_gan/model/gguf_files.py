@@ -35,11 +35,6 @@ def is_one(path: Path) -> bool:
     return path.is_file() and (path.suffix != "" or _is_gguf(path))
 
 
-def is_missing(name: str) -> bool:
-    """Whether the name is that of a GGUF file which is not there."""
-    return name.endswith(".gguf") and not Path(name).exists()
-
-
 def file_in(path: Path) -> Path | None:
     """The GGUF file that a path stands for: itself, or the only one in a folder. None: the folder is no such base.
 
@@ -79,7 +74,7 @@ def converted(file: Path) -> Path:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     folder = user_cache.cache_folder() / "gguf" / digest
     if not user_cache.is_whole(folder):
-        weights = _weights_bytes(_header(file))
+        weights = 4 * sum(int(tensor.n_elements) for tensor in _header(file).tensors)  # bytes
         print(f"Converting {file} to float32, {size(weights)}, in {folder}", file=sys.stderr, flush=True)
         user_cache.get(folder, lambda new: convert(file, new), needs=weights + 2**26)  # 64 MB: a tokenizer is smaller
     return folder
@@ -123,11 +118,6 @@ def _value(header: Any, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-def _weights_bytes(header: Any) -> int:
-    """Of all tensors in float32."""
-    return 4 * sum(int(tensor.n_elements) for tensor in header.tensors)
-
-
 # --- converting -------------------------------------------------------------------------------------------------------
 
 
@@ -169,17 +159,12 @@ def convert(file: Path, folder: Path) -> None:
     _end_as_trained(model, header)
     _rotate_as_trained(model, header, file)
     # transformers marks the model as quantized and would refuse to save it, though every weight is dequantized.
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(model, mark):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    try:
-        with without_progress_bars():
-            model.save_pretrained(folder)
-    except Exception as error:  # safetensors has an exception of its own, for a full disk too
-        why = error_line(error)
-        raise ValueError(f"the GGUF file {str(file)!r} could not be converted into {folder}: {why}") from error
+    marked = ("hf_quantizer", "is_quantized", "quantization_method")
+    for holder, name in (*((model, name) for name in marked), (model.config, "quantization_config")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    with without_progress_bars():
+        model.save_pretrained(folder)
     if tokenizer is not None:
         _split_as_trained(tokenizer, header, file)
         tokenizer.save_pretrained(folder)

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 
 from ..storage import checkpoint, untrusted
-from ..storage.durable import MANIFEST, Folder
+from ..storage.durable import Folder
 from ..wording import shown
 from .peft_config import (
     ACCEPTED,
     INIT_METHODS,
     SET_BY_LIBRARY,
     changed_setting,
-    default_of,
     lora_config_from,
     require_shareable,
 )
+from .pretrained import hub_id
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -111,7 +110,7 @@ def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitA
         raise ValueError(there + hub)
     if not (path / "adapter_config.json").exists() and any(path.glob("step-*")):
         path = checkpoint.find(path, None)
-    folder = _folder(path)
+    folder = checkpoint.player_folder(path, "generator")
     if not folder.has("adapter_config.json"):
         steps = sorted(path.glob("checkpoint-*/adapter_config.json"))
         hint = f"; there is one in {steps[-1].parent}" if steps else ""
@@ -128,16 +127,6 @@ def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitA
         base=base if isinstance(base, str) else "",
         fingerprint=_fingerprint(folder),
     )
-
-
-def _folder(path: Path) -> Folder:
-    """The folder of the adapter itself, named so, or by its checkpoint or export; a manifest beside it holds."""
-    if (path / MANIFEST).exists():
-        return Folder(path, manifest=True).part("generator")
-    if path.name in ("generator", "reference") and (path.parent / MANIFEST).exists():
-        return Folder(path.parent, manifest=True).part(path.name)
-    is_export = (path / "generator").is_dir() and not (path / "adapter_config.json").exists()
-    return Folder(path / "generator" if is_export else path, manifest=False)
 
 
 def _fingerprint(folder: Folder) -> str | None:
@@ -165,18 +154,18 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
     remedy = ". Merge the adapter into its base, and give the result as model= instead"
     accepted = (*ACCEPTED, *SET_BY_LIBRARY, *TRAINING_FIELDS)
     require_shareable(theirs.items(), where, accepted=accepted, remedy=remedy)
-    stock = {field.name: default_of(field) for field in fields(LoraConfig)}
+    stock = LoraConfig()
     init = theirs.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in HARMLESS_INITS:
         raise ValueError(
             f"{where} has init_lora_weights={shown(init)}, which changes the base's weights: save it as plain LoRA "
             "(PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)), and give that"
         )
-    ranks = [theirs.get("r", stock["r"]), *_values(theirs.get("rank_pattern"))]
+    ranks = [theirs.get("r", stock.r), *_values(theirs.get("rank_pattern"))]
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
             raise ValueError(f"{where} has the rank {shown(rank)}: it must be a whole number from 1 to {LARGEST_RANK}")
-    for alpha in [theirs.get("lora_alpha", stock["lora_alpha"]), *_values(theirs.get("alpha_pattern"))]:
+    for alpha in [theirs.get("lora_alpha", stock.lora_alpha), *_values(theirs.get("alpha_pattern"))]:
         untrusted.require_float(alpha, f"{where}: lora_alpha")
     return lora_config_from(theirs, where, init_lora_weights=True)
 
@@ -187,8 +176,4 @@ def _values(pattern: Any) -> list[Any]:
 
 def _is_hub_id(name: str) -> bool:
     """Whether a name can only be one on the hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
+    return "/" in name and not Path(name).exists() and hub_id(name) is not None

@@ -25,6 +25,18 @@ def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     return lists[0] if len(lists) == 1 else None
 
 
+def require_layer_list(model: PreTrainedModel, setting: str, instead: str) -> tuple[str, nn.ModuleList]:
+    """`layer_list`, for a setting that needs it.
+
+    Raises:
+        ValueError: the model has none; the message ends with what to set instead.
+    """
+    named = layer_list(model)
+    if named is None:
+        raise ValueError(f"{setting} cannot tell what the layers of {type(model).__name__} are: {instead}")
+    return named
+
+
 def body_of(model: PreTrainedModel) -> nn.Module:
     """The part of a causal LM below its head.
 

@@ -5,7 +5,6 @@ calls `open_pretrained` for every base that is given by name.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,15 @@ DECIDED_ELSEWHERE = {
     "output_loading_info": "nothing: the library reads it itself",
 }  # fmt: skip
 REPOSITORY_OPTIONS = ("revision", "token", "cache_dir", "subfolder")  # which concern the tokenizer's files too
+OTHER_FOLDERS = {  # what a folder without a config.json is, by a file in it
+    "adapter_config.json":
+        "it is an adapter, not a base: open it with load_generator(), load_discriminator() or from_checkpoint()",
+    "modules.json":
+        "it is a sentence-transformers model, which embeds texts: give a causal language model (if its transformer is "
+        "one, the folder within it that has a config.json)",
+    "trainer_state.json": "it is a checkpoint, not a base: open it with LoraGAN.from_checkpoint()",
+    "step-*/trainer_state.json": "it is the folder of a checkpoint, not a base: open it with LoraGAN.from_checkpoint()",
+}  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -52,7 +60,7 @@ def open_pretrained(
     elif Path(name).is_dir() or gguf_files.is_one(Path(name)):
         file = gguf_files.file_in(Path(name))
         path = source = str(Path(name).resolve() if file is None else gguf_files.converted(file))
-    elif gguf_files.is_missing(name):
+    elif name.endswith(".gguf"):
         raise ValueError(f"the base {name!r} is not there: there is no such GGUF file")
     else:
         path, source = name, _reach_hub(name, repository, local_files_only)
@@ -72,7 +80,7 @@ def open_pretrained(
         extra["quantization_config"] = quantization_config
     # Mismatched tensors are refused below by name; transformers would only point to a table that it logs.
     options = {"dtype": _dtype(config, device), "ignore_mismatched_sizes": True}
-    with _opening(name, "model"), base_checks.explaining_pad_id(lm_config):
+    with _opening(name, "model"):
         lm, loading = load_causal_lm(source, **{**options, **extra, **shared})
     base_checks.require_matching(loading["mismatched_keys"], name)
     holds = f" and would be random. It holds {_architectures(lm_config)}"
@@ -100,18 +108,8 @@ def _opening(name: str, what: str) -> Iterator[None]:
 def _require_files(folder: Path, name: str, needs_tokenizer: bool) -> None:
     """Say which part of a base a folder lacks; transformers would make up an empty tokenizer where there is none."""
     if not (folder / "config.json").is_file():
-        found = "it has no config.json"
-        if (folder / "adapter_config.json").is_file():
-            found = (
-                "it is an adapter, not a base: open it with load_generator(), load_discriminator() or from_checkpoint()"
-            )
-        elif (folder / "modules.json").is_file():
-            found = (
-                "it is a sentence-transformers model, which embeds texts: give a causal language model (if its "
-                "transformer is one, the folder within it that has a config.json)"
-            )
-        elif (folder / "trainer_state.json").is_file() or any(folder.glob("step-*/trainer_state.json")):
-            found = "it is a checkpoint, not a base: open it with LoraGAN.from_checkpoint()"
+        kinds = (there for file, there in OTHER_FOLDERS.items() if any(folder.glob(file)))
+        found = next(kinds, "it has no config.json")
         raise ValueError(f"the folder {name!r} cannot be the base: {found}")
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.gguf", "*.safetensors.index.*")):
         raise ValueError(f"the folder {name!r} cannot be the base: it has a config.json, but no weights")
@@ -130,51 +128,36 @@ def _reach_hub(name: str, repository: dict[str, Any], local_files_only: bool) ->
     """
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ValueError(
-            f"the base {name!r} is not there: it must be a folder with a transformers model, a GGUF file, a hub id "
-            f"(name, or owner/name), or {named_bases.listed()}"
-        )
     where = {key: repository[key] for key in ("revision", "subfolder") if key in repository}
     file = "/".join(filter(None, [where.get("subfolder"), "config.json"]))
     try:
         cached = try_to_load_from_cache(name, file, repository.get("cache_dir"), where.get("revision"))
-    except ValueError as error:  # two dots, a dash at the end
-        raise ValueError(f"the base {name!r} is neither a folder nor a hub id ({error})") from error
+    except ValueError as error:
+        raise ValueError(
+            f"the base {name!r} is not there: it must be a folder with a transformers model, a GGUF file, a hub id "
+            f"(name, or owner/name), or {named_bases.listed()} ({error_line(error)})"
+        ) from error
     folder = cached.removesuffix(file) if isinstance(cached, str) else None
+    cause: Exception | None = None
     if local_files_only or constants.HF_HUB_OFFLINE:
-        if folder is not None:
-            return folder
-        asked = "only this machine is asked" if local_files_only else "HF_HUB_OFFLINE=1 forbids to ask the hub"
-        raise ValueError(f"the base {name!r} is neither a folder here nor in the hub's cache, and {asked}")
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", **where), token=repository.get("token"))
-    except errors.GatedRepoError as error:
-        raise ValueError(
-            f"the base {name!r} is gated: accept its terms at {constants.ENDPOINT}/{name} and log in with "
-            "`hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"there is no base {name!r}, neither as a folder here nor at {constants.ENDPOINT} (a private one needs "
-            "`hf auth login`)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"the base {name!r} has no revision {where.get('revision')!r}") from error
-    except errors.EntryNotFoundError as error:
-        raise ValueError(f"{name!r} is on the hub, but has no {file}: it is not a transformers model") from error
-    except errors.HfHubHTTPError:
-        return name  # an overloaded hub: its client waits and asks again
-    except Exception as error:  # of whichever client the hub's library uses
-        if "Timeout" in type(error).__name__ and "Connect" not in type(error).__name__:
+        why = "only this machine is asked" if local_files_only else "HF_HUB_OFFLINE=1 forbids to ask the hub"
+    else:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", **where), token=repository.get("token"))
             return name
-        if folder is not None:
-            return folder
-        raise ValueError(
-            f"the base {name!r} is neither a folder here nor in the hub's cache, and {constants.ENDPOINT} cannot be "
-            f"reached ({str(error) or type(error).__name__})"
-        ) from error
-    return name
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+            raise ValueError(
+                f"the base {name!r} is no folder here, and the hub has none: {error_line(error)}"
+            ) from error
+        except errors.HfHubHTTPError:
+            return name  # an overloaded hub: its client waits and asks again
+        except Exception as error:  # of whichever client the hub's library uses
+            if "Timeout" in type(error).__name__ and "Connect" not in type(error).__name__:
+                return name
+            cause, why = error, f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
+    if folder is None:
+        raise ValueError(f"the base {name!r} is neither a folder here nor in the hub's cache, and {why}") from cause
+    return folder
 
 
 def _dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -26,22 +26,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tokens import pad, positions
 
+Rows = Sequence[list[int]]  # token ids, row by row
 ATTENTION = "lora_gan_packed"  # its name in transformers' attention interface
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the attention finds each prompt and each response in a row of N tokens."""
+    """Where the tokens of a row stand among the places of its prompts, [P, S], and of its responses, [B, T]."""
 
-    prompt_PS: Tensor  # places in the row; 0 where a prompt is shorter than S
-    response_BT: Tensor  # likewise
-    token_N: Tensor  # the inverse: places in the flattened [P·S + B·T] of the two above
+    prompts: tuple[int, int]  # P, S
+    responses: tuple[int, int]  # B, T
+    token_N: Tensor  # each token's place in the flattened [P·S + B·T]
     prompt_B: Tensor | None  # which prompt a response answers; None = each prompt has equally many, in order
     seen_B1TK: Tensor  # what each response place sees of its prompt's S places and its own T
-
-    @property
-    def group(self) -> int:
-        return len(self.response_BT) // len(self.prompt_PS)
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,11 @@ class Batch:
 
 
 def build_batch(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
+    prompts: Rows,
+    responses: Rows,
     prompt_of: np.ndarray,
     *,
     packs: bool,
-    takes_positions: bool,
     pad_id: int,
     pad_on_disk: int | None,
     device: torch.device,
@@ -85,14 +81,13 @@ def build_batch(
         responses: token ids of each response, the end-of-text token included.
         prompt_of: [B] which prompt each response answers.
         packs: whether the base can read one packed row.
-        takes_positions: whether the base takes position ids; padded rows of one that does not have none.
         pad_id: fills padded rows.
         pad_on_disk: the pad id in the base's config, which stock sequence classification skips; see `pooled`.
     """
-    lay = _packed if packs else _padded
-    inputs, ids, first_B, before_B = lay(prompts, responses, prompt_of, pad_id, device)
-    if not takes_positions:
-        inputs.pop("position_ids", None)
+    if packs:
+        inputs, ids, first_B, before_B = _packed(prompts, responses, prompt_of, device)
+    else:
+        inputs, ids, first_B, before_B = _padded(prompts, responses, prompt_of, pad_id, device)
     response = [np.arange(len(answer)) + first for answer, first in zip(responses, first_B, strict=True)]
     predicting = [
         np.concatenate([[before], row[:-1]])[: len(row)] for before, row in zip(before_B, response, strict=True)
@@ -103,19 +98,19 @@ def build_batch(
         own = place - len(prompts[prompt])
         pooled_B.append(first + own if own >= 0 else before + 1 + own)
 
-    def tensor(places: list[np.ndarray] | np.ndarray) -> Tensor:
-        flat = np.concatenate(places) if isinstance(places, list) else places
-        return torch.from_numpy(flat.astype(np.int64)).to(device)
-
     return Batch(
         inputs,
         ids,
-        response_R=tensor(response),
-        predicting_R=tensor(predicting),
-        pooled_B=tensor(np.array(pooled_B)),
-        row_R=tensor(np.repeat(np.arange(len(responses)), [len(row) for row in response])),
+        response_R=_tensor(np.concatenate(response), device),
+        predicting_R=_tensor(np.concatenate(predicting), device),
+        pooled_B=_tensor(np.array(pooled_B), device),
+        row_R=_tensor(np.repeat(np.arange(len(responses)), [len(row) for row in response]), device),
         packed=packs,
     )
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
 def pooled(ids: list[int], pad_on_disk: int | None) -> int:
@@ -134,30 +129,18 @@ def pooled(ids: list[int], pad_on_disk: int | None) -> int:
 Layout = tuple[dict[str, Any], Tensor, np.ndarray, np.ndarray]
 
 
-def _padded(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    prompt_of: np.ndarray,
-    pad_id: int,
-    device: torch.device,
-) -> Layout:
+def _padded(prompts: Rows, responses: Rows, prompt_of: np.ndarray, pad_id: int, device: torch.device) -> Layout:
     """Rows, each with its own copy of the prompt, padded on the left, and the response, padded on the right."""
     prompt_ids, prompt_mask = pad([prompts[j] for j in prompt_of], pad_id, side="left")
     response_ids, response_mask = pad(responses, pad_id, side="right")
-    ids_BL = torch.from_numpy(np.concatenate([prompt_ids, response_ids], -1)).to(device)
-    mask_BL = torch.from_numpy(np.concatenate([prompt_mask, response_mask], -1).astype(np.int64)).to(device)
+    ids_BL = _tensor(np.concatenate([prompt_ids, response_ids], -1), device)
+    mask_BL = _tensor(np.concatenate([prompt_mask, response_mask], -1).astype(np.int64), device)
     inputs = {"attention_mask": mask_BL, "position_ids": positions(mask_BL)}
     first_B = np.arange(len(responses)) * ids_BL.shape[1] + prompt_ids.shape[1]
     return inputs, ids_BL, first_B, first_B - 1
 
 
-def _packed(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    prompt_of: np.ndarray,
-    pad_id: int,
-    device: torch.device,
-) -> Layout:
+def _packed(prompts: Rows, responses: Rows, prompt_of: np.ndarray, device: torch.device) -> Layout:
     """One row: prompts, then responses."""
     prompt_lengths, lengths = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
     starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_lengths, lengths]))])
@@ -169,8 +152,6 @@ def _packed(
     wide, long = prompt_lengths.max(), max(1, lengths.max())
     of_prompt_PS = np.arange(wide) < prompt_lengths[:, None]
     of_response_BT = np.arange(long) < lengths[:, None]
-    prompt_PS = np.where(of_prompt_PS, prompt_starts[:, None] + np.arange(wide), 0)
-    response_BT = np.where(of_response_BT, first_B[:, None] + np.arange(long), 0)
     token_N = np.concatenate([np.flatnonzero(of_prompt_PS), np.flatnonzero(of_response_BT) + of_prompt_PS.size])
     own_TT = np.tril(np.ones((long, long), dtype=bool))
     seen_BTK = np.concatenate(
@@ -180,59 +161,23 @@ def _packed(
         ],
         axis=-1,
     )
-    even = len(responses) % len(prompts) == 0
-    even = even and bool((prompt_of == np.arange(len(responses)) // (len(responses) // len(prompts))).all())
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-    places = PackedLayout(
-        tensor(prompt_PS),
-        tensor(response_BT),
-        tensor(token_N),
-        None if even else tensor(np.asarray(prompt_of, dtype=np.int64)),
-        tensor(seen_BTK[:, None]),
+    even = np.array_equal(prompt_of, np.arange(len(prompts)).repeat(len(responses) // len(prompts)))
+    layout = PackedLayout(
+        of_prompt_PS.shape,
+        of_response_BT.shape,
+        _tensor(token_N, device),
+        None if even else _tensor(prompt_of, device),
+        _tensor(seen_BTK[:, None], device),
     )
     inputs = {
         "attention_mask": torch.ones(1, len(ids), dtype=torch.int64, device=device),  # some bases warn without one
-        "position_ids": tensor(np.concatenate(counted)[None]),
-        "packing": places,
+        "position_ids": _tensor(np.concatenate(counted)[None], device),
+        "packing": layout,
     }
-    return inputs, tensor(ids[None]), first_B, prompt_starts[prompt_of] + prompt_lengths[prompt_of] - 1
+    return inputs, _tensor(ids[None], device), first_B, prompt_starts[prompt_of] + prompt_lengths[prompt_of] - 1
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
-
-
-class UnpackTokens(torch.autograd.Function):
-    """Tokens [N, …] taken apart into the places [P·S + B·T, …]. Each token has one place, so the backward is a
-    look-up, too: no sum whose order could change. Padding slots are masked."""
-
-    @staticmethod
-    def forward(ctx: Any, x_N: Tensor, place: Tensor, token_N: Tensor) -> Tensor:
-        ctx.save_for_backward(token_N)
-        return x_N.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (token_N,) = ctx.saved_tensors
-        return gradients[0].index_select(0, token_N), None, None
-
-
-class PackTokens(torch.autograd.Function):
-    """The inverse of `UnpackTokens`: no gradient reaches the places that hold no token."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token_N: Tensor) -> Tensor:
-        ctx.save_for_backward(token_N)
-        ctx.places = len(x)
-        return x.index_select(0, token_N)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (token_N,) = ctx.saved_tensors
-        gradient_N = gradients[0]
-        return gradient_N.new_zeros(ctx.places, *gradient_N.shape[1:]).index_copy_(0, token_N, gradient_N), None
 
 
 def attention(
@@ -254,21 +199,19 @@ def attention(
     special = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if packing is None or special or attention_mask is not None or dropout or len(query) != 1:
         raise NotImplementedError(f"{type(module).__name__} cannot read a packed row: {special or 'no places'}")
-    prompts, S = packing.prompt_PS.shape
-    responses, T = packing.response_BT.shape
-    place = torch.cat([packing.prompt_PS.reshape(-1), packing.response_BT.reshape(-1)])
+    (P, S), (B, T) = packing.prompts, packing.responses
 
     def apart(x_1AND: Tensor) -> tuple[Tensor, Tensor]:
         x_NAD = x_1AND[0].transpose(0, 1)
         if x_NAD.shape[1] != query.shape[1]:  # fewer heads of keys and values than of queries
             x_NAD = x_NAD.repeat_interleave(query.shape[1] // x_NAD.shape[1], 1)
-        of_prompts, of_responses = UnpackTokens.apply(x_NAD, place, packing.token_N).split([prompts * S, responses * T])
-        return of_prompts.unflatten(0, (prompts, S)), of_responses.unflatten(0, (responses, T))
+        places = x_NAD.new_zeros(P * S + B * T, *x_NAD.shape[1:]).index_copy_(0, packing.token_N, x_NAD)
+        of_prompts, of_responses = places.split([P * S, B * T])
+        return of_prompts.unflatten(0, (P, S)), of_responses.unflatten(0, (B, T))
 
     def with_prompt(of_prompts: Tensor, of_responses: Tensor) -> Tensor:
         if packing.prompt_B is None:
-            shape = (prompts, packing.group, *of_prompts.shape[1:])
-            before = of_prompts.unsqueeze(1).expand(shape).flatten(0, 1)
+            before = of_prompts.unsqueeze(1).expand(P, B // P, *of_prompts.shape[1:]).flatten(0, 1)
         else:
             before = of_prompts.index_select(0, packing.prompt_B)
         return torch.cat([before, of_responses], 1)
@@ -286,7 +229,7 @@ def attention(
         scale=scaling,
     ).transpose(1, 2)
     out = torch.cat([out_PSAD.flatten(0, 1), out_BTAD.flatten(0, 1)])
-    return PackTokens.apply(out, packing.token_N)[None], None  # [1, N, A, D]
+    return out.index_select(0, packing.token_N)[None], None  # [1, N, A, D]
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +24,7 @@ from ..config import Config
 from ..wording import error_line, shown
 from . import composite
 from .base import Base
-from .layers import has_adapter, layer_list
+from .layers import has_adapter, require_layer_list
 
 # The fields of peft.LoraConfig that may differ from its defaults. The library sets the last row itself.
 ACCEPTED = (
@@ -114,13 +114,7 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
     count = model.config.get_text_config().num_hidden_layers
     if layers > count:
         raise ValueError(f"disc_layers={layers} is not accepted: {type(model).__name__} has {count} layers")
-    named = layer_list(model)
-    if named is None:
-        raise ValueError(
-            f"disc_layers cannot tell which layers of {type(model).__name__} are the upper ones: name the modules in "
-            "disc_target_modules"
-        )
-    (name, found), first = named, count - layers
+    (name, found), first = require_layer_list(model, "disc_layers", "set disc_target_modules"), count - layers
     left_out = NOT_ADAPTED.get(model.config.model_type, ())
     return sorted(
         f"{name}.{first + i}.{inner}"
@@ -174,11 +168,6 @@ def changed_setting(config: Config, settings: Iterable[str]) -> str | None:
     return f"{changed[0]}={getattr(config, changed[0])!r}" if changed else None
 
 
-def default_of(field: Field[Any]) -> Any:
-    """The default of a dataclass's field."""
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
 def require_shareable(settings: Iterable[tuple[str, Any]], name: str, *, accepted: Iterable[str], remedy: str) -> None:
     """Refuse a value that is not PEFT's default in a field where only the default works.
 
@@ -191,9 +180,9 @@ def require_shareable(settings: Iterable[tuple[str, Any]], name: str, *, accepte
     Raises:
         ValueError: it names the field, its value and the reason.
     """
-    stock = {field.name: default_of(field) for field in fields(LoraConfig)}
+    stock = LoraConfig()
     for field, value in settings:
-        if field not in accepted and value and value != stock.get(field):
+        if field not in accepted and value and value != getattr(stock, field, None):
             reason = REFUSED_BECAUSE.get(field, "it is not known to work on a base that two adapters share")
             raise ValueError(f"{name} has {str(field)[:60]}={shown(value)}, which is not accepted: {reason}{remedy}")
 

@@ -22,8 +22,8 @@ import copy
 import inspect
 import re
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Literal, cast, get_args
 
@@ -32,7 +32,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from .. import randomness
 from ..config import Config
@@ -44,8 +44,17 @@ from .encoding import Encoder
 from .fast_lora import use_fast_forwards
 from .initial_adapter import InitAdapter
 from .kv_cache import cache_inputs, has_other_than_full_attention
-from .layers import FixedBody, FixedOutput, InputRecorder, body_of, has_adapter, layer_list, replaced
-from .packing import Batch, build_batch
+from .layers import (
+    FixedBody,
+    FixedOutput,
+    InputRecorder,
+    body_of,
+    has_adapter,
+    layer_list,
+    replaced,
+    require_layer_list,
+)
+from .packing import Batch, Rows, build_batch
 from .peft_config import attach, lora_config, require_trainable, warn_of_stock_clients
 from .tokens import positions
 
@@ -88,7 +97,9 @@ class Players:
         # Which adapters the settings do not describe: a checkpoint says so.
         given = {"generator": own, "discriminator": disc_peft_config}
         self.by_peft_config = [player for player, its in given.items() if its is not None]
-        layers = _layers_to_checkpoint(base.model) if config.gradient_checkpointing else None
+        layers = None
+        if config.gradient_checkpointing:
+            _, layers = require_layer_list(base.model, "gradient_checkpointing", "set micro_batch_size")
         with randomness.seeded_torch(config.seed, "lora"):
             self.peft = attach(base, lora, "" if init_adapter is None else f" (init_adapter={init_adapter.name})")
         self.peft.eval()  # train mode would switch on the base's own dropout
@@ -102,7 +113,7 @@ class Players:
         self.reward_unit = 1.0  # the heads count in it, so that their learning rate does not depend on the reward's
         self._layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         self._takes = inspect.signature(self.lm.forward).parameters
-        self._playing: Player = "base"
+        self.active: Player = "base"  # whose forwards run now
         self._open: dict[int, weakref.ref[_PendingGraph]] = {}
         for parameter in self.parameters("generator") + self.parameters("discriminator"):
             parameter.requires_grad_(True)
@@ -113,11 +124,6 @@ class Players:
         self._switch("base")
         if layers is not None:
             checkpoint_layers(layers, self._recompute_context)
-
-    @property
-    def active(self) -> Player:
-        """Whose forwards run now."""
-        return self._playing
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +143,7 @@ class Players:
         """Forwards inside the block run as this player; the one before comes back at its end, on exceptions too."""
         if player not in get_args(Player):
             raise ValueError(f"player={player!r} is not accepted: it must be one of {', '.join(get_args(Player))}")
-        before = self._playing
+        before = self.active
         self._require_no_open_graph(f"{before} → {player}")
         self._switch(player)
         try:
@@ -156,7 +162,7 @@ class Players:
         active = self._adapters_of(player)
         for layer in self._layers:
             layer._active_adapter = active
-        self._playing = player
+        self.active = player
 
     def _adapters_of(self, player: Player) -> list[str]:
         """The adapters, by PEFT's names, that are on while this player plays: one or none."""
@@ -168,11 +174,11 @@ class Players:
 
     def _recompute_context(self) -> RecomputeContext:
         """For a recomputation: the player of now, and attention that reads the same kind of rows."""
-        return partial(self._as_player, self._playing, self.lm.config._attn_implementation)
+        return partial(self._as_player, self.active, self.lm.config._attn_implementation)
 
     @contextmanager
     def _as_player(self, player: Player, attention: str) -> Iterator[None]:
-        before = self._playing
+        before = self.active
         with self._attention(attention):
             if player != before:  # this runs per recomputed layer; mostly nothing changes
                 self._switch(player)
@@ -228,21 +234,16 @@ class Players:
         """The frozen input embeddings both players share, as the body receives them."""
         return self.lm.get_input_embeddings()(ids)
 
-    def batch(
-        self,
-        prompts: Sequence[list[int]],
-        responses: Sequence[list[int]],
-        prompt_of: np.ndarray,
-        *,
-        packs: bool | None = None,
-    ) -> Batch:
+    def batch(self, prompts: Rows, responses: Rows, prompt_of: np.ndarray, *, packs: bool | None = None) -> Batch:
         """Responses and the prompts they answer, laid out as this base reads them: without padding where it can, or as
         `packs` says."""
-        return build_batch(
+        batch = build_batch(
             prompts, responses, prompt_of, packs=self.packs if packs is None else packs,
-            takes_positions="position_ids" in self._takes, pad_id=self.base.pad_id, pad_on_disk=self.base.pad_on_disk,
-            device=self.device,
+            pad_id=self.base.pad_id, pad_on_disk=self.base.pad_on_disk, device=self.device,
         )  # fmt: skip
+        if "position_ids" not in self._takes:
+            del batch.inputs["position_ids"]
+        return batch
 
     @cached_property
     def packs(self) -> bool:
@@ -250,25 +251,19 @@ class Players:
         config = self.lm.config
         if "position_ids" not in self._takes or config.get_text_config() is not config:
             return False
-        # A trial of a few tokens cannot show a sliding window, so the config is asked.
+        # A trial of a few tokens cannot show a sliding window. A recurrent state runs along the row, over its texts.
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-        if any(windows) or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-            return False
-        if has_other_than_full_attention(config):  # a recurrent state runs along the row, over all of its texts
+        if any(windows) or has_other_than_full_attention(config):
             return False
         ids = [1 + i % (embedding_rows(self.lm) - 1) for i in range(11)]
         trial = [ids[:2], ids[2:5]], [ids[5:8], ids[8:9], ids[9:]], np.array([0, 0, 1])
-        with torch.no_grad(), self.playing("base"):
-            try:
-                packed, padded = (
-                    self._states(batch).flatten(0, 1)[batch.response_R]
-                    for batch in (self.batch(*trial, packs=True), self.batch(*trial, packs=False))
-                )
-            except torch.OutOfMemoryError:
-                raise  # it does not show that packing fails, and a resumed run must find the same
-            except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
-                return False  # whatever a base does that is told nothing of rows: it is read as it always was
-            return _equal_to_rounding(packed, padded)
+
+        def states(packs: bool) -> Tensor:
+            batch = self.batch(*trial, packs=packs)
+            return self._states(batch).flatten(0, 1)[batch.response_R]
+
+        with self.playing("base"):
+            return _agree(lambda: states(packs=True), lambda: states(packs=False))
 
     def hidden(self, batch: Batch, places_R: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
         """The active player's last hidden states at some places of a batch, [R, H].
@@ -277,12 +272,12 @@ class Players:
             places_R: among the tokens of `batch.ids`, flattened.
             embeds_BLH: instead of the embeddings of `batch.ids`.
         """
-        with ExitStack() as shortened:
-            is_base_below = self._playing == "discriminator" or self._is_base(self._playing)
-            if self._shares_frozen_layers and is_base_below and embeds_BLH is None:
-                if "layers" not in batch.frozen_outputs:
-                    batch.frozen_outputs["layers"] = self._frozen_output(batch)
-                shortened.enter_context(self._from_frozen_output(batch.frozen_outputs["layers"]))
+        is_base_below = self.active == "discriminator" or self._is_base(self.active)
+        if self._shares_frozen_layers and is_base_below and embeds_BLH is None:
+            if "layers" not in batch.frozen_outputs:
+                batch.frozen_outputs["layers"] = self._frozen_output(batch)
+            hidden_BLH = self._states_above(batch, batch.frozen_outputs["layers"])
+        else:
             hidden_BLH = self._states(batch, embeds_BLH)
         return self._track_graph(hidden_BLH.flatten(0, 1).index_select(0, places_R))
 
@@ -303,16 +298,8 @@ class Players:
         if self._frozen_layers is None:
             return False
         batch = self.batch([[1, 2], [3]], [[1, 3], [2]], np.arange(2))
-        with torch.no_grad():
-            try:
-                whole_BLH = self._states(batch)
-                with self._from_frozen_output(self._frozen_output(batch)):
-                    upper_BLH = self._states(batch)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
-                return False  # layers that hand on more than hidden states
-        return _equal_to_rounding(upper_BLH, whole_BLH)
+        # Layers may hand on more than hidden states.
+        return _agree(lambda: self._states_above(batch, self._frozen_output(batch)), lambda: self._states(batch))
 
     @cached_property
     def _frozen_layers(self) -> tuple[nn.ModuleList, int] | None:
@@ -338,13 +325,12 @@ class Players:
         assert recorder.input is not None
         return recorder.input
 
-    @contextmanager
-    def _from_frozen_output(self, hidden_BLH: Tensor) -> Iterator[None]:
-        """Inside the block the body begins above these layers."""
+    def _states_above(self, batch: Batch, hidden_BLH: Tensor) -> Tensor:
+        """`_states`, begun above these layers, from what comes out of them."""
         assert self._frozen_layers is not None
         layers, below = self._frozen_layers
         with replaced(layers, dict.fromkeys(range(below), FixedOutput(hidden_BLH))):
-            yield
+            return self._states(batch)
 
     @contextmanager
     def _attention(self, attention: str) -> Iterator[None]:
@@ -363,18 +349,14 @@ class Players:
         What a causal LM does behind its body (the head, a cap, a scale) is its own forward's business, which is
         therefore run, with the hidden states in the body's place.
         """
-        name, body = self.lm.base_model_prefix, self.body
-        active = [(layer, layer._active_adapter) for layer in self._layers] if reference else []
+        name, one = self.lm.base_model_prefix, torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
+        player: Player = "reference" if reference else self.active  # what stands behind the body may be adapted, too
+        setattr(self.lm, name, FixedBody(hidden_RH[None], self.body))
         try:
-            one = torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
-            setattr(self.lm, name, FixedBody(hidden_RH[None], body))
-            for layer, _ in active:  # what stands behind the body may be adapted, too
-                layer._active_adapter = self._adapters_of("reference")
-            logits_1RV = self.lm(input_ids=one, attention_mask=one, use_cache=False).logits
+            with self._as_player(player, self.lm.config._attn_implementation):
+                logits_1RV = self.lm(input_ids=one, attention_mask=one, use_cache=False).logits
         finally:
-            setattr(self.lm, name, body)
-            for layer, adapter in active:
-                layer._active_adapter = adapter
+            setattr(self.lm, name, self.body)
         return logits_1RV[0].float()
 
     @property
@@ -401,22 +383,20 @@ class Players:
         return self.score_MH @ self.features(batch, embeds_BLH).T
 
 
-def _equal_to_rounding(one: Tensor, other: Tensor) -> bool:
-    """Far above rounding in bfloat16, far below what a layer left out does, or a token that sees one too many.
+@torch.no_grad()
+def _agree(way: Callable[[], Tensor], usual: Callable[[], Tensor]) -> bool:
+    """Whether a base can be read in this way, and gives what the usual way gives.
 
-    Bitwise equality cannot be asked: a product's rounding depends on where in memory its operands lie.
+    The tolerance is far above rounding in bfloat16, far below what a layer left out does, or a token that sees one too
+    many. Bitwise equality cannot be asked: a product's rounding depends on where in memory its operands lie.
     """
+    try:
+        one, other = way(), usual()
+    except torch.OutOfMemoryError:
+        raise  # it does not show that this way fails, and a resumed run must find the same
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return False
     return bool((one - other).norm() <= 0.02 * other.norm())
-
-
-def _layers_to_checkpoint(model: PreTrainedModel) -> nn.ModuleList:
-    named = layer_list(model)
-    if named is None:
-        raise ValueError(
-            f"gradient_checkpointing cannot tell what the layers of {type(model).__name__} are: leave it out, and set "
-            "micro_batch_size to save memory"
-        )
-    return named[1]
 
 
 class _PendingGraph:

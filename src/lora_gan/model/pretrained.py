@@ -1,5 +1,5 @@
-"""transformers' from_pretrained for causal language models, without its progress bars. Used by `opening`, `gguf_files`
-and the export.
+"""transformers' from_pretrained for causal language models, without its progress bars; names on the hub. Used by
+`opening`, `gguf_files`, `initial_adapter` and the export.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -30,3 +31,12 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def hub_id(name: str) -> str | None:
+    """The name, if the hub accepts it: an absolute path is none."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name

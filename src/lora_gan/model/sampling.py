@@ -17,10 +17,11 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .. import randomness
 from .fast_lora import merged_adapter
-from .kv_cache import RowCache, preallocated_cache
+from .kv_cache import select_rows
 from .packing import Batch
 from .players import Players
 from .tokens import pad
@@ -28,10 +29,10 @@ from .tokens import pad
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """B responses with the prompts that they answer; of P prompts with K each, response i of prompt j is j·K + i."""
+    """B responses and the P prompts that they answer; of K responses each, response i of prompt j is j·K + i."""
 
     players: Players  # on whose base they are read
-    prompts: list[list[int]]  # token ids of each response's prompt, B in all
+    prompts: list[list[int]]  # token ids, P in all; each has a response
     responses: list[list[int]]  # token ids, the end-of-text token included
     group_B: np.ndarray  # which prompt a response answers
     texts: list[str]  # the responses, as rewards see them
@@ -44,30 +45,26 @@ class Rollout:
         """Tokens of each response, the end-of-text token included."""
         return np.array([len(ids) for ids in self.responses])
 
-    def parts(self) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
-        """The prompts, each once; the responses; and which of these prompts each one answers, [B]."""
-        _, first, prompt_of = np.unique(self.group_B, return_index=True, return_inverse=True)
-        return [self.prompts[i] for i in first], self.responses, prompt_of
-
     def batch(self, rows: slice | None = None) -> Batch:
         """The responses, or some of them, as the base reads them. All of them are laid out once, so that both players
         share the cached outputs of the frozen layers."""
-        if rows is not None and range(len(self))[rows] != range(len(self)):
-            return self.players.batch(*self.rows(rows).parts())
-        return self._whole
+        if rows is None or range(len(self))[rows] == range(len(self)):
+            return self._whole
+        return self.rows(rows)._whole
 
     @cached_property
     def _whole(self) -> Batch:
-        return self.players.batch(*self.parts())
+        return self.players.batch(self.prompts, self.responses, self.group_B)
 
     def rows(self, index: np.ndarray | slice) -> Rollout:
-        """Some of the responses."""
+        """Some of the responses, and the prompts that they answer."""
         chosen = np.arange(len(self))[index]
+        answered, group_B = np.unique(self.group_B[chosen], return_inverse=True)
         return replace(
             self,
-            prompts=[self.prompts[i] for i in chosen],
+            prompts=[self.prompts[j] for j in answered],
             responses=[self.responses[i] for i in chosen],
-            group_B=self.group_B[chosen],
+            group_B=group_B,
             texts=[self.texts[i] for i in chosen],
         )
 
@@ -110,39 +107,32 @@ def sample(
         FloatingPointError: logits that are not finite, from which any token could be read.
     """
     per_prompt = len(uniforms_BT) // len(prompts)
-    cache, mask_BL, logits_BV = _prefill(players, prompts, per_prompt, uniforms_BT.shape[1])
+    cache, mask_BL, logits_BV = _prefill(players, prompts, per_prompt)
     responses = _decode(players, cache, mask_BL, logits_BV, uniforms_BT.to(players.device), temperature, top_p)
-    return Rollout(
-        players,
-        [ids for ids in prompts for _ in range(per_prompt)],
-        responses,
-        np.arange(len(responses)) // per_prompt,
-        [decode(ids) for ids in responses],
-    )
+    group_B = np.arange(len(responses)) // per_prompt
+    return Rollout(players, prompts, responses, group_B, [decode(ids) for ids in responses])
 
 
-def _prefill(
-    players: Players, prompts: list[list[int]], per_prompt: int, length: int
-) -> tuple[RowCache, Tensor, Tensor]:
-    """Read each prompt once; the cache, the mask and the next token's logits of its `per_prompt` rows, with room for
-    `length` tokens more."""
+def _prefill(players: Players, prompts: list[list[int]], per_prompt: int) -> tuple[DynamicCache, Tensor, Tensor]:
+    """Read each prompt once; the cache, the mask and the next token's logits of its `per_prompt` rows."""
     ids, mask = pad(prompts, players.base.pad_id, side="left")
     ids_BL = torch.from_numpy(ids).to(players.device)
     mask_BL = torch.from_numpy(mask.astype(np.int64)).to(players.device)
-    cache = preallocated_cache(players.lm.config, ids.shape[1] + length)
+    cache = DynamicCache(config=players.lm.config)
     logits_BV = players.lm(
         input_ids=ids_BL, attention_mask=mask_BL, use_cache=True,
         **players.cached(cache), **players.keep(1), **players.positions(mask_BL),
     ).logits[:, -1]  # fmt: skip
     if per_prompt > 1:
-        cache.batch_repeat_interleave(per_prompt)
-        mask_BL, logits_BV = mask_BL.repeat_interleave(per_prompt, 0), logits_BV.repeat_interleave(per_prompt, 0)
+        rows = torch.arange(len(prompts), device=players.device).repeat_interleave(per_prompt)
+        select_rows(cache, rows)
+        mask_BL, logits_BV = mask_BL[rows], logits_BV[rows]
     return cache, mask_BL, logits_BV
 
 
 def _decode(
     players: Players,
-    cache: RowCache,
+    cache: DynamicCache,
     mask_BL: Tensor,
     logits_BV: Tensor,
     uniforms_BT: Tensor,
@@ -167,7 +157,7 @@ def _decode(
                 break
             if left <= len(alive) // 2:  # halving keeps the copies of the cache below one more forward in total
                 keep = running.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                select_rows(cache, keep)
                 alive, running, token, mask_BL = alive[keep], running[keep], token[keep], mask_BL[keep]
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], -1)
             position = {name: value[:, -1:] for name, value in players.positions(mask_BL).items()}

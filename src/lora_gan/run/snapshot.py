@@ -206,12 +206,12 @@ def _read_discriminator_state(state: State, folder: Folder) -> dict[str, Any]:
 
 
 def load_generator(state: State, path: Path) -> None:
-    _read_generator(state, _player_folder(path, "generator"))()
+    _read_generator(state, checkpoint.player_folder(path, "generator"))()
     state.prompt_kinds = _prompt_kinds_beside(path) or state.prompt_kinds
 
 
 def load_discriminator(state: State, path: Path) -> None:
-    _read_discriminator(state, _player_folder(path, "discriminator"))()
+    _read_discriminator(state, checkpoint.player_folder(path, "discriminator"))()
 
 
 def _prompt_kinds_beside(path: Path) -> set[str]:
@@ -221,15 +221,6 @@ def _prompt_kinds_beside(path: Path) -> set[str]:
         return set(trainer_state.read(Folder(whole, manifest=True))["prompt_kinds"])
     except Damaged:
         return set()
-
-
-def _player_folder(path: Path, player: str) -> Folder:
-    """A player's folder, named itself or by its checkpoint, whose manifest then holds; another tool's has none."""
-    if (path / MANIFEST).exists():
-        return Folder(path, manifest=True).part(player)
-    if path.name == player and (path.parent / MANIFEST).exists():
-        return Folder(path.parent, manifest=True).part(player)
-    return Folder(path / player if (path / player).is_dir() else path, manifest=False)
 
 
 def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:

@@ -152,7 +152,7 @@ def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
     rollout, lengths_B = experience.rollout, experience.rollout.lengths_B
     ended_B = np.array([ids[-1] in eos_ids for ids in rollout.responses])
     return {
-        "step_tokens": sum(map(len, rollout.prompts)) + int(lengths_B.sum()),
+        "step_tokens": sum(len(rollout.prompts[j]) for j in rollout.group_B) + int(lengths_B.sum()),
         "completion_length": float(lengths_B.mean()),
         "completions/min_length": int(lengths_B.min()),
         "completions/max_length": int(lengths_B.max()),

@@ -108,6 +108,17 @@ def readable(folder: Path) -> None:
 # --- finding
 
 
+def player_folder(path: Path, player: str) -> Folder:
+    """A player's folder, named itself or by the checkpoint or export that holds it. A checkpoint's manifest holds then;
+    other folders have none."""
+    if (path / MANIFEST).exists():
+        return Folder(path, manifest=True).part(player)
+    if path.name in (*PLAYERS, REFERENCE) and (path.parent / MANIFEST).exists():
+        return Folder(path.parent, manifest=True).part(path.name)
+    is_inside = (path / player).is_dir() and not (path / "adapter_config.json").exists()
+    return Folder(path / player if is_inside else path, manifest=False)
+
+
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints under a run's folder, oldest step first."""
     return [path for _, path in sorted(_steps(folder).items()) if fault(path) is None]

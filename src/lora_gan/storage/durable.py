@@ -64,15 +64,22 @@ def whole_folder(final: Path) -> Iterator[Path]:
 @contextmanager
 def _new_folder(final: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder to write synced files into, and the entries of its manifest. After the block it becomes `final`."""
-    writing = _beside(final, "writing")
-    shutil.rmtree(writing, ignore_errors=True)
     entries: dict[str, Any] = {}
-    try:
-        writing.mkdir(parents=True)
+    with replacing(final) as writing:
         yield writing, entries
         write_synced(writing / MANIFEST, (json.dumps({"format": 1, "files": entries}, indent=2) + "\n").encode())
         for folder in sorted({(writing / name).parent for name in entries} | {writing}, reverse=True):
             sync_folder(folder)
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A folder beside `final` to write in. It replaces `final` at the end of the block, unless the block raises."""
+    writing = _beside(final, "writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        yield writing
         _put_in_place(writing, final)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)

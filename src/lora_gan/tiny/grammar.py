@@ -122,11 +122,6 @@ class Phrase:
     determiner: str = ""
     adjective: Adjective | None = None
 
-    @property
-    def third_singular(self) -> bool:
-        """Whether an English verb takes its -s."""
-        return self.person == 2
-
 
 def noun_phrase(noun: Noun, determiner: str, plural: bool, adjective: Adjective | None) -> Phrase:
     """Determiner, adjective and noun, agreeing in both languages."""
@@ -163,13 +158,6 @@ PRONOUNS = [
 ]
 
 
-def negated_object(phrase: Phrase) -> str:
-    """French of a direct object under negation: je mange une pomme, je ne mange pas de pomme."""
-    if phrase.determiner != "a" or phrase.noun is None:
-        return phrase.fr
-    return noun_phrase(phrase.noun, "no", phrase.plural, phrase.adjective).fr
-
-
 # --------------------------------------------------------------------------------------------------------------
 # Verb phrases
 # --------------------------------------------------------------------------------------------------------------
@@ -194,9 +182,16 @@ class Manner:
         return self.negative or self.adverb == "never"
 
 
+def _direct_object(phrase: Phrase, manner: Manner) -> str:
+    """French of a direct object, also under negation: je mange une pomme, je ne mange pas de pomme."""
+    if not manner.denies or phrase.determiner != "a" or phrase.noun is None:
+        return phrase.fr
+    return noun_phrase(phrase.noun, "no", phrase.plural, phrase.adjective).fr
+
+
 def english_verb(verb: Verb, subject: Phrase, manner: Manner) -> str:
     """The English verb with its auxiliaries; an adverb is said in the present only."""
-    third = subject.third_singular
+    third = subject.person == 2  # the verb takes its -s
     be = _BE_ENGLISH[subject.person]
     do = "does" if third else "do"
     not_ = "not " if manner.negative else ""
@@ -274,64 +269,46 @@ def _finish(
     return Sentence(capitalized(en), capitalized(fr), signature, subject)
 
 
-def does(subject: Phrase, verb: Verb, manner: Manner) -> Sentence:
-    """The cat sleeps."""
+def _says(
+    kind: str, subject: Phrase, verb: Verb, manner: Manner, about: tuple[str, str], *, en: str = "", fr: str = ""
+) -> Sentence:
+    """Subject and verb, then what follows the verb in each language. ``about`` completes the signature."""
     return _finish(
-        f"{subject.en} {english_verb(verb, subject, manner)}",
-        french_verb(verb, subject, manner),
-        ("do", subject.lemma, verb.en, ""),
+        f"{subject.en} {english_verb(verb, subject, manner)} {en}".rstrip(),
+        f"{french_verb(verb, subject, manner)} {fr}".rstrip(),
+        (kind, subject.lemma, *about),
         subject,
         manner.opening,
     )
+
+
+def does(subject: Phrase, verb: Verb, manner: Manner) -> Sentence:
+    """The cat sleeps."""
+    return _says("do", subject, verb, manner, (verb.en, ""))
 
 
 def acts(subject: Phrase, verb: Verb, target: Phrase, manner: Manner) -> Sentence:
     """The cat sees the dog."""
-    if verb.preposition:
-        fr_object = french_preposition(verb.preposition, target.fr)
-    else:
-        fr_object = negated_object(target) if manner.denies else target.fr
-    return _finish(
-        f"{subject.en} {english_verb(verb, subject, manner)} {target.en}",
-        f"{french_verb(verb, subject, manner)} {fr_object}",
-        ("act", subject.lemma, verb.en, target.lemma),
-        subject,
-        manner.opening,
-    )
+    fr = french_preposition(verb.preposition, target.fr) if verb.preposition else _direct_object(target, manner)
+    return _says("act", subject, verb, manner, (verb.en, target.lemma), en=target.en, fr=fr)
 
 
 def gives(subject: Phrase, verb: Verb, gift: Phrase, receiver: Phrase, manner: Manner) -> Sentence:
     """The girl gives the book to the boy."""
-    fr_gift = negated_object(gift) if manner.denies else gift.fr
-    return _finish(
-        f"{subject.en} {english_verb(verb, subject, manner)} {gift.en} to {receiver.en}",
-        f"{french_verb(verb, subject, manner)} {fr_gift} {french_preposition('à', receiver.fr)}",
-        ("give", subject.lemma, verb.en, gift.lemma),
-        subject,
-        manner.opening,
-    )
+    en = f"{gift.en} to {receiver.en}"
+    fr = f"{_direct_object(gift, manner)} {french_preposition('à', receiver.fr)}"
+    return _says("give", subject, verb, manner, (verb.en, gift.lemma), en=en, fr=fr)
 
 
 def is_so(subject: Phrase, adjective: Adjective, manner: Manner) -> Sentence:
     """The cat is happy."""
-    return _finish(
-        f"{subject.en} {english_verb(BE, subject, manner)} {adjective.en}",
-        f"{french_verb(BE, subject, manner)} {adjective.fr[subject.gender, subject.plural]}",
-        ("be", subject.lemma, adjective.en, ""),
-        subject,
-        manner.opening,
-    )
+    fr = adjective.fr[subject.gender, subject.plural]
+    return _says("be", subject, BE, manner, (adjective.en, ""), en=adjective.en, fr=fr)
 
 
 def is_somewhere(subject: Phrase, where: Place, manner: Manner) -> Sentence:
     """The cat is in the garden."""
-    return _finish(
-        f"{subject.en} {english_verb(BE, subject, manner)} {where.en}",
-        f"{french_verb(BE, subject, manner)} {where.fr}",
-        ("locate", subject.lemma, where.lemma, ""),
-        subject,
-        manner.opening,
-    )
+    return _says("locate", subject, BE, manner, (where.lemma, ""), en=where.en, fr=where.fr)
 
 
 def there_is(
