@@ -405,10 +405,7 @@ class Discriminator:
         self.knows_unit, self.players.reward_unit = False, 1.0
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
-        self._forget()
-
-    def _forget(self) -> None:
-        """Reset what was measured: the predictions of a loaded adapter never were."""
+        # The predictions of a loaded adapter were never measured.
         self.average = None
         self.correlation, self.correlated = 0.0, 0.0
 
@@ -426,17 +423,13 @@ class Discriminator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.players.reward_unit, self.knows_unit = state["reward_unit"], state["knows_unit"]
         self.replay.load_state_dict(state["replay"])
-        with torch.no_grad():
-            self.players.heads_MH.copy_(state["heads_MH"])
-            for parameter, raw in zip(
-                self.players.parameters("discriminator")[:-1], state.get("raw", ()), strict=False
-            ):
-                parameter.copy_(raw)
-        self._forget()  # a checkpoint of an older version has no more than this
-        if "raw" in state:
-            device = self.players.device
-            self.average = state["average"] and [weight.to(device).clone() for weight in state["average"]]
-            self.correlation, self.correlated = state["correlation"]
+        with torch.no_grad():  # the heads are the last parameter
+            saved = [*state["raw"], state["heads_MH"]]
+            for parameter, weight in zip(self.players.parameters("discriminator"), saved, strict=True):
+                parameter.copy_(weight)
+        device = self.players.device
+        self.average = state["average"] and [weight.to(device).clone() for weight in state["average"]]
+        self.correlation, self.correlated = state["correlation"]
 
 
 def reward_unit(rewards: list[float]) -> float:
