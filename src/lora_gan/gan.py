@@ -39,7 +39,7 @@ from .training import distributed, estimate, scoring
 from .training.discriminator import Discriminator
 from .training.experience import Experience, RetainedFeatures
 from .training.generator import Generator
-from .training.health import Health, prediction_counts
+from .training.health import Health
 from .training.monitor import Monitor
 from .training.plan import StepPlan, plan_step
 from .wording import shown
@@ -275,8 +275,7 @@ class LoraGAN:
 
     def _tell(self, record: dict[str, Any], plan: StepPlan) -> None:
         """Warn of what is wrong with the run; the notices go into the record."""
-        learns_to_predict = plan.train_disc and prediction_counts(self.config, plan.signal, train_gen=plan.train_gen)
-        record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
+        record["notices"] += self.health.watch(record, learns_to_predict=plan.learns_to_predict)
         if plan.samples:
             measured = self.discriminator.fresh_correlation
             record["notices"] += self.true_reward.notice_of_spent_budget(plan.signal, measured)
@@ -456,8 +455,9 @@ class LoraGAN:
             FloatingPointError: as in `step()`, where `config.on_nonfinite` is "stop" or there is nothing to go back to.
                 Nothing is saved then: the newest checkpoint is from before.
         """
-        asks = train_disc or self.config.signal(self.config.adversarial) != "predicted"
-        rows = self.check_rows(dataset, train_gen=train_gen, asks=asks, progress=progress)
+        signal = self.config.signal(self.config.adversarial)
+        plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
+        rows = self.check_rows(dataset, train_gen=train_gen, asks=plan.asks, progress=progress)
         held_out = None if eval_dataset is None else self.check_held_out(eval_dataset, rows, progress=progress)
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:

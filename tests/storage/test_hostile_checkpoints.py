@@ -178,9 +178,9 @@ SIGNED = {
         spoiled_moments("exp_avg_sq", lambda t: t - 1), "negative",
     ),
     "an optimizer of fewer parameters": (
-        tensors("generator/optimizer.pt", at("optimizer", "param_groups", 0, "params", to=[0])), "params is a list",
+        tensors("generator/optimizer.pt", at("optimizer", "param_groups", 0, "params", to=[0])), "a list of 16 belongs",
     ),
-    "groups that are none": (tensors("generator/optimizer.pt", at("optimizer", "param_groups", to=[1])), "params is"),
+    "groups that are none": (tensors("generator/optimizer.pt", at("optimizer", "param_groups", to=[1])), "params is a"),
     "a schedule of numbers": (tensors("generator/optimizer.pt", at("schedule", to=[3])), "last_epoch is 'None'"),
     "moments of nobody": (
         tensors("generator/optimizer.pt", lambda s: s["optimizer"]["state"].update({10**6: {}})),

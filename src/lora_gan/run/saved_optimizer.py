@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 
 from ..storage import untrusted
 from ..storage.durable import Damaged, Folder
+from ..storage.untrusted import POSITIVE, WHOLE
 from ..training.optimizer import PlayerOptimizer
 
 
@@ -31,11 +33,9 @@ def require(state: Any, optimizer: PlayerOptimizer, where: str) -> None:
     adamw, schedule = state["optimizer"], state["schedule"]
     untrusted.require_keys(adamw, ours["optimizer"], f"{where}: optimizer")
 
-    def require_group(group: Any, inside: str) -> None:
-        saved_for = group.get("params") if isinstance(group, dict) else None
-        untrusted.require_list(saved_for, f"{inside}: params", untrusted.require_whole, len(optimizer.parameters))
-
-    untrusted.require_list(adamw["param_groups"], f"{where}: param_groups", require_group, 1)
+    groups = adamw["param_groups"]
+    saved_for = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+    untrusted.require(saved_for, ((WHOLE,) * len(optimizer.parameters),), f"{where}: param_groups: params")
     if not isinstance(adamw["state"], dict):
         raise Damaged(f"{where}: state is {untrusted.kind_of(adamw['state'])}")
     for i, moments in adamw["state"].items():
@@ -47,10 +47,7 @@ def require(state: Any, optimizer: PlayerOptimizer, where: str) -> None:
             untrusted.require_numbers(moments[name], f"{where}: {name} {i}", like=optimizer.parameters[i])
         if moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
             raise Damaged(f"{where}: state {i} is negative where only squares and counts stand")
+    plain = {"skipped": WHOLE, "scale": POSITIVE, "micro_batch_size": Annotated[int | None, Ge(1)]}
+    untrusted.require({name: state[name] for name in plain}, plain, where)
     last_epoch = schedule.get("last_epoch") if isinstance(schedule, dict) else None
-    untrusted.require_whole(last_epoch, f"{where}: schedule: last_epoch")
-    untrusted.require_whole(state["skipped"], f"{where}: skipped")
-    if untrusted.require_float(state["scale"], f"{where}: scale") <= 0:
-        raise Damaged(f"{where}: scale must be above 0")
-    if state["micro_batch_size"] is not None:
-        untrusted.require_whole(state["micro_batch_size"], f"{where}: micro_batch_size", least=1)
+    untrusted.require(last_epoch, WHOLE, f"{where}: schedule: last_epoch")

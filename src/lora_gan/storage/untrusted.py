@@ -11,16 +11,20 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ..settings import is_finite
+from ..settings import fits, is_finite
 from .durable import Damaged, Folder
 
+#: Kinds of plain numbers, for `require`.
+WHOLE, POSITIVE = Annotated[int, Ge(0), Lt(2**63)], Annotated[float, Gt(0)]
 #: Bytes that a file of tensors may have beside the tensors: names, headers, padding.
 SLACK = 2**20
 
@@ -224,12 +228,28 @@ def require_list(value: Any, where: str, check: Callable[[Any, str], object], le
         check(entry, f"{where}, entry {i}")
 
 
+def require(value: Any, shape: Any, where: str) -> None:
+    """A plain value of the shape that it must have.
+
+    Args:
+        shape: {key: shape} for a mapping with exactly these keys, [shape] for a list of any length, a tuple of shapes
+            or a NamedTuple for a list of as many entries, or a type as `settings.fits` takes it.
+    """
+    if isinstance(shape, type) and issubclass(shape, tuple):
+        shape = tuple(get_type_hints(shape).values())
+    if isinstance(shape, dict):
+        require_keys(value, shape, where)
+        for name, part in shape.items():
+            require(value[name], part, f"{where}: {name}")
+    elif isinstance(shape, list | tuple):
+        require_list(value, where, lambda *_: None, len(shape) if isinstance(shape, tuple) else None)
+        for i, (entry, part) in enumerate(zip(value, cycle(shape), strict=False)):
+            require(entry, part, f"{where}, entry {i}")
+    elif not fits(shape, value):
+        raise Damaged(f"{where} is {str(value)[:60]!r}, which a checkpoint never holds there")
+
+
 def require_tensors_like(value: Any, like: Sequence[Tensor], where: str) -> None:
     require_list(value, where, lambda *_: None, len(like))
     for i, (tensor, ours) in enumerate(zip(value, like, strict=True)):
         require_numbers(tensor, f"{where}, entry {i}", like=ours)
-
-
-def float_or_none(value: Any, where: str) -> None:
-    if value is not None and type(value) not in (int, float):
-        raise Damaged(f"{where} is {kind_of(value)}, where a number or nothing belongs")
