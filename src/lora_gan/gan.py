@@ -150,21 +150,21 @@ class LoraGAN:
                 func.bind(self)
 
     # What the state carries, as attributes of the LoraGAN.
-    config = Carried[Config]("state")
-    players = Carried[Players]("state")
-    generator = Carried[Generator]("state")
-    discriminator = Carried[Discriminator]("state")
-    monitor = Carried[Monitor]("state")
-    health = Carried[Health]("state")
-    init_adapter = Carried[str | None]("state")
-    global_step = Carried[int]("state")
-    position = Carried[int]("state")
-    prompt_kinds = Carried[set[str]]("state")
-    true_reward = Carried[TrueReward]("state")
-    budget = Carried[Budget]("true_reward")
-    reward_scales = Carried[rewards.Scales]("true_reward", "scales")
-    reward_failures = Carried[int]("true_reward", "failures")
-    trainer_state = Carried[TrainerState | None]("true_reward")
+    config = Carried[Config]("state.config")
+    players = Carried[Players]("state.players")
+    generator = Carried[Generator]("state.generator")
+    discriminator = Carried[Discriminator]("state.discriminator")
+    monitor = Carried[Monitor]("state.monitor")
+    health = Carried[Health]("state.health")
+    init_adapter = Carried[str | None]("state.init_adapter")
+    global_step = Carried[int]("state.global_step")
+    position = Carried[int]("state.position")
+    prompt_kinds = Carried[set[str]]("state.prompt_kinds")
+    true_reward = Carried[TrueReward]("state.true_reward")
+    budget = Carried[Budget]("state.true_reward.budget")
+    reward_scales = Carried[rewards.Scales]("state.true_reward.scales")
+    reward_failures = Carried[int]("state.true_reward.failures")
+    trainer_state = Carried[TrainerState | None]("state.true_reward.trainer_state")
 
     @property
     def ending(self) -> Ending | None:
@@ -315,7 +315,7 @@ class LoraGAN:
             left=left,
         )
         notes = rewards.Notes()
-        with self._interrupts.harmless(), aside_for(self._rewards):
+        with self._interrupts.harmless(), aside_for(self.true_reward.funcs):
             answered = self.true_reward.of_step(
                 rows,
                 sampled.texts,
@@ -383,7 +383,7 @@ class LoraGAN:
         Raises:
             BudgetSpent: reward_budget_total does not allow so many calls.
         """
-        with aside_for(self._rewards):
+        with aside_for(self.true_reward.funcs):
             return self.true_reward.ask(
                 rows,
                 responses,
@@ -404,11 +404,6 @@ class LoraGAN:
     def reward_sources(self) -> dict[str, str]:
         """{name: digest of the reward's source}; answers are taken up again only where it is the same."""
         return self.true_reward.sources
-
-    @property
-    def _rewards(self) -> list[Callable[..., Any]]:
-        """The functions whose weighted sum is the true reward."""
-        return self.true_reward.funcs
 
     def _meant(self) -> tuple[list[Callable[..., Any]], list[float] | None]:
         """The functions whose weighted sum is the true reward, and their weights. The latest assignment wins."""

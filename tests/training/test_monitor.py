@@ -65,11 +65,11 @@ def test_the_gate_follows_fresh_correlation_within_groups():
     disc = gan.discriminator
     disc.knows_unit = True
     assert disc.gate == 0.0, "it has learned here, and was not judged yet"
-    disc.correlation, disc.correlated = 0.1 * 8, 8.0
+    disc.correlation = estimate.DecayedMean(0.1 * 8, 8.0)
     assert disc.gate == pytest.approx(0.2)
-    disc.correlation = 0.9 * 8
+    disc.correlation.total = 0.9 * 8
     assert disc.gate == 1.0
-    disc.correlation = -0.1 * 8
+    disc.correlation.total = -0.1 * 8
     assert disc.gate == 0.0
     assert small_gan().discriminator.gate == 1.0, "no gate unless it is set"
 

@@ -214,7 +214,7 @@ def dry_run(
     plan = _plan(gan, steps, held_out)
     allowed = _allowed(gan)
     trial = Trial(gan, rows, allowed or None)
-    meter = Meter(gan._rewards)
+    meter = Meter(gan.true_reward.funcs)
     before = resident()
     if allowed == 0:
         tried = Tried("\nThe reward is not tried: reward_budget or reward_budget_total is spent.")
@@ -276,7 +276,7 @@ def try_reward(gan: LoraGAN, trial: Trial, *, columns: Collection[str] = (), max
     group = len(responses) // len(rows)
     paired = [row for row in rows if row.target]
     paired = paired[: _pairs(len(paired), len(responses), allowed)]
-    people = [func for func in gan._rewards if getattr(func, "interactive", False)]
+    people = [func for func in gan.true_reward.funcs if getattr(func, "interactive", False)]
     retries, cached = gan.budget.counts["retries"], gan.budget.cached
     if people:
         print(f"Now you are asked about up to {len(responses) + 2 * len(paired)} responses, to try the reward.",
@@ -338,7 +338,7 @@ def _answers(rows: list[Row], reward_PK: np.ndarray, responses: list[str], parts
 
 def _at_once(gan: LoraGAN) -> int:
     """Calls that run at once, as `rewards.calling.Caller` makes them."""
-    funcs = gan._rewards
+    funcs = gan.true_reward.funcs
     if any(map(_in_batches, funcs)):
         return 1
     asynchronous = all(is_async(func) for func in funcs)

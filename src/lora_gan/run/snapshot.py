@@ -45,17 +45,13 @@ def take(state: State, *, by_hand: bool = False) -> Content:
         by_hand: whether `save_checkpoint()` was called: save_total_limit then never deletes it.
     """
     content: Content = {}
-    optimizers = (state.generator.optimizer, state.discriminator.optimizer)
-    for player, optimizer in zip(PLAYERS, optimizers, strict=True):
+    for adapter in (*PLAYERS, REFERENCE) if state.players.has_reference else PLAYERS:
         with state.discriminator.scoring():
-            config, weights = adapter_content(state.players, player)
-        content[f"{player}/adapter_config.json"] = config
-        content[f"{player}/{weights_name(state.config.weights_format)}"] = weights
-        content[f"{player}/optimizer.pt"] = optimizer.state_dict()
-    if state.players.has_reference:
-        config, weights = adapter_content(state.players, REFERENCE)
-        content[f"{REFERENCE}/adapter_config.json"] = config
-        content[f"{REFERENCE}/{weights_name(state.config.weights_format)}"] = weights
+            config, weights = adapter_content(state.players, adapter)
+        content[f"{adapter}/adapter_config.json"] = config
+        content[f"{adapter}/{weights_name(state.config.weights_format)}"] = weights
+    content["generator/optimizer.pt"] = state.generator.optimizer.state_dict()
+    content["discriminator/optimizer.pt"] = state.discriminator.optimizer.state_dict()
     content["discriminator/state.pt"] = state.discriminator.state_dict()
     content["generator/monitor.pt"] = state.monitor.state_dict()
     content[STATE] = trainer_state.content(state) | {"saved_by": BY_HAND if by_hand else "fit"}

@@ -57,7 +57,7 @@ class Generator:
         self.optimizer = PlayerOptimizer(
             players.parameters("generator"), config.learning_rate, config, config.num_iterations
         )
-        self.baseline = estimate.RunningMean()
+        self.baseline = estimate.DecayedMean()
         self.beta_scale = 1.0  # moves where there is a kl_target
 
     @property
@@ -103,7 +103,8 @@ class Generator:
         if skipped == self.config.num_iterations:
             return metrics  # nothing was updated, so nothing that goes with an update moves
         if reward_B is not None and not np.isnan(reward_B).all():
-            self.baseline.update(float(np.nanmean(reward_B)))  # last: an update that raised leaves no trace
+            # Last: an update that raised leaves no trace.
+            self.baseline.add((1 - estimate.DECAY) * float(np.nanmean(reward_B)), 1 - estimate.DECAY)
         kl = metrics.get("kl")
         if self.config.kl_target is not None and kl is not None:
             # The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593), a tenth a step at most.
