@@ -7,7 +7,6 @@ those of the players that are to take them. Every refusal is a ValueError that n
 from __future__ import annotations
 
 import io
-import math
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from annotated_types import Ge, Gt, Lt
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ..settings import fits, is_finite
+from ..settings import fits
 from .durable import Damaged, Folder
 
 #: Kinds of plain numbers, for `require`.
@@ -162,24 +161,6 @@ def require_keys(value: Any, expected: Any, where: str) -> None:
         raise Damaged(f"{where} {what}")
 
 
-def require_number(value: Any, where: str, *, least: float = -math.inf, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds or not is_finite(value) or value < least:
-        raise Damaged(
-            f"{where} is {str(value)[:60]!r}: it must be a {'whole ' if whole else ''}number, {least} or more"
-        )
-
-
-def require_whole(value: Any, where: str, least: int = 0) -> int:
-    require_number(value, where, least=least, whole=True)
-    return int(value)
-
-
-def require_float(value: Any, where: str, least: float = -math.inf) -> float:
-    require_number(value, where, least=least)
-    return float(value)
-
-
 def kind_of(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
@@ -216,7 +197,7 @@ def require_replay(state: Any, vocabulary: int, heads: int, where: str) -> None:
             raise Damaged(f"{where}: {name} has tokens that the base does not know")
     if not torch.isfinite(state["rewards"]).all():
         raise Damaged(f"{where}: rewards hold NaN or infinite numbers")
-    require_whole(state["seen"], f"{where}: seen", least=len(sizes))
+    require(state["seen"], Annotated[int, Ge(len(sizes)), Lt(2**63)], f"{where}: seen")
 
 
 def require_list(value: Any, where: str, check: Callable[[Any, str], object], length: int | None = None) -> None:

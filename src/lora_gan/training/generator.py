@@ -41,14 +41,6 @@ class PolicyLosses:
     logprobs_R: Tensor
 
 
-@dataclass(frozen=True)
-class StraightThrough:
-    """What the straight-through loss needs of the discriminator."""
-
-    gradient_RH: Tensor  # of the predicted reward, with respect to each response token's embedding
-    embeddings_VH: Tensor  # of every token that the base can write
-
-
 class Generator:
     """What the generator carries from step to step beside its weights: optimizer, baseline, the KL's weight."""
 
@@ -83,7 +75,7 @@ class Generator:
                 experience = replace(experience, failed_B=None)  # no true reward is missed here
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
-            kept_B = slice(None) if experience.dropped_B is None else ~experience.dropped_B
+            kept_B = ~experience.dropped_B
         sampled_R: Tensor | None = None  # log-probabilities of all response tokens, in order, as they were sampled
         most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
@@ -152,7 +144,7 @@ class Generator:
             reward_B = predicted_B
         else:
             reward_B = estimate.corrected_reward(predicted_B, experience.true_B, experience.inclusion_B)
-        if experience.dropped_B is not None and signal != "predicted":
+        if signal != "predicted":
             reward_B = np.where(experience.dropped_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
             # Subtract the share that the discriminator's gradient carries.
@@ -178,10 +170,9 @@ class Generator:
             straight_through = None
             if embeddings_VH is not None:
                 gradient_RH = through * self._predicted_reward_gradient(batch)
-                if experience.dropped_B is not None:
-                    out_B = torch.as_tensor(experience.dropped_B[chunk], device=gradient_RH.device)
-                    gradient_RH[out_B[batch.row_R]] = 0
-                straight_through = StraightThrough(gradient_RH, embeddings_VH)
+                dropped_B = torch.as_tensor(experience.dropped_B[chunk], device=gradient_RH.device)
+                gradient_RH[dropped_B[batch.row_R]] = 0
+                straight_through = gradient_RH, embeddings_VH
             last = tokens + len(batch.row_R)
             before_R = None if sampled_R is None else sampled_R[tokens:last]
             chunk_sums, logprobs_R = self._losses(batch, weight_B[chunk], straight_through, before_R, scale=1 / total)
@@ -195,13 +186,20 @@ class Generator:
         self,
         batch: Batch,
         advantage_B: Tensor,
-        through: StraightThrough | None,
+        through: tuple[Tensor, Tensor] | None,
         sampled_R: Tensor | None,
         *,
         scale: float,
     ) -> tuple[np.ndarray, Tensor]:
-        """One forward, and backward of these responses' summed losses times `scale`; the sums of their policy losses,
-        KLs and entropies, and the log-probabilities of their tokens, [R]."""
+        """One forward, and backward of these responses' summed losses times `scale`.
+
+        Args:
+            through: the gradient of the predicted reward with respect to each response token's embedding, [R, H], and
+                the embedding of every token, [V, H]; None: the discriminator is not differentiated.
+
+        Returns:
+            The sums of the policy losses, the KLs and the entropies, and the tokens' log-probabilities, [R].
+        """
         reference_RH, advantage_R = self._reference_hidden(batch), advantage_B[batch.row_R]
         sums, logprobs = np.zeros(3), []
         with self.players.playing("generator"):
@@ -222,8 +220,8 @@ class Generator:
                         logprobs_R, sampled_R[part], advantage_R[part], epsilon=self.config.epsilon
                     )
                 if through is not None:
-                    gradient_RH = through.gradient_RH[part]
-                    policy_R = policy_R + losses.straight_through(logits_RV, gradient_RH, through.embeddings_VH)
+                    gradient_RH, embeddings_VH = through
+                    policy_R = policy_R + losses.straight_through(logits_RV, gradient_RH[part], embeddings_VH)
                 entropy_R = losses.entropy(logits_RV) if self.config.entropy_weight else torch.zeros_like(policy_R)
                 (self._weighted(policy_R, kl_R, entropy_R).sum() * scale).backward()
                 sums += [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]

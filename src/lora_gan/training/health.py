@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from itertools import takewhile
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple, get_args
@@ -258,14 +259,8 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""
-        return {
-            "told": list(self.told),
-            "labels": self.labels,
-            "earlier": list(self.earlier),
-            "correlation": list(self.correlation),
-            "first": [list(step) for step in self.first],
-            "recent": [list(step) for step in self.recent],
-        }
+        plain = {name: copy(getattr(self, name)) for name in ("told", "labels", "earlier", "correlation")}
+        return plain | {name: [list(step) for step in getattr(self, name)] for name in ("first", "recent")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict()."""
