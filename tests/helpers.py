@@ -318,5 +318,6 @@ def play(gan: LoraGAN, rows: list[Row], *, asks: bool = True, learns: bool = Fal
         asks=asks,
         predicts=True,
         straight_through=False,
+        learns_to_predict=learns,
     )
     return gan._play(rows, plan)

@@ -12,8 +12,8 @@ import torch
 from helpers import copies, differences, logits, player_state, reward, rollout_of, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_bases import base_weights
-from test_tutorial import CHAT, run_blocks
 from test_rewards_trl import OF_TRL, Recorder, of_trl, trl_rewards
+from test_tutorial import CHAT, run_blocks
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -39,7 +39,7 @@ from .training import distributed, estimate, scoring
 from .training.discriminator import Discriminator
 from .training.experience import Experience, RetainedFeatures
 from .training.generator import Generator
-from .training.health import Health, prediction_counts
+from .training.health import Health
 from .training.monitor import Monitor
 from .training.plan import StepPlan, plan_step
 from .wording import shown
@@ -78,8 +78,8 @@ class LoraGAN:
             fetch smollm2`), or a model in memory with `processing_class`.
         config: settings; or give them by name: `LoraGAN("tiny", learning_rate=1e-3)`.
         reward: f(response, target) or f(prompt, response, target) -> float, higher is better, matched by these names;
-            or a function of TRL's form, f(prompts, completions, **columns) -> list[float | None]. docs/reference/rewards.md says
-            what each form receives. Default: cosine by all-MiniLM-L6-v2.
+            or a function of TRL's form, f(prompts, completions, **columns) -> list[float | None].
+            docs/reference/rewards.md lists what each form receives. Default: cosine by all-MiniLM-L6-v2.
         reward_funcs: instead of `reward`, several functions of either form; their weighted sum is the true reward.
         reward_weights: one weight a function of `reward_funcs`; default 1 each.
         processing_class: the tokenizer, where it is not the base's own.
@@ -150,21 +150,21 @@ class LoraGAN:
                 func.bind(self)
 
     # What the state carries, as attributes of the LoraGAN.
-    config = Carried[Config]("state")
-    players = Carried[Players]("state")
-    generator = Carried[Generator]("state")
-    discriminator = Carried[Discriminator]("state")
-    monitor = Carried[Monitor]("state")
-    health = Carried[Health]("state")
-    init_adapter = Carried[str | None]("state")
-    global_step = Carried[int]("state")
-    position = Carried[int]("state")
-    prompt_kinds = Carried[set[str]]("state")
-    true_reward = Carried[TrueReward]("state")
-    budget = Carried[Budget]("true_reward")
-    reward_scales = Carried[rewards.Scales]("true_reward", "scales")
-    reward_failures = Carried[int]("true_reward", "failures")
-    trainer_state = Carried[TrainerState | None]("true_reward")
+    config = Carried[Config]("state.config")
+    players = Carried[Players]("state.players")
+    generator = Carried[Generator]("state.generator")
+    discriminator = Carried[Discriminator]("state.discriminator")
+    monitor = Carried[Monitor]("state.monitor")
+    health = Carried[Health]("state.health")
+    init_adapter = Carried[str | None]("state.init_adapter")
+    global_step = Carried[int]("state.global_step")
+    position = Carried[int]("state.position")
+    prompt_kinds = Carried[set[str]]("state.prompt_kinds")
+    true_reward = Carried[TrueReward]("state.true_reward")
+    budget = Carried[Budget]("state.true_reward.budget")
+    reward_scales = Carried[rewards.Scales]("state.true_reward.scales")
+    reward_failures = Carried[int]("state.true_reward.failures")
+    trainer_state = Carried[TrainerState | None]("state.true_reward.trainer_state")
 
     @property
     def ending(self) -> Ending | None:
@@ -275,8 +275,7 @@ class LoraGAN:
 
     def _tell(self, record: dict[str, Any], plan: StepPlan) -> None:
         """Warn of what is wrong with the run; the notices go into the record."""
-        learns_to_predict = plan.train_disc and prediction_counts(self.config, plan.signal, train_gen=plan.train_gen)
-        record["notices"] += self.health.watch(record, learns_to_predict=learns_to_predict)
+        record["notices"] += self.health.watch(record, learns_to_predict=plan.learns_to_predict)
         if plan.samples:
             measured = self.discriminator.fresh_correlation
             record["notices"] += self.true_reward.notice_of_spent_budget(plan.signal, measured)
@@ -316,7 +315,7 @@ class LoraGAN:
             left=left,
         )
         notes = rewards.Notes()
-        with self._interrupts.harmless(), aside_for(self._rewards):
+        with self._interrupts.harmless(), aside_for(self.true_reward.funcs):
             answered = self.true_reward.of_step(
                 rows,
                 sampled.texts,
@@ -384,7 +383,7 @@ class LoraGAN:
         Raises:
             BudgetSpent: reward_budget_total does not allow so many calls.
         """
-        with aside_for(self._rewards):
+        with aside_for(self.true_reward.funcs):
             return self.true_reward.ask(
                 rows,
                 responses,
@@ -405,11 +404,6 @@ class LoraGAN:
     def reward_sources(self) -> dict[str, str]:
         """{name: digest of the reward's source}; answers are taken up again only where it is the same."""
         return self.true_reward.sources
-
-    @property
-    def _rewards(self) -> list[Callable[..., Any]]:
-        """The functions whose weighted sum is the true reward."""
-        return self.true_reward.funcs
 
     def _meant(self) -> tuple[list[Callable[..., Any]], list[float] | None]:
         """The functions whose weighted sum is the true reward, and their weights. The latest assignment wins."""
@@ -456,8 +450,9 @@ class LoraGAN:
             FloatingPointError: as in `step()`, where `config.on_nonfinite` is "stop" or there is nothing to go back to.
                 Nothing is saved then: the newest checkpoint is from before.
         """
-        asks = train_disc or self.config.signal(self.config.adversarial) != "predicted"
-        rows = self.check_rows(dataset, train_gen=train_gen, asks=asks, progress=progress)
+        signal = self.config.signal(self.config.adversarial)
+        plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
+        rows = self.check_rows(dataset, train_gen=train_gen, asks=plan.asks, progress=progress)
         held_out = None if eval_dataset is None else self.check_held_out(eval_dataset, rows, progress=progress)
         steps = self.steps_left(rows) if steps is None else steps
         if steps < 0:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, overload
+from operator import attrgetter
+from typing import Generic, TypeVar, cast
 
 from .config import Config
 from .model.players import Players
@@ -50,20 +51,13 @@ class State:
 
 
 class Carried(Generic[T]):
-    """Delegates an attribute: `global_step = Carried[int]("state")` reads and sets `self.state.global_step`."""
+    """Delegates an attribute: `global_step = Carried[int]("state.global_step")` reads and sets that one of `self`."""
 
-    def __init__(self, holder: str, name: str | None = None) -> None:
-        self.holder, self.name = holder, name
+    def __init__(self, path: str) -> None:
+        self.holder, _, self.name = path.rpartition(".")
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = self.name or name
-
-    @overload
-    def __get__(self, obj: None, owner: type) -> Carried[T]: ...
-    @overload
-    def __get__(self, obj: object, owner: type) -> T: ...
-    def __get__(self, obj: object | None, owner: type) -> Any:
-        return self if obj is None else getattr(getattr(obj, self.holder), str(self.name))
+    def __get__(self, obj: object, owner: type) -> T:
+        return cast(T, getattr(attrgetter(self.holder)(obj), self.name))
 
     def __set__(self, obj: object, value: T) -> None:
-        setattr(getattr(obj, self.holder), str(self.name), value)
+        setattr(attrgetter(self.holder)(obj), self.name, value)

@@ -547,7 +547,7 @@ def test_an_adapter_cannot_join_a_run(there, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda folder: _state(folder, init_adapter=3), "init_adapter is no text"),
+        (lambda folder: _state(folder, init_adapter=3), "init_adapter is '3'"),
         (lambda folder: _weights(folder, lambda t: t * float("nan")), "reference/adapter_model.bin.*NaN"),
         (lambda folder: _weights(folder, lambda t: t[:1]), "does not fit"),
         (lambda folder: _config(folder, peft_type="IA3"), "only LoRA"),

@@ -147,7 +147,8 @@ def test_metrics_and_monitor_hold_no_nan(monkeypatch, tmp_path):
     ] * 3
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["gen_skipped"] for line in lines] == [1, 1, 1]
-    json.dumps([gan.monitor.state_dict(), gan.generator.beta_scale, gan.discriminator.correlation], allow_nan=False)
+    kept = [gan.monitor.state_dict(), gan.generator.beta_scale, gan.discriminator.correlation.total]
+    json.dumps(kept, allow_nan=False)
     assert gan.generator.beta_scale == 1.0 and gan.generator.baseline.weight == 0
 
 
@@ -241,9 +242,6 @@ def test_the_count_in_a_row_continues_from_a_checkpoint(monkeypatch, tmp_path):
         other.step(PROMPTS[:2])
     state = torch.load(path / "generator" / "optimizer.pt", weights_only=True)
     assert type(state["skipped"]) is int
-    optimizer = other.generator.optimizer
-    optimizer.restart({name: state[name] for name in ("optimizer", "schedule")})  # as older checkpoints have it
-    assert (optimizer.skipped, optimizer.scale, optimizer.micro_batch_size) == (0, 1.0, None)
 
 
 def test_fit_stops_without_a_new_checkpoint(monkeypatch, tmp_path):

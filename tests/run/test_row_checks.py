@@ -295,3 +295,13 @@ def test_a_step_that_failed_remembers_no_kind_of_prompt():
     with pytest.raises(ValueError, match="raised ZeroDivisionError"):
         gan.step(chat("why"))
     assert gan.prompt_kinds == set()
+
+
+def test_columns_are_not_asked_for_where_no_step_asks_the_reward(tmp_path):
+    def needs_column(prompts, completions, rating):
+        raise AssertionError
+
+    gan = small_gan(reward=needs_column, adversarial=True, disc_objective="real_vs_generated", output_dir=str(tmp_path))
+    assert len(gan.fit([{"prompt": "why", "target": "because"}], steps=1, progress=False)) == 1
+    with pytest.raises(ValueError, match="rating"):
+        small_gan(reward=needs_column, output_dir=str(tmp_path)).fit([{"prompt": "why"}], steps=1, progress=False)

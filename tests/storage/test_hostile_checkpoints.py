@@ -177,12 +177,11 @@ SIGNED = {
     "negative squares": (
         spoiled_moments("exp_avg_sq", lambda t: t - 1), "negative",
     ),
-    "upside down": (
-        tensors("generator/optimizer.pt", at("optimizer", "param_groups", 0, "maximize", to=True)), "maximize=True",
+    "an optimizer of fewer parameters": (
+        tensors("generator/optimizer.pt", at("optimizer", "param_groups", 0, "params", to=[0])), "a list of 16 belongs",
     ),
-    "learning rate of text": (
-        tensors("discriminator/optimizer.pt", at("optimizer", "param_groups", 0, "lr", to="high")), "lr is 'high'",
-    ),
+    "groups that are none": (tensors("generator/optimizer.pt", at("optimizer", "param_groups", to=[1])), "params is a"),
+    "a schedule of numbers": (tensors("generator/optimizer.pt", at("schedule", to=[3])), "last_epoch is 'None'"),
     "moments of nobody": (
         tensors("generator/optimizer.pt", lambda s: s["optimizer"]["state"].update({10**6: {}})),
         "moments of a parameter",
@@ -305,6 +304,18 @@ def test_a_hostile_checkpoint_is_refused_by_name(name, spoil, says, signed, hone
             LoraGAN.from_checkpoint(folder, reward=reward)
     assert not (folder.parent / "executed").exists()
     assert differences(before, everything(gan)) == []
+
+
+def test_the_settings_of_a_saved_optimizer_are_not_taken(honest, tmp_path):
+    folder = tmp_path / honest.name
+    shutil.copytree(honest, folder)
+    for name, value in {"maximize": True, "lr": "high", "betas": (0.0, 0.0)}.items():
+        tensors("generator/optimizer.pt", at("optimizer", "param_groups", 0, name, to=value))(folder)
+    sign(folder)
+    gan = small_gan()
+    (before,) = gan.generator.optimizer.adamw.state_dict()["param_groups"]
+    gan.load_checkpoint(2, ckpt_dir=tmp_path)
+    assert gan.generator.optimizer.adamw.state_dict()["param_groups"] == [before]
 
 
 def test_the_honest_one_is_taken(honest, trained):

@@ -129,11 +129,11 @@ def test_the_baseline_never_contains_the_reward_it_is_taken_from():
         assert estimate.advantages(moved, group_B, 0.0)[i] - before[i] == pytest.approx(10)
 
 
-def test_the_running_mean():
-    mean = estimate.RunningMean(decay=0.9)
+def test_the_decayed_mean():
+    mean = estimate.DecayedMean()
     assert mean.value == 0.0
     rewards = np.random.default_rng(3).normal(size=30) + 5
     for count, value in enumerate(rewards, 1):
-        mean.update(value)
+        mean.add(0.1 * value, 0.1)
         weights = 0.9 ** np.arange(count)[::-1]
         assert mean.value == pytest.approx((weights * rewards[:count]).sum() / weights.sum())

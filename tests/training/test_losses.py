@@ -6,13 +6,11 @@ import torch
 
 from lora_gan.training import losses
 
-B, T, V, H, M = 5, 4, 7, 3, 2
+B, R, V, H, M = 5, 20, 7, 3, 2
 RNG = np.random.default_rng(0)
-LOGITS, REFERENCE = RNG.normal(size=(B, T, V)) * 3, RNG.normal(size=(B, T, V)) * 3
-IDS = RNG.integers(0, V, size=(B, T))
-MASK = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
-LENGTHS = [4, 1, 2, 3, 0]
-ADVANTAGE = RNG.normal(size=B)
+LOGITS, REFERENCE = RNG.normal(size=(R, V)) * 3, RNG.normal(size=(R, V)) * 3
+IDS = RNG.integers(0, V, size=R)
+ADVANTAGE = RNG.normal(size=R)
 PREDICTED, TRUE = RNG.normal(size=(M, B)), RNG.normal(size=B)
 GROUP = np.array([4, 9, 4, 9, 4])  # any labels, in any order
 
@@ -32,7 +30,7 @@ def close(ours, theirs):
 
 
 def logprobs():
-    return np.array([[np.log(softmax(LOGITS[b, t])[IDS[b, t]]) for t in range(T)] for b in range(B)])
+    return np.array([np.log(softmax(LOGITS[r])[IDS[r]]) for r in range(R)])
 
 
 def test_token_logprobs():
@@ -40,34 +38,31 @@ def test_token_logprobs():
 
 
 def test_policy_gradient():
-    expected = [-ADVANTAGE[b] * sum(logprobs()[b, : LENGTHS[b]]) for b in range(B)]
-    close(losses.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE)), expected)
+    expected = [-ADVANTAGE[r] * logprobs()[r] for r in range(R)]
+    close(losses.policy_gradient(tensor(logprobs()), tensor(ADVANTAGE)), expected)
 
 
 def test_policy_gradient_does_not_lead_into_the_advantage():
     advantage = tensor(ADVANTAGE).requires_grad_(True)
     given = tensor(logprobs()).requires_grad_(True)
-    losses.policy_gradient(given, tensor(MASK), advantage).sum().backward()
+    losses.policy_gradient(given, advantage).sum().backward()
     assert advantage.grad is None
-    assert given.grad.numpy() == pytest.approx(-ADVANTAGE[:, None] * MASK)
+    assert given.grad.numpy() == pytest.approx(-ADVANTAGE)
 
 
-def with_kl(logits, reference=REFERENCE, ids=IDS, mask=MASK):
-    return losses.logprobs_and_kl(tensor(logits), tensor(ids), tensor(reference), tensor(mask))
+def with_kl(logits, reference=REFERENCE, ids=IDS):
+    return losses.logprobs_and_kl(tensor(logits), tensor(ids), tensor(reference))
 
 
 def test_logprobs_and_kl():
     expected = []
-    for b in range(B):
-        total = 0.0
-        for t in range(LENGTHS[b]):
-            p, q = softmax(LOGITS[b, t]), softmax(REFERENCE[b, t])
-            total += np.sum(p * np.log(p / q))
-        expected.append(total)
-    ours_BT, kl_B = with_kl(LOGITS)
-    close(ours_BT, logprobs())
-    close(kl_B, expected)
-    assert (kl_B[:4] > 0).all()
+    for r in range(R):
+        p, q = softmax(LOGITS[r]), softmax(REFERENCE[r])
+        expected.append(np.sum(p * np.log(p / q)))
+    ours_R, kl_R = with_kl(LOGITS)
+    close(ours_R, logprobs())
+    close(kl_R, expected)
+    assert (kl_R > 0).all()
     assert with_kl(LOGITS, LOGITS)[1].abs().max() < 1e-12
 
 
@@ -76,10 +71,9 @@ def test_the_kl_has_the_gradient_of_its_formula_and_none_for_the_reference():
     logits, reference = tensor(LOGITS).requires_grad_(True), tensor(REFERENCE).requires_grad_(True)
     with_kl(logits, reference)[1].sum().backward()
     expected = np.zeros_like(LOGITS)
-    for b in range(B):
-        for t in range(LENGTHS[b]):
-            p, q = softmax(LOGITS[b, t]), softmax(REFERENCE[b, t])
-            expected[b, t] = p * (np.log(p / q) - np.sum(p * np.log(p / q)))
+    for r in range(R):
+        p, q = softmax(LOGITS[r]), softmax(REFERENCE[r])
+        expected[r] = p * (np.log(p / q) - np.sum(p * np.log(p / q)))
     assert reference.grad is None
     assert logits.grad.numpy() == pytest.approx(expected)
 
@@ -91,12 +85,12 @@ def test_a_forbidden_token_counts_for_nothing():
     logits = tensor(np.where(forbidden, -np.inf, LOGITS)).requires_grad_(True)
     for reference in (np.where(forbidden, -np.inf, REFERENCE), REFERENCE):
         logits.grad = None
-        ours_BT, kl_B = with_kl(logits, reference, ids)
-        few_BT, expected_B = with_kl(LOGITS[..., :-1], REFERENCE[..., :-1], ids)
+        ours_R, kl_R = with_kl(logits, reference, ids)
+        few_R, expected_R = with_kl(LOGITS[..., :-1], REFERENCE[..., :-1], ids)
         lost = np.exp(REFERENCE[..., :-1]).sum(-1) / np.exp(reference).sum(-1)
-        close(ours_BT, few_BT.numpy())
-        close(kl_B, expected_B.numpy() - (np.log(lost) * MASK).sum(-1))
-        (ours_BT.sum() + kl_B.sum()).backward()
+        close(ours_R, few_R.numpy())
+        close(kl_R, expected_R.numpy() - np.log(lost))
+        (ours_R.sum() + kl_R.sum()).backward()
         assert logits.grad.isfinite().all() and not logits.grad[..., -1].any()
 
 
@@ -106,19 +100,11 @@ def test_logprobs_and_kl_have_the_gradient_that_finite_differences_give():
     assert torch.autograd.gradcheck(lambda its: with_kl(its)[0], (logits,)), "where the KL has no weight"
 
 
-def test_imitation():
-    expected = [-logprobs()[b, : LENGTHS[b]].mean() if LENGTHS[b] else 0.0 for b in range(B)]
-    close(losses.imitation(tensor(logprobs()), tensor(MASK)), expected)
-
-
 def test_straight_through():
-    gradient, table = RNG.normal(size=(B, T, H)), RNG.normal(size=(V, H))
-    expected = [
-        -sum(softmax(LOGITS[b, t])[v] * gradient[b, t] @ table[v] for t in range(LENGTHS[b]) for v in range(V))
-        for b in range(B)
-    ]
+    gradient, table = RNG.normal(size=(R, H)), RNG.normal(size=(V, H))
+    expected = [-sum(softmax(LOGITS[r])[v] * gradient[r] @ table[v] for v in range(V)) for r in range(R)]
     given = [tensor(x).requires_grad_(True) for x in (LOGITS, gradient, table)]
-    ours = losses.straight_through(*given, tensor(MASK))
+    ours = losses.straight_through(*given)
     close(ours, expected)
     ours.sum().backward()
     assert given[0].grad.any() and given[1].grad is None and given[2].grad is None
@@ -179,20 +165,17 @@ def test_ranking_asks_nothing_of_ties_and_of_other_groups():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: losses.token_logprobs(tensor(LOGITS), tensor(IDS[:, :1])),
         lambda: losses.token_logprobs(tensor(LOGITS), tensor(IDS[:1])),
-        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK[:, :1]), tensor(ADVANTAGE)),
-        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:1])),
-        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK), tensor(ADVANTAGE[:, None])),
-        lambda: losses.policy_gradient(tensor(logprobs()), tensor(MASK), torch.tensor(1.0)),
+        lambda: losses.token_logprobs(tensor(LOGITS), tensor(IDS[:, None])),
+        lambda: losses.policy_gradient(tensor(logprobs()), tensor(ADVANTAGE[:1])),
+        lambda: losses.policy_gradient(tensor(logprobs()), tensor(ADVANTAGE[:, None])),
+        lambda: losses.policy_gradient(tensor(logprobs()), torch.tensor(1.0)),
+        lambda: losses.clipped_policy_gradient(*map(tensor, (logprobs(), logprobs()[:1], ADVANTAGE)), epsilon=0.2),
+        lambda: losses.clipped_policy_gradient(*map(tensor, (logprobs(), logprobs(), ADVANTAGE[:1])), epsilon=0.2),
         lambda: with_kl(LOGITS, REFERENCE[:1]),
-        lambda: with_kl(LOGITS, REFERENCE[:, :, :1]),
-        lambda: with_kl(LOGITS, mask=MASK[:1]),
-        lambda: with_kl(LOGITS, ids=IDS[:, :1]),
-        lambda: losses.imitation(tensor(logprobs()), tensor(MASK[:, :1])),
-        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(B, 1, H), torch.zeros(V, H), tensor(MASK)),
-        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(1, H), tensor(MASK)),
-        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(B, T, H), torch.zeros(V, H), tensor(MASK[:1])),
+        lambda: with_kl(LOGITS, ids=IDS[:1]),
+        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(1, H), torch.zeros(V, H)),
+        lambda: losses.straight_through(tensor(LOGITS), torch.zeros(R, H), torch.zeros(1, H)),
         lambda: losses.regression_by_group(tensor(PREDICTED), tensor(TRUE[:1]), tensor(GROUP), mean_weight=1.0),
         lambda: losses.regression_by_group(tensor(PREDICTED), tensor(TRUE), tensor(GROUP[:1]), mean_weight=1.0),
         lambda: losses.regression_by_group(tensor(PREDICTED), tensor(TRUE[:, None]), tensor(GROUP), mean_weight=1.0),

@@ -65,11 +65,11 @@ def test_the_gate_follows_fresh_correlation_within_groups():
     disc = gan.discriminator
     disc.knows_unit = True
     assert disc.gate == 0.0, "it has learned here, and was not judged yet"
-    disc.correlation, disc.correlated = 0.1 * 8, 8.0
+    disc.correlation = estimate.DecayedMean(0.1 * 8, 8.0)
     assert disc.gate == pytest.approx(0.2)
-    disc.correlation = 0.9 * 8
+    disc.correlation.total = 0.9 * 8
     assert disc.gate == 1.0
-    disc.correlation = -0.1 * 8
+    disc.correlation.total = -0.1 * 8
     assert disc.gate == 0.0
     assert small_gan().discriminator.gate == 1.0, "no gate unless it is set"
 
@@ -148,29 +148,24 @@ def test_when_the_budget_is_spent_it_stops_where_it_must(settings, tmp_path):
 
 def test_the_clipped_surrogate_against_a_loop_and_at_ratio_one():
     rng = np.random.default_rng(5)
-    now, then, advantage = rng.normal(size=(3, 4)), rng.normal(size=(3, 4)), rng.normal(size=3)
-    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    expected = np.zeros(3)
-    for b in range(3):
-        for t in range(4):
-            ratio = np.exp(now[b, t] - then[b, t])
-            clipped = min(max(ratio, 0.8), 1.2)
-            expected[b] -= mask[b, t] * min(ratio * advantage[b], clipped * advantage[b])
-    tensors = [torch.tensor(x) for x in (now, then, mask, advantage)]
+    now, then, advantage = rng.normal(size=(3, 12))
+    expected = np.zeros(12)
+    for r in range(12):
+        ratio = np.exp(now[r] - then[r])
+        expected[r] = -min(ratio * advantage[r], min(max(ratio, 0.8), 1.2) * advantage[r])
+    tensors = [torch.tensor(x) for x in (now, then, advantage)]
     ours = losses.clipped_policy_gradient(*tensors, epsilon=0.2)
     np.testing.assert_allclose(ours.numpy(), expected)
     at_one = torch.tensor(now, requires_grad=True)
-    losses.clipped_policy_gradient(at_one, at_one.detach(), *tensors[2:], epsilon=0.2).sum().backward()
+    losses.clipped_policy_gradient(at_one, at_one.detach(), tensors[2], epsilon=0.2).sum().backward()
     plain = torch.tensor(now, requires_grad=True)
-    losses.policy_gradient(plain, *tensors[2:]).sum().backward()
+    losses.policy_gradient(plain, tensors[2]).sum().backward()
     torch.testing.assert_close(at_one.grad, plain.grad)
 
 
 def test_entropy_against_its_definition():
-    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    expected = torch.distributions.Categorical(logits=logits).entropy() * mask
-    torch.testing.assert_close(losses.entropy(logits, mask), expected.sum(-1))
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(losses.entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
 
 
 def test_several_updates_a_roll_out_begin_with_the_single_one():

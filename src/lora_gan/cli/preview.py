@@ -184,7 +184,11 @@ class Preview:
     def dry_run(self) -> Iterator[str]:
         """Try the reward and time a step, and say what was found: paragraphs, each as soon as it is known."""
         config, plan = self.config, self.plan
-        trial, meter, before = Trial(self.gan, self.rows, self.allowed or None), Meter(self.gan._rewards), resident()
+        trial, meter, before = (
+            Trial(self.gan, self.rows, self.allowed or None),
+            Meter(self.gan.true_reward.funcs),
+            resident(),
+        )
         if self.allowed == 0:
             tried = Tried("\nThe reward is not tried: reward_budget or reward_budget_total is spent.")
         else:
@@ -224,7 +228,7 @@ class Preview:
         paired = [row for row in rows if row.target]
         paired = paired[: self._pairs(len(paired), len(responses))]
         calls = len(responses) + 2 * len(paired)
-        people = [func for func in gan._rewards if getattr(func, "interactive", False)]
+        people = [func for func in gan.true_reward.funcs if getattr(func, "interactive", False)]
         retries, cached = gan.budget.counts["retries"], gan.budget.cached
         if people:
             print(f"Now you are asked about up to {calls} responses, to try the reward.", flush=True)
@@ -269,7 +273,7 @@ class Preview:
 
     def _at_once(self) -> int:
         """Calls that run at once, as `rewards.calling.Caller` makes them."""
-        funcs = self.gan._rewards
+        funcs = self.gan.true_reward.funcs
         if any(hasattr(func, "batch") or rewards.takes_completions(func) for func in funcs):
             return 1  # one call is about several responses
         return self.config.reward_workers or (ASYNC_WORKERS if all(map(is_async, funcs)) else 1)

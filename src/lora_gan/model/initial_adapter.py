@@ -166,7 +166,7 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
             raise ValueError(f"{where} has the rank {shown(rank)}: it must be a whole number from 1 to {LARGEST_RANK}")
     for alpha in [theirs.get("lora_alpha", stock.lora_alpha), *_values(theirs.get("alpha_pattern"))]:
-        untrusted.require_float(alpha, f"{where}: lora_alpha")
+        untrusted.require(alpha, float, f"{where}: lora_alpha")
     return lora_config_from(theirs, where, init_lora_weights=True)
 
 

@@ -134,8 +134,11 @@ def attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
-        # PEFT doubles the rank of fused expert weights by its own pattern. It applies the pattern, and warns that it did not.
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj")
+        # PEFT doubles the rank of fused expert weights by its own pattern. It applies the pattern, and warns that it
+        # did not.
+        warnings.filterwarnings(
+            "ignore", message=r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj"
+        )
         try:
             peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
             for name in list(lora)[1:]:

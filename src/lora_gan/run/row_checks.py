@@ -34,22 +34,26 @@ def checked(rows: list[Row] | Stream, check: Check, *, drop_long: bool, progress
     Raises:
         ValueError: a row cannot be used, or no row is left; the message names the row.
     """
-    if isinstance(rows, Stream):
-        if drop_long:
-            rows.only(_Fits(check))
-        return rows
-    kept, long = CheckedRows(), []
-    bar = tqdm(rows, desc="checking rows", unit="row", delay=2, leave=False, disable=not progress)
-    for row in bar:
+    long: list[str] = []
+
+    def fits(row: Row) -> bool:
         try:
             check(row)
         except TooLong as error:
             if not drop_long:
-                bar.close()
                 raise
-            long.append(error)
-            continue
-        kept.append(row)
+            if isinstance(rows, Stream) and not long:  # how many there will be is not known
+                warnings.warn(f"rows are dropped (on_long_prompt='drop'); the first: {error}", stacklevel=2)
+            long.append(str(error))
+            return False
+        return True
+
+    if isinstance(rows, Stream):
+        if drop_long:
+            rows.only(fits)
+        return rows
+    with tqdm(rows, desc="checking rows", unit="row", delay=2, leave=False, disable=not progress) as bar:
+        kept = CheckedRows(filter(fits, bar))
     if long:
         warnings.warn(
             f"{len(long)} of {len(rows)} rows are dropped (on_long_prompt='drop'); the first: {long[0]}", stacklevel=4
@@ -57,20 +61,3 @@ def checked(rows: list[Row] | Stream, check: Check, *, drop_long: bool, progress
     if rows and not kept:
         raise ValueError(f"no row is left: every prompt is too long; the first: {long[0]}")
     return kept
-
-
-class _Fits:
-    """Whether a row of a stream fits; the first one that does not is named."""
-
-    def __init__(self, check: Check) -> None:
-        self._check, self._told = check, False
-
-    def __call__(self, row: Row) -> bool:
-        try:
-            self._check(row)
-        except TooLong as error:
-            if not self._told:
-                warnings.warn(f"rows are dropped (on_long_prompt='drop'); the first: {error}", stacklevel=2)
-            self._told = True
-            return False
-        return True

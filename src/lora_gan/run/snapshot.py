@@ -45,17 +45,13 @@ def take(state: State, *, by_hand: bool = False) -> Content:
         by_hand: whether `save_checkpoint()` was called: save_total_limit then never deletes it.
     """
     content: Content = {}
-    optimizers = (state.generator.optimizer, state.discriminator.optimizer)
-    for player, optimizer in zip(PLAYERS, optimizers, strict=True):
+    for adapter in (*PLAYERS, REFERENCE) if state.players.has_reference else PLAYERS:
         with state.discriminator.scoring():
-            config, weights = adapter_content(state.players, player)
-        content[f"{player}/adapter_config.json"] = config
-        content[f"{player}/{weights_name(state.config.weights_format)}"] = weights
-        content[f"{player}/optimizer.pt"] = optimizer.state_dict()
-    if state.players.has_reference:
-        config, weights = adapter_content(state.players, REFERENCE)
-        content[f"{REFERENCE}/adapter_config.json"] = config
-        content[f"{REFERENCE}/{weights_name(state.config.weights_format)}"] = weights
+            config, weights = adapter_content(state.players, adapter)
+        content[f"{adapter}/adapter_config.json"] = config
+        content[f"{adapter}/{weights_name(state.config.weights_format)}"] = weights
+    content["generator/optimizer.pt"] = state.generator.optimizer.state_dict()
+    content["discriminator/optimizer.pt"] = state.discriminator.optimizer.state_dict()
     content["discriminator/state.pt"] = state.discriminator.state_dict()
     content["generator/monitor.pt"] = state.monitor.state_dict()
     content[STATE] = trainer_state.content(state) | {"saved_by": BY_HAND if by_hand else "fit"}
@@ -142,15 +138,11 @@ def _read_monitor(state: State, folder: Folder) -> dict[str, Any]:
     saved, where = untrusted.read_tensors(folder, file, limit=limit), str(folder.path / file)
     untrusted.require_keys(saved, state.monitor.state_dict(), where)
 
-    def floats(length: int) -> Callable[[Any, str], None]:
-        return lambda value, inside: untrusted.require_list(value, inside, untrusted.float_or_none, length)
-
-    untrusted.require_list(saved["window"], f"{where}: window", floats(5))
+    untrusted.require(saved["window"], [(float | None,) * 5], f"{where}: window")
     for name, length in (("first", 2), ("best", 3)):
         if saved[name] is not None:
-            floats(length)(saved[name], f"{where}: {name}")
-    if any(not isinstance(words, str) for words in saved["told"]):
-        raise Damaged(f"{where}: told holds something else than texts")
+            untrusted.require(saved[name], (float,) * length, f"{where}: {name}")
+    untrusted.require(saved["told"], [str], f"{where}: told")
     if saved["kept"] is not None:
         untrusted.require_keys(saved["kept"], ("weights", "optimizer"), f"{where}: kept")
         untrusted.require_tensors_like(saved["kept"]["weights"], parameters, f"{where}: kept: weights")
@@ -192,16 +184,13 @@ def _read_discriminator_state(state: State, folder: Folder) -> dict[str, Any]:
         if theirs != ours:
             raise ValueError(f"{folder.path} has {theirs} heads, this discriminator {ours}: set disc_heads to match")
     untrusted.require_numbers(saved["heads_MH"], f"{where}: heads_MH", like=heads_MH)
-    if untrusted.require_float(saved["reward_unit"], f"{where}: reward_unit") <= 0:
-        raise Damaged(f"{where}: reward_unit must be above 0")
-    if not isinstance(saved["knows_unit"], bool):
-        raise Damaged(f"{where}: knows_unit must be True or False")
+    plain = {"reward_unit": untrusted.POSITIVE, "knows_unit": bool, "correlation": (float, float)}
+    untrusted.require({name: saved[name] for name in plain}, plain, where)
     vocabulary = base_checks.embedding_rows(state.players.lm)
     untrusted.require_replay(saved["replay"], vocabulary, len(heads_MH), f"{where}: replay")
     untrusted.require_tensors_like(saved["raw"], parameters[:-1], f"{where}: raw")
     if saved["average"] is not None:
         untrusted.require_tensors_like(saved["average"], parameters, f"{where}: average")
-    untrusted.require_list(saved["correlation"], f"{where}: correlation", untrusted.require_float, 2)
     return saved
 
 

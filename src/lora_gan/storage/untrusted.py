@@ -7,20 +7,23 @@ those of the players that are to take them. Every refusal is a ValueError that n
 from __future__ import annotations
 
 import io
-import math
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ..settings import is_finite
+from ..settings import fits
 from .durable import Damaged, Folder
 
+#: Kinds of plain numbers, for `require`.
+WHOLE, POSITIVE = Annotated[int, Ge(0), Lt(2**63)], Annotated[float, Gt(0)]
 #: Bytes that a file of tensors may have beside the tensors: names, headers, padding.
 SLACK = 2**20
 
@@ -158,24 +161,6 @@ def require_keys(value: Any, expected: Any, where: str) -> None:
         raise Damaged(f"{where} {what}")
 
 
-def require_number(value: Any, where: str, *, least: float = -math.inf, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds or not is_finite(value) or value < least:
-        raise Damaged(
-            f"{where} is {str(value)[:60]!r}: it must be a {'whole ' if whole else ''}number, {least} or more"
-        )
-
-
-def require_whole(value: Any, where: str, least: int = 0) -> int:
-    require_number(value, where, least=least, whole=True)
-    return int(value)
-
-
-def require_float(value: Any, where: str, least: float = -math.inf) -> float:
-    require_number(value, where, least=least)
-    return float(value)
-
-
 def kind_of(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
@@ -212,7 +197,7 @@ def require_replay(state: Any, vocabulary: int, heads: int, where: str) -> None:
             raise Damaged(f"{where}: {name} has tokens that the base does not know")
     if not torch.isfinite(state["rewards"]).all():
         raise Damaged(f"{where}: rewards hold NaN or infinite numbers")
-    require_whole(state["seen"], f"{where}: seen", least=len(sizes))
+    require(state["seen"], Annotated[int, Ge(len(sizes)), Lt(2**63)], f"{where}: seen")
 
 
 def require_list(value: Any, where: str, check: Callable[[Any, str], object], length: int | None = None) -> None:
@@ -224,12 +209,28 @@ def require_list(value: Any, where: str, check: Callable[[Any, str], object], le
         check(entry, f"{where}, entry {i}")
 
 
+def require(value: Any, shape: Any, where: str) -> None:
+    """A plain value of the shape that it must have.
+
+    Args:
+        shape: {key: shape} for a mapping with exactly these keys, [shape] for a list of any length, a tuple of shapes
+            or a NamedTuple for a list of as many entries, or a type as `settings.fits` takes it.
+    """
+    if isinstance(shape, type) and issubclass(shape, tuple):
+        shape = tuple(get_type_hints(shape).values())
+    if isinstance(shape, dict):
+        require_keys(value, shape, where)
+        for name, part in shape.items():
+            require(value[name], part, f"{where}: {name}")
+    elif isinstance(shape, list | tuple):
+        require_list(value, where, lambda *_: None, len(shape) if isinstance(shape, tuple) else None)
+        for i, (entry, part) in enumerate(zip(value, cycle(shape), strict=False)):
+            require(entry, part, f"{where}, entry {i}")
+    elif not fits(shape, value):
+        raise Damaged(f"{where} is {str(value)[:60]!r}, which a checkpoint never holds there")
+
+
 def require_tensors_like(value: Any, like: Sequence[Tensor], where: str) -> None:
     require_list(value, where, lambda *_: None, len(like))
     for i, (tensor, ours) in enumerate(zip(value, like, strict=True)):
         require_numbers(tensor, f"{where}, entry {i}", like=ours)
-
-
-def float_or_none(value: Any, where: str) -> None:
-    if value is not None and type(value) not in (int, float):
-        raise Damaged(f"{where} is {kind_of(value)}, where a number or nothing belongs")

@@ -26,6 +26,7 @@ from ..model.packing import Batch
 from ..model.players import Players
 from ..model.sampling import Rollout, chunks
 from . import distributed, losses, micro_batch
+from .estimate import DecayedMean
 from .experience import Experience, RetainedFeatures
 from .fresh_metrics import fresh_metrics
 from .optimizer import PlayerOptimizer
@@ -33,7 +34,6 @@ from .replay import Group, Replay, answered_groups, micro_batches
 
 # The query rate from which one forward for prediction and update takes less time than two.
 RETAIN_FROM_QUERY_RATE = 0.75
-CORRELATION_DECAY = 0.9  # per step, of the fresh rank correlation
 
 
 def _answered_features(experience: Experience) -> RetainedFeatures:
@@ -57,7 +57,7 @@ class Discriminator:
         self.replay = Replay(
             config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
         )
-        self.correlation, self.correlated = 0.0, 0.0  # fresh rank correlation within groups: weighted sum, and weight
+        self.correlation = DecayedMean()  # fresh rank correlation within groups, by the differences it was measured on
         self.average: list[Tensor] | None = None
         self.knows_unit = False  # whether the reward's unit has been read off the first rewards
 
@@ -66,18 +66,17 @@ class Discriminator:
         """How far the generator trusts predictions, 0 to 1, by the fresh rank correlation within groups so far."""
         if not self.config.gate_correlation or self.config.disc_objective == "real_vs_generated":
             return 1.0  # this objective has no true reward to measure predictions by
-        if not self.correlated:
+        if not self.correlation.weight:
             # One that learned in this run has no weight before it is measured. A loaded one may never be measured.
             return 0.0 if self.knows_unit else 1.0
-        return min(max(self.correlation / self.correlated / self.config.gate_correlation, 0.0), 1.0)
+        return min(max(self.correlation.value / self.config.gate_correlation, 0.0), 1.0)
 
     @property
     def fresh_correlation(self) -> tuple[float, float] | None:
         """The fresh rank correlation within groups over the last steps, and its standard error were it zero; None where
         it was never measured. Older steps count less, as in `gate`."""
-        if self.correlated <= 0:
-            return None
-        return self.correlation / self.correlated, self.correlated**-0.5
+        measured = self.correlation
+        return (measured.value, measured.weight**-0.5) if measured.weight > 0 else None
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -176,10 +175,9 @@ class Discriminator:
         weight = 0.0 if within is None else float(differences)
         # With several processes the sums are over all of them: one without answers brings zeros, and none waits.
         seen = torch.tensor([weight * (within or 0.0), weight], dtype=torch.float64, device=self.players.device)
-        correlation, correlated = distributed.total(seen).tolist()
-        if correlated:
-            self.correlation = CORRELATION_DECAY * self.correlation + correlation
-            self.correlated = CORRELATION_DECAY * self.correlated + correlated
+        total, weight = distributed.total(seen).tolist()
+        if weight:
+            self.correlation.add(total, weight)
         return {"gate": experience.gate}
 
     def _update_average(self) -> None:
@@ -294,52 +292,39 @@ class Discriminator:
         """`_learn`, in smaller micro-batches where memory runs out. `features` are those of `fresh`, or none."""
 
         def learn() -> float:
-            features_BH = features.take()
+            features_BH, size = features.take(), self.optimizer.micro_batch_size
             if features_BH is None:
-                return self._learn([(part, None) for part in self._micro_batches(fresh + old)])
-            return self._learn([(fresh, features_BH), *((part, None) for part in self._micro_batches(old))])
+                return self._learn([(part, None) for part in micro_batches(fresh + old, size)])
+            return self._learn([(fresh, features_BH), *((part, None) for part in micro_batches(old, size))])
 
-        rows = sum(len(group.responses) for group in (*fresh, *old))
-        return micro_batch.within_memory(learn, self.optimizer, rows)
-
-    def _micro_batches(self, groups: list[Group]) -> list[list[Group]]:
-        return micro_batches(groups, self.optimizer.micro_batch_size)
+        return micro_batch.within_memory(learn, self.optimizer, _count(fresh + old))
 
     def _learn(self, parts: list[tuple[list[Group], Tensor | None]]) -> float:
         """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses.
 
-        `parts` are micro-batches, each with its features where they are known.
+        The loss compares all responses of a group. Where a group has more than a micro-batch, the gradient with respect
+        to each one's features comes first, without a graph of the base; then each micro-batch has its forward and
+        backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
+
+        Args:
+            parts: micro-batches, each with its features where they are known.
         """
         total = sum(sum(group.heads) * len(group.responses) for groups, _ in parts for group in groups)
         loss = 0.0
         for groups, features_BH in parts:
             with self.players.playing("discriminator"):
-                if features_BH is not None:
-                    share = self._loss(groups, features_BH) / total
-                    share.backward()
-                else:
-                    share = self._learn_in_batches(groups, total)
+                pieces = [] if features_BH is not None else self._batches(groups)
+                with torch.set_grad_enabled(len(pieces) == 1):
+                    leaves = [self.players.features(piece) for piece in pieces]
+                if len(pieces) > 1:
+                    leaves = [leaf.requires_grad_(True) for leaf in leaves]
+                share = self._loss(groups, torch.cat(leaves) if features_BH is None else features_BH) / total
+                share.backward()
+                if len(pieces) > 1:
+                    for piece, leaf in zip(pieces, leaves, strict=True):
+                        self.players.features(piece).backward(leaf.grad)
             loss += float(share.detach())
         return loss
-
-    def _learn_in_batches(self, groups: list[Group], total: int) -> Tensor:
-        """Backward of some groups' share of the loss. A group of more responses than a micro-batch is read twice.
-
-        The loss compares all of them. So its gradient with respect to each one's features comes first, without a graph
-        of the base; then each micro-batch has its forward and backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
-        """
-        pieces = self._batches(groups)
-        if len(pieces) == 1:
-            share = self._loss(groups, self.players.features(pieces[0])) / total
-            share.backward()
-            return share
-        with torch.no_grad():
-            leaves = [self.players.features(piece) for piece in pieces]
-        share = self._loss(groups, torch.cat([leaf.requires_grad_(True) for leaf in leaves])) / total
-        share.backward()
-        for piece, leaf in zip(pieces, leaves, strict=True):
-            self.players.features(piece).backward(leaf.grad)
-        return share
 
     def _loss(self, groups: list[Group], features_BH: Tensor) -> Tensor:
         """Regression and ranking within groups, summed over their responses and the heads that learn from them."""
@@ -364,18 +349,17 @@ class Discriminator:
             with torch.no_grad(), self.players.playing("discriminator"):
                 return torch.cat([self.players.features(piece) for piece in self._batches(groups)])
 
-        return micro_batch.within_memory(features, self.optimizer, sum(len(group.responses) for group in groups))
+        return micro_batch.within_memory(features, self.optimizer, _count(groups))
 
     def _batches(self, groups: list[Group]) -> list[Batch]:
         """The groups' responses, laid out in micro-batches; a group that is larger, in parts of much the same size."""
         size, pieces = self.optimizer.micro_batch_size, []
         for part in micro_batches(groups, size):
-            rows = sum(len(group.responses) for group in part)
-            if size is None or rows <= size:
+            if size is None or _count(part) <= size:
                 pieces.append(self._batch(part))
                 continue
             (group,) = part
-            count = -(-rows // size)
+            rows, count = len(group.responses), math.ceil(len(group.responses) / size)
             edges = [rows * i // count for i in range(count + 1)]
             pieces += [
                 self._batch([replace(group, responses=group.responses[first:last])]) for first, last in pairwise(edges)
@@ -405,12 +389,9 @@ class Discriminator:
         self.knows_unit, self.players.reward_unit = False, 1.0
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
-        self._forget()
-
-    def _forget(self) -> None:
-        """Reset what was measured: the predictions of a loaded adapter never were."""
+        # The predictions of a loaded adapter were never measured.
         self.average = None
-        self.correlation, self.correlated = 0.0, 0.0
+        self.correlation = DecayedMean()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -420,23 +401,23 @@ class Discriminator:
             "replay": self.replay.state_dict(),
             "raw": [parameter.detach() for parameter in self.players.parameters("discriminator")[:-1]],
             "average": self.average,
-            "correlation": [self.correlation, self.correlated],
+            "correlation": [self.correlation.total, self.correlation.weight],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.players.reward_unit, self.knows_unit = state["reward_unit"], state["knows_unit"]
         self.replay.load_state_dict(state["replay"])
-        with torch.no_grad():
-            self.players.heads_MH.copy_(state["heads_MH"])
-            for parameter, raw in zip(
-                self.players.parameters("discriminator")[:-1], state.get("raw", ()), strict=False
-            ):
-                parameter.copy_(raw)
-        self._forget()  # a checkpoint of an older version has no more than this
-        if "raw" in state:
-            device = self.players.device
-            self.average = state["average"] and [weight.to(device).clone() for weight in state["average"]]
-            self.correlation, self.correlated = state["correlation"]
+        with torch.no_grad():  # the heads are the last parameter
+            saved = [*state["raw"], state["heads_MH"]]
+            for parameter, weight in zip(self.players.parameters("discriminator"), saved, strict=True):
+                parameter.copy_(weight)
+        device = self.players.device
+        self.average = state["average"] and [weight.to(device).clone() for weight in state["average"]]
+        self.correlation = DecayedMean(*state["correlation"])
+
+
+def _count(groups: list[Group]) -> int:
+    return sum(len(group.responses) for group in groups)
 
 
 def reward_unit(rewards: list[float]) -> float:

@@ -14,6 +14,8 @@ import numpy as np
 from .. import randomness
 from ..config import QueryDesign
 
+DECAY = 0.9  # per step, of `DecayedMean`
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -156,10 +158,10 @@ def centered_within_groups(values_B: np.ndarray, group_B: np.ndarray) -> np.ndar
 
 
 @dataclass
-class RunningMean:
-    """The baseline for groups of one: an exponential mean of past rewards, bias-corrected (Kingma and Ba 2015)."""
+class DecayedMean:
+    """A weighted mean in which older values count less. As the baseline of groups of one, an exponential mean of past
+    rewards with bias correction (Kingma and Ba 2015)."""
 
-    decay: float = 0.9
     total: float = 0.0
     weight: float = 0.0
 
@@ -167,9 +169,9 @@ class RunningMean:
     def value(self) -> float:
         return self.total / self.weight if self.weight else 0.0
 
-    def update(self, reward: float) -> None:
-        self.total = self.decay * self.total + (1 - self.decay) * reward
-        self.weight = self.decay * self.weight + (1 - self.decay)
+    def add(self, total: float, weight: float) -> None:
+        """Add a weighted sum of values, and their weight."""
+        self.total, self.weight = DECAY * self.total + total, DECAY * self.weight + weight
 
 
 def advantages(reward_B: np.ndarray, group_B: np.ndarray, baseline: float) -> np.ndarray:

@@ -54,12 +54,10 @@ class Experience:
         return self.predicted_MB.mean(0)
 
     @property
-    def dropped_B(self) -> np.ndarray | None:
-        """Failed responses with inclusion probability 1, bool; None = no response. They are excluded, because nothing
-        would correct their prediction."""
-        if self.failed_B is None or not self.failed_B.any():
-            return None
-        return self.failed_B & (self.inclusion_B >= 1)
+    def dropped_B(self) -> np.ndarray:
+        """Failed responses with inclusion probability 1, bool. They are excluded, because nothing would correct their
+        prediction."""
+        return (self.failed_B if self.failed_B is not None else False) & (self.inclusion_B >= 1)
 
     @property
     def group_B(self) -> np.ndarray:

@@ -10,7 +10,7 @@ instead of the reward; the discriminator's gradient may come straight through th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -28,7 +28,7 @@ from . import estimate, losses, micro_batch
 from .experience import Experience
 from .optimizer import PlayerOptimizer
 
-Measured = TypeVar("Measured")
+Number = TypeVar("Number", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,6 @@ class PolicyLosses:
     logprobs_R: Tensor
 
 
-@dataclass(frozen=True)
-class StraightThrough:
-    """What the straight-through loss needs of the discriminator."""
-
-    gradient_RH: Tensor  # of the predicted reward, with respect to each response token's embedding
-    embeddings_VH: Tensor  # of every token that the base can write
-
-
 class Generator:
     """What the generator carries from step to step beside its weights: optimizer, baseline, the KL's weight."""
 
@@ -57,7 +49,7 @@ class Generator:
         self.optimizer = PlayerOptimizer(
             players.parameters("generator"), config.learning_rate, config, config.num_iterations
         )
-        self.baseline = estimate.RunningMean()
+        self.baseline = estimate.DecayedMean()
         self.beta_scale = 1.0  # moves where there is a kl_target
 
     @property
@@ -83,7 +75,7 @@ class Generator:
                 experience = replace(experience, failed_B=None)  # no true reward is missed here
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
-            kept_B = slice(None) if experience.dropped_B is None else ~experience.dropped_B
+            kept_B = ~experience.dropped_B
         sampled_R: Tensor | None = None  # log-probabilities of all response tokens, in order, as they were sampled
         most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
@@ -103,7 +95,8 @@ class Generator:
         if skipped == self.config.num_iterations:
             return metrics  # nothing was updated, so nothing that goes with an update moves
         if reward_B is not None and not np.isnan(reward_B).all():
-            self.baseline.update(float(np.nanmean(reward_B)))  # last: an update that raised leaves no trace
+            # Last: an update that raised leaves no trace.
+            self.baseline.add((1 - estimate.DECAY) * float(np.nanmean(reward_B)), 1 - estimate.DECAY)
         kl = metrics.get("kl")
         if self.config.kl_target is not None and kl is not None:
             # The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593), a tenth a step at most.
@@ -124,8 +117,7 @@ class Generator:
         parts: dict[str, float | None] = {}
         if experience is not None and advantage_B is not None:
             policy = self._reinforce(experience, advantage_B, sampled_R)
-            loss += self.config.reward_weight * policy.policy + self.beta * policy.kl
-            loss -= self.config.entropy_weight * policy.entropy
+            loss = self._weighted(policy.policy, policy.kl, policy.entropy)
             logprobs_R = policy.logprobs_R
             parts["kl"] = policy.kl if self.beta else None  # not measured where it has no weight
             if self.config.entropy_weight:
@@ -152,7 +144,7 @@ class Generator:
             reward_B = predicted_B
         else:
             reward_B = estimate.corrected_reward(predicted_B, experience.true_B, experience.inclusion_B)
-        if experience.dropped_B is not None and signal != "predicted":
+        if signal != "predicted":
             reward_B = np.where(experience.dropped_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
             # Subtract the share that the discriminator's gradient carries.
@@ -178,10 +170,9 @@ class Generator:
             straight_through = None
             if embeddings_VH is not None:
                 gradient_RH = through * self._predicted_reward_gradient(batch)
-                if experience.dropped_B is not None:
-                    out_B = torch.as_tensor(experience.dropped_B[chunk], device=gradient_RH.device)
-                    gradient_RH[out_B[batch.row_R]] = 0
-                straight_through = StraightThrough(gradient_RH, embeddings_VH)
+                dropped_B = torch.as_tensor(experience.dropped_B[chunk], device=gradient_RH.device)
+                gradient_RH[dropped_B[batch.row_R]] = 0
+                straight_through = gradient_RH, embeddings_VH
             last = tokens + len(batch.row_R)
             before_R = None if sampled_R is None else sampled_R[tokens:last]
             chunk_sums, logprobs_R = self._losses(batch, weight_B[chunk], straight_through, before_R, scale=1 / total)
@@ -195,78 +186,74 @@ class Generator:
         self,
         batch: Batch,
         advantage_B: Tensor,
-        through: StraightThrough | None,
+        through: tuple[Tensor, Tensor] | None,
         sampled_R: Tensor | None,
         *,
         scale: float,
     ) -> tuple[np.ndarray, Tensor]:
-        """One forward, and backward of these responses' summed losses times `scale`; the sums of their policy losses,
-        KLs and entropies, and the log-probabilities of their tokens, [R]."""
+        """One forward, and backward of these responses' summed losses times `scale`.
+
+        Args:
+            through: the gradient of the predicted reward with respect to each response token's embedding, [R, H], and
+                the embedding of every token, [V, H]; None: the discriminator is not differentiated.
+
+        Returns:
+            The sums of the policy losses, the KLs and the entropies, and the tokens' log-probabilities, [R].
+        """
+        reference_RH, advantage_R = self._reference_hidden(batch), advantage_B[batch.row_R]
+        sums, logprobs = np.zeros(3), []
+        with self.players.playing("generator"):
+            for logits_RV, part in self._logits_in_chunks(batch):
+                logits_RV = self._tempered(logits_RV)  # the policy that learns is the one that sampled
+                ids_R = batch.response_ids_R[part]
+                if reference_RH is None:
+                    logprobs_R = losses.token_logprobs(logits_RV, ids_R)
+                    kl_R = torch.zeros_like(logprobs_R)
+                else:
+                    with torch.no_grad():
+                        reference_RV = self._tempered(self.players.head(reference_RH[part], reference=True))
+                    logprobs_R, kl_R = losses.logprobs_and_kl(logits_RV, ids_R, reference_RV)
+                if sampled_R is None:
+                    policy_R = losses.policy_gradient(logprobs_R, advantage_R[part])
+                else:
+                    policy_R = losses.clipped_policy_gradient(
+                        logprobs_R, sampled_R[part], advantage_R[part], epsilon=self.config.epsilon
+                    )
+                if through is not None:
+                    gradient_RH, embeddings_VH = through
+                    policy_R = policy_R + losses.straight_through(logits_RV, gradient_RH[part], embeddings_VH)
+                entropy_R = losses.entropy(logits_RV) if self.config.entropy_weight else torch.zeros_like(policy_R)
+                (self._weighted(policy_R, kl_R, entropy_R).sum() * scale).backward()
+                sums += [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
+                logprobs.append(logprobs_R.detach())
+        return sums, torch.cat(logprobs)
+
+    def _weighted(self, policy: Number, kl: Number, entropy: Number) -> Number:
+        """The loss that its parts make, of a token or as a mean."""
+        return self.config.reward_weight * policy + self.beta * kl - self.config.entropy_weight * entropy
+
+    def _reference_hidden(self, batch: Batch) -> Tensor | None:
+        """The reference's hidden states that predict the response tokens, [R, H]; None where the KL has no weight."""
         if self.beta and "reference" not in batch.frozen_outputs:
             with torch.no_grad(), self.players.playing("reference"):
                 batch.frozen_outputs["reference"] = self.players.hidden(batch, batch.predicting_R)
-        reference_RH = batch.frozen_outputs["reference"] if self.beta else None
-
-        def loss(logits_R1V: Tensor, part: slice) -> tuple[Tensor, tuple[list[float], Tensor]]:
-            """Every loss of a response is a sum over its tokens: here each token is a row of its own."""
-            logits_R1V = self._tempered(logits_R1V)  # the policy that learns is the one that sampled
-            ids_R1 = batch.response_ids_R[part, None]
-            advantage_R, mask_R1 = advantage_B[batch.row_R[part]], torch.ones_like(ids_R1)
-            if reference_RH is None:
-                logprobs_R1 = losses.token_logprobs(logits_R1V, ids_R1)
-                kl_R = torch.zeros_like(advantage_R)
-            else:
-                with torch.no_grad():
-                    reference_R1V = self._tempered(self.players.head(reference_RH[part], reference=True)[:, None])
-                logprobs_R1, kl_R = losses.logprobs_and_kl(logits_R1V, ids_R1, reference_R1V, mask_R1)
-            if sampled_R is None:
-                policy_R = losses.policy_gradient(logprobs_R1, mask_R1, advantage_R)
-            else:
-                policy_R = losses.clipped_policy_gradient(
-                    logprobs_R1, sampled_R[part, None], mask_R1, advantage_R, epsilon=self.config.epsilon
-                )
-            if through is not None:
-                gradient_R1H = through.gradient_RH[part, None]
-                policy_R = policy_R + losses.straight_through(logits_R1V, gradient_R1H, through.embeddings_VH, mask_R1)
-            entropy_R = torch.zeros_like(policy_R)
-            loss_R = self.config.reward_weight * policy_R + self.beta * kl_R
-            if self.config.entropy_weight:
-                entropy_R = losses.entropy(logits_R1V, mask_R1)
-                loss_R = loss_R - self.config.entropy_weight * entropy_R
-            sums = [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
-            return loss_R.sum() * scale, (sums, logprobs_R1.detach().squeeze(-1))
-
-        parts = self._backward_in_chunks(batch, loss)
-        return np.sum([sums for sums, _ in parts], axis=0), torch.cat([logprobs_R for _, logprobs_R in parts])
+        return batch.frozen_outputs["reference"] if self.beta else None
 
     def _tempered(self, logits: Tensor) -> Tensor:
         return logits if self.config.temperature == 1 else logits / self.config.temperature
 
-    def _backward_in_chunks(
-        self, batch: Batch, loss: Callable[[Tensor, slice], tuple[Tensor, Measured]]
-    ) -> list[Measured]:
-        """Forward of the generator, and backward of a loss that is a sum over response tokens.
+    def _logits_in_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, slice]]:
+        """The generator's logits [R, V] of some response tokens at a time, and which of the batch's tokens these are.
 
-        The body runs once, the head on some tokens at a time, each time with its backward: no more logits than these
-        tokens' are in memory.
-
-        Args:
-            loss: of the logits [R, 1, V] of some response tokens, and which of the batch's these are; returns the loss
-                and what else was measured.
-
-        Returns:
-            What was measured, chunk by chunk.
+        Calls backward through the body at the end: the caller plays the generator, and calls backward on a loss of
+        each chunk before it takes the next. The body runs once, the head on some tokens at a time, so that no more
+        logits than these tokens' are in memory.
         """
-        measured = []
-        with self.players.playing("generator"):
-            hidden_RH = self.players.hidden(batch, batch.predicting_R)
-            leaf_RH = hidden_RH.detach().requires_grad_(True)
-            for part in chunks(len(leaf_RH), self.players.tokens_at_once):
-                value, seen = loss(self.players.head(leaf_RH[part])[:, None], part)
-                value.backward()
-                measured.append(seen)
-            hidden_RH.backward(leaf_RH.grad)
-        return measured
+        hidden_RH = self.players.hidden(batch, batch.predicting_R)
+        leaf_RH = hidden_RH.detach().requires_grad_(True)
+        for part in chunks(len(leaf_RH), self.players.tokens_at_once):
+            yield self.players.head(leaf_RH[part]), part
+        hidden_RH.backward(leaf_RH.grad)
 
     def _predicted_reward_gradient(self, batch: Batch) -> Tensor:
         """∂ predicted reward / ∂ embedding of each response token, [R, H]; of its lower bound, if so set.
@@ -295,16 +282,10 @@ class Generator:
         for chunk in chunks(len(rows), self.optimizer.micro_batch_size):
             batch = self.players.batch(prompts[chunk], targets[chunk], np.arange(len(targets[chunk])))
             length_B = torch.bincount(batch.row_R, minlength=len(batch))
-
-            def loss(
-                logits_R1V: Tensor, part: slice, batch: Batch = batch, length_B: Tensor = length_B
-            ) -> tuple[Tensor, float]:
-                ids_R1 = batch.response_ids_R[part, None]
-                logprobs_R1 = losses.token_logprobs(logits_R1V, ids_R1)
-                token_R = losses.imitation(logprobs_R1, torch.ones_like(ids_R1))
-                share = (token_R / length_B[batch.row_R[part]]).sum() / len(rows)
-                return weight * share, float(share.detach())
-
-            for share in self._backward_in_chunks(batch, loss):
-                total += share
+            with self.players.playing("generator"):
+                for logits_RV, part in self._logits_in_chunks(batch):
+                    logprobs_R = losses.token_logprobs(logits_RV, batch.response_ids_R[part])
+                    share = -(logprobs_R / length_B[batch.row_R[part]]).sum() / len(rows)
+                    (weight * share).backward()
+                    total += float(share.detach())
         return total

@@ -9,15 +9,22 @@ Every threshold is a constant with its reason. A healthy run of `tiny` sets off 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from itertools import takewhile
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
-from ..config import Config, RewardSignal
+from ..config import Config
+from ..storage.untrusted import WHOLE
 
 #: Steps in a row, and responses in these, before anything is said of rewards or responses. Three steps are early enough
 #: to stop a run; 16 responses keep small steps from being judged on chance: two equal answers of two happen often.
 STEPS, RESPONSES = 3, 16
+
+#: Steps that are kept. More than a rule looks at, since not every step asks for true rewards.
+RECENT = 40
 
 #: Share of responses that are cut, or empty, from which on it is said: then that is what most of a step looks like.
 SHARE = 0.5
@@ -49,24 +56,24 @@ DISC_LEAST = 10
 DISC_USEFUL = 0.3
 DISC_ABOVE_CHANCE, DISC_BELOW_USEFUL = 2.0, 4.0
 
-KINDS = ("clipped", "empty", "equal responses", "equal rewards", "kl", "chance")
-#: What is kept of the steps, in `Health.series`: the numbers of an entry, and the most entries.
-SERIES: dict[str, tuple[tuple[str, ...], int]] = {
-    "responses": (("float", "float", "float"), RESPONSES),  # responses of a step, how many were cut, how many are empty
-    "per_token": (("float",), 6),  # KL a token
-    "first": (("float_or_none", "float"), KL_STEPS),  # of the first steps: reward, KL
-    "last": (("float_or_none", "float_or_none", "float"), KL_STEPS),  # later: reward, its deviation in the step, KL
-}
-#: Steps in a row in which something held, their responses; steps with answers, the sum and the range of their rewards.
-STREAK = {"steps": 0, "responses": 0, "answers": 0, "total": 0.0, "low": 0.0, "high": 0.0}
+Kind = Literal["clipped", "empty", "equal responses", "equal rewards", "kl", "chance"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-def prediction_counts(config: Config, signal: RewardSignal, *, train_gen: bool) -> bool:
-    """Whether anything depends on the predictions. Nothing does where every response gets its true reward. A step that
-    trains the discriminator alone always counts."""
-    if not train_gen or signal == "predicted" or config.gradient_path == "straight_through":
-        return True
-    return signal == "corrected" and (config.query_rate < 1 or config.reward_budget is not None)
+class Seen(NamedTuple):
+    """What is kept of a step."""
+
+    responses: int
+    cut: float  # how many responses were cut
+    empty: int
+    equal_in_groups: bool  # whether the responses of every group are the same text
+    equal_in_step: bool
+    answers: int  # true rewards that were measured
+    equal_rewards: bool  # whether they are equal in every group
+    reward: float | None  # their mean
+    spread: float  # their standard deviation over the step
+    kl: float | None  # nats a response
+    kl_per_token: float
 
 
 class Health:
@@ -74,13 +81,13 @@ class Health:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.told: list[str] = []  # kinds of notices that were given
+        self.told: list[Kind] = []  # kinds of notices that were given
         self.labels = 0  # answers that the discriminator has learned from
         self.earlier = [0, 0.0]  # steps with a spread of rewards within groups, and the sum of their mean rewards
         # Fresh rank correlation within groups, of the steps after DISC_LABELS: how many, their sum, and of squares.
         self.correlation = [0, 0.0, 0.0]
-        self.streaks = {"reward": dict(STREAK), "groups": dict(STREAK), "step": dict(STREAK)}
-        self.series: dict[str, list[list[Any]]] = {name: [] for name in SERIES}
+        self.first: deque[Seen] = deque(maxlen=KL_STEPS)  # the first steps with a KL
+        self.recent: deque[Seen] = deque(maxlen=RECENT)
 
     def watch(self, record: Mapping[str, Any], *, learns_to_predict: bool) -> list[str]:
         """Take in a step; what is to be said of the run now, a line each.
@@ -92,99 +99,50 @@ class Health:
         groups = _groups(record.get("responses"))
         if not groups:
             return []
-        self._take_responses(record, groups)
-        self._take_rewards(record)
-        self._take_kl(record)
-        self._take_correlation(record, learns_to_predict)
-        found: dict[str, str] = {}
-        for kind, rule in self._rules().items():
-            if kind not in self.told and (words := rule()):
-                found[kind] = words
+        step = _seen(record, groups)
+        self.recent.append(step)
+        if step.kl is not None and len(self.first) < KL_STEPS:
+            self.first.append(step)
+        if step.answers and step.reward is not None and not step.equal_rewards:
+            self.earlier = [self.earlier[0] + 1, self.earlier[1] + step.reward]
+        if learns_to_predict:
+            self._take_correlation(record, step)
+        rules = (self._clipped, self._empty, self._equal_responses, self._equal_rewards, self._kl, self._chance)
+        new = {kind: rule() for kind, rule in zip(KINDS, rules, strict=True) if kind not in self.told}
+        found = {kind: words for kind, words in new.items() if words}
         self.told += found
         return list(found.values())
 
-    def _rules(self) -> dict[str, Callable[[], str | None]]:
-        rules = (self._clipped, self._empty, self._equal_responses, self._equal_rewards, self._kl, self._chance)
-        return dict(zip(KINDS, rules, strict=True))
-
-    # --- what is kept of a step
-
-    def _take_responses(self, record: Mapping[str, Any], groups: list[list[str]]) -> None:
-        texts = [text for group in groups for text in group]
-        empty = sum(not text.strip() for text in texts)
-        cut = (record.get("completions/clipped_ratio") or 0.0) * len(texts)
-        recent = self._append("responses", len(texts), cut, empty)
-        while len(recent) > STEPS and sum(step[0] for step in recent[1:]) >= RESPONSES:
-            recent.pop(0)
-        compared = [group for group in groups if len(group) > 1]
-        alike = bool(compared) and all(len(set(group)) == 1 for group in compared)
-        self._extend_streak("groups", alike, len(texts), record)
-        self._extend_streak("step", len(groups) > 1 and len(set(texts)) == 1, len(texts), record)
-
-    def _take_rewards(self, record: Mapping[str, Any]) -> None:
-        answers, mean = _answers(record), _finite(record, "reward_mean")
-        if answers <= 0 or mean is None:
-            return
-        share = record.get("frac_reward_zero_std")
-        # Without a group of two answers only equality over the step can show.
-        alike = _is_zero(_finite(record, "reward_std"), mean) if share is None else share == 1
-        self._extend_streak("reward", alike, answers, record)
-        if not alike:
-            self.earlier = [self.earlier[0] + 1, self.earlier[1] + mean]
-
-    def _append(self, name: str, *numbers: float | None) -> list[list[Any]]:
-        """The series with this entry, the newest ones."""
-        self.series[name] = [*self.series[name], list(numbers)][-SERIES[name][1] :]
-        return self.series[name]
-
-    def _extend_streak(self, name: str, holds: bool, responses: int, record: Mapping[str, Any]) -> None:
-        """The streak goes on with this step, or is over."""
-        streak = self.streaks[name] = self.streaks[name] if holds else dict(STREAK)
-        if not holds:
-            return
-        mean, spread = _finite(record, "reward_mean"), _finite(record, "reward_std") or 0.0
-        streak["steps"] += 1
-        streak["responses"] += responses
-        if mean is not None:
-            low, high = mean - spread, mean + spread
-            streak["low"] = min(streak["low"], low) if streak["answers"] else low
-            streak["high"] = max(streak["high"], high) if streak["answers"] else high
-            streak["answers"] += 1
-            streak["total"] += mean
-
-    def _take_kl(self, record: Mapping[str, Any]) -> None:
-        kl, length = record.get("kl"), record.get("completion_length")
-        if kl is None or self.config.kl_target is not None:  # kl_target steers it, and the monitor has an alarm
-            return
-        self._append("per_token", kl / length if length else 0.0)
-        reward = _finite(record, "reward_mean")
-        if len(self.series["first"]) < KL_STEPS:
-            self._append("first", reward, kl)
-        else:
-            self._append("last", reward, _finite(record, "reward_std"), kl)
-
-    def _take_correlation(self, record: Mapping[str, Any], learns_to_predict: bool) -> None:
-        if not learns_to_predict:
-            return
+    def _take_correlation(self, record: Mapping[str, Any], step: Seen) -> None:
         value, equal = record.get("rank_correlation_within"), record.get("frac_reward_zero_std")
         # Where rewards are equal in most groups, little is left to rank: a run that is done looks like that.
         if self.labels >= DISC_LABELS and value is not None and (equal or 0.0) <= 0.5:
             count, total, squares = self.correlation
             self.correlation = [count + 1, total + value, squares + value**2]
-        self.labels += _answers(record)
+        self.labels += step.answers
 
     # --- the rules: words, or None
 
-    def _share(self, column: int) -> tuple[float, int]:
-        """The share of the last responses that are cut (1) or empty (2), and over how many steps; 0 where too few."""
-        recent = self.series["responses"]
-        total = sum(step[0] for step in recent)
-        if len(recent) < STEPS or total < RESPONSES:
-            return 0.0, 0
-        return sum(step[column] for step in recent) / total, len(recent)
+    def _share(self, of: Callable[[Seen], float]) -> tuple[float, int]:
+        """The share of the last responses that are cut or empty, and over how many steps; 0 where too few."""
+        steps = list(self.recent)
+        last = next((steps[-n:] for n in range(1, len(steps) + 1) if _is_enough(steps[-n:])), [])
+        return (sum(map(of, last)) / sum(step.responses for step in last) if last else 0.0), len(last)
+
+    def _streak(self, holds: Callable[[Seen], bool], *, asked: bool = False) -> list[Seen]:
+        """The last steps in a row for which something holds; empty where these are too few to say so.
+
+        Args:
+            asked: leave out steps without answers, and count answers in place of responses.
+        """
+        steps = (
+            [step._replace(responses=step.answers) for step in self.recent if step.answers] if asked else self.recent
+        )
+        streak = list(takewhile(holds, reversed(steps)))
+        return streak if _is_enough(streak) else []
 
     def _clipped(self) -> str | None:
-        share, steps = self._share(1)
+        share, steps = self._share(lambda step: step.cut)
         if share < SHARE:
             return None
         return (
@@ -194,7 +152,7 @@ class Health:
         )
 
     def _empty(self) -> str | None:
-        share, steps = self._share(2)
+        share, steps = self._share(lambda step: step.empty)
         if share < SHARE:
             return None
         chat = {None: "not set", True: "now True", False: "now False"}[self.config.apply_chat_template]
@@ -205,29 +163,29 @@ class Health:
 
     def _equal_responses(self) -> str | None:
         """Equal over the step, or within groups: there the reward must not have risen, or the run may just be done."""
-        streak, where = self.streaks["step"], "all responses of a step were the same text, whatever the prompt,"
-        if not _is_long(streak):
-            streak, where = self.streaks["groups"], "all responses to a prompt were the same text"
-        if not _is_long(streak) or self._share(2)[0] >= SHARE:  # empty ones are equal, too
-            return None
-        if streak is self.streaks["groups"] and self._has_risen(streak):
+        streak = self._streak(lambda step: step.equal_in_step)
+        where = "all responses of a step were the same text, whatever the prompt,"
+        if not streak:
+            streak, where = self._equal_in_groups(), "all responses to a prompt were the same text"
+            if self._has_risen(streak):
+                return None
+        if not streak or self._is_mostly_empty():  # empty ones are equal, too
             return None
         return (
-            f"{where} in the last {streak['steps']} steps, so there is nothing to compare: raise temperature (now "
+            f"{where} in the last {len(streak)} steps, so there is nothing to compare: raise temperature (now "
             f"{self.config.temperature:g}) or entropy_weight (now {self.config.entropy_weight:g}); if responses became "
             f"equal in training, {self._hold_back}"
         )
 
     def _equal_rewards(self) -> str | None:
         """Neither because responses are equal, nor because the run is done."""
-        streak = self.streaks["reward"]
-        if not _is_long(streak) or _is_long(self.streaks["groups"]) or self._share(2)[0] >= SHARE:
+        streak = self._streak(lambda step: step.equal_rewards, asked=True)
+        if not streak or self._equal_in_groups() or self._is_mostly_empty() or self._has_risen(streak):
             return None
-        if self._has_risen(streak):
-            return None
-        steps, responses = streak["steps"], streak["responses"]
-        if _is_zero(streak["high"] - streak["low"], streak["high"]):
-            said = f"the true reward was {streak['high']:.4g} for all {responses} responses of the last {steps} steps"
+        steps, responses = len(streak), sum(step.responses for step in streak)
+        ends = [(step.reward or 0.0) + sign * step.spread for step in streak for sign in (-1, 1)]
+        if _is_zero(max(ends) - min(ends), max(ends)):
+            said = f"the true reward was {max(ends):.4g} for all {responses} responses of the last {steps} steps"
             check = "check what the reward returns for different responses; "
         else:
             said = f"the true reward was equal within every group of the last {steps} steps ({responses} responses)"
@@ -237,35 +195,42 @@ class Health:
             f"(now {self.config.num_generations}) or temperature (now {self.config.temperature:g})"
         )
 
-    def _has_risen(self, streak: Mapping[str, Any]) -> bool:
+    def _is_mostly_empty(self) -> bool:
+        return self._share(lambda step: step.empty)[0] >= SHARE
+
+    def _equal_in_groups(self) -> list[Seen]:
+        return self._streak(lambda step: step.equal_in_groups)
+
+    def _has_risen(self, streak: list[Seen]) -> bool:
         """Whether the streak's rewards lie above those of the steps that taught something."""
+        rewards = [step.reward for step in streak if step.reward is not None]
         steps, total = self.earlier
-        return bool(steps and streak["answers"]) and streak["total"] / streak["answers"] > total / steps
+        return bool(steps and rewards) and fmean(rewards) > total / steps
 
     def _kl(self) -> str | None:
-        per_token = [value for (value,) in self.series["per_token"]]
-        before, now = per_token[:3], per_token[3:]
-        newest = [*self.series["first"], *self.series["last"]][-3:]
-        kl = fmean(step[-1] for step in newest) if newest else 0.0
-        if len(now) == 3 and fmean(now) >= KL_PER_TOKEN and fmean(now) > fmean(before) and kl >= KL_LEAST:
+        steps = [step for step in self.recent if step.kl is not None]
+        if self.config.kl_target is not None or len(steps) < 6:  # kl_target steers it, and the monitor has an alarm
+            return None
+        kl, before, now = _mean_kl(steps[-3:]), *([step.kl_per_token for step in steps[-n:][:3]] for n in (6, 3))
+        if fmean(now) >= KL_PER_TOKEN and fmean(now) > fmean(before) and kl >= KL_LEAST:
             return (
                 f"the KL to the reference is {kl:.3g} nats a response ({fmean(now):.2g} a token) and rises: responses "
-                f"leave what the reference would write; {self._hold_back_by_kl}"
+                f"leave what the reference would write; {self._hold_back}"
             )
-        first, last = self.series["first"], self.series["last"]
-        rewards = [[step[0] for step in steps if step[0] is not None] for steps in (first, last)]
-        if len(last) < KL_STEPS or min(map(len, rewards)) < KL_STEPS // 2:
+        last = steps[-KL_STEPS:]
+        rewards = [[step.reward for step in part if step.reward is not None] for part in (self.first, last)]
+        if len(steps) < 2 * KL_STEPS or min(map(len, rewards)) < KL_STEPS // 2:
             return None
-        kl = fmean(step[-1] for step in last)
-        cost = self.config.beta * (kl - fmean(step[-1] for step in first))
+        kl = _mean_kl(last)
+        cost = self.config.beta * (kl - _mean_kl(self.first))
         gain = fmean(rewards[1]) - fmean(rewards[0])
         error = math.hypot(*(stdev(known) / math.sqrt(len(known)) for known in rewards))
-        spread = fmean(step[1] or 0.0 for step in last)
+        spread = fmean(step.spread for step in last)
         if kl < KL_LEAST or cost <= spread or cost <= max(gain, 0.0) + KL_ERRORS * error:
             return None
         return (
             f"the KL to the reference, {kl:.3g} nats a response, costs more than the reward has gained: beta·KL rose "
-            f"by {cost:.3g} since the first {KL_STEPS} steps, the reward by {gain:.3g}; {self._hold_back_by_kl}"
+            f"by {cost:.3g} since the first {KL_STEPS} steps, the reward by {gain:.3g}; {self._hold_back}"
         )
 
     def _chance(self) -> str | None:
@@ -287,10 +252,6 @@ class Health:
 
     @property
     def _hold_back(self) -> str:
-        return f"raise beta (now {self.config.beta:g}) or lower learning_rate (now {self.config.learning_rate:g})"
-
-    @property
-    def _hold_back_by_kl(self) -> str:
         config = self.config
         return f"raise beta (now {config.beta:g}), set kl_target, or lower learning_rate (now {config.learning_rate:g})"
 
@@ -298,21 +259,47 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""
-        return {
-            "told": list(self.told),
-            "labels": self.labels,
-            "earlier": list(self.earlier),
-            "correlation": list(self.correlation),
-            "streaks": {name: dict(streak) for name, streak in self.streaks.items()},
-            "series": {name: [list(step) for step in steps] for name, steps in self.series.items()},
-        }
+        plain = {name: copy(getattr(self, name)) for name in ("told", "labels", "earlier", "correlation")}
+        return plain | {name: [list(step) for step in getattr(self, name)] for name in ("first", "recent")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict()."""
         self.told, self.labels = list(state["told"]), state["labels"]
         self.earlier, self.correlation = list(state["earlier"]), list(state["correlation"])
-        self.streaks = {name: dict(streak) for name, streak in state["streaks"].items()}
-        self.series = {name: [list(step) for step in steps] for name, steps in state["series"].items()}
+        self.first = deque(map(Seen._make, state["first"]), maxlen=KL_STEPS)
+        self.recent = deque(map(Seen._make, state["recent"]), maxlen=RECENT)
+
+
+#: What a state_dict() holds, in the form that `untrusted.require` takes.
+SHAPE: dict[str, Any] = {
+    "told": [Kind],
+    "labels": WHOLE,
+    "earlier": (float, float),
+    "correlation": (float, float, float),
+    "first": [Seen],
+    "recent": [Seen],
+}
+
+
+def _seen(record: Mapping[str, Any], groups: list[list[str]]) -> Seen:
+    texts = [text for group in groups for text in group]
+    compared = [group for group in groups if len(group) > 1]
+    reward, spread = _finite(record, "reward_mean"), _finite(record, "reward_std") or 0.0
+    share, kl, length = (record.get(name) for name in ("frac_reward_zero_std", "kl", "completion_length"))
+    return Seen(
+        responses=len(texts),
+        cut=(record.get("completions/clipped_ratio") or 0.0) * len(texts),
+        empty=sum(not text.strip() for text in texts),
+        equal_in_groups=bool(compared) and all(len(set(group)) == 1 for group in compared),
+        equal_in_step=len(groups) > 1 and len(set(texts)) == 1,
+        answers=0 if reward is None else max(0, (record.get("asked") or 0) - (record.get("unanswered") or 0)),
+        # Without a group of two answers only equality over the step can show.
+        equal_rewards=_is_zero(spread, reward or 0.0) if share is None else share == 1,
+        reward=reward,
+        spread=spread,
+        kl=kl,
+        kl_per_token=kl / length if kl and length else 0.0,
+    )
 
 
 def _groups(responses: Any) -> list[list[str]]:
@@ -324,24 +311,23 @@ def _groups(responses: Any) -> list[list[str]]:
     return [list(group) for group in responses if group]
 
 
-def _answers(record: Mapping[str, Any]) -> int:
-    """True rewards that were measured in a step."""
-    return max(0, (record.get("asked") or 0) - (record.get("unanswered") or 0))
-
-
 def _finite(record: Mapping[str, Any], name: str) -> float | None:
     """A number of the record; None where it was not measured or is not finite."""
     value = record.get(name)
     return value if value is not None and math.isfinite(value) else None
 
 
-def _is_long(streak: Mapping[str, Any]) -> bool:
-    return streak["steps"] >= STEPS and streak["responses"] >= RESPONSES
+def _is_enough(steps: Sequence[Seen]) -> bool:
+    return len(steps) >= STEPS and sum(step.responses for step in steps) >= RESPONSES
 
 
-def _is_zero(difference: float | None, size: float) -> bool:
+def _mean_kl(steps: Iterable[Seen]) -> float:
+    return fmean(step.kl for step in steps if step.kl is not None)
+
+
+def _is_zero(difference: float, size: float) -> bool:
     """Whether values of this size that differ so much are equal but for rounding."""
-    return (difference or 0.0) <= 1e-6 * max(1.0, abs(size))
+    return difference <= 1e-6 * max(1.0, abs(size))
 
 
 #: The state before the first step; checkpoints of earlier versions have none.

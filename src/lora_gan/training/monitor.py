@@ -70,7 +70,8 @@ class Monitor:
             predicted = mean[0] if np.isnan(mean[1]) else mean[1]  # plain RL predicts nothing
             self.best = [mean[0], self._error(steps[:, 0]), predicted]
             if self.config.on_exploit == "rollback":
-                self._keep(generator)
+                weights = generator.players.parameters("generator")
+                self.kept = copied({"weights": weights, "optimizer": generator.optimizer.state_dict()})
         fresh = [words for kind, words in alarms.items() if kind not in self.told]
         self.told = list(alarms)
         if fresh and self.config.on_exploit == "rollback" and self.kept is not None:
@@ -101,10 +102,6 @@ class Monitor:
         if self.config.kl_target is not None and kl > 3 * self.config.kl_target:
             alarms["kl"] = f"the KL to the reference is {kl:.3g} nats a response, over three times kl_target"
         return alarms
-
-    def _keep(self, generator: Generator) -> None:
-        weights = [w.detach().clone() for w in generator.players.parameters("generator")]
-        self.kept = {"weights": weights, "optimizer": copied(generator.optimizer.state_dict())}
 
     def _restore(self, generator: Generator) -> None:
         assert self.kept is not None

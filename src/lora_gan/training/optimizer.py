@@ -30,18 +30,13 @@ class PlayerOptimizer:
         self.total_steps = config.max_steps  # of the run, where the schedule ends; None: not known yet
         self.restart(None)
 
-    @property
-    def knows_its_end(self) -> bool:
-        """Whether updates can be made: a schedule that ends has to know where."""
-        return self.total_steps is not None or self.config.lr_scheduler_type not in DECAYING_SCHEDULES
-
     def require_end(self) -> None:
         """Raise where the schedule does not know its end.
 
         Raises:
             ValueError: `max_steps` is None, and no fit() has counted the steps.
         """
-        if not self.knows_its_end:
+        if self.total_steps is None and self.config.lr_scheduler_type in DECAYING_SCHEDULES:
             raise ValueError(
                 f"lr_scheduler_type={self.config.lr_scheduler_type!r} has to know where it ends, and max_steps is "
                 "None: set max_steps, or train with fit(), which counts the steps of num_train_epochs"
@@ -66,32 +61,18 @@ class PlayerOptimizer:
         self.skipped = 0  # updates in a row, up to now
         self.scale = 1.0  # of the learning rate; halved where a run went back
         if state is not None:
-            self.adamw.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.skipped, self.scale = state.get("skipped", 0), state.get("scale", 1.0)  # older ones have neither
-            self.largest_micro_batch = state.get("micro_batch_size")
-            self._multiply_learning_rate(self.first_learning_rate * self.scale / self.schedule.base_lrs[0])
-            if self.knows_its_end:
-                self._follow_schedule()
+            # The moments alone: settings and learning rate are those configured now.
+            self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state["optimizer"]["state"]})
+            self.schedule.last_epoch = state["schedule"]["last_epoch"]
+            self.skipped, self.largest_micro_batch = state["skipped"], state["micro_batch_size"]
+            self.rescale(state["scale"])
 
     def rescale(self, scale: float) -> None:
         """Set the share of the configured learning rate that updates are made with from now on."""
-        self._multiply_learning_rate(scale / self.scale)
-        self.scale = scale
-
-    def _multiply_learning_rate(self, ratio: float) -> None:
-        """Scale a loaded learning rate to the one that is configured now."""
-        if ratio != 1:
-            for group in self.adamw.param_groups:
-                group["lr"], group["initial_lr"] = group["lr"] * ratio, group["initial_lr"] * ratio
-            self.schedule.base_lrs = [rate * ratio for rate in self.schedule.base_lrs]
-
-    def _follow_schedule(self) -> None:
-        """Use the configured schedule's rate, also if the checkpoint came from another schedule."""
-        scheduled = zip(self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        for group, base, share in scheduled:
-            # Computed as the scheduler does, so the same schedule gives bitwise the same rate.
-            group["lr"] = base * share(self.schedule.last_epoch)
+        base, share = self.first_learning_rate * scale, self.schedule.lr_lambdas[0]
+        self.scale, self.schedule.base_lrs = scale, [base]
+        # Computed as the scheduler does, so that a run that goes on has bitwise the same rate.
+        self.adamw.param_groups[0] |= {"lr": base * share(self.schedule.last_epoch), "initial_lr": base}
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
@@ -123,10 +104,9 @@ class PlayerOptimizer:
         return min(sizes, default=None)
 
     def state_dict(self) -> dict[str, Any]:
-        schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))}
         return {
             "optimizer": self.adamw.state_dict(),
-            "schedule": schedule,
+            "schedule": {"last_epoch": self.schedule.last_epoch},  # updates made; the rest follows from the settings
             "skipped": self.skipped,
             "scale": self.scale,
             "micro_batch_size": self.largest_micro_batch,

@@ -19,6 +19,8 @@ class StepPlan:
         asks: whether true rewards are asked.
         predicts: whether rewards are predicted. Plain RL does not, so it costs what plain RL costs.
         straight_through: whether the generator's update differentiates the discriminator.
+        learns_to_predict: whether the discriminator learns, and anything depends on its predictions. Nothing does where
+            every response gets its true reward. A step that trains the discriminator alone always counts.
     """
 
     signal: RewardSignal
@@ -29,6 +31,7 @@ class StepPlan:
     asks: bool
     predicts: bool
     straight_through: bool
+    learns_to_predict: bool
 
     @property
     def samples(self) -> bool:
@@ -63,6 +66,8 @@ def plan_step(config: Config, step: int, signal: RewardSignal, *, train_gen: boo
     if train_gen and not weight and not (config.reward_weight or config.imitation_decay_steps):
         raise ValueError("reward_weight=0 and imitation_weight=0 leave the generator nothing to learn from")
     judges = train_disc or not train_gen
+    straight_through = config.gradient_path == "straight_through"
+    some_unasked = signal == "corrected" and (config.query_rate < 1 or config.reward_budget is not None)
     return StepPlan(
         signal=signal,
         train_gen=train_gen,
@@ -71,5 +76,6 @@ def plan_step(config: Config, step: int, signal: RewardSignal, *, train_gen: boo
         reinforces=train_gen and since >= 0 and config.reward_weight > 0,
         asks=(judges or signal != "predicted") and config.disc_objective == "regression",
         predicts=judges or signal != "true",
-        straight_through=config.gradient_path == "straight_through",
+        straight_through=straight_through,
+        learns_to_predict=train_disc and (not train_gen or straight_through or some_unasked or signal == "predicted"),
     )

@@ -79,7 +79,7 @@ class Replay:
             self.groups.append(Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i]))
             first += size
         self.groups = self.groups[-self.capacity :] if self.capacity else []
-        self.seen = state.get("seen", len(self.groups))
+        self.seen = state["seen"]
 
 
 def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:

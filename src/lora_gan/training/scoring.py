@@ -34,8 +34,7 @@ def mean_logprobs(players: Players, rows: list[Row], texts: list[str], *, batch_
         with torch.no_grad(), players.playing("base"):
             hidden_RH = players.hidden(batch, batch.predicting_R)
             for some in sampling.chunks(len(hidden_RH), players.tokens_at_once):
-                logits_R1V = players.head(hidden_RH[some])[:, None]
-                logprobs.append(losses.token_logprobs(logits_R1V, batch.response_ids_R[some, None])[:, 0])
+                logprobs.append(losses.token_logprobs(players.head(hidden_RH[some]), batch.response_ids_R[some]))
         total_B = torch.zeros(len(batch), device=players.device).index_add_(0, batch.row_R, torch.cat(logprobs))
         scores += [total / len(ids) if ids else None for total, ids in zip(total_B.tolist(), encoded[1], strict=True)]
     return scores
