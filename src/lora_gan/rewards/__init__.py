@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .combine import RewardError, RewardUnavailable, reward_names, score_pairs, score_parts, score_trl, weighted_total
+from .calling import RewardError, RewardUnavailable
+from .combine import reward_names, score_pairs, score_parts, score_trl, weighted_total
 from .model import Classifier, Entailment
 from .named import from_spec, from_specs
 from .notes import Notes

@@ -27,14 +27,15 @@ LONGEST = 60.0  # seconds between two tries, at the most
 ASYNC_WORKERS = 16  # calls of an `async def` reward at once, where nothing else is said
 
 
-class CallFailed(Exception):
-    """The last try has failed; `row` is the first that the call was about, the cause is what was raised."""
-
-    def __init__(self, row: int) -> None:
-        super().__init__(row)
-        self.row = row
+class RewardError(ValueError):
+    """A reward function raised, or returned what is not a score. The message names the function and the row."""
 
 
+class RewardUnavailable(RuntimeError):
+    """A reward cannot run here at all, whatever it is asked to score: its model or its data is not to be had."""
+
+
+HOPELESS = (RewardUnavailable, ImportError)  # no further try helps
 Call = tuple[Any, Sequence[int], Callable[[], Any], Callable[[Any], Answer]]
 
 
@@ -60,7 +61,7 @@ class Caller:
         name: str,
         calls: Sequence[Call[Answer]],
         *,
-        hopeless: tuple[type[Exception], ...] = (),
+        where: Callable[[int], str],
         is_async: bool = False,
     ) -> list[Answer | None]:
         """The answers to a reward's calls, in their order.
@@ -69,11 +70,12 @@ class Caller:
             name: the reward's, by which its answers are logged.
             calls: for each the question, as it is logged; the rows it is about; what asks; and what makes an answer of
                 what that returned. The last is not tried again: a value that is no score is a mistake, not bad weather.
-            hopeless: errors that no further try helps; they are passed on as they are.
+            where: names a call in errors, by the first of its rows.
             is_async: whether the calls return awaitables.
 
         Raises:
-            CallFailed: the first call, in their order, that failed to the last, unless those are skipped.
+            RewardError: the last try of a call failed, and `skip` is False. Of several such calls, the first is named.
+            RewardUnavailable, ImportError: passed on as they are.
         """
         log = self.log
         keys = [] if log is None else [log.key(name, question) for question, *_ in calls]
@@ -87,12 +89,14 @@ class Caller:
             with self._mutex:
                 self.asked[name] = self.asked.get(name, 0) + len(rows)
             try:
-                value = self._tried(name, ask, hopeless, len(rows))
-            except hopeless:
+                value = self._tried(name, ask, len(rows))
+            except HOPELESS:
                 raise
             except Exception as error:
                 if not self.skip:
-                    raise CallFailed(rows[0]) from error
+                    raise RewardError(
+                        f"the reward {name!r} raised {type(error).__name__} on {where(rows[0])}: {error}"
+                    ) from error
                 with self._mutex:
                     self.failed.update(dict.fromkeys(rows, cause_of(error)))
                 return None
@@ -112,7 +116,7 @@ class Caller:
             if log is not None:
                 log.settle()
 
-    def _tried(self, name: str, ask: Callable[[], Any], hopeless: tuple[type[Exception], ...], rows: int) -> Any:
+    def _tried(self, name: str, ask: Callable[[], Any], rows: int) -> Any:
         """What a call about so many rows returns, tried as often as is allowed."""
 
         def tell(state: RetryCallState) -> None:
@@ -121,7 +125,7 @@ class Caller:
             self.on_retry(name, cause_of(error))
 
         attempts = Retrying(
-            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, hopeless)),
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, HOPELESS)),
             # The order matters: `may_retry` counts what it allows, and is not asked after the last try.
             stop=lambda state: state.attempt_number > self.retries or not self.may_retry(rows),
             wait=wait_exponential(self.backoff, max=LONGEST),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 from .loading import local_folder, undisturbed
 
 if TYPE_CHECKING:

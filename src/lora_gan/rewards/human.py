@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from ..messages import as_text
 from ..storage.json_lines import append_line, open_lines
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 
 TOP = 10  # ratings are 0 to TOP
 QUESTION = "rating 0 to 10, or s, u, q, ? > "

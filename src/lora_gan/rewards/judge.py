@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from ..extras import need
 from ..messages import as_text
 from ..storage.json_lines import append_line, open_lines
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 
 if TYPE_CHECKING:
     from openai import OpenAI

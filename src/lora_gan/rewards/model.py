@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..messages import completion_text
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 from .loading import local_folder, undisturbed
 from .signatures import GIVEN
 
