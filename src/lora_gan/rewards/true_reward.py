@@ -8,6 +8,7 @@ the data and the state that rewards of TRL's form receive.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ class TrueReward:
             caller,
             completion_ids=None if ids is None else [ids[i] for i in asked],
             columns=self.data_columns,
-            state=self.trainer_state or self._state_at(step),
+            step=step,
             notes=notes,
         )
         failed_B = np.zeros(len(responses), dtype=bool)
@@ -209,7 +210,8 @@ class TrueReward:
             self._caller(),
             completion_ids=completion_ids,
             columns=columns,
-            state=self.trainer_state or self._state_at(step, max_steps),
+            step=step,
+            max_steps=max_steps,
             notes=notes,
         )
         return self._total(parts), parts
@@ -223,7 +225,8 @@ class TrueReward:
         *,
         completion_ids: list[list[int]] | None,
         columns: Collection[str],
-        state: TrainerState,
+        step: int,
+        max_steps: int | None = None,
         notes: Notes | None,
     ) -> Parts:
         """What each part says of one response per row, counted in the budget. Where one part failed, the others have
@@ -236,6 +239,7 @@ class TrueReward:
             table["target"] = [row.target for row in rows]
         if completion_ids is None and any(map(takes_completions, funcs)):
             completion_ids = [self._tokenized(text, row) for text, row in zip(responses, rows, strict=True)]
+        state = self.trainer_state or TrainerState(global_step=step, max_steps=max_steps or self.config.max_steps or 0)
         with self.budget.asking(purpose, len(responses), caller, dict(zip(reward_names(funcs), funcs, strict=True))):
             parts = score_parts(
                 funcs,
@@ -259,9 +263,6 @@ class TrueReward:
             name: [None if i in caller.failed else answer for i, answer in enumerate(part)]
             for name, part in parts.items()
         }
-
-    def _state_at(self, step: int, max_steps: int | None = None) -> TrainerState:
-        return TrainerState(global_step=step, max_steps=max_steps or self.config.max_steps or 0)
 
     def _total(self, parts: Parts) -> list[float | None]:
         if self.config.multi_objective_aggregation == "normalize_then_sum":
@@ -318,17 +319,15 @@ class TrueReward:
         if spent is None or self._told_of_spent_budget or self.is_over(signal):
             return []
         self._told_of_spent_budget = True
-        if fresh_correlation is None:
-            known = "The discriminator's rank correlation with the true reward was never measured"
-        else:
-            known = (
-                "The discriminator's rank correlation with the true reward, on responses that it had not learned from "
-                "and within a prompt, is {:.2f} (standard error {:.2f})".format(*fresh_correlation)
-            )
-        advice = ""
-        if fresh_correlation is None or fresh_correlation[0] <= 2 * fresh_correlation[1]:
-            advice = (
+        correlation, error = fresh_correlation or (math.nan, math.nan)
+        notice = (
+            f"{spent}. Training goes on by the discriminator's prediction alone. The discriminator's rank correlation "
+            "with the true reward, on responses that it had not learned from and within a prompt, "
+        )
+        notice += f"is {correlation:.2f} (standard error {error:.2f})" if fresh_correlation else "was never measured"
+        if not correlation > 2 * error:
+            notice += (
                 ". This does not show that it orders responses better than chance. To end here instead: Ctrl-C, or "
                 "after_budget='stop'. For more true rewards: resume with a larger budget"
             )
-        return [f"{spent}. Training goes on by the discriminator's prediction alone. {known}{advice}"]
+        return [notice]
