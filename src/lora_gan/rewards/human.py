@@ -154,8 +154,7 @@ class Human:
         """Take one line of the log in; the last one of a pair holds."""
         prompt, response, target, rating = (entry.get(key) for key in ("prompt", "response", "target", "rating"))
         known = "rating" in entry and (rating is None or (isinstance(rating, int | float) and 0 <= rating <= TOP))
-        is_pair = isinstance(prompt, str) and isinstance(response, str) and isinstance(target, str | None)
-        if not (known and is_pair):
+        if not (known and isinstance(prompt, str) and isinstance(response, str) and isinstance(target, str | None)):
             raise ValueError(
                 f"{self.log} holds a line that is no rating: {str(entry)[:80]}; a line has prompt, response and rating "
                 f"(0 to {TOP}, or null), and may have target; texts all but the rating. Name another file as log=, or "

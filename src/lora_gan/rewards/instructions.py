@@ -160,13 +160,6 @@ CONTRADICTIONS = {
 }  # fmt: skip
 
 
-def _split(constraint: str) -> tuple[Kind, str]:
-    name, _, value = constraint.partition(":")
-    if name not in KINDS:
-        raise ValueError(f"the constraint {constraint!r} has no kind {name!r}; the kinds: {', '.join(KINDS)}")
-    return KINDS[name], value
-
-
 def met(constraint: str, answer: str) -> bool:
     """Whether the answer meets the constraint. An answer without a letter meets none.
 
@@ -187,8 +180,10 @@ def graded(constraint: str, answer: str) -> float:
     Raises:
         ValueError: the constraint is of an unknown kind.
     """
-    kind, value = _split(constraint)
-    answer = answer.strip()
+    name, _, value = constraint.partition(":")
+    if name not in KINDS:
+        raise ValueError(f"the constraint {constraint!r} has no kind {name!r}; the kinds: {', '.join(KINDS)}")
+    kind, answer = KINDS[name], answer.strip()
     if not any(letter.isalpha() for letter in answer):
         return 0.0
     if kind.met(answer, value):

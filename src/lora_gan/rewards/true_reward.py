@@ -155,15 +155,15 @@ class TrueReward:
             self.answers.begin_step(step)
         caller = self._caller(log=self.answers)
         ids = token_ids() if any(map(takes_completions, self.funcs)) else None
-        parts = self._ask(
+        _, parts = self.ask(
             [rows[j] for j in groups],
             [responses[i] for i in asked],
-            "training",
-            caller,
+            step=step,
             completion_ids=None if ids is None else [ids[i] for i in asked],
             columns=self.data_columns,
-            step=step,
             notes=notes,
+            purpose="training",
+            caller=caller,
         )
         failed_B = np.zeros(len(responses), dtype=bool)
         failed_B[asked[sorted(caller.failed)]] = True
@@ -195,45 +195,21 @@ class TrueReward:
         max_steps: int | None = None,
         notes: Notes | None = None,
         purpose: Purpose = "other",
+        caller: Caller | None = None,
     ) -> tuple[list[float | None], Parts]:
-        """One response per row: its true reward, and the parts by name. `LoraGAN.ask` says the rest."""
+        """One response per row: its true reward, and the parts by name, counted in the budget.
+
+        Where one part failed, the others have no value either: part of a sum is no reward. `LoraGAN.ask` says the rest.
+        """
         left = self.budget.left(purpose)
         if left is not None and left < len(responses):
             raise BudgetSpent(
                 f"{len(responses):,} calls of the true reward are needed, and reward_budget_total="
                 f"{self.config.reward_budget_total:,} allows {left:,} more: raise it, or give fewer rows"
             )
-        parts = self._ask(
-            rows,
-            responses,
-            purpose,
-            self._caller(),
-            completion_ids=completion_ids,
-            columns=columns,
-            step=step,
-            max_steps=max_steps,
-            notes=notes,
-        )
-        return self._total(parts), parts
-
-    def _ask(
-        self,
-        rows: list[Row],
-        responses: list[str],
-        purpose: Purpose,
-        caller: Caller,
-        *,
-        completion_ids: list[list[int]] | None,
-        columns: Collection[str],
-        step: int,
-        max_steps: int | None = None,
-        notes: Notes | None,
-    ) -> Parts:
-        """What each part says of one response per row, counted in the budget. Where one part failed, the others have
-        no value either: part of a sum is no reward."""
-        funcs = self.funcs
+        funcs, caller = self.funcs, caller or self._caller()
         if not responses:
-            return {name: [] for name in reward_names(funcs)}
+            return [], {name: [] for name in reward_names(funcs)}
         table = data.columns_of(rows, columns)
         if "target" not in table or any(row.target is not None for row in rows):
             table["target"] = [row.target for row in rows]
@@ -251,18 +227,17 @@ class TrueReward:
                 trainer_state=state,
                 notes=notes,
             )
-        if not caller.failed:
-            return parts
         for cause in dict.fromkeys(caller.failed.values()):
             self._tell_cause(
                 f"a reward failed to the last try on {len(caller.failed)} of {len(responses)} responses ({cause}): "
                 "they are left out (on_reward_error='skip'), which is unbiased only if failures do not depend on the "
                 "response"
             )
-        return {
+        parts = {
             name: [None if i in caller.failed else answer for i, answer in enumerate(part)]
             for name, part in parts.items()
         }
+        return self._total(parts), parts
 
     def _total(self, parts: Parts) -> list[float | None]:
         if self.config.multi_objective_aggregation == "normalize_then_sum":
