@@ -10,6 +10,7 @@ without **kwargs gets the arguments that it names, where TRL passes all of them 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -286,10 +287,8 @@ def _asked_once(
 
 
 def _scores(name: str, row: Callable[[int], str], rows: int, values: Any) -> list[float | None]:
-    try:
+    with suppress(Exception):  # of another kind than they seem
         values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
-    except Exception as error:  # of another kind than they seem
-        raise RewardError(f"the reward {name!r} returned {shown(values)}, which is no list: {error}") from error
     if not isinstance(values, list | tuple):
         raise RewardError(
             f"the reward {name!r} returned {shown(values, 80)} ({type(values).__name__}) for {rows} rows; "

@@ -109,15 +109,20 @@ class _SequenceClassifier:
     def _logits(self, rows: list[Encoded]) -> list[list[float]]:
         """Every label's logit, for each row."""
         import torch
+        from transformers import DataCollatorWithPadding
 
-        # Decoders pool the last token that is not config.pad_token_id: pad with that, and without one not at all.
+        # Padded on the right, causal and absolute positions alike are those of the row alone. Decoders pool the last
+        # token that is not config.pad_token_id: pad with that, and without one not at all.
         pad = self._lm.config.get_text_config().pad_token_id
         size = self.batch_size if pad is not None else 1
+        self._tokenizer.pad_token_id, self._tokenizer.padding_side = pad, "right"
+        batch_of = DataCollatorWithPadding(self._tokenizer, padding=size > 1)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # little padding
         logits: dict[int, list[float]] = {}
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
-            inputs = _padded([rows[i] for i in chosen], 0 if pad is None else pad, self._lm.device)
+            batch = batch_of([rows[i] for i in chosen])
+            inputs = {name: values.to(self._lm.device) for name, values in batch.items()}
             with torch.no_grad():
                 output = self._lm(**inputs).logits.float().cpu()
             logits.update(zip(chosen, output.tolist(), strict=True))
@@ -281,17 +286,3 @@ def _open(model: str | Path, device: str | None, options: dict[str, Any]) -> tup
     if not {"device_map", "quantization_config"} & options.keys():  # with these it stands where it should already
         lm = lm.to(device)
     return lm.eval().requires_grad_(False), tokenizer
-
-
-def _padded(rows: list[Encoded], pad: int, device: Any) -> dict[str, Any]:
-    """One batch, padded on the right: so causal and absolute positions alike are those of the row alone."""
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad}
-    return {
-        name: torch.tensor(
-            [row[name] + [fill.get(name, 0)] * (longest - len(row[name])) for row in rows], device=device
-        )
-        for name in rows[0]
-    }

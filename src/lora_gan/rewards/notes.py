@@ -96,11 +96,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     try:
-        return json.loads(json.dumps(value, allow_nan=False, default=_listed))
+        return json.loads(json.dumps(value, allow_nan=False, default=_as_lists))
     except Exception:  # NaN inside, keys that are no texts, circles, a stranger's __str__
         return shown(value, 1000)
 
 
-def _listed(value: Any) -> Any:
+def _as_lists(value: Any) -> Any:
     """An array or a tensor as lists, everything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -137,7 +137,8 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
         return ValueError(
             f"{_signed(func, name)} cannot be called: {why}. The names that are known are {known}; they get {values}. "
             "Rename the parameters to these, give every other one a default, or bind it with functools.partial. A "
-            f"function with none of these names gets (response, target) by position{_call_first(func)}"
+            "function with none of these names gets (response, target) by position"
+            + (". It is a class: give an object of it" if isinstance(func, type) else "")
         )
 
     for parameter in parameters:
@@ -287,7 +288,3 @@ def _signed(func: Callable[..., Any], name: str | None = None) -> str:
     except Exception:  # a stranger's default may have no repr
         signature = "(...)"
     return f"the reward {name or reward_name(func)}{shortened(signature, 200)}"
-
-
-def _call_first(func: Callable[..., Any]) -> str:
-    return ". It is a class: give an object of it" if isinstance(func, type) else ""

@@ -137,7 +137,6 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
         files = [*FILES]
         if has_reference(folder):
             adapters.append(REFERENCE)
-            files.append(f"{REFERENCE}/adapter_config.json")
         weights = [sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters]
         missing = [name for name in files if not folder.has(name)]
         if missing or set(weights) != {1}:
@@ -168,14 +167,10 @@ def find(folder: Path, step: int | None) -> Path:
         skipped.append(f"the checkpoint of step {number} is skipped: {why}")
     there = ", ".join(str(step_of(path)) for path in complete(folder)) or "none"
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-    hint = ""
-    if (folder / "export.json").is_file():
-        hint = "; it is an export, which stock PEFT and transformers open: name the run it was made of"
-    elif folder.parent.name.startswith("step-") and is_complete(folder.parent):
-        hint = f"; it is a part of one: name {folder.parent}"
-    elif runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{MANIFEST}")}):
-        hint = f"; there are in {', '.join(runs[:3])}"
-    elif step is not None and step in steps:
+    hint = ". Name the folder of a run, which holds folders step-N"
+    if runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{MANIFEST}")}):
+        hint += f"; there are in {', '.join(runs[:3])}"
+    elif step in steps:
         hint = f" ({fault(steps[step])})"
     elif skipped:
         hint = f" ({'; '.join(skipped[:3])})"
@@ -184,4 +179,4 @@ def find(folder: Path, step: int | None) -> Path:
 
 def has_reference(folder: Folder) -> bool:
     """Whether a checkpoint holds an adapter that the KL is measured to."""
-    return any(name.startswith(f"{REFERENCE}/") for name in folder.names())
+    return folder.has(f"{REFERENCE}/adapter_config.json")

@@ -192,9 +192,6 @@ class Folder:
         self.path = path
         self.files: dict[str, Any] | None = _read_manifest(path) if manifest else None
 
-    def names(self) -> Iterator[str]:
-        return iter(self.files or {})
-
     def has(self, name: str) -> bool:
         return name in self.files if self.files is not None else (self.path / name).is_file()
 
