@@ -85,10 +85,10 @@ def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:
         content[f"{player}/optimizer.pt"]["optimizer"]["state"] = moments
         if player == "generator" and config.on_exploit == "rollback":  # the monitor keeps the best generator
             kept: dict[str, Any] = {"weights": parameters, "optimizer": content["generator/optimizer.pt"]}
-            content["generator/monitor.pt"]["kept"] = checkpoint.copied(kept)
+            content["generator/monitor"]["kept"] = checkpoint.copied(kept)
     if config.disc_average:  # made with the first update
         average = checkpoint.copied(gan.players.parameters("discriminator"))
-        content["discriminator/state.pt"]["average"] = average
+        content["discriminator/state"]["average"] = average
     groups = min(config.disc_replay_groups, round(steps * config.prompts_per_step * config.query_rate))
     tokens = groups * (prompt_tokens + config.num_generations * config.max_completion_length)
     replay = 8 * (tokens + groups * (2 + 2 * config.num_generations))  # int64 ids and lengths, float64 rewards

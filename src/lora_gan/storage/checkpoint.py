@@ -1,11 +1,14 @@
 """Checkpoint folders: their files, how they are written whole or not at all, and how they are found.
 
     step-100/
-      generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.pt (what the monitor remembers)
-      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw weights, average, replay)
+      generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.json  monitor.safetensors
+      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.json  state.safetensors
       reference/      adapter_config.json  adapter_model.bin  (where the KL is to the adapter of init_adapter=)
       trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
       manifest.json        (size and SHA-256 of every other file; a folder without it is no checkpoint)
+
+monitor: what the monitor remembers. state: the discriminator's raw weights, average and replay. `state_files` writes
+both, and reads the monitor.pt and state.pt of earlier versions in their place.
 
 `run.snapshot` says what the files hold, and reads them. `durable` writes a folder so that a reader sees all or nothing.
 """
@@ -25,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import durable
+from . import durable, state_files
 from .durable import MANIFEST, Damaged, Folder
 
 STATE = "trainer_state.json"
@@ -33,12 +36,13 @@ PLAYERS: tuple[Literal["generator", "discriminator"], ...] = ("generator", "disc
 REFERENCE = "reference"
 BY_HAND = "save_checkpoint"  # what trainer_state.json says of a checkpoint that was not fit()'s own
 FILES = (
-    STATE, "generator/adapter_config.json", "generator/optimizer.pt", "generator/monitor.pt",
-    "discriminator/adapter_config.json", "discriminator/optimizer.pt", "discriminator/state.pt",
+    STATE, "generator/adapter_config.json", "generator/optimizer.pt",
+    "discriminator/adapter_config.json", "discriminator/optimizer.pt",
 )  # fmt: skip
+STATES = ("generator/monitor", "discriminator/state")  # two files each, see `state_files`
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT prefers the first; never both are written
 
-Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to hold}
+Content = dict[str, Any]  # {name of a file within the checkpoint, or one of STATES: what it is to hold}
 
 
 # --- writing
@@ -47,7 +51,7 @@ Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to
 def write(content: Content, folder: Path, step: int, *, limit: int | None = None, keep: Collection[int] = ()) -> Path:
     """Write a snapshot as folder/step-N, then remove fit()'s oldest beyond `limit`, but none of the steps in `keep`."""
     final = folder / f"step-{step}"
-    durable.write_folder(final, {name: serialized(name, value) for name, value in content.items()})
+    durable.write_folder(final, _files(content))
     if limit:
         spared = {final.name, *(f"step-{kept}" for kept in keep)}
         there = complete(folder)
@@ -68,7 +72,14 @@ def _is_by_hand(path: Path) -> bool:
 
 def size_of(content: Content) -> int:
     """Bytes that a snapshot takes on the disk."""
-    return sum(len(serialized(name, value)) for name, value in content.items())
+    return sum(map(len, _files(content).values()))
+
+
+def _files(content: Content) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for name, value in content.items():
+        files |= state_files.encoded(name, value) if name in STATES else {name: serialized(name, value)}
+    return files
 
 
 def serialized(name: str, value: Any) -> bytes:
@@ -139,6 +150,7 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
             adapters.append(REFERENCE)
         weights = [sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters]
         missing = [name for name in files if not folder.has(name)]
+        missing += [name for name in STATES if not state_files.has(folder, name)]
         if missing or set(weights) != {1}:
             what = missing[0] if missing else "the weights of each player once"
             return f"{path / MANIFEST} does not name {what}"

@@ -55,6 +55,15 @@ def read_tensors(folder: Folder, name: str, *, limit: int) -> Any:
     return value
 
 
+def read_safetensors(folder: Folder, name: str, *, limit: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name."""
+    data = folder.read(name, limit=limit)
+    try:
+        return load_safetensors(data)
+    except Exception as error:  # safetensors' own, and torch's for types that it lacks
+        raise Damaged(f"{folder.path / name} could not be read: {error}") from error
+
+
 def read_weights(
     folder: Folder,
     expected: Mapping[str, Tensor],
@@ -76,11 +85,7 @@ def read_weights(
         )
     file, limit = folder.path / names[0], room_for({**expected, **optional})
     if names[0].endswith("safetensors"):
-        data = folder.read(names[0], limit=limit)
-        try:
-            weights = load_safetensors(data)
-        except Exception as error:  # safetensors' own, and torch's for types that it lacks
-            raise Damaged(f"{file} could not be read: {error}") from error
+        weights: Any = read_safetensors(folder, names[0], limit=limit)
     else:
         weights = read_tensors(folder, names[0], limit=limit)
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
