@@ -487,14 +487,14 @@ def test_a_large_file_of_a_hostile_checkpoint_is_refused_before_it_is_read(kind,
     gan = alibi_gan(kind)
     gan.step(["the cat sat"])
     folder = gan.save_checkpoint(ckpt_dir=tmp_path)
-    file = folder / "discriminator" / "state.pt"
+    file = folder / "discriminator" / "state.safetensors"
     os.truncate(file, 2**40)
     manifest = json.loads((folder / durable.MANIFEST).read_text())
-    manifest["files"]["discriminator/state.pt"]["size"] = 2**40
+    manifest["files"]["discriminator/state.safetensors"]["size"] = 2**40
     (folder / durable.MANIFEST).write_text(json.dumps(manifest))
     before = player_state(gan, "discriminator")
     for load in (lambda: gan.load_checkpoint(gan.global_step, tmp_path), lambda: gan.load_discriminator(folder)):
-        with pytest.raises(ValueError, match="state.pt has 1,099,511,627,776 bytes, where at most"):
+        with pytest.raises(ValueError, match="state.safetensors has 1,099,511,627,776 bytes, where at most"):
             load()
     assert differences(before, player_state(gan, "discriminator")) == []
 

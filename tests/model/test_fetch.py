@@ -263,7 +263,7 @@ def test_a_full_disk_is_told_before_the_download(cache, monkeypatch):
 
 def test_a_cache_that_cannot_be_made(cache):
     cache.write_text("a file where the folder would be")
-    refused("cache .* cannot be made.*LORA_GAN_CACHE")
+    refused("cache .* cannot be made or locked.*LORA_GAN_CACHE")
 
 
 @pytest.mark.parametrize("line", [["fetch", "nonsense"], ["fetch", "tiny"], ["fetch"]])

@@ -207,6 +207,7 @@ def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path):
         ('{"prompt": "a", "target": "b"}\n', "is no rating.*a line has prompt, response and rating"),
         ('{"prompt": "a", "response": "b", "rating": 11}\n', "is no rating"),
         ('{"prompt": "a", "response": "b", "rating": NaN}\n', "is no rating"),
+        ('{"prompt": "a", "response": "b", "target": ["t"], "rating": 1}\n', "is no rating"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -135,7 +135,7 @@ def test_several_with_weights(folder):
         (":f", "names no function"),
         ("mine.py:pear", r"there is no 'pear' in mine.py \(did you mean 'pair'\?\)"),
         ("mine.py:number", "'mine.py:number' is of type int, not a function"),
-        ("mine.py:Silent", "objects cannot be called"),
+        ("mine.py:Silent", r"which cannot be called. A class has __call__\(response, target\)"),
         ("mine.py:needs", "needs threshold: give it as {name: mine.py:needs, threshold: ...}"),
         ("classifier", "the reward 'classifier' needs model: give it as {name: classifier, model: ...}"),
         ("no_such_package.rewards:f", "there is no module 'no_such_package.rewards'"),

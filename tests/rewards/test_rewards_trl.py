@@ -364,7 +364,7 @@ def test_all_of_them_in_one_run(tmp_path):
     gan = chat_gan(reward_funcs=funcs, output_dir=str(tmp_path), completions_steps=1)
     rows = [{"prompt": prompt, "solution": SOLUTION} for prompt in CHAT]
     asked = []
-    gan.true_reward._ask = lambda *a, f=gan.true_reward._ask, **o: asked.append((a, o)) or f(*a, **o)
+    gan.true_reward.ask = lambda *a, f=gan.true_reward.ask, **o: asked.append((a, o)) or f(*a, **o)
     records = gan.fit(rows, steps=2, progress=False)
     for record, ((batch, texts, *_), options) in zip(records, asked, strict=True):
         inputs = [{"prompt": row.prompt, **row.columns} for row in batch]

@@ -176,7 +176,7 @@ def test_an_incomplete_folder_is_skipped(file, tmp_path):
         gan.load_checkpoint(step=2)
 
 
-@pytest.mark.parametrize("fails_at", [1, 3, 5])
+@pytest.mark.parametrize("fails_at", [1, 3, 4])
 def test_a_save_that_breaks_off_leaves_the_old_one_whole(fails_at, tmp_path, monkeypatch):
     gan = small_gan(output_dir=str(tmp_path))
     gan.step(PROMPTS[0])
@@ -321,7 +321,9 @@ REFUSED = [
     spoiled("discriminator/optimizer.pt", cut),
     spoiled("discriminator/optimizer.pt", of_the_other_player),
     spoiled("generator/optimizer.pt", of_the_other_player),
-    spoiled("discriminator/state.pt", cut),
+    spoiled("discriminator/state.safetensors", cut),
+    spoiled("discriminator/state.json", cut),
+    spoiled("generator/monitor.json", emptied),
 ]  # fmt: skip
 
 
@@ -346,9 +348,12 @@ class Payload:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.parametrize("file", ["generator/adapter_model.bin", "generator/optimizer.pt", "discriminator/state.pt"])
+@pytest.mark.parametrize(
+    "file", ["generator/adapter_model.bin", "generator/optimizer.pt", "discriminator/optimizer.pt"]
+)
 def test_a_pickle_with_a_payload_is_refused_and_not_executed(file, tmp_path):
     folder = small_gan(output_dir=str(tmp_path / "run")).save_checkpoint(step=1)
+    (folder / "discriminator" / "state.json").unlink()  # an earlier version's state.pt is read in its place
     marker = tmp_path / "executed"
     torch.save({"weights": Payload(marker)}, folder / file)
     gan = small_gan(output_dir=str(tmp_path / "run"))
@@ -408,7 +413,8 @@ def test_a_generator_saved_by_stock_peft_loads(two_runs, tmp_path):
 def test_a_discriminator_without_our_state_scores_as_it_did(two_runs, tmp_path):
     folder, _, their_score = two_runs
     shutil.copytree(folder / "discriminator", tmp_path / "d")
-    (tmp_path / "d" / "state.pt").unlink()
+    (tmp_path / "d" / "state.json").unlink()
+    (tmp_path / "d" / "state.safetensors").unlink()
     gan = small_gan()
     gan.step(PROMPTS[0])
     gan.load_discriminator(tmp_path / "d")

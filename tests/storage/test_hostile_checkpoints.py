@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from test_checkpoint import Payload, everything
 
 from lora_gan import LoraGAN
-from lora_gan.storage.durable import MANIFEST
+from lora_gan.storage import state_files
+from lora_gan.storage.checkpoint import STATES
+from lora_gan.storage.durable import MANIFEST, Folder
 
 pytestmark = [
     # The run whose checkpoint is attacked has an alarm: its state is to be saved.
@@ -46,6 +48,34 @@ def tensors(file, change):
         state = torch.load(folder / file, weights_only=True)
         changed = change(state)
         torch.save(state if changed is None else changed, folder / file)
+
+    return spoil
+
+
+def state(name, change):
+    """Change what the two files of a state hold."""
+
+    def spoil(folder):
+        value = state_files.read(Folder(folder, manifest=False), name, limit=10**8)
+        change(value)
+        for file, data in state_files.encoded(name, value).items():
+            (folder / file).write_bytes(data)
+
+    return spoil
+
+
+def as_earlier_versions_wrote(folder):
+    """The same checkpoint with monitor.pt and state.pt."""
+    for name in STATES:
+        torch.save(state_files.read(Folder(folder, manifest=False), name, limit=10**8), folder / f"{name}.pt")
+        for suffix in (".json", ".safetensors"):
+            (folder / f"{name}{suffix}").unlink()
+
+
+def pickled(file, value):
+    def spoil(folder):
+        as_earlier_versions_wrote(folder)
+        torch.save(value(folder), folder / file)
 
     return spoil
 
@@ -115,6 +145,7 @@ def global_of(folder):
 
 
 def not_a_zip(folder):
+    as_earlier_versions_wrote(folder)
     (folder / "discriminator/state.pt").write_bytes(pickle.dumps({"heads_MH": [1.0]}))
 
 
@@ -150,7 +181,7 @@ SIGNED = {
         lambda f: torch.save(Payload(f.parent / "executed"), f / "generator/optimizer.pt"), "optimizer.pt",
     ),
     "payload in the monitor": (
-        lambda f: torch.save(Payload(f.parent / "executed"), f / "generator/monitor.pt"), "monitor.pt",
+        pickled("generator/monitor.pt", lambda f: Payload(f.parent / "executed")), "monitor.pt",
     ),
     "function": (global_of, "optimizer.pt could not be read"),
     "old pickle": (not_a_zip, "zip format"),
@@ -193,28 +224,43 @@ SIGNED = {
         tensors("generator/optimizer.pt", at("schedule", "last_epoch", to=10**400)), "last_epoch is '1000",
     ),
     "no schedule": (tensors("generator/optimizer.pt", without("schedule")), "lacks 'schedule'"),
-    "heads of another size": (tensors("discriminator/state.pt", at("heads_MH", to=torch.zeros(4, 3))), "heads_MH is"),
-    "unit of nought": (tensors("discriminator/state.pt", at("reward_unit", to=0.0)), "reward_unit"),
-    "unit of text": (tensors("discriminator/state.pt", at("reward_unit", to="1")), "reward_unit"),
+    "heads of another size": (state("discriminator/state", at("heads_MH", to=torch.zeros(4, 3))), "heads_MH is"),
+    "unit of nought": (state("discriminator/state", at("reward_unit", to=0.0)), "reward_unit"),
+    "unit of text": (state("discriminator/state", at("reward_unit", to="1")), "reward_unit"),
     "unknown tokens": (
-        tensors("discriminator/state.pt", at("replay", "response_tokens", to=lambda t: t + 10**6)), "does not know",
+        state("discriminator/state", at("replay", "response_tokens", to=lambda t: t + 10**6)), "does not know",
     ),
     "negative lengths": (
-        tensors("discriminator/state.pt", at("replay", "response_lengths", to=lambda t: t - 100)), "does not add up",
+        state("discriminator/state", at("replay", "response_lengths", to=lambda t: t - 100)), "does not add up",
     ),
     "fewer rewards": (
-        tensors("discriminator/state.pt", at("replay", "rewards", to=lambda t: t[:-1].clone())), "does not add up",
+        state("discriminator/state", at("replay", "rewards", to=lambda t: t[:-1].clone())), "does not add up",
     ),
     "rewards that are none": (
-        tensors("discriminator/state.pt", at("replay", "rewards", to=lambda t: t * float("nan"))), "rewards hold NaN",
+        state("discriminator/state", at("replay", "rewards", to=lambda t: t * float("nan"))), "rewards hold NaN",
     ),
-    "average of nothing": (tensors("discriminator/state.pt", at("average", to=[])), "average is"),
+    "average of nothing": (state("discriminator/state", at("average", to=[])), "average is"),
     "raw of another": (
-        tensors("discriminator/state.pt", at("raw", 0, to=lambda t: t.T.contiguous()[:1])), "raw, entry 0",
+        state("discriminator/state", at("raw", 0, to=lambda t: t.T.contiguous()[:1])), "raw, entry 0",
     ),
-    "window of texts": (tensors("generator/monitor.pt", at("window", to=[["a"] * 5])), "window"),
-    "kept of another": (tensors("generator/monitor.pt", at("kept", to={"weights": [], "optimizer": {}})), "kept"),
-    "told numbers": (tensors("generator/monitor.pt", at("told", to=[1])), "told"),
+    "window of texts": (state("generator/monitor", at("window", to=[["a"] * 5])), "window"),
+    "kept of another": (state("generator/monitor", at("kept", to={"weights": [], "optimizer": {}})), "kept"),
+    "heads of integers": (
+        state("discriminator/state", at("heads_MH", to=lambda t: t.to(torch.int32))), "heads_MH is of torch.int32",
+    ),
+    "raw of NaN": (state("discriminator/state", at("raw", 0, to=lambda t: t * float("nan"))), "raw, entry 0 holds NaN"),
+    "a tensor that is not there": (
+        in_json("discriminator/state.json", at("heads_MH", to={"$tensor": "x"})), "state.json does not fit",
+    ),
+    "no tensors": (lambda f: (f / "discriminator/state.safetensors").unlink(), "does not name discriminator/state"),
+    "header of a state": (raw("generator/monitor.safetensors", b"\xff" * 99), "monitor.safetensors could not be read"),
+    "deep state": (
+        raw("generator/monitor.json", b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "monitor.json could not be read",
+    ),
+    "monitor of an earlier version": (
+        pickled("generator/monitor.pt", lambda f: {"window": [], "first": 3}), "monitor lacks",
+    ),
+    "told numbers": (state("generator/monitor", at("told", to=[1])), "told"),
     "state that is no JSON": (raw("trainer_state.json", b"{"), "trainer_state.json could not be read as JSON"),
     "deep JSON": (raw("trainer_state.json", b"[" * 10**6), "trainer_state.json could not be read as JSON"),
     "state that is a list": (raw("trainer_state.json", b"[]"), "no JSON object"),
@@ -318,10 +364,18 @@ def test_the_settings_of_a_saved_optimizer_are_not_taken(honest, tmp_path):
     assert gan.generator.optimizer.adamw.state_dict()["param_groups"] == [before]
 
 
-def test_the_honest_one_is_taken(honest, trained):
-    gan = small_gan(on_exploit="rollback", monitor_window=1, disc_average=0.5)
-    gan.load_checkpoint(ckpt_dir=honest.parent)
-    assert gan.global_step == 2
+@pytest.mark.parametrize("written", ["now", "by an earlier version"])
+def test_the_honest_one_is_taken(written, honest, tmp_path):
+    folder = tmp_path / honest.name
+    shutil.copytree(honest, folder)
+    if written != "now":
+        as_earlier_versions_wrote(folder)
+        sign(folder)
+    taken, expected = (small_gan(on_exploit="rollback", monitor_window=1, disc_average=0.5) for _ in range(2))
+    taken.load_checkpoint(ckpt_dir=tmp_path)
+    expected.load_checkpoint(ckpt_dir=honest.parent)
+    assert taken.global_step == 2
+    assert differences(everything(expected), everything(taken)) == []
 
 
 @pytest.mark.parametrize("player", ["generator", "discriminator"])

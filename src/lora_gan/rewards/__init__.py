@@ -1,9 +1,10 @@
 """True rewards: what a response is worth, as a float, higher being better."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from .combine import RewardError, RewardUnavailable, reward_names, score_pairs, score_parts, score_trl, weighted_total
+from .calling import RewardError, RewardUnavailable
+from .combine import Parts, reward_names, score_pairs, score_parts, score_trl, weighted_total
+from .cosine import CosineReward
+from .human import Human
+from .judge import Judge
 from .model import Classifier, Entailment
 from .named import from_spec, from_specs
 from .notes import Notes
@@ -14,11 +15,6 @@ from .signatures import check_reward, needs_columns, require_columns, reward_nam
 from .source import source_digest
 from .text import bleu, chrf, corpus_chrf, distinct_n, exact_match, meteor, rouge
 
-if TYPE_CHECKING:
-    from .cosine import CosineReward
-    from .human import Human
-    from .judge import Judge
-
 __all__ = [
     "Classifier",
     "CosineReward",
@@ -27,6 +23,7 @@ __all__ = [
     "Judge",
     "Length",
     "Notes",
+    "Parts",
     "Perplexity",
     "RewardError",
     "RewardUnavailable",
@@ -53,12 +50,3 @@ __all__ = [
     "takes_completions",
     "weighted_total",
 ]
-
-_LATER = {"CosineReward": "cosine", "Human": "human", "Judge": "judge"}
-
-
-def __getattr__(name: str) -> Any:
-    """What brings a library along is imported when it is asked for: naming rewards must cost nothing."""
-    if name in _LATER:
-        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,10 +28,11 @@ from ..storage.json_lines import as_line, open_lines, rewritten
 FILE = "answers.jsonl"
 SYNC_EVERY = 0.1  # seconds: a step's first answers are on the disk while the later ones are asked for
 
+KEY = ("step", "reward", "asked", "occurrence")
 Key = tuple[int, str, str, int]  # step, reward, digest of the question, which of the step's equal questions
 
 
-class Answers:
+class Answers(AbstractContextManager["Answers"]):
     """One run's log of answers.
 
     Args:
@@ -63,7 +65,7 @@ class Answers:
         then = then if isinstance(then, dict) else {}
         changed: dict[Key, Any] = {}  # answers of rewards with another source
         for line in lines:
-            step, reward, asked, nth = (line.get(name) for name in ("step", "reward", "asked", "occurrence"))
+            step, reward, asked, nth = map(line.get, KEY)
             if not ("answer" in line and type(step) is int and step >= self.step):
                 continue
             if not (isinstance(reward, str) and isinstance(asked, str) and type(nth) is int):
@@ -117,7 +119,7 @@ class Answers:
 
     def keep(self, key: Key, answer: Any) -> None:
         """Log an answer; it outlives this process when this returns, and the machine when `settle` has."""
-        line = dict(zip(("step", "reward", "asked", "occurrence"), key, strict=True)) | {"answer": answer}
+        line = dict(zip(KEY, key, strict=True)) | {"answer": answer}
         with self._mutex:
             self._lines.append(line)
             if self._file is None:
@@ -153,9 +155,6 @@ class Answers:
         assert self._file is not None
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
-
-    def __enter__(self) -> Answers:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:

@@ -86,25 +86,20 @@ class Budget:
             caller: what makes the calls.
             funcs: the rewards by name. One that has `usage` counts its requests and its cache itself, as Judge does.
         """
-        before = {name: _usage(func) if _counts_itself(func) else None for name, func in funcs.items()}
+        before = {name: _usage(func) for name, func in funcs.items() if _counts_itself(func)}
         self._add(purpose, responses)
         try:
             yield
         except BaseException:
-            made = [
-                caller.asked.get(name, 0) if spent is None else _usage(funcs[name])["requests"] - spent["requests"]
-                for name, spent in before.items()
-            ]
+            made = {name: caller.asked.get(name, 0) for name in funcs}
+            made |= {name: _usage(funcs[name])["requests"] - spent["requests"] for name, spent in before.items()}
             self._add(purpose, -responses)
             if purpose == "training":
-                lost = [n - caller.kept.get(name, 0) for name, n in zip(before, made, strict=True)]
-                self._add("retries", max(0, *lost))
+                self._add("retries", max(0, *(calls - caller.kept.get(name, 0) for name, calls in made.items())))
             else:
-                self._add(purpose, max(made))
+                self._add(purpose, max(made.values()))
             raise
         for name, spent in before.items():
-            if spent is None:
-                continue
             now = _usage(funcs[name])
             cached = now["cached"] - spent["cached"]
             self.cached += cached

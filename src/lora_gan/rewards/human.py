@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from ..messages import as_text
 from ..storage.json_lines import append_line, open_lines
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 
 TOP = 10  # ratings are 0 to TOP
 QUESTION = "rating 0 to 10, or s, u, q, ? > "
@@ -88,8 +88,7 @@ class Human:
             RewardUnavailable: there is no terminal to ask at.
             KeyboardInterrupt: the person stopped the run.
         """
-        targets = columns.get("target") if self.show_target else None
-        targets = [None] * len(prompts) if targets is None else targets
+        targets = (self.show_target and columns.get("target")) or [None] * len(prompts)
         pairs = [
             (as_text(prompt), as_text(completion), target)
             for prompt, completion, target in zip(prompts, completions, targets, strict=True)
@@ -125,7 +124,8 @@ class Human:
         """ "s", "u", "q", or a rating as a text that float() reads."""
         while True:
             line = self._read()
-            if line is None:
+            if not line:
+                self._say("")
                 return "q"
             answer = line.strip().lower().replace(",", ".")
             if answer in ("s", "u", "q"):
@@ -143,10 +143,8 @@ class Human:
         """Remember an answer, or that one was taken back, in the log first."""
         prompt, response, target = pair
         entry: dict[str, Any] = {"prompt": prompt, "response": response, "rating": rating}
-        if target is not None:
-            entry["target"] = target
-        if undone:
-            entry["undone"] = True
+        entry |= {"target": target} if target is not None else {}
+        entry |= {"undone": True} if undone else {}
         entry["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         if self.log is not None:
             append_line(self.log, entry)
@@ -154,14 +152,15 @@ class Human:
 
     def _recall(self, entry: Mapping[str, Any]) -> None:
         """Take one line of the log in; the last one of a pair holds."""
-        prompt, response, rating = (entry.get(key) for key in ("prompt", "response", "rating"))
+        prompt, response, target, rating = (entry.get(key) for key in ("prompt", "response", "target", "rating"))
         known = "rating" in entry and (rating is None or (isinstance(rating, int | float) and 0 <= rating <= TOP))
-        if not (known and isinstance(prompt, str) and isinstance(response, str)):
+        if not (known and isinstance(prompt, str) and isinstance(response, str) and isinstance(target, str | None)):
             raise ValueError(
                 f"{self.log} holds a line that is no rating: {str(entry)[:80]}; a line has prompt, response and rating "
-                f"(0 to {TOP}, or null). Name another file as log=, or mend this one"
+                f"(0 to {TOP}, or null), and may have target; texts all but the rating. Name another file as log=, or "
+                "mend this one"
             )
-        pair = (prompt, response, entry.get("target"))
+        pair = (prompt, response, target)
         if entry.get("undone"):
             self._ratings.pop(pair, None)
         else:
@@ -181,30 +180,21 @@ class Human:
                 "neither in the background nor with input or output redirected, or use another reward"
             )
 
-    def _read(self) -> str | None:
-        """One line, None at the end of input."""
-        if self._stdin is not None:
-            self._say(QUESTION, end="")
-            return self._stdin.readline() or None
-        try:
-            return input(QUESTION)
-        except EOFError:
-            self._say("")
-            return None
+    def _read(self) -> str:
+        """One line; empty at the end of input."""
+        self._say(QUESTION, end="")
+        return (self._stdin or sys.stdin).readline()
 
     def _show(self, pair: Pair, title: str) -> None:
-        prompt, response, target = pair
-        for name, text in {"prompt": prompt, "target": target, title: response}.items():
-            if text is not None:
-                self._panel(name, text, chosen=name == title)
-
-    def _panel(self, title: str, text: str, *, chosen: bool) -> None:
         from rich.console import Console
         from rich.panel import Panel
         from rich.text import Text
 
-        text = self._printable(text) or "(empty)"
-        Console(file=self._out).print(Panel(Text(text), title=title, border_style="bold" if chosen else "dim"))
+        prompt, response, target = pair
+        for name, text in {"prompt": prompt, "target": target, title: response}.items():
+            if text is not None:
+                content, style = Text(self._printable(text) or "(empty)"), "bold" if name == title else "dim"
+                Console(file=self._out).print(Panel(content, title=name, border_style=style))
 
     def _say(self, text: str, end: str = "\n") -> None:
         print(self._printable(text), end=end, file=self._out, flush=True)

@@ -160,13 +160,6 @@ CONTRADICTIONS = {
 }  # fmt: skip
 
 
-def _split(constraint: str) -> tuple[Kind, str]:
-    name, _, value = constraint.partition(":")
-    if name not in KINDS:
-        raise ValueError(f"the constraint {constraint!r} has no kind {name!r}; the kinds: {', '.join(KINDS)}")
-    return KINDS[name], value
-
-
 def met(constraint: str, answer: str) -> bool:
     """Whether the answer meets the constraint. An answer without a letter meets none.
 
@@ -187,8 +180,10 @@ def graded(constraint: str, answer: str) -> float:
     Raises:
         ValueError: the constraint is of an unknown kind.
     """
-    kind, value = _split(constraint)
-    answer = answer.strip()
+    name, _, value = constraint.partition(":")
+    if name not in KINDS:
+        raise ValueError(f"the constraint {constraint!r} has no kind {name!r}; the kinds: {', '.join(KINDS)}")
+    kind, answer = KINDS[name], answer.strip()
     if not any(letter.isalpha() for letter in answer):
         return 0.0
     if kind.met(answer, value):
@@ -253,10 +248,10 @@ def rows(split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
     draw.shuffle(both)
     made: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for _ in range(50 * count):
-        if len(made) == count:
-            return made
-        place = len(made)
+    tries = 0
+    while (place := len(made)) < count:
+        if (tries := tries + 1) > 50 * count:
+            raise ValueError(f"the {split} split has fewer than {count} different prompts: ask for fewer")
         chosen = [kinds[place // 2 % len(kinds)]] if place % 2 == 0 else list(both[place // 2 % len(both)])
         draw.shuffle(chosen)
         constraints, texts = [], [draw.choice(TASKS).format(draw.choice(topics))]
@@ -268,6 +263,4 @@ def rows(split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
         if text not in seen:
             seen.add(text)
             made.append({"prompt": [{"role": "user", "content": text}], "constraints": constraints})
-    if len(made) == count:
-        return made
-    raise ValueError(f"the {split} split has fewer than {count} different prompts: ask for fewer")
+    return made

@@ -19,6 +19,7 @@ import os
 import re
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 from ..extras import need
 from ..messages import as_text
 from ..storage.json_lines import append_line, open_lines
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -147,7 +148,7 @@ class Judge:
         options = {"temperature": temperature, "max_tokens": max_tokens, **request}
         self._request = {name: value for name, value in options.items() if value is not None}
         self._openai = need("openai", "the judge is asked by the openai client", "judge")
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counts = Counter(dict.fromkeys(COUNTS, 0))
         self._lock = threading.Lock()  # for the counts, the scores and the file, which threads share
         self._given_up = False  # whether the questions that are still open are given up on
         self._counts_requests = client is None  # a client of our own counts each request when it is sent
@@ -173,8 +174,7 @@ class Judge:
         Raises:
             RewardUnavailable: the judge cannot be asked at all, or gave no score `max_failures` times in a row.
         """
-        targets = columns.get("target")
-        targets = [None] * len(prompts) if targets is None else targets
+        targets = columns.get("target") or [None] * len(prompts)
         messages = [
             self._message(as_text(prompt), as_text(completion), target)
             for prompt, completion, target in zip(prompts, completions, targets, strict=True)
@@ -369,12 +369,11 @@ class Judge:
         if set(state) != set(COUNTS):
             raise ValueError(f"a judge's state has the keys {', '.join(COUNTS)}; not {', '.join(map(str, state))}")
         with self._lock:
-            self._counts = {name: int(state[name]) for name in COUNTS}
+            self._counts = Counter({name: int(state[name]) for name in COUNTS})
 
     def _count(self, **more: int) -> None:
         with self._lock:
-            for name, number in more.items():
-                self._counts[name] += number
+            self._counts.update(more)
 
 
 class _Failed(Exception):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 
 
 def local_folder(model: str | Path, kind: str) -> Path | None:

@@ -10,11 +10,12 @@ the first score is asked for. A score does not depend, but for rounding, on what
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from ..messages import completion_text
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 from .loading import local_folder, undisturbed
 from .signatures import GIVEN
 
@@ -23,27 +24,24 @@ Output = Literal["probability", "logit"]
 Encoded = dict[str, list[int]]  # a row as the tokenizer returns it: input_ids and so on
 
 
+@dataclass(eq=False)
 class _SequenceClassifier:
     """One output of a sequence-classification model, as a list of floats; opened at the first call."""
 
-    def __init__(
-        self,
-        model: str | Path,
-        label: str | int | None,
-        device: str | None,
-        batch_size: int,
-        max_length: int | None,
-        model_init_kwargs: Mapping[str, Any] | None,
-    ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+    model: str | Path
+    _: KW_ONLY
+    label: str | int | None = None
+    device: str | None = None
+    batch_size: int = 16
+    max_length: int | None = None
+    model_init_kwargs: Mapping[str, Any] | None = None
+    usual_labels: ClassVar[tuple[str, ...]] = ()  # where no label is given
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        self.model = model
-        self.label = label
-        self.device = device
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.model_init_kwargs = dict(model_init_kwargs or {})
         self._lm: Any = None
         self._said_long = False
         self._tokenizer: Any = None
@@ -51,12 +49,24 @@ class _SequenceClassifier:
     def _open(self) -> None:
         if self._lm is None:
             with undisturbed():
-                lm, self._tokenizer = _open(self.model, self.device, self.model_init_kwargs)
+                lm, self._tokenizer = _open(self.model, self.device, dict(self.model_init_kwargs or {}))
             self._index = self._label_index(lm.config)
             self._lm = lm
 
     def _label_index(self, config: Any) -> int:
-        return _find_label(config, self.label, self.model)
+        """The number of the label given by name or number; the only one where there is one and none is given."""
+        labels = {int(i): str(name) for i, name in config.id2label.items()}
+        wanted = self.usual_labels if self.label is None else (self.label,)
+        if not wanted and len(labels) == 1:
+            return 0
+        folded = [str(label).casefold() for label in wanted]
+        exact = [i for i, name in labels.items() if i in wanted or name in wanted]
+        matches = exact or [i for i, name in labels.items() if name.casefold() in folded]
+        if isinstance(self.label, bool) or len(matches) != 1:
+            said = f"has no label {wanted[0]!r}" if wanted else "has several labels"
+            listed = ", ".join(f"{name!r} ({i})" for i, name in labels.items())
+            raise ValueError(f"{self.model} {said}; say label=, one of {listed}")
+        return matches[0]
 
     @property
     def _limit(self) -> int | None:
@@ -99,15 +109,20 @@ class _SequenceClassifier:
     def _logits(self, rows: list[Encoded]) -> list[list[float]]:
         """Every label's logit, for each row."""
         import torch
+        from transformers import DataCollatorWithPadding
 
-        # Decoders pool the last token that is not config.pad_token_id: pad with that, and without one not at all.
+        # Padded on the right, causal and absolute positions alike are those of the row alone. Decoders pool the last
+        # token that is not config.pad_token_id: pad with that, and without one not at all.
         pad = self._lm.config.get_text_config().pad_token_id
         size = self.batch_size if pad is not None else 1
+        self._tokenizer.pad_token_id, self._tokenizer.padding_side = pad, "right"
+        batch_of = DataCollatorWithPadding(self._tokenizer, padding=size > 1)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # little padding
         logits: dict[int, list[float]] = {}
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
-            inputs = _padded([rows[i] for i in chosen], 0 if pad is None else pad, self._lm.device)
+            batch = batch_of([rows[i] for i in chosen])
+            inputs = {name: values.to(self._lm.device) for name, values in batch.items()}
             with torch.no_grad():
                 output = self._lm(**inputs).logits.float().cpu()
             logits.update(zip(chosen, output.tolist(), strict=True))
@@ -124,6 +139,7 @@ class _SequenceClassifier:
         return logits[:, self._index].tolist()
 
 
+@dataclass(eq=False)
 class Classifier(_SequenceClassifier):
     """A label of a sequence-classification model, for each response.
 
@@ -146,27 +162,20 @@ class Classifier(_SequenceClassifier):
             is bfloat16 on a GPU that has it, else float32.
     """
 
+    label: str | int | None = None
+    reads: Reads = "response"
+    output: Output = "probability"
+    lower_is_better: bool = False
+
     __name__ = "classifier"  # what logs call this part of a sum of rewards
 
-    def __init__(
-        self,
-        model: str | Path,
-        label: str | int | None = None,
-        reads: Reads = "response",
-        output: Output = "probability",
-        lower_is_better: bool = False,
-        device: str | None = None,
-        batch_size: int = 16,
-        max_length: int | None = None,
-        model_init_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        for name, value, accepted in (("reads", reads, get_args(Reads)), ("output", output, get_args(Output))):
-            if value not in accepted:
-                raise ValueError(f"{name}={value!r} is not accepted: it must be one of {', '.join(accepted)}")
-        super().__init__(model, label, device, batch_size, max_length, model_init_kwargs)
-        self.reads = reads
-        self.output = output
-        self.lower_is_better = lower_is_better
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in (("reads", Reads), ("output", Output)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not accepted: it must be one of {', '.join(get_args(kind))}"
+                )
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Score completion i, an answer to prompt i; texts, or chat messages.
@@ -205,6 +214,7 @@ class Classifier(_SequenceClassifier):
         ]
 
 
+@dataclass(eq=False)
 class Entailment(_SequenceClassifier):
     """The probability that a source text entails the response, in [0, 1], by a text-pair (NLI) classifier.
 
@@ -218,20 +228,10 @@ class Entailment(_SequenceClassifier):
         device, batch_size, max_length, model_init_kwargs: as for `Classifier`.
     """
 
-    __name__ = "entailment"
+    premise: str = "source"
 
-    def __init__(
-        self,
-        model: str | Path,
-        premise: str = "source",
-        label: str | int | None = None,
-        device: str | None = None,
-        batch_size: int = 16,
-        max_length: int | None = None,
-        model_init_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(model, label, device, batch_size, max_length, model_init_kwargs)
-        self.premise = premise
+    __name__ = "entailment"
+    usual_labels = ("entailment", "entailed", "entails")
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Score completion i by its premise.
@@ -258,15 +258,6 @@ class Entailment(_SequenceClassifier):
             for i, score in zip(known, self._scores(inputs, "probability"), strict=True):
                 scores[i] = score
         return scores
-
-    def _label_index(self, config: Any) -> int:
-        if self.label is not None:
-            return super()._label_index(config)
-        labels = config.id2label
-        found = [i for i, name in labels.items() if str(name).casefold() in ("entailment", "entailed", "entails")]
-        if len(found) != 1:
-            raise ValueError(f"no label of {self.model} is called entailment; say label=, one of {_listed(labels)}")
-        return int(found[0])
 
 
 def _open(model: str | Path, device: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -295,35 +286,3 @@ def _open(model: str | Path, device: str | None, options: dict[str, Any]) -> tup
     if not {"device_map", "quantization_config"} & options.keys():  # with these it stands where it should already
         lm = lm.to(device)
     return lm.eval().requires_grad_(False), tokenizer
-
-
-def _find_label(config: Any, label: str | int | None, model: str | Path) -> int:
-    """The number of a label given by name or number; the only one where there is one and none is given."""
-    labels = {int(i): str(name) for i, name in config.id2label.items()}
-    if label is None and len(labels) == 1:
-        return 0
-    matches = [i for i, name in labels.items() if label == i or label == name]
-    if isinstance(label, str) and not matches:
-        matches = [i for i, name in labels.items() if label.casefold() == name.casefold()]
-    if isinstance(label, bool) or len(matches) != 1:
-        said = "has several labels" if label is None else f"has no label {label!r}"
-        raise ValueError(f"{model} {said}; say label=, one of {_listed(labels)}")
-    return matches[0]
-
-
-def _listed(labels: Mapping[int, str]) -> str:
-    return ", ".join(f"{name!r} ({i})" for i, name in labels.items())
-
-
-def _padded(rows: list[Encoded], pad: int, device: Any) -> dict[str, Any]:
-    """One batch, padded on the right: so causal and absolute positions alike are those of the row alone."""
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad}
-    return {
-        name: torch.tensor(
-            [row[name] + [fill.get(name, 0)] * (longest - len(row[name])) for row in rows], device=device
-        )
-        for name in rows[0]
-    }

@@ -139,12 +139,11 @@ def _made(name: str, found: Callable[..., Any], options: dict[str, Any]) -> Call
         reward = found(**options)
     except (TypeError, AttributeError, LookupError) as error:  # an option of the wrong type, mostly
         raise ValueError(f"the reward {name!r} cannot be made with {options!r:.200}: {error}") from error
-    if not callable(reward) and isinstance(found, type):
-        raise ValueError(f"{name!r} is a class whose objects cannot be called: give it __call__(response, target)")
     if not callable(reward):
         raise ValueError(
             f"{name!r} takes no response, so it was called to make a reward, and returned {reward!r:.60}, which cannot "
-            f"be called. A reward names what it takes: {', '.join(PAIR_NAMES)}; or, in TRL's form, {', '.join(GIVEN)}"
+            "be called. A class has __call__(response, target); a function that is a reward names what it takes: "
+            f"{', '.join(PAIR_NAMES)}; or, in TRL's form, {', '.join(GIVEN)}"
         )
     if isinstance(reward, types.FunctionType):  # a name and options of its own: others may hold the same function
         reward = _bound(reward, {})
@@ -205,11 +204,9 @@ def _check_options(name: str, found: Callable[..., Any], options: dict[str, Any]
                 )
     required = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in options]
     if required and (makes_one or not takes_completions(found)):  # TRL's form may ask for columns
-        form = "" if makes_one else (
-            f". Its signature is {inspect.signature(found)!s:.200}; a reward is called with {', '.join(PAIR_NAMES)}"
-        )  # fmt: skip
         raise ValueError(
-            f"the reward {name!r} needs {', '.join(required)}: give it as {{name: {name}, {required[0]}: ...}}{form}"
+            f"the reward {name!r} needs {', '.join(required)}: give it as {{name: {name}, {required[0]}: ...}}. Its "
+            f"signature is {inspect.signature(found)!s:.200}; a reward is called with {', '.join(PAIR_NAMES)}"
         )
 
 

@@ -6,7 +6,6 @@ try that failed, or that was given up on and ends later, leaves no trace.
 
 import json
 import math
-import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -15,12 +14,11 @@ from ..wording import shown
 
 
 class Recorder:
-    """The side channels of one try of one call. Thread-safe."""
+    """The side channels of one try of one call. Thread-safe: each call changes one list, by one operation of Python."""
 
     def __init__(self) -> None:
-        self._metrics: dict[str, list[float]] = {}
-        self._extras: dict[str, list[Any]] = {}
-        self._mutex = threading.Lock()
+        self.metrics: dict[str, list[float]] = {}
+        self.extras: dict[str, list[Any]] = {}
 
     def log_metric(self, name: str, value: float) -> None:
         """Log a number under a name. A step's values of one name are averaged.
@@ -35,8 +33,7 @@ class Recorder:
             raise ValueError(
                 f"log_metric({name!r}, {shown(value)}) is not accepted: the value must be a number"
             ) from error
-        with self._mutex:
-            self._metrics.setdefault(name, []).append(number)
+        self.metrics.setdefault(name, []).append(number)
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
         """Log a column of values, one per completion, in their order. Several calls extend the column.
@@ -49,17 +46,7 @@ class Recorder:
             raise ValueError(
                 f"log_extra({column!r}, {shown(values)}) is not accepted: give a list, one value per completion"
             )
-        plain = [_plain(value) for value in values]
-        with self._mutex:
-            self._extras.setdefault(column, []).extend(plain)
-
-    def content(self) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
-        """Copies of the metrics and of the extra columns so far."""
-        with self._mutex:
-            return (
-                {name: list(values) for name, values in self._metrics.items()},
-                {column: list(values) for column, values in self._extras.items()},
-            )
+        self.extras.setdefault(column, []).extend([_plain(value) for value in values])
 
 
 class Notes:
@@ -77,9 +64,9 @@ class Notes:
     def take(self, reward: str, recorder: Recorder, rows: int) -> None:
         """Add what a call logged that gave the scores of `rows` rows. A column of another length is left out with a
         warning: it is not known which completions its values belong to."""
-        metrics, extras = recorder.content()
-        self.metrics |= {(reward, name): values for name, values in metrics.items()}
-        for column, values in extras.items():
+        # Copies: a thread that the reward left behind may go on to log.
+        self.metrics |= {(reward, name): list(values) for name, values in dict(recorder.metrics).items()}
+        for column, values in [(column, list(values)) for column, values in dict(recorder.extras).items()]:
             if len(values) == rows:
                 self.extras[reward, column] = values
             else:
@@ -102,20 +89,18 @@ def _require_name(channel: str, name: Any) -> None:
 
 def _plain(value: Any) -> Any:
     """The value as JSON can hold it, independent of what its owner does to it later."""
-    if value is None or isinstance(value, bool):
-        return value
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text to a tracker
-    if isinstance(value, int):
-        return int(value) if abs(value) < 2**63 else shown(value, 1000)
+    if type(value) is int:
+        return value if abs(value) < 2**63 else shown(value, 1000)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     try:
-        return json.loads(json.dumps(value, allow_nan=False, default=_listed))
+        return json.loads(json.dumps(value, allow_nan=False, default=_as_lists))
     except Exception:  # NaN inside, keys that are no texts, circles, a stranger's __str__
         return shown(value, 1000)
 
 
-def _listed(value: Any) -> Any:
+def _as_lists(value: Any) -> Any:
     """An array or a tensor as lists, everything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

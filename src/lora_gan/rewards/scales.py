@@ -14,6 +14,7 @@ from typing import Any
 
 from .combine import Parts, checked_weights, weighted_total
 
+EMPTY: dict[str, Any] = {"answers": 0, "mean": 0.0, "squares": 0.0, "freedom": 0}
 ROUNDING = 1e-6  # of a part's mean: a smaller spread is rounding (of float32, say), not a difference
 
 
@@ -50,7 +51,7 @@ class Scales:
             for label, score in zip(labels, scores, strict=True):
                 if score is not None:
                     grouped.setdefault(label, []).append(score)
-            part = self._parts.setdefault(name, {"answers": 0, "mean": 0.0, "squares": 0.0, "freedom": 0})
+            part = self._parts.setdefault(name, dict(EMPTY))
             if part["answers"] < self.window:
                 for answers in grouped.values():
                     _take(part, answers)
@@ -75,13 +76,7 @@ class Scales:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from a state_dict()."""
         self._parts = {
-            name: {
-                "answers": int(part["answers"]),
-                "mean": float(part["mean"]),
-                "squares": float(part["squares"]),
-                "freedom": int(part["freedom"]),
-            }
-            for name, part in state.items()
+            name: {key: type(start)(part[key]) for key, start in EMPTY.items()} for name, part in state.items()
         }
 
 

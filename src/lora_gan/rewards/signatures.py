@@ -7,6 +7,7 @@ position where no name is known. TRL's form scores all responses at once and get
 
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
         return ValueError(
             f"{_signed(func, name)} cannot be called: {why}. The names that are known are {known}; they get {values}. "
             "Rename the parameters to these, give every other one a default, or bind it with functools.partial. A "
-            f"function with none of these names gets (response, target) by position{_call_first(func)}"
+            "function with none of these names gets (response, target) by position"
+            + (". It is a class: give an object of it" if isinstance(func, type) else "")
         )
 
     for parameter in parameters:
@@ -153,16 +155,13 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
 
 def _by_name(parameters: Sequence[inspect.Parameter], names: Mapping[str, str]) -> PairCall:
     """By position as far as possible: a wrapper may have other names than the signature it shows."""
-    first: list[str] = []
-    rest: list[tuple[str, str]] = []
-    contiguous = True
-    for parameter in parameters:
-        is_known = parameter.name in names and parameter.kind not in VARIADIC
-        contiguous &= is_known and parameter.kind in _BY_POSITION
-        if is_known and contiguous:
-            first.append(names[parameter.name])
-        elif is_known:
-            rest.append((parameter.name, names[parameter.name]))
+
+    def is_known(parameter: inspect.Parameter) -> bool:
+        return parameter.name in names and parameter.kind not in VARIADIC
+
+    places = list(itertools.takewhile(lambda p: is_known(p) and p.kind in _BY_POSITION, parameters))
+    first = [names[p.name] for p in places]
+    rest = [(p.name, names[p.name]) for p in parameters[len(places) :] if is_known(p)]
     collects = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     if collects and first == ["response"] and not rest:
         first.append("target")  # f(response, *rest)
@@ -289,7 +288,3 @@ def _signed(func: Callable[..., Any], name: str | None = None) -> str:
     except Exception:  # a stranger's default may have no repr
         signature = "(...)"
     return f"the reward {name or reward_name(func)}{shortened(signature, 200)}"
-
-
-def _call_first(func: Callable[..., Any]) -> str:
-    return ". It is a class: give an object of it" if isinstance(func, type) else ""

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -47,10 +48,9 @@ def _parts(obj: Any, seen: set[int]) -> Iterator[str]:
     seen.add(id(obj))
     is_ours = type(obj).__module__.partition(".")[0] == __name__.partition(".")[0]  # its settings say it all
     options = {} if is_ours else getattr(obj, "__dict__", {}).get(OPTIONS) or {}
-    yield from _values("option", {name: options[name] for name in sorted(options) if not _is_secret(name)}, seen)
+    yield from _values("option", dict(sorted(options.items())), seen)
     if isinstance(obj, functools.partial):
-        given = {str(i): value for i, value in enumerate(obj.args)} | dict(sorted(obj.keywords.items()))
-        yield from _values("partial", {name: value for name, value in given.items() if not _is_secret(name)}, seen)
+        yield from _values("partial", dict(enumerate(obj.args)) | dict(sorted(obj.keywords.items())), seen)
         yield from _parts(obj.func, seen)
     elif isinstance(obj, types.MethodType):
         if isinstance(obj.__func__, types.FunctionType):
@@ -75,21 +75,20 @@ def _parts(obj: Any, seen: set[int]) -> Iterator[str]:
 def _function(func: types.FunctionType, owner: type | None, seen: set[int]) -> Iterator[str]:
     code = func.__code__
     text = _text(code)
-    if text is None:
+    yield f"source {text}"
+    if text is None or func.__name__ == "<lambda>":  # a line may hold several
         yield from _bytecode(code)
-    else:
-        yield f"source {text}"
-        if func.__name__ == "<lambda>":  # a line may hold several
-            yield from _constants(code)
-    defaults = {str(i): value for i, value in enumerate(func.__defaults__ or ())} | (func.__kwdefaults__ or {})
-    yield from _values("default", _immutable(defaults), seen)
-    yield from _values("closure", _immutable(dict(_cells(func))), seen)
+    defaults = dict(enumerate(func.__defaults__ or ())) | (func.__kwdefaults__ or {})
+    for kind, values in (("default", defaults), ("closure", dict(cells(func)))):
+        fixed = {name: value for name, value in values.items() if not isinstance(value, list | set | dict)}
+        yield from _values(kind, fixed, seen)
     yield from _named(func, owner, seen)
     if hasattr(func, "__wrapped__"):
         yield from _parts(func.__wrapped__, seen)
 
 
-def _cells(func: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def cells(func: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables of a function's closure, with their values."""
     for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -97,19 +96,16 @@ def _cells(func: types.FunctionType) -> Iterator[tuple[str, Any]]:
             continue
 
 
-def _immutable(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if not isinstance(value, list | set | dict)}
+def _is_secret(name: object) -> bool:
+    return isinstance(name, str) and (name in SECRETS or name.endswith(tuple(f"_{secret}" for secret in SECRETS)))
 
 
-def _is_secret(name: str) -> bool:
-    return name in SECRETS or name.endswith(tuple(f"_{secret}" for secret in SECRETS))
-
-
-def _values(kind: str, values: Mapping[str, Any], seen: set[int]) -> Iterator[str]:
-    """Plain data as text, functions by their source; everything else is left out."""
+def _values(kind: str, values: Mapping[Any, Any], seen: set[int]) -> Iterator[str]:
+    """Plain data as text, functions by their source; secrets and everything else are left out."""
     for name, value in values.items():
-        text = _plain_repr(value)
-        if text is not None:
+        if _is_secret(name):
+            continue
+        if (text := _plain_text(value)) is not None:
             yield f"{kind} {name}={text}"
         elif isinstance(value, types.FunctionType | types.MethodType | functools.partial):
             yield f"{kind} {name}"
@@ -124,7 +120,7 @@ def _named(func: types.FunctionType, owner: type | None, seen: set[int]) -> Iter
             if isinstance(value, types.FunctionType | type) and value.__module__ == func.__module__:
                 yield f"names {name}"
                 yield from _parts(value, seen)
-            elif name.isupper() and (text := _plain_repr(value)) is not None:
+            elif name.isupper() and (text := _plain_text(value)) is not None:
                 yield f"constant {name}={text}"
 
 
@@ -168,7 +164,7 @@ def _settings(obj: Any) -> Iterator[str]:
     elif package != "trl":
         return
     for name, value in sorted(values.items()):
-        if name not in ("__name__", OPTIONS) and (text := _plain_repr(value)) is not None:
+        if name not in ("__name__", OPTIONS) and (text := _plain_text(value)) is not None:
             yield f"setting {name}={text}"
 
 
@@ -181,40 +177,26 @@ def _text(obj: Any) -> str | None:
 
 
 def _bytecode(code: types.CodeType) -> Iterator[str]:
-    yield f"bytecode {code.co_code.hex()} {code.co_varnames} {code.co_freevars}"
-    yield from _constants(code)
-
-
-def _constants(code: types.CodeType) -> Iterator[str]:
-    yield f"names {code.co_names}"
+    yield f"bytecode {code.co_code.hex()} {code.co_varnames} {code.co_freevars} {code.co_names}"
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _bytecode(constant)
         else:
-            yield f"constant {_plain_repr(constant)}"
+            yield f"constant {_plain_text(constant)}"
 
 
-def _plain_repr(value: Any) -> str | None:
-    """The repr of plain data, the same in every process; None for everything else."""
+def _plain_text(value: Any) -> str | None:
+    """Plain data as a text that is the same in every process; None for everything else."""
     try:
-        return _repr_of(value)
-    except Exception:  # a list that holds itself, or a stranger's __repr__
+        return json.dumps(value, default=_tagged)
+    except Exception:  # a list that holds itself, a whole number of thousands of digits, another kind of value
         return None
 
 
-def _repr_of(value: Any) -> str | None:
-    if value is None or value is Ellipsis or isinstance(value, bool | int | float | complex | str | bytes | PurePath):
-        try:
-            return repr(value)
-        except ValueError:  # a whole number of thousands of digits
-            return hex(value)  # type: ignore[arg-type]
-    if isinstance(value, Mapping):
-        parts = [(_repr_of(key), _repr_of(entry)) for key, entry in value.items()]
-        return None if any(None in pair for pair in parts) else f"{{{', '.join(f'{k}: {v}' for k, v in parts)}}}"
-    if isinstance(value, list | tuple | set | frozenset):
-        texts = [_repr_of(entry) for entry in value]
-        if any(text is None for text in texts):
-            return None
-        texts = sorted(texts) if isinstance(value, set | frozenset) else texts  # type: ignore[type-var]
-        return f"{type(value).__name__}({', '.join(texts)})"  # type: ignore[arg-type]
-    return None
+def _tagged(value: Any) -> Any:
+    """The plain data that JSON lacks; a set in an order that does not depend on the process."""
+    if isinstance(value, set | frozenset):
+        return {"set": sorted(json.dumps(entry, default=_tagged) for entry in value)}
+    if isinstance(value, bytes | complex | PurePath):
+        return repr(value)
+    raise TypeError

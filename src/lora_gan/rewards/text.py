@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..extras import need
-from .combine import RewardUnavailable
+from .calling import RewardUnavailable
 
 Rouge = Literal["rouge1", "rouge2", "rougeL"]
 DEBIANS_WORDNET = Path("/usr/share/wordnet")

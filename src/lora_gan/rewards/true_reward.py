@@ -8,6 +8,7 @@ the data and the state that rewards of TRL's form receive.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -154,15 +155,15 @@ class TrueReward:
             self.answers.begin_step(step)
         caller = self._caller(log=self.answers)
         ids = token_ids() if any(map(takes_completions, self.funcs)) else None
-        parts = self._ask(
+        _, parts = self.ask(
             [rows[j] for j in groups],
             [responses[i] for i in asked],
-            "training",
-            caller,
+            step=step,
             completion_ids=None if ids is None else [ids[i] for i in asked],
             columns=self.data_columns,
-            state=self.trainer_state or self._state_at(step),
             notes=notes,
+            purpose="training",
+            caller=caller,
         )
         failed_B = np.zeros(len(responses), dtype=bool)
         failed_B[asked[sorted(caller.failed)]] = True
@@ -194,48 +195,27 @@ class TrueReward:
         max_steps: int | None = None,
         notes: Notes | None = None,
         purpose: Purpose = "other",
+        caller: Caller | None = None,
     ) -> tuple[list[float | None], Parts]:
-        """One response per row: its true reward, and the parts by name. `LoraGAN.ask` says the rest."""
+        """One response per row: its true reward, and the parts by name, counted in the budget.
+
+        Where one part failed, the others have no value either: part of a sum is no reward. `LoraGAN.ask` says the rest.
+        """
         left = self.budget.left(purpose)
         if left is not None and left < len(responses):
             raise BudgetSpent(
                 f"{len(responses):,} calls of the true reward are needed, and reward_budget_total="
                 f"{self.config.reward_budget_total:,} allows {left:,} more: raise it, or give fewer rows"
             )
-        parts = self._ask(
-            rows,
-            responses,
-            purpose,
-            self._caller(),
-            completion_ids=completion_ids,
-            columns=columns,
-            state=self.trainer_state or self._state_at(step, max_steps),
-            notes=notes,
-        )
-        return self._total(parts), parts
-
-    def _ask(
-        self,
-        rows: list[Row],
-        responses: list[str],
-        purpose: Purpose,
-        caller: Caller,
-        *,
-        completion_ids: list[list[int]] | None,
-        columns: Collection[str],
-        state: TrainerState,
-        notes: Notes | None,
-    ) -> Parts:
-        """What each part says of one response per row, counted in the budget. Where one part failed, the others have
-        no value either: part of a sum is no reward."""
-        funcs = self.funcs
+        funcs, caller = self.funcs, caller or self._caller()
         if not responses:
-            return {name: [] for name in reward_names(funcs)}
+            return [], {name: [] for name in reward_names(funcs)}
         table = data.columns_of(rows, columns)
         if "target" not in table or any(row.target is not None for row in rows):
             table["target"] = [row.target for row in rows]
         if completion_ids is None and any(map(takes_completions, funcs)):
             completion_ids = [self._tokenized(text, row) for text, row in zip(responses, rows, strict=True)]
+        state = self.trainer_state or TrainerState(global_step=step, max_steps=max_steps or self.config.max_steps or 0)
         with self.budget.asking(purpose, len(responses), caller, dict(zip(reward_names(funcs), funcs, strict=True))):
             parts = score_parts(
                 funcs,
@@ -247,21 +227,17 @@ class TrueReward:
                 trainer_state=state,
                 notes=notes,
             )
-        if not caller.failed:
-            return parts
         for cause in dict.fromkeys(caller.failed.values()):
             self._tell_cause(
                 f"a reward failed to the last try on {len(caller.failed)} of {len(responses)} responses ({cause}): "
                 "they are left out (on_reward_error='skip'), which is unbiased only if failures do not depend on the "
                 "response"
             )
-        return {
+        parts = {
             name: [None if i in caller.failed else answer for i, answer in enumerate(part)]
             for name, part in parts.items()
         }
-
-    def _state_at(self, step: int, max_steps: int | None = None) -> TrainerState:
-        return TrainerState(global_step=step, max_steps=max_steps or self.config.max_steps or 0)
+        return self._total(parts), parts
 
     def _total(self, parts: Parts) -> list[float | None]:
         if self.config.multi_objective_aggregation == "normalize_then_sum":
@@ -318,17 +294,15 @@ class TrueReward:
         if spent is None or self._told_of_spent_budget or self.is_over(signal):
             return []
         self._told_of_spent_budget = True
-        if fresh_correlation is None:
-            known = "The discriminator's rank correlation with the true reward was never measured"
-        else:
-            known = (
-                "The discriminator's rank correlation with the true reward, on responses that it had not learned from "
-                "and within a prompt, is {:.2f} (standard error {:.2f})".format(*fresh_correlation)
-            )
-        advice = ""
-        if fresh_correlation is None or fresh_correlation[0] <= 2 * fresh_correlation[1]:
-            advice = (
+        correlation, error = fresh_correlation or (math.nan, math.nan)
+        notice = (
+            f"{spent}. Training goes on by the discriminator's prediction alone. The discriminator's rank correlation "
+            "with the true reward, on responses that it had not learned from and within a prompt, "
+        )
+        notice += f"is {correlation:.2f} (standard error {error:.2f})" if fresh_correlation else "was never measured"
+        if not correlation > 2 * error:
+            notice += (
                 ". This does not show that it orders responses better than chance. To end here instead: Ctrl-C, or "
                 "after_budget='stop'. For more true rewards: resume with a larger budget"
             )
-        return [f"{spent}. Training goes on by the discriminator's prediction alone. {known}{advice}"]
+        return [notice]

@@ -27,7 +27,7 @@ from ..model.adapter_files import (
 )
 from ..model.base import load_base
 from ..state import State
-from ..storage import checkpoint, untrusted
+from ..storage import checkpoint, state_files, untrusted
 from ..storage.checkpoint import BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference, weights_name
 from ..storage.durable import MANIFEST, Damaged, Folder
 from . import saved_optimizer, trainer_state
@@ -52,8 +52,8 @@ def take(state: State, *, by_hand: bool = False) -> Content:
         content[f"{adapter}/{weights_name(state.config.weights_format)}"] = weights
     content["generator/optimizer.pt"] = state.generator.optimizer.state_dict()
     content["discriminator/optimizer.pt"] = state.discriminator.optimizer.state_dict()
-    content["discriminator/state.pt"] = state.discriminator.state_dict()
-    content["generator/monitor.pt"] = state.monitor.state_dict()
+    content["discriminator/state"] = state.discriminator.state_dict()
+    content["generator/monitor"] = state.monitor.state_dict()
     content[STATE] = trainer_state.content(state) | {"saved_by": BY_HAND if by_hand else "fit"}
     return copied(content)
 
@@ -133,9 +133,8 @@ def _read_reference(state: State, folder: Folder) -> Callable[[], None]:
 
 
 def _read_monitor(state: State, folder: Folder) -> dict[str, Any]:
-    parameters, file = state.players.parameters("generator"), "monitor.pt"
-    limit = untrusted.room_for(parameters, times=4)
-    saved, where = untrusted.read_tensors(folder, file, limit=limit), str(folder.path / file)
+    parameters, where = state.players.parameters("generator"), str(folder.path / "monitor")
+    saved = state_files.read(folder, "monitor", limit=untrusted.room_for(parameters, times=4))
     untrusted.require_keys(saved, state.monitor.state_dict(), where)
 
     untrusted.require(saved["window"], [(float | None,) * 5], f"{where}: window")
@@ -151,13 +150,13 @@ def _read_monitor(state: State, folder: Folder) -> dict[str, Any]:
 
 
 def _read_discriminator(state: State, folder: Folder) -> Callable[[], None]:
-    """The same for a discriminator's; one without state.pt gives all heads the one that scores, and no replay."""
+    """The same for a discriminator's; one without our state gives all heads the one that scores, and no replay."""
     heads_MH = state.players.heads_MH
     require_same_scaling(folder, state.players.peft.peft_config["discriminator"])
     expected = {**adapter_state(state.players, "discriminator"), SCORE: heads_MH[:1]}
     weights = untrusted.read_weights(folder, expected, called=composite.plain_name)
     score_1H = weights.pop(SCORE)
-    saved = _read_discriminator_state(state, folder) if folder.has("state.pt") else None
+    saved = _read_discriminator_state(state, folder) if state_files.has(folder, "state") else None
     optimizer = saved_optimizer.read(folder, state.discriminator.optimizer) if saved else None
 
     def put() -> None:
@@ -176,8 +175,8 @@ def _read_discriminator_state(state: State, folder: Folder) -> dict[str, Any]:
     base, config = state.players.base, state.config
     tokens = base.context if base.context < UNLIMITED else LONGEST_TEXT
     replay = config.disc_replay_groups * (config.num_generations + 2) * tokens * 8  # bytes, at the most
-    saved = untrusted.read_tensors(folder, "state.pt", limit=untrusted.room_for(parameters, times=3) + replay)
-    where = str(folder.path / "state.pt")
+    saved = state_files.read(folder, "state", limit=untrusted.room_for(parameters, times=3) + replay)
+    where = str(folder.path / "state")
     untrusted.require_keys(saved, state.discriminator.state_dict(), where)
     if isinstance(saved["heads_MH"], Tensor) and saved["heads_MH"].shape[1:] == heads_MH.shape[1:]:
         theirs, ours = len(saved["heads_MH"]), len(heads_MH)

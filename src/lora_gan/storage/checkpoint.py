@@ -1,11 +1,14 @@
 """Checkpoint folders: their files, how they are written whole or not at all, and how they are found.
 
     step-100/
-      generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.pt (what the monitor remembers)
-      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.pt   (raw weights, average, replay)
+      generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.json  monitor.safetensors
+      discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.json  state.safetensors
       reference/      adapter_config.json  adapter_model.bin  (where the KL is to the adapter of init_adapter=)
       trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
       manifest.json        (size and SHA-256 of every other file; a folder without it is no checkpoint)
+
+monitor: what the monitor remembers. state: the discriminator's raw weights, average and replay. `state_files` writes
+both, and reads the monitor.pt and state.pt of earlier versions in their place.
 
 `run.snapshot` says what the files hold, and reads them. `durable` writes a folder so that a reader sees all or nothing.
 """
@@ -25,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import durable
+from . import durable, state_files
 from .durable import MANIFEST, Damaged, Folder
 
 STATE = "trainer_state.json"
@@ -33,12 +36,13 @@ PLAYERS: tuple[Literal["generator", "discriminator"], ...] = ("generator", "disc
 REFERENCE = "reference"
 BY_HAND = "save_checkpoint"  # what trainer_state.json says of a checkpoint that was not fit()'s own
 FILES = (
-    STATE, "generator/adapter_config.json", "generator/optimizer.pt", "generator/monitor.pt",
-    "discriminator/adapter_config.json", "discriminator/optimizer.pt", "discriminator/state.pt",
+    STATE, "generator/adapter_config.json", "generator/optimizer.pt",
+    "discriminator/adapter_config.json", "discriminator/optimizer.pt",
 )  # fmt: skip
+STATES = ("generator/monitor", "discriminator/state")  # two files each, see `state_files`
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT prefers the first; never both are written
 
-Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to hold}
+Content = dict[str, Any]  # {name of a file within the checkpoint, or one of STATES: what it is to hold}
 
 
 # --- writing
@@ -47,7 +51,7 @@ Content = dict[str, Any]  # {name of a file within the checkpoint: what it is to
 def write(content: Content, folder: Path, step: int, *, limit: int | None = None, keep: Collection[int] = ()) -> Path:
     """Write a snapshot as folder/step-N, then remove fit()'s oldest beyond `limit`, but none of the steps in `keep`."""
     final = folder / f"step-{step}"
-    durable.write_folder(final, {name: serialized(name, value) for name, value in content.items()})
+    durable.write_folder(final, _files(content))
     if limit:
         spared = {final.name, *(f"step-{kept}" for kept in keep)}
         there = complete(folder)
@@ -68,7 +72,14 @@ def _is_by_hand(path: Path) -> bool:
 
 def size_of(content: Content) -> int:
     """Bytes that a snapshot takes on the disk."""
-    return sum(len(serialized(name, value)) for name, value in content.items())
+    return sum(map(len, _files(content).values()))
+
+
+def _files(content: Content) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for name, value in content.items():
+        files |= state_files.encoded(name, value) if name in STATES else {name: serialized(name, value)}
+    return files
 
 
 def serialized(name: str, value: Any) -> bytes:
@@ -148,9 +159,9 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
         files = [*FILES]
         if has_reference(folder):
             adapters.append(REFERENCE)
-            files.append(f"{REFERENCE}/adapter_config.json")
         weights = [sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters]
         missing = [name for name in files if not folder.has(name)]
+        missing += [name for name in STATES if not state_files.has(folder, name)]
         if missing or set(weights) != {1}:
             what = missing[0] if missing else "the weights of each player once"
             return f"{path / MANIFEST} does not name {what}"
@@ -179,14 +190,10 @@ def find(folder: Path, step: int | None) -> Path:
         skipped.append(f"the checkpoint of step {number} is skipped: {why}")
     there = ", ".join(str(step_of(path)) for path in complete(folder)) or "none"
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-    hint = ""
-    if (folder / "export.json").is_file():
-        hint = "; it is an export, which stock PEFT and transformers open: name the run it was made of"
-    elif folder.parent.name.startswith("step-") and is_complete(folder.parent):
-        hint = f"; it is a part of one: name {folder.parent}"
-    elif runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{MANIFEST}")}):
-        hint = f"; there are in {', '.join(runs[:3])}"
-    elif step is not None and step in steps:
+    hint = ". Name the folder of a run, which holds folders step-N"
+    if runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{MANIFEST}")}):
+        hint += f"; there are in {', '.join(runs[:3])}"
+    elif step in steps:
         hint = f" ({fault(steps[step])})"
     elif skipped:
         hint = f" ({'; '.join(skipped[:3])})"
@@ -195,4 +202,4 @@ def find(folder: Path, step: int | None) -> Path:
 
 def has_reference(folder: Folder) -> bool:
     """Whether a checkpoint holds an adapter that the KL is measured to."""
-    return any(name.startswith(f"{REFERENCE}/") for name in folder.names())
+    return folder.has(f"{REFERENCE}/adapter_config.json")

@@ -55,7 +55,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     with _new_folder(final) as (writing, entries):
         yield writing
         for file in sorted(path for path in writing.rglob("*") if path.is_file()):
-            _sync_file(file)
+            _sync(file, os.O_RDWR)  # Windows syncs only what is open for writing
             with file.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             entries[file.relative_to(writing).as_posix()] = {"size": file.stat().st_size, "sha256": digest}
@@ -137,18 +137,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Names in a folder are on the disk when this returns; on Windows, which has no such call, when it likes."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if os.name != "nt":
+        _sync(folder, os.O_RDONLY)
 
 
-def _sync_file(path: Path) -> None:
-    """What another library wrote is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -204,9 +198,6 @@ class Folder:
     def __init__(self, path: Path, *, manifest: bool) -> None:
         self.path = path
         self.files: dict[str, Any] | None = _read_manifest(path) if manifest else None
-
-    def names(self) -> Iterator[str]:
-        return iter(self.files or {})
 
     def has(self, name: str) -> bool:
         return name in self.files if self.files is not None else (self.path / name).is_file()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
 from . import durable
 
 
-class JsonLines:
+class JsonLines(AbstractContextManager["JsonLines"]):
     """A file of JSON objects with a `step`, a line each, written as whole lines.
 
     At step 0 the file is emptied. A run that goes on after step N keeps the lines up to N: what was written between the
@@ -57,9 +58,6 @@ class JsonLines:
         if self.file is not None:
             self.file = None
             self.begin()
-
-    def __enter__(self) -> JsonLines:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:

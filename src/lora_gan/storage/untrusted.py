@@ -58,6 +58,15 @@ def read_tensors(folder: Folder, name: str, *, limit: int) -> Any:
     return value
 
 
+def read_safetensors(folder: Folder, name: str, *, limit: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name."""
+    data = folder.read(name, limit=limit)
+    try:
+        return load_safetensors(data)
+    except Exception as error:  # safetensors' own, and torch's for types that it lacks
+        raise Damaged(f"{folder.path / name} could not be read: {error}") from error
+
+
 def read_weights(
     folder: Folder,
     expected: Mapping[str, Tensor],
@@ -79,34 +88,24 @@ def read_weights(
         )
     file, limit = folder.path / names[0], room_for({**expected, **optional})
     if names[0].endswith("safetensors"):
-        data = folder.read(names[0], limit=limit)
-        try:
-            weights = load_safetensors(data)
-        except Exception as error:  # safetensors' own, and torch's for types that it lacks
-            raise Damaged(f"{file} could not be read: {error}") from error
+        weights: Any = read_safetensors(folder, names[0], limit=limit)
     else:
         weights = read_tensors(folder, names[0], limit=limit)
-    if not isinstance(weights, dict):
-        raise Damaged(f"{file} holds no tensors by their names, but {kind_of(weights)}")
-    strange = [name for name, tensor in weights.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
-    if strange:
-        raise Damaged(f"{file} holds something else than tensors by their names: {str(strange[0])[:80]!r}")
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise Damaged(f"{file} holds something else than tensors by their names, in {kind_of(weights)}")
     if len({called(name) for name in weights}) < len(weights):
         raise Damaged(f"{file} holds a tensor twice, under two names")
     weights = {called(name): tensor for name, tensor in weights.items()}
-    expected = {**expected, **{name: tensor for name, tensor in optional.items() if name in weights}}
-    differing = sorted(
-        name
-        for name in expected.keys() | weights.keys()
-        if name not in expected or name not in weights or expected[name].shape != weights[name].shape
-    )
-    if differing:
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    ours |= {name: tuple(tensor.shape) for name, tensor in optional.items() if name in weights}
+    if differing := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         name = differing[0]
-        theirs = tuple(weights[name].shape) if name in weights else "absent"
-        ours = tuple(expected[name].shape) if name in expected else "absent"
         raise ValueError(
-            f"{folder.path} does not fit: {name[:120]} is {theirs} there and {ours} here ({len(differing)} tensors "
-            "differ); the base and the LoRA settings (rank, target_modules) must be those it was saved with"
+            f"{folder.path} does not fit: {name[:120]} is {theirs.get(name, 'absent')} there and "
+            f"{ours.get(name, 'absent')} here ({len(differing)} tensors differ); the base and the LoRA settings (rank, "
+            "target_modules) must be those it was saved with"
         )
     for name, tensor in weights.items():
         require_numbers(tensor, f"{file}: {name}")

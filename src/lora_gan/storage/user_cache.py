@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -56,9 +55,15 @@ def get(final: Path, fill: Callable[[Path], None], *, needs: int) -> Path:
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the cache {final.parent} cannot be made ({error.strerror}): {_elsewhere()}") from error
-    with _alone(final.parent):
+        lock = FileLock(final.parent / ".lock")  # the kernel frees the lock of a process that ends
+        try:
+            alone = lock.acquire(timeout=0)
+        except Timeout:
+            warnings.warn(f"another process writes to {final.parent}: waiting until it is done", stacklevel=4)
+            alone = lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(f"the cache {final.parent} cannot be made or locked ({error}): {_elsewhere()}") from error
+    with alone:
         durable.tidy(final.parent)  # what a killed process left
         if is_whole(final):  # another process made it in the meantime
             return final
@@ -74,20 +79,3 @@ def get(final: Path, fill: Callable[[Path], None], *, needs: int) -> Path:
 
 def _elsewhere() -> str:
     return f"set the environment variable {VARIABLE} to another folder"
-
-
-@contextmanager
-def _alone(parent: Path) -> Iterator[None]:
-    """Inside the block only this process writes to `parent`. The kernel frees the lock of a process that ends."""
-    lock = FileLock(parent / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        warnings.warn(f"another process writes to {parent}: waiting until it is done", stacklevel=5)
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        raise ValueError(f"the cache {parent} cannot be locked ({error}): {_elsewhere()}") from error
-    try:
-        yield
-    finally:
-        lock.release()
