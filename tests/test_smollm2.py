@@ -114,7 +114,7 @@ def test_both_players_learn_resuming_is_exact_and_stock_peft_agrees(smollm2, sto
     peft = AutoPeftModelForCausalLM.from_pretrained(folder / "generator", dtype=torch.float32).eval()
     gan.load_checkpoint(ckpt_dir=tmp_path)
     ids = torch.tensor([gan.players.base.tokenizer(SYSTEM)["input_ids"]])
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         ours = logits(gan, ids)
     theirs = peft(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 1e-5 and (theirs - stock(input_ids=ids).logits).abs().max() > 1e-2
@@ -186,7 +186,7 @@ def test_stock_clients_stop_and_score_as_the_library_does(chat, tmp_path):
         tokens = stock.generate(input_ids=stock_ids, max_new_tokens=40, do_sample=False)[0, len(prompt) :].tolist()
         assert tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") and len(tokens) < 40
         assert tokenizer.decode(tokens, skip_special_tokens=True) == expected
-        with torch.no_grad(), gan.players.playing("generator"):
+        with torch.no_grad(), gan.players.use_adapter("generator"):
             ours = logits(gan, stock_ids)[0, -1]
             theirs = stock(input_ids=stock_ids).logits[0, -1]
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

@@ -448,7 +448,7 @@ def test_imitation_of_a_batch_is_the_mean_of_its_rows():
     losses = []
     for prompt, target in zip(PROMPTS, TARGETS, strict=True):
         ids, answer = gan._encode([prompt])[0], response_ids(gan, target)
-        with torch.no_grad(), gan.players.playing("reference"):
+        with torch.no_grad(), gan.players.use_adapter("reference"):
             logits = gan.players.lm(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
     out = gan.step(PROMPTS, TARGETS, train_disc=False)

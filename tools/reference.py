@@ -104,6 +104,9 @@ def api_page() -> str:
 
 
 def _described(thing: Any, name: str) -> Iterator[str]:
+    if isinstance(thing, types.GenericAlias):
+        yield f"`{thing}`"
+        return
     if callable(thing) and not (isinstance(thing, type) and issubclass(thing, Exception)):
         yield from ("```text", f"{name}{_signature(thing)}", "```", "")
     parsed = docstring_parser.parse(inspect.getdoc(thing) or "", style=docstring_parser.DocstringStyle.GOOGLE)

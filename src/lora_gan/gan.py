@@ -32,8 +32,8 @@ from .run.callbacks import Callback, check_callbacks
 from .run.display import aside_for
 from .run.ending import Ending
 from .run.interrupts import Interrupts
-from .run.loop import Loop
-from .state import Carried, State
+from .run.loop import FitLoop
+from .state import Carried, RunState
 from .storage import checkpoint, lock
 from .training import distributed, estimate, scoring
 from .training.discriminator import Discriminator
@@ -126,17 +126,17 @@ class LoraGAN:
         players = Players(base, config, peft_config=peft_config, disc_peft_config=disc_peft_config, init_adapter=start)
         if start is not None:
             load_initial(start, players)
-        self.state = State(
+        self.state = RunState(
             config=config,
             players=players,
             generator=Generator(players, config),
             discriminator=Discriminator(players, config),
             monitor=Monitor(config),
             health=Health(config),
-            true_reward=TrueReward(config, self._meant, players.encoder.response),
+            true_reward=TrueReward(config, self._active_rewards, players.encoder.response),
             init_adapter=None if start is None else start.name,
         )
-        self._loop: Loop | None = None  # of the last fit()
+        self._loop: FitLoop | None = None  # of the last fit()
         self._told_of_no_group = False
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
@@ -244,7 +244,7 @@ class LoraGAN:
         if experience is not None and plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
         if plan.train_gen:
-            with self.discriminator.scoring():
+            with self.discriminator.ema_scope():
                 gen = self.generator.update(
                     rows, experience if plan.reinforces else None, plan.signal, plan.imitation_weight
                 )
@@ -281,7 +281,7 @@ class LoraGAN:
             record["notices"] += self.true_reward.notice_of_spent_budget(plan.signal, measured)
         for words in record["notices"]:
             warnings.warn(f"step {self.global_step}: {words}", stacklevel=4)
-        record["notices"] += self.true_reward.causes_told()  # warned of when they occurred
+        record["notices"] += self.true_reward.drain_causes()  # warned of when they occurred
 
     def _play(self, rows: list[Row], plan: StepPlan) -> Experience:
         """Sample K responses per prompt, predict each one's reward, and ask for the true one at the query rate."""
@@ -316,7 +316,7 @@ class LoraGAN:
         )
         notes = rewards.Notes()
         with self._interrupts.harmless(), aside_for(self.true_reward.funcs):
-            answered = self.true_reward.of_step(
+            answered = self.true_reward.query_step(
                 rows,
                 sampled.texts,
                 lambda: sampled.responses,
@@ -405,7 +405,7 @@ class LoraGAN:
         """{name: digest of the reward's source}; answers are taken up again only where it is the same."""
         return self.true_reward.sources
 
-    def _meant(self) -> tuple[list[Callable[..., Any]], list[float] | None]:
+    def _active_rewards(self) -> tuple[list[Callable[..., Any]], list[float] | None]:
         """The functions whose weighted sum is the true reward, and their weights. The latest assignment wins."""
         assigned = "compute_reward" in vars(self)
         if self.reward_funcs and not assigned:
@@ -462,7 +462,7 @@ class LoraGAN:
         if steps:
             for player in (self.generator, self.discriminator):
                 player.optimizer.plan(self.config.max_steps or self.global_step + steps)
-        self._loop = Loop(
+        self._loop = FitLoop(
             self.state,
             rows,
             held_out,
@@ -655,7 +655,7 @@ class LoraGAN:
             ValueError: as `check_rows`.
         """
         first = training.take(1, self.position) if isinstance(training, data.Stream) else training
-        chats = self._follows(self.prompt_kinds | self._kinds(first))
+        chats = self._plain_as_messages(self.prompt_kinds | self._kinds(first))
         rows = self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
         assert isinstance(rows, list), "held-out rows are read whole"
         return rows
@@ -673,10 +673,10 @@ class LoraGAN:
         """
         wanted = self.config.apply_chat_template if apply_chat_template is None else apply_chat_template
         if wanted is None and follow:
-            wanted = self._follows(self.prompt_kinds)
+            wanted = self._plain_as_messages(self.prompt_kinds)
         return self.players.encoder.as_chat(rows) if wanted else rows
 
-    def _follows(self, kinds: set[str]) -> bool | None:
+    def _plain_as_messages(self, kinds: set[str]) -> bool | None:
         """Whether plain prompts are sent as messages, given the kinds seen in training. None: the setting decides."""
         if self.config.apply_chat_template is not None:
             return None
@@ -724,7 +724,7 @@ class LoraGAN:
             raise ValueError(
                 f"temperature={temperature}, top_p={top_p} is not accepted: 0 or more (0 is greedy), a share above 0"
             )
-        with self.players.playing(player):
+        with self.players.use_adapter(player):
             return sampling.sample(
                 self.players,
                 prompts,

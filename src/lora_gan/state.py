@@ -1,6 +1,6 @@
 """What a run carries from step to step: the players, both trainers, the monitor, the true reward, and counters.
 
-`LoraGAN` holds one `State`; checkpoints, saving, recovery and callbacks receive it.
+`LoraGAN` holds one `RunState`; checkpoints, saving, recovery and callbacks receive it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class State:
+class RunState:
     """A run as it stands.
 
     Attributes:

@@ -119,7 +119,7 @@ def test_work_counts_what_a_forward_multiplies(workload):
         gan, shape = arm.gan, workload.shape
         prompts = gan._encode(workload.prompts_at(0))
         rows = gan._sample(prompts, gan._uniforms(prompts, shape.group, "sample"))
-        with FlopCounterMode(display=False) as counter, gan.players.playing("generator"):
+        with FlopCounterMode(display=False) as counter, gan.players.use_adapter("generator"):
             batch = rows.batch()
             gan.players.head(gan.players.hidden(batch, batch.predicting_R)).sum().backward()
         its = phases.work(arm)["generator update"]

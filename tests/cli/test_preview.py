@@ -202,7 +202,7 @@ def test_evaluations_are_those_that_fit_makes(settings, first, steps, expected, 
     gan, judged = small_gan(output_dir=str(tmp_path), **settings), []
     whole = {"metrics": {}, "samples": [], "distinct_2": 0.0, "logged": {}}
     monkeypatch.setattr("lora_gan.run.evaluation.evaluate", lambda *_, **__: judged.append(1) or whole)
-    monkeypatch.setattr("lora_gan.run.callbacks.Run.evaluated", lambda *_: None)
+    monkeypatch.setattr("lora_gan.run.callbacks.FitObserver.evaluated", lambda *_: None)
     gan.global_step = first
     gan.fit(ROWS, steps=steps, eval_dataset=ROWS[:1], progress=False)
     assert len(judged) == expected
@@ -393,7 +393,7 @@ def test_a_graph_of_any_size_is_known_from_four_small_ones(architecture, packs, 
     graph = footprint.graph_of(gan.players, player)
     prompts, responses = [[1] * 9, [2] * 9], [[3] * 17] * 6
     batch = gan.players.batch(prompts, responses, np.repeat([0, 1], 3))
-    with footprint._counting(gan.players) as kept, gan.players.playing(player):
+    with footprint._counting(gan.players) as kept, gan.players.use_adapter(player):
         hidden = gan.players.hidden(batch, batch.predicting_R)
         hidden.sum().backward()
     expected = graph.bytes(2, 6, Lengths.at_most(9, 17), packs=packs)

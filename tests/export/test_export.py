@@ -80,7 +80,7 @@ def exported(request, tmp_path_factory):
 def generator_logits(gan, prompts):
     """The generator's logits at every token of each prompt, as the library computes them."""
     encoded = gan._encode(prompts)
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         logits = prompt_logits(gan, encoded)
     return [logits[row, -len(ids) :] for row, ids in enumerate(encoded)]
 

@@ -49,7 +49,7 @@ def test_generator_opens_as_causal_lm(trained):
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     untrained = AutoModelForCausalLM.from_pretrained(gan.players.base.path).eval()
     prompts = gan._encode(PROMPTS)
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         ours = prompt_logits(gan, prompts)
     for row, ids in enumerate(prompts):
         with torch.no_grad():

@@ -262,7 +262,7 @@ def test_stock_peft_opens_the_generator(trained):
     gan, folder, name = trained
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts = gan._encode(MANY)
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         ours = prompt_logits(gan, prompts)
     untrained = logits_alone(AutoModelForCausalLM.from_pretrained(folder_of(name)).eval(), prompts)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_stock_peft_opens_the_generator(trained):
         limit = 1e-5 * (float(theirs.abs().max()) if name in HYBRIDS else 1)
         assert (ours[row, -len(ids) :] - theirs).abs().max() < limit
         assert (ours[row, -len(ids) :] - batched[row, : len(ids)]).abs().max() < limit
-        with torch.no_grad(), gan.players.playing("generator"):
+        with torch.no_grad(), gan.players.use_adapter("generator"):
             alone = logits(gan, torch.tensor([ids]))
         assert (alone[0] - theirs).abs().max() < 1e-5
         assert (theirs - untrained[row]).abs().max() > 1e-2, "training moved nothing: this would show nothing"
@@ -317,7 +317,7 @@ def test_sampling_equals_an_uncached_unbatched_decode(trained):
 def test_straight_through_reads_the_embeddings_that_the_ids_have(trained):
     gan, _, name = trained
     rows = draw(gan, MANY, 2)
-    with torch.no_grad(), gan.players.playing("discriminator"):
+    with torch.no_grad(), gan.players.use_adapter("discriminator"):
         batch = rows.batch()
         by_ids = gan.players.predict(batch)
         by_embeds = gan.players.predict(batch, gan.players.embed(batch.ids))
@@ -348,7 +348,7 @@ def test_without_a_pad_token_of_its_own_and_with_the_head_tied_the_other_way(nam
     folder = gan.save_checkpoint(ckpt_dir=tmp_path)
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     prompts = gan._encode(MANY)
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         ours = prompt_logits(gan, prompts)
     for row, theirs in enumerate(logits_alone(stock, prompts)):
         assert (ours[row, -len(theirs) :] - theirs).abs().max() < 1e-5

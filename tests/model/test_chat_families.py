@@ -354,7 +354,7 @@ def test_stock_logits_of_chat_prompts_are_the_librarys(exported, part, client):
         row = torch.tensor([ids])
         with torch.no_grad():
             theirs, untrained = model(input_ids=row).logits, base(input_ids=row).logits
-            with gan.players.playing("generator"):
+            with gan.players.use_adapter("generator"):
                 ours = logits(gan, row)
         assert (theirs - ours).abs().max() < 1e-5 * max(1, ours.abs().max())
         assert (theirs - untrained).abs().max() > 1e-2, "training moved nothing: the comparison would show nothing"

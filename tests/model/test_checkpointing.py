@@ -58,11 +58,11 @@ def test_a_graph_defer_backward_is_computed_again_by_whom_it_was_of(packs):
         its.step(PROMPTS[:2], TARGETS[:2])  # adapters that say something
         players = its.players
         batch, other = players.batch([[5, 6]], [[7, 8]], np.array([0])), players.batch([[9]], [[3]], np.array([0]))
-        with players.playing("discriminator"):
-            features_BH = players.defer_backward(players.features(batch))
-        with players.playing("generator"):
+        with players.use_adapter("discriminator"):
+            features_BH = players.defer_backward(players.pooled_hidden(batch))
+        with players.use_adapter("generator"):
             with torch.no_grad():
-                players.features(other)
+                players.pooled_hidden(other)
             attention = players.lm.config._attn_implementation
             features_BH.square().sum().backward(retain_graph=True)
             features_BH.sum().backward()
@@ -86,7 +86,7 @@ def test_a_layer_keeps_what_it_was_given_and_nothing_else():
                 sizes[tensor.data_ptr()] = tensor.numel()
             return tensor
 
-        with players.playing("generator"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with players.use_adapter("generator"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             players.hidden(batch, batch.predicting_R).sum().backward()
         kept[on] = sum(sizes.values())
     assert kept[True] < kept[False] / 5

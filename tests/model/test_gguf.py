@@ -104,7 +104,7 @@ def test_it_trains_resumes_and_stock_peft_opens_the_players(architecture, tmp_pa
     writer = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     for ids, theirs in zip(prompts, logits_alone(writer, prompts), strict=True):
         row = torch.tensor([ids])
-        with torch.no_grad(), gan.players.playing("generator"):
+        with torch.no_grad(), gan.players.use_adapter("generator"):
             ours = logits(gan, row)[0]
         assert (ours - theirs).abs().max() < 1e-5
     assert same_logits(writer, written) > 1e-3, "training moved nothing: this would show nothing"

@@ -180,7 +180,7 @@ def test_the_caches_memory_is_what_transformers_cache_holds(name):
 def test_what_a_recurrent_layer_keeps_for_its_backward_is_counted(name):
     gan = quiet(name)
     batch = gan.players.batch([[1] * 60, [2] * 60], [[3] * 70] * 6, np.repeat([0, 1], 3))
-    with footprint._counting(gan.players) as kept, gan.players.playing("generator"):
+    with footprint._counting(gan.players) as kept, gan.players.use_adapter("generator"):
         gan.players.hidden(batch, batch.predicting_R).sum().backward()
     graph = footprint.graph_of(gan.players, "generator")
     assert graph.bytes(2, 6, footprint.Lengths.at_most(60, 70), packs=False) == pytest.approx(
@@ -264,7 +264,7 @@ def test_a_composite_says_what_its_text_model_says():
     gan = quiet("qwen3_5-composite")
     assert not any("visual" in name for name, _ in gan.players.peft.named_parameters())
     rows = [[5, 9, 7, 12], [11, 6]]
-    with gan.players.playing("reference"):
+    with gan.players.use_adapter("reference"):
         for ours, theirs in zip(logits_alone(gan.players.lm, rows), logits_alone(whole, rows), strict=True):
             assert torch.equal(ours, theirs) and theirs.std() > 0.1
 
@@ -306,7 +306,7 @@ def test_what_is_exported_says_in_stock_clients_what_the_players_say(name, tmp_p
     judged = name not in HYBRIDS_WITHOUT_CLASSIFIER
     folder = gan.export(tmp_path / "export", parts=parts if judged else parts[:2])
     rows = [ids[:6] for ids in gan._encode(MANY)]
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         ours = [logits(gan, torch.tensor([row]))[0] for row in rows]
     adapter = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     merged = AutoModelForCausalLM.from_pretrained(folder / "generator-merged").eval()

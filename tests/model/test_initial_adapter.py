@@ -91,7 +91,7 @@ def gan_of(adapter, base=None, **settings):
 
 
 def logits_of(gan, player, rows):
-    with torch.no_grad(), gan.players.playing(player):
+    with torch.no_grad(), gan.players.use_adapter(player):
         return [logits(gan, torch.tensor([row]))[0] for row in rows]
 
 
@@ -188,7 +188,7 @@ def test_lower_layers_are_shared_with_the_base_and_not_with_the_adapter(plain):
     batch = sampled.batch(slice(0, len(sampled)))
     seen = {}
     for player in ("discriminator", "base", "reference", "generator"):
-        with torch.no_grad(), gan.players.playing(player):
+        with torch.no_grad(), gan.players.use_adapter(player):
             seen[player] = gan.players.hidden(batch, batch.predicting_R)
     assert "layers" in batch.frozen_outputs
     torch.testing.assert_close(seen["reference"], seen["generator"])

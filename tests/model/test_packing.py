@@ -41,9 +41,9 @@ def test_each_row_is_read_as_stock_transformers_reads_it_alone(architecture, pad
     batch = gan.players.batch(prompts, responses, prompt_of, packs=packs)
     stock = AutoModelForCausalLM.from_pretrained(base_folder(architecture, pad)).eval()
     body = getattr(stock, stock.base_model_prefix)
-    with torch.no_grad(), gan.players.playing("reference"):
+    with torch.no_grad(), gan.players.use_adapter("reference"):
         logits = gan.players.head(gan.players.hidden(batch, batch.predicting_R))
-        features = gan.players.features(batch)
+        features = gan.players.pooled_hidden(batch)
     taken = 0
     for row, (response, j) in enumerate(zip(responses, prompt_of, strict=True)):
         ids = torch.tensor([prompts[j] + response])
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_padded_rows(architecture, layout):
         batch = gan.players.batch(*LAYOUTS[layout], packs=packs)
         embeds_BLH = gan.players.embed(batch.ids).detach().requires_grad_(True)
         places_R = torch.cat([batch.predicting_R, batch.pooled_B])
-        with gan.players.playing("generator"):
+        with gan.players.use_adapter("generator"):
             hidden_RH = gan.players.hidden(batch, places_R, embeds_BLH)
             weight_RH = torch.randn(hidden_RH.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             (hidden_RH * weight_RH).sum().backward()
@@ -161,8 +161,8 @@ def test_the_reference_of_an_adapted_head_has_no_adapter():
         gan.step(PROMPTS[:2], TARGETS[:2])
     hidden = torch.randn(4, 32)
     with torch.no_grad():
-        with gan.players.playing("reference"):
+        with gan.players.use_adapter("reference"):
             expected = gan.players.head(hidden)
-        with gan.players.playing("generator"):
+        with gan.players.use_adapter("generator"):
             assert torch.equal(gan.players.head(hidden, reference=True), expected)
             assert not torch.allclose(gan.players.head(hidden), expected, atol=1e-3)

@@ -88,7 +88,7 @@ def test_the_base_and_the_reference_stay_as_they_were(trained):
     alone = AutoModelForCausalLM.from_pretrained(gan.players.base.path).eval()
     assert differences(dict(alone.state_dict()), base_weights(gan)) == []
     ids = torch.tensor([gan._encode([PROMPTS[1]])[0]])
-    with torch.no_grad(), gan.players.playing("reference"):
+    with torch.no_grad(), gan.players.use_adapter("reference"):
         ours, theirs = logits(gan, ids), alone(ids).logits
     # GPT-2's activation is the same formula in one pass: equal to rounding.
     torch.testing.assert_close(
@@ -99,7 +99,7 @@ def test_the_base_and_the_reference_stay_as_they_were(trained):
 def test_stock_clients_open_both(trained):
     gan, folder, _ = trained
     prompts = gan._encode(PROMPTS)
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         ours = prompt_logits(gan, prompts)
     stock = AutoPeftModelForCausalLM.from_pretrained(folder / "generator").eval()
     for row, theirs in enumerate(logits_alone(stock, prompts)):
@@ -127,7 +127,7 @@ def test_before_training_both_players_are_the_reference():
         gan = gan_of("gpt2", gen=config, disc=config)
         outputs = []
         for player in ("reference", "generator", "discriminator"):
-            with torch.no_grad(), gan.players.playing(player):
+            with torch.no_grad(), gan.players.use_adapter(player):
                 outputs.append(logits(gan, ids))
         assert all(torch.allclose(outputs[0], other, atol=1e-5) for other in outputs)
 
@@ -213,7 +213,7 @@ def test_an_adapter_on_the_head_is_the_generators_own_affair(tmp_path):
         gan.step(PROMPTS[:2], TARGETS[:2])
     stock = AutoPeftModelForCausalLM.from_pretrained(gan.save_checkpoint(ckpt_dir=tmp_path) / "generator").eval()
     ids = torch.tensor([gan._encode([PROMPTS[3]])[0]])
-    with torch.no_grad(), gan.players.playing("generator"):
+    with torch.no_grad(), gan.players.use_adapter("generator"):
         ours = logits(gan, ids)
         assert (ours - stock(ids).logits).abs().max() < 1e-5
 

@@ -84,9 +84,9 @@ def test_the_reference_is_the_base_loaded_alone(architecture):
     ids = torch.tensor([gan._encode([PROMPTS[1]])[0]])
     with torch.no_grad():
         alone = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=ids).logits
-        with gan.players.playing("reference"):
+        with gan.players.use_adapter("reference"):
             reference = logits(gan, ids)
-        with gan.players.playing("generator"):
+        with gan.players.use_adapter("generator"):
             generator = logits(gan, ids)
     if architecture == "gpt2":  # its activation is the same formula in one pass
         torch.testing.assert_close(reference, alone, atol=1e-5, rtol=1e-5)
@@ -100,7 +100,7 @@ def test_before_training_both_players_are_the_reference():
     ids = torch.tensor([[5, 6, 7]])
     outputs = []
     for player in ("reference", *BOTH):
-        with torch.no_grad(), gan.players.playing(player):
+        with torch.no_grad(), gan.players.use_adapter(player):
             outputs.append(logits(gan, ids))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     assert gan.score(PROMPTS[0], "text") == [0.0], "heads that know nothing yet"
@@ -120,9 +120,9 @@ def test_switching_never_touches_requires_grad():
     assert all(wanted == bool(re.search(r"\.(generator|discriminator)\.", name)) for name, wanted in first.items())
     assert any(first.values()) and gan.players.heads_MH.requires_grad
     for player in ("generator", "discriminator", "reference", "generator"):
-        with gan.players.playing(player):
+        with gan.players.use_adapter(player):
             assert state() == first
-            with gan.players.playing("reference"):
+            with gan.players.use_adapter("reference"):
                 assert state() == first
         assert state() == first
     gan.step(PROMPTS[:2], TARGETS[:2])
@@ -133,7 +133,7 @@ def test_switching_never_touches_requires_grad():
 def test_a_players_loss_reaches_that_player_alone(player):
     gan = small_gan()
     gan.step(PROMPTS[:2], TARGETS[:2])
-    with gan.players.playing(player):
+    with gan.players.use_adapter(player):
         batch(gan, player).square().sum().backward()
     other = {"generator": "discriminator", "discriminator": "generator"}[player]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in gan.players.parameters(player))
@@ -161,16 +161,16 @@ def test_the_generators_update_leaves_the_discriminator_bitwise(through):
 def test_switching_between_forward_and_backward_raises():
     gan = small_gan()
     with pytest.raises(RuntimeError, match="generator → discriminator.*backward"):  # on the way in
-        with gan.players.playing("generator"):
+        with gan.players.use_adapter("generator"):
             loss = batch(gan).sum()
-            with gan.players.playing("discriminator"):
+            with gan.players.use_adapter("discriminator"):
                 pytest.fail("entered")
     assert gan.players.active == "base"
     with pytest.raises(RuntimeError, match="discriminator → base.*backward"):  # on the way out
-        with gan.players.playing("discriminator"):
+        with gan.players.use_adapter("discriminator"):
             loss = batch(gan, "discriminator").sum()
     del loss
-    with gan.players.playing("generator"):
+    with gan.players.use_adapter("generator"):
         batch(gan).sum().backward()
 
 
@@ -178,27 +178,27 @@ def test_a_loss_that_is_held_past_the_end_of_its_block_raises_at_the_exit():
     """The output itself may be gone: what counts is the graph behind the loss."""
     gan = small_gan()
     with pytest.raises(RuntimeError, match="generator → base"):
-        with gan.players.playing("generator"):
+        with gan.players.use_adapter("generator"):
             loss = batch(gan).exp().sum() * 2
     assert loss.requires_grad
 
 
 def test_no_graph_no_complaint():
     gan = small_gan()
-    with gan.players.playing("generator"):
+    with gan.players.use_adapter("generator"):
         with torch.no_grad():
             kept = batch(gan)
-        with gan.players.playing("discriminator"), torch.no_grad():
+        with gan.players.use_adapter("discriminator"), torch.no_grad():
             also_kept = batch(gan, "discriminator")
     assert not kept.requires_grad and not also_kept.requires_grad
 
 
 def test_a_graph_that_was_dropped_raises_nothing_later():
     gan = small_gan()
-    with gan.players.playing("generator"):
+    with gan.players.use_adapter("generator"):
         loss = batch(gan).sum()
         del loss
-        with gan.players.playing("reference"):
+        with gan.players.use_adapter("reference"):
             pass
     gan.step(PROMPTS[0])
 
@@ -206,12 +206,12 @@ def test_a_graph_that_was_dropped_raises_nothing_later():
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_after_an_exception_the_former_player_is_back(error):
     gan = small_gan()
-    with torch.no_grad(), gan.players.playing("discriminator"):
+    with torch.no_grad(), gan.players.use_adapter("discriminator"):
         ids = torch.tensor([[5, 6, 7]])
         before = logits(gan, ids)
-    with gan.players.playing("discriminator"):
+    with gan.players.use_adapter("discriminator"):
         with pytest.raises(error, match="within"):
-            with gan.players.playing("generator"):
+            with gan.players.use_adapter("generator"):
                 loss = batch(gan).sum()
                 raise error("within")
         assert gan.players.active == "discriminator"

@@ -149,7 +149,7 @@ def test_rows_that_ended_leave_without_a_trace():
     encoded = gan._encode(prompts, length)
     uniforms = sampling.keyed_uniforms(encoded, 8, length, seed=0, step=5, purpose="sample")
     for row, response in enumerate(sampled.responses):
-        with gan.players.playing("generator"):
+        with gan.players.use_adapter("generator"):
             alone = sampling.sample(
                 gan.players, [encoded[row // 8]], uniforms[row : row + 1], decode=gan.players.encoder.decode
             )

@@ -39,7 +39,7 @@ def test_layers_come_back_after_an_error(monkeypatch):
     before = list(gan.players.body.h)
     batch = gan.players.batch([[5, 6]], [[7]], np.array([0]))
     monkeypatch.setattr(gan.players.body.ln_f, "forward", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), gan.players.playing("discriminator"):
+    with pytest.raises(ZeroDivisionError), gan.players.use_adapter("discriminator"):
         gan.players.hidden(batch, batch.pooled_B)
     assert list(gan.players.body.h) == before
 

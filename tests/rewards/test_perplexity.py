@@ -48,7 +48,7 @@ def test_it_reads_the_untouched_base_and_leaves_the_players_alone():
         for parameter in [*gan.players.parameters("generator"), *gan.players.parameters("discriminator")]:
             parameter.add_(0.1)
     assert perplexity(PROMPTS, RESPONSES) == before
-    with gan.players.playing("generator"):
+    with gan.players.use_adapter("generator"):
         assert perplexity(PROMPTS, RESPONSES) == before
         assert gan.players.active == "generator"
     assert gan.generate(PROMPTS, temperature=0) != generated

@@ -175,8 +175,8 @@ def test_the_true_reward_teaches_beside_a_broken_discriminator():
 
 def test_heads_that_are_not_finite_are_not_put_in_place(monkeypatch):
     gan, oracle = small_gan(), small_gan()
-    features, broken = gan.players.features, [True]
-    monkeypatch.setattr(gan.players, "features", lambda *a: features(*a) * (math.nan if broken[0] else 1.0))
+    features, broken = gan.players.pooled_hidden, [True]
+    monkeypatch.setattr(gan.players, "pooled_hidden", lambda *a: features(*a) * (math.nan if broken[0] else 1.0))
     assert gan.step(PROMPTS[:2], train_gen=False)["disc_skipped"] == 2
     assert not gan.players.heads_MH.any()
     broken[0] = False

@@ -45,8 +45,8 @@ def test_heads_begin_with_the_ridge_solution():
     gan.discriminator._update_reward_unit(groups)
     gan.discriminator._init_heads(groups)
     batch, (true_B, *_) = gan.discriminator._batch(groups), gan.discriminator._labels(groups)
-    with torch.no_grad(), gan.players.playing("discriminator"):
-        features = gan.players.features(batch).double().numpy()
+    with torch.no_grad(), gan.players.use_adapter("discriminator"):
+        features = gan.players.pooled_hidden(batch).double().numpy()
     target = true_B.double().numpy() / gan.players.reward_unit
     penalty = 0.1 * np.mean(np.sum(features**2, axis=1))
     primal = np.linalg.solve(features.T @ features + penalty * np.eye(features.shape[1]), features.T @ target)

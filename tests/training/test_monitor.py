@@ -25,7 +25,7 @@ def test_scoring_puts_the_raw_weights_back_even_after_an_error():
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     before = player_state(gan, "discriminator")
-    with pytest.raises(KeyError), gan.discriminator.scoring():
+    with pytest.raises(KeyError), gan.discriminator.ema_scope():
         raise KeyError
     assert differences(before, player_state(gan, "discriminator")) == []
 
@@ -39,10 +39,10 @@ def test_the_average_is_what_is_said():
     mean = seen[0]
     for weights in seen[1:]:
         mean = [0.75 * m + 0.25 * w for m, w in zip(mean, weights, strict=True)]
-    for ours, oracle in zip(gan.discriminator.average, mean, strict=True):
+    for ours, oracle in zip(gan.discriminator.ema_weights, mean, strict=True):
         torch.testing.assert_close(ours, oracle)
-    with gan.discriminator.scoring():
-        assert torch.equal(gan.players.parameters("discriminator")[-1], gan.discriminator.average[-1])
+    with gan.discriminator.ema_scope():
+        assert torch.equal(gan.players.parameters("discriminator")[-1], gan.discriminator.ema_weights[-1])
 
 
 # --- gate and lower bound ---------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def graph_of(players: Players, player: Player) -> Graph:
         for prompt, response in LONG_PROBES if _state_bytes(players) else PROBES:
             prompts, responses = [_text(players, prompt)], [_text(players, response)] * 2
             batch = players.batch(prompts, responses, np.zeros(2, dtype=int))
-            with _counting(players) as kept, players.playing(player):
+            with _counting(players) as kept, players.use_adapter(player):
                 hidden = players.hidden(batch, batch.predicting_R)
                 measured.append(float(sum(kept.values())))
                 hidden.detach_()
@@ -328,6 +328,6 @@ def _state_bytes(players: Players) -> int:
     if not any(map(has_state, cache.layers)):
         return 0
     one = torch.ones(1, 1, dtype=torch.long, device=players.device)
-    with players.playing("base"):
+    with players.use_adapter("base"):
         players.lm(input_ids=one, attention_mask=one, use_cache=True, **players.cached(cache), **players.positions(one))
     return sum(state.nbytes for layer in cache.layers for state in state_tensors(layer))

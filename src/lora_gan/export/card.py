@@ -23,12 +23,12 @@ from ..model.pretrained import hub_id
 from ..run import evaluation
 from ..settings import Mark, marked
 from ..version import __version__
-from .facts import Run
+from .facts import RunFacts
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 
 
-def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
+def card(run: RunFacts, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
     """README.md of one part, from `model_card.md.jinja`.
 
     Args:
@@ -58,7 +58,7 @@ def card(run: Run, part: str, *, name: str, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
-def _metadata(run: Run, part: str) -> ModelCardData:
+def _metadata(run: RunFacts, part: str) -> ModelCardData:
     adapter, generator = not part.endswith("-merged"), part.startswith("generator")
     tags = ["lora-gan", *(["lora"] if adapter else []), *([] if generator else ["reward-model"])]
     task = "text-generation" if generator else "text-classification"
@@ -75,7 +75,7 @@ def _metadata(run: Run, part: str) -> ModelCardData:
     )
 
 
-def _results(run: Run, task: str) -> list[EvalResult]:
+def _results(run: RunFacts, task: str) -> list[EvalResult]:
     """Means of the evaluation of the generator. Evaluations by other names may be of other models."""
     judged = run.evaluation.get("generator", {"metrics": {}})
     return [
@@ -91,7 +91,7 @@ def _results(run: Run, task: str) -> list[EvalResult]:
     ]
 
 
-def _code(run: Run, part: str, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _code(run: RunFacts, part: str, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the code in the card depends on: its client, how a prompt is tokenized, which tokens end and pad texts."""
     base, adapter, generator = run.base, not part.endswith("-merged"), part.startswith("generator")
     template_options = run.config.chat_template_kwargs or {}

@@ -42,7 +42,7 @@ from ..model.base import Base
 from ..model.endings import ids_of
 from ..model.players import Players
 from ..model.pretrained import hub_id, without_progress_bars
-from ..state import State
+from ..state import RunState
 from ..storage import durable
 from ..storage.checkpoint import readable
 from ..version import __version__
@@ -56,7 +56,7 @@ PAD_TOKEN = "<|pad|>"
 
 
 def export(
-    state: State,
+    state: RunState,
     folder: str | os.PathLike[str],
     *,
     parts: tuple[str, ...] | list[str] = PARTS,
@@ -98,8 +98,8 @@ def export(
     if any(part.endswith("-merged") for part in parts):
         _require_mergeable(state.players)
 
-    run = facts.Run.of(state, evaluation, license)
-    with durable.replacing(final) as writing, state.discriminator.scoring():
+    run = facts.RunFacts.of(state, evaluation, license)
+    with durable.replacing(final) as writing, state.discriminator.ema_scope():
         for part in parts:
             with _exporting(part):
                 tokenizer = _write(state.players, part, writing / part, dtype)

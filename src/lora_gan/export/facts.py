@@ -16,7 +16,7 @@ from ..config import Config
 from ..model.base import Base
 from ..model.encoding import Encoder
 from ..run.options import kept_options
-from ..state import State
+from ..state import RunState
 from ..storage.json_lines import read_lines
 
 # Told elsewhere in the card, or of no interest in it; so are all counts of reward calls.
@@ -25,7 +25,7 @@ COSINE = "`cosine`: similarity of sentence embeddings of response and target (al
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """What is known of how the players came to be."""
 
     base: Base
@@ -46,7 +46,7 @@ class Run:
     license: str | None  # its id on the hub
 
     @classmethod
-    def of(cls, state: State, judged: dict[str, Any] | None, license: str | None = None) -> Run:
+    def of(cls, state: RunState, judged: dict[str, Any] | None, license: str | None = None) -> RunFacts:
         logged = _logged(state)
         metrics = _last_metrics(state, logged)
         options = kept_options(Path(state.config.output_dir)) if metrics else {}
@@ -73,14 +73,14 @@ class Run:
         )
 
 
-def _logged(state: State) -> list[dict[str, Any]]:
+def _logged(state: RunState) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl up to these weights; it may be another run's."""
     file = Path(state.config.output_dir) / "metrics.jsonl"
     lines = read_lines(file) if file.is_file() else ()
     return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= state.global_step]
 
 
-def _last_metrics(state: State, logged: list[dict[str, Any]]) -> dict[str, float]:
+def _last_metrics(state: RunState, logged: list[dict[str, Any]]) -> dict[str, float]:
     """The numbers logged last before these weights, empty where there are none, or those of another run."""
     first = state.global_step - state.config.logging_steps + 1
     lines = [line for line in logged if line["step"] >= first and "reward_calls" in line]
@@ -93,7 +93,7 @@ def _last_metrics(state: State, logged: list[dict[str, Any]]) -> dict[str, float
     return {name: n for name, n in numbers.items() if name not in COUNTS and not name.startswith("reward_calls")}
 
 
-def _evaluations(state: State, logged: list[dict[str, Any]], of_this_run: bool) -> list[dict[str, float]]:
+def _evaluations(state: RunState, logged: list[dict[str, Any]], of_this_run: bool) -> list[dict[str, float]]:
     """The first and the last evaluation that fit() logged up to these weights, by metric; none of another run.
 
     Args:
@@ -111,7 +111,7 @@ def _evaluations(state: State, logged: list[dict[str, Any]], of_this_run: bool) 
     return found[:1] + found[1:][-1:]
 
 
-def _reward(state: State, options: dict[str, Any], metrics: dict[str, float]) -> str | None:
+def _reward(state: RunState, options: dict[str, Any], metrics: dict[str, float]) -> str | None:
     """The reward the run was given, else the one it logged, else one that is set here.
 
     The default is no sign of anything: a run that was opened from a checkpoint has it, whatever it was trained on.

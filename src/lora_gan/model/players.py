@@ -139,7 +139,7 @@ class Players:
     # --- switching
 
     @contextmanager
-    def playing(self, player: Player) -> Iterator[None]:
+    def use_adapter(self, player: Player) -> Iterator[None]:
         """Forwards inside the block run as this player; the one before comes back at its end, on exceptions too."""
         if player not in get_args(Player):
             raise ValueError(f"player={player!r} is not accepted: it must be one of {', '.join(get_args(Player))}")
@@ -262,7 +262,7 @@ class Players:
             batch = self.batch(*trial, packs=packs)
             return self._states(batch).flatten(0, 1)[batch.response_R]
 
-        with self.playing("base"):
+        with self.use_adapter("base"):
             return _agree(lambda: states(packs=True), lambda: states(packs=False))
 
     def hidden(self, batch: Batch, places_R: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
@@ -369,7 +369,7 @@ class Players:
         """Tokens whose logits are held at one time: all of a response's would be most of the memory of an update."""
         return max(16, LOGITS_AT_ONCE // self.vocabulary)
 
-    def features(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
+    def pooled_hidden(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
         """The active player's last hidden state at the pooled token, [B, H], float32."""
         return self.hidden(batch, batch.pooled_B, embeds_BLH).float()
 
@@ -380,7 +380,7 @@ class Players:
 
     def predict(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
         """Every head's predicted reward, in the reward's own units, [M, B]."""
-        return self.score_MH @ self.features(batch, embeds_BLH).T
+        return self.score_MH @ self.pooled_hidden(batch, embeds_BLH).T
 
 
 @torch.no_grad()

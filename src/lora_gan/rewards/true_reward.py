@@ -36,7 +36,7 @@ Funcs = list[Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Answered:
+class QueryResult:
     """What the true reward said of a step's B responses.
 
     Attributes:
@@ -128,7 +128,7 @@ class TrueReward:
 
     # --- asking
 
-    def of_step(
+    def query_step(
         self,
         rows: list[Row],
         responses: list[str],
@@ -138,7 +138,7 @@ class TrueReward:
         notes: Notes,
         *,
         step: int,
-    ) -> Answered:
+    ) -> QueryResult:
         """Ask about some responses of a training step.
 
         Args:
@@ -182,7 +182,7 @@ class TrueReward:
                 "nothing then: does the function return its value?",
                 stacklevel=2,
             )
-        return Answered(spread(total), {name: spread(part) for name, part in parts.items()}, failed_B)
+        return QueryResult(spread(total), {name: spread(part) for name, part in parts.items()}, failed_B)
 
     def ask(
         self,
@@ -269,7 +269,7 @@ class TrueReward:
             self._causes_told.append(words)
             warnings.warn(words, stacklevel=2)
 
-    def causes_told(self) -> list[str]:
+    def drain_causes(self) -> list[str]:
         """Warnings of failed calls since this was called last."""
         told, self._causes_told = self._causes_told, []
         return told

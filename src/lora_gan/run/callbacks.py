@@ -32,7 +32,7 @@ from .. import data
 from ..config import Config
 from ..data import Row
 from ..rewards.answers import Answers
-from ..state import State
+from ..state import RunState
 from ..storage import checkpoint, durable
 from ..storage.json_lines import JsonLines
 from . import tracking
@@ -87,7 +87,7 @@ class Arguments:
         return json.dumps(self.to_dict(), indent=2)
 
 
-class Run:
+class FitObserver:
     """One call of fit(), for those who watch it; a context manager.
 
     fit() says what happened (begin_step, end_step, evaluated, saved), `control` says what to do next: should_evaluate,
@@ -104,7 +104,7 @@ class Run:
 
     def __init__(
         self,
-        carried: State,
+        carried: RunState,
         callbacks: Sequence[Callback],
         rows: Any,
         steps: int,
@@ -148,7 +148,7 @@ class Run:
         self._stack = ExitStack()
         self._began = time.perf_counter()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> FitObserver:
         config, folder = self.carried.config, Path(self.carried.config.output_dir)
         tracking.trackers_of(config.report_to)  # before anything is written
         folder.mkdir(parents=True, exist_ok=True)

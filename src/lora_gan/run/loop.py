@@ -10,12 +10,12 @@ from typing import Any
 from .. import data
 from ..data import Row
 from ..rewards import RewardUnavailable
-from ..state import State
+from ..state import RunState
 from ..storage import lock
-from .callbacks import Callback, Run
+from .callbacks import Callback, FitObserver
 from .ending import Ending
 from .interrupts import Interrupted, Interrupts
-from .recovery import WayBack
+from .recovery import Rollback
 from .saving import Saver
 
 #: Records that fit() returns at the most: they hold every response, and a long run's memory must not grow with it.
@@ -24,7 +24,7 @@ RECORDS = 500
 Record = dict[str, Any]
 
 
-class Loop:
+class FitLoop:
     """One call of fit().
 
     Args:
@@ -42,7 +42,7 @@ class Loop:
 
     def __init__(
         self,
-        state: State,
+        state: RunState,
         rows: list[Row] | data.Stream,
         held_out: list[Row] | None,
         steps: int,
@@ -62,9 +62,9 @@ class Loop:
         self._records: deque[Record] = deque(maxlen=RECORDS)
         self.budget.reserved = 0 if held_out is None or self.config.reward_budget_total is None else len(held_out)
         self._folder = Path(self.config.output_dir)
-        self._run = Run(state, callbacks, rows, steps, evaluates=held_out is not None, progress=progress)
-        self._saver = Saver(state, self._folder, self._run.saved, beside=not callbacks)
-        self._way_back = WayBack(state, state.global_step, self._run.saved_steps)
+        self._run = FitObserver(state, callbacks, rows, steps, evaluates=held_out is not None, progress=progress)
+        self._saver = Saver(state, self._folder, self._run.saved, asynchronous=not callbacks)
+        self._rollback = Rollback(state, state.global_step, self._run.saved_steps)
 
     @property
     def ending(self) -> Ending | None:
@@ -107,8 +107,8 @@ class Loop:
             if run.control.should_evaluate:
                 self._judge()
                 run.stops(self._reason_to_stop(record))  # the evaluation may have spent the budget
-            due = run.control.should_save  # read first: look() may fire on_save, which clears it
-            if self._saver.look() or due:
+            due = run.control.should_save  # read first: poll() may fire on_save, which clears it
+            if self._saver.poll() or due:
                 self._saver.save(keep=run.best_steps)
             if run.control.should_training_stop:
                 break
@@ -124,8 +124,8 @@ class Loop:
         except FloatingPointError as failure:
             if self.config.on_nonfinite == "stop":
                 raise
-            self._saver.settle()
-            self._way_back.go_back(failure, coming)
+            self._saver.wait()
+            self._rollback.go_back(failure, coming)
             self._run.went_back()
             while self._records and self._records[-1]["step"] > self.state.global_step:
                 self._records.pop()

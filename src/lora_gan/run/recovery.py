@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..state import State
+from ..state import RunState
 from ..storage import checkpoint
 from . import snapshot
 
 
-def require_progress(state: State, gen: dict[str, Any], disc: dict[str, Any]) -> None:
+def require_progress(state: RunState, gen: dict[str, Any], disc: dict[str, Any]) -> None:
     """After a step with these results: raise where a player's last `max_skipped_updates` updates were all skipped."""
     for player, skipped, optimizer in (
         ("generator", gen.get("gen_skipped"), state.generator.optimizer),
@@ -32,7 +32,7 @@ def require_progress(state: State, gen: dict[str, Any], disc: dict[str, Any]) ->
             )
 
 
-class WayBack:
+class Rollback:
     """One call of fit()'s way back.
 
     Args:
@@ -41,7 +41,7 @@ class WayBack:
         saved: steps of the checkpoints that the run has written, as they come.
     """
 
-    def __init__(self, state: State, first: int, saved: Collection[int]) -> None:
+    def __init__(self, state: RunState, first: int, saved: Collection[int]) -> None:
         self.state, self.first, self.saved = state, first, saved
         self._failed: dict[int, int] = {}  # the step that failed last, by the step gone back to
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
 
-from ..state import State
+from ..state import RunState
 from ..storage import checkpoint
 from . import snapshot
 
@@ -23,24 +23,24 @@ class Saver:
         state: of the run.
         folder: where step-N/ go.
         saved: called, in the thread that trains, with each checkpoint that stands.
-        beside: whether they are written by a thread of their own.
+        asynchronous: whether they are written by a thread of their own.
     """
 
-    def __init__(self, state: State, folder: Path, saved: Callable[[Path], None], *, beside: bool) -> None:
-        self.state, self.folder, self.saved, self.beside = state, folder, saved, beside
+    def __init__(self, state: RunState, folder: Path, saved: Callable[[Path], None], *, asynchronous: bool) -> None:
+        self.state, self.folder, self.saved, self.asynchronous = state, folder, saved, asynchronous
         self.last: Path | None = None  # the newest that stands
         self._writing: Future[Path] | None = None
         self._retry_at: int | None = None  # the step at which to try again after a failure
         self._wait = 1  # steps between tries, doubled each time
 
     def save(self, keep: Collection[int] = ()) -> None:
-        """Take a checkpoint of now. A failure to write it is told, and `look` says when to try again."""
+        """Take a checkpoint of now. A failure to write it is told, and `poll` says when to try again."""
         self._begin(keep)
-        if not self.beside:
-            self.settle()
+        if not self.asynchronous:
+            self.wait()
 
     def _begin(self, keep: Collection[int]) -> None:
-        self.settle()
+        self.wait()
         content, step = snapshot.take(self.state), self.state.global_step
         limit = self.state.config.save_total_limit
         if self.state.generator.optimizer.skipped or self.state.discriminator.optimizer.skipped:
@@ -57,10 +57,10 @@ class Saver:
         # No executor: Python waits for an executor's threads when it ends, and a second signal must end it at once.
         threading.Thread(target=write, name="lora-gan checkpoint", daemon=True).start()
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Between steps: tell of what was written meanwhile; whether a checkpoint that failed is due again."""
         if self._writing is not None and self._writing.done():
-            self.settle()
+            self.wait()
         return self._retry_at is not None and self.state.global_step >= self._retry_at
 
     def finish(self, keep: Collection[int] = ()) -> Path:
@@ -69,14 +69,14 @@ class Saver:
         Raises:
             OSError: it could not be written.
         """
-        self.settle()
+        self.wait()
         if self.last is None or self.last.name != f"step-{self.state.global_step}":
             self._begin(keep)
-            self.settle(raising=True)
+            self.wait(raising=True)
         assert self.last is not None
         return self.last
 
-    def settle(self, *, raising: bool = False) -> None:
+    def wait(self, *, raising: bool = False) -> None:
         """Wait for what is being written, and tell of it."""
         if self._writing is None:
             return

@@ -26,7 +26,7 @@ from ..model.adapter_files import (
     require_same_scaling,
 )
 from ..model.base import load_base
-from ..state import State
+from ..state import RunState
 from ..storage import checkpoint, state_files, untrusted
 from ..storage.checkpoint import BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference, weights_name
 from ..storage.durable import MANIFEST, Damaged, Folder
@@ -37,7 +37,7 @@ from . import saved_optimizer, trainer_state
 LONGEST_TEXT = 2**17
 
 
-def take(state: State, *, by_hand: bool = False) -> Content:
+def take(state: RunState, *, by_hand: bool = False) -> Content:
     """Copies of all that a checkpoint holds: training may go on while they are written.
 
     Args:
@@ -46,7 +46,7 @@ def take(state: State, *, by_hand: bool = False) -> Content:
     """
     content: Content = {}
     for adapter in (*PLAYERS, REFERENCE) if state.players.has_reference else PLAYERS:
-        with state.discriminator.scoring():
+        with state.discriminator.ema_scope():
             config, weights = adapter_content(state.players, adapter)
         content[f"{adapter}/adapter_config.json"] = config
         content[f"{adapter}/{weights_name(state.config.weights_format)}"] = weights
@@ -58,7 +58,7 @@ def take(state: State, *, by_hand: bool = False) -> Content:
     return copied(content)
 
 
-def restore(state: State, path: Path) -> None:
+def restore(state: RunState, path: Path) -> None:
     """Continue exactly: everything is read and checked before anything in memory changes."""
     folder, base = Folder(path, manifest=True), state.players.base
     saved = trainer_state.read(folder)
@@ -89,7 +89,7 @@ def restore(state: State, path: Path) -> None:
     _warn_of_another_machine(state, saved)
 
 
-def _warn_of_another_machine(state: State, saved: Mapping[str, Any]) -> None:
+def _warn_of_another_machine(state: RunState, saved: Mapping[str, Any]) -> None:
     now = trainer_state.machine(state.players) | trainer_state.versions()
     then = saved["machine"] | saved["versions"]
     changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
@@ -100,7 +100,7 @@ def _warn_of_another_machine(state: State, saved: Mapping[str, Any]) -> None:
         )
 
 
-def _read_generator(state: State, folder: Folder) -> Callable[[], None]:
+def _read_generator(state: RunState, folder: Folder) -> Callable[[], None]:
     """Read and check a generator's folder; the function returned puts it in place."""
     require_same_scaling(folder, state.players.peft.peft_config["generator"])
     weights = untrusted.read_weights(folder, adapter_state(state.players, "generator"))
@@ -113,7 +113,7 @@ def _read_generator(state: State, folder: Folder) -> Callable[[], None]:
     return put
 
 
-def _read_reference(state: State, folder: Folder) -> Callable[[], None]:
+def _read_reference(state: RunState, folder: Folder) -> Callable[[], None]:
     """The same for the adapter that the KL is measured to. A checkpoint without one leaves the reference as it is."""
     there = has_reference(folder)
     if not state.players.has_reference:
@@ -132,7 +132,7 @@ def _read_reference(state: State, folder: Folder) -> Callable[[], None]:
     return lambda: copy_weights(weights, adapter_state(state.players, REFERENCE))
 
 
-def _read_monitor(state: State, folder: Folder) -> dict[str, Any]:
+def _read_monitor(state: RunState, folder: Folder) -> dict[str, Any]:
     parameters, where = state.players.parameters("generator"), str(folder.path / "monitor")
     saved = state_files.read(folder, "monitor", limit=untrusted.room_for(parameters, times=4))
     untrusted.require_keys(saved, state.monitor.state_dict(), where)
@@ -149,7 +149,7 @@ def _read_monitor(state: State, folder: Folder) -> dict[str, Any]:
     return saved
 
 
-def _read_discriminator(state: State, folder: Folder) -> Callable[[], None]:
+def _read_discriminator(state: RunState, folder: Folder) -> Callable[[], None]:
     """The same for a discriminator's; one without our state gives all heads the one that scores, and no replay."""
     heads_MH = state.players.heads_MH
     require_same_scaling(folder, state.players.peft.peft_config["discriminator"])
@@ -170,7 +170,7 @@ def _read_discriminator(state: State, folder: Folder) -> Callable[[], None]:
     return put
 
 
-def _read_discriminator_state(state: State, folder: Folder) -> dict[str, Any]:
+def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]:
     parameters, heads_MH = state.players.parameters("discriminator"), state.players.heads_MH
     base, config = state.players.base, state.config
     tokens = base.context if base.context < UNLIMITED else LONGEST_TEXT
@@ -193,12 +193,12 @@ def _read_discriminator_state(state: State, folder: Folder) -> dict[str, Any]:
     return saved
 
 
-def load_generator(state: State, path: Path) -> None:
+def load_generator(state: RunState, path: Path) -> None:
     _read_generator(state, checkpoint.player_folder(path, "generator"))()
     state.prompt_kinds = _prompt_kinds_beside(path) or state.prompt_kinds
 
 
-def load_discriminator(state: State, path: Path) -> None:
+def load_discriminator(state: RunState, path: Path) -> None:
     _read_discriminator(state, checkpoint.player_folder(path, "discriminator"))()
 
 

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from ..model.adapter_files import read_lora_config
 from ..model.players import Players
 from ..rewards import budget
-from ..state import State
+from ..state import RunState
 from ..storage import checkpoint, untrusted
 from ..storage.checkpoint import REFERENCE, STATE
 from ..storage.durable import Damaged, Folder
@@ -54,7 +54,7 @@ EARLIER: dict[str, Any] = {
 }
 
 
-def content(state: State) -> dict[str, Any]:
+def content(state: RunState) -> dict[str, Any]:
     """The state's plain values, as JSON holds them."""
     base, baseline = state.players.base, state.generator.baseline
     return {

@@ -58,7 +58,7 @@ class Discriminator:
             config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
         )
         self.correlation = DecayedMean()  # fresh rank correlation within groups, by the differences it was measured on
-        self.average: list[Tensor] | None = None
+        self.ema_weights: list[Tensor] | None = None
         self.knows_unit = False  # whether the reward's unit has been read off the first rewards
 
     @property
@@ -79,15 +79,15 @@ class Discriminator:
         return (measured.value, measured.weight**-0.5) if measured.weight > 0 else None
 
     @contextmanager
-    def scoring(self) -> Iterator[None]:
+    def ema_scope(self) -> Iterator[None]:
         """Inside the block the players hold the weights that score: the averaged ones, where there is an average."""
-        if self.average is None:
+        if self.ema_weights is None:
             yield
             return
         parameters = self.players.parameters("discriminator")
         raw = [parameter.data for parameter in parameters]
         try:
-            for parameter, weight in zip(parameters, self.average, strict=True):
+            for parameter, weight in zip(parameters, self.ema_weights, strict=True):
                 parameter.data = weight
             yield
         finally:
@@ -99,7 +99,7 @@ class Discriminator:
         total = len(rollout)
 
         def predicted() -> Tensor:
-            with torch.no_grad(), self.scoring(), self.players.playing("discriminator"):
+            with torch.no_grad(), self.ema_scope(), self.players.use_adapter("discriminator"):
                 parts = chunks(total, self.optimizer.micro_batch_size)
                 return torch.cat([self.players.predict(rollout.batch(part)) for part in parts], dim=1)
 
@@ -113,13 +113,13 @@ class Discriminator:
         """
         size = self.optimizer.micro_batch_size
         whole = self.config.query_rate >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
-        scores = self.average is None and not self.config.disc_average
+        scores = self.ema_weights is None and not self.config.disc_average
         plain = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
         if whole and scores and plain:
-            with suppress(torch.OutOfMemoryError), self.players.playing("discriminator"):
+            with suppress(torch.OutOfMemoryError), self.players.use_adapter("discriminator"):
                 # A graph takes more than a prediction does.
-                features_BH = self.players.defer_backward(self.players.features(rollout.batch()))
+                features_BH = self.players.defer_backward(self.players.pooled_hidden(rollout.batch()))
         if features_BH is None:
             return self.predict(rollout), RetainedFeatures()
         with torch.no_grad():
@@ -185,9 +185,9 @@ class Discriminator:
         if not self.config.disc_average:
             return
         weights = [parameter.detach() for parameter in self.players.parameters("discriminator")]
-        if self.average is None:
-            self.average = [weight.clone() for weight in weights]
-        for mean, weight in zip(self.average, weights, strict=True):
+        if self.ema_weights is None:
+            self.ema_weights = [weight.clone() for weight in weights]
+        for mean, weight in zip(self.ema_weights, weights, strict=True):
             mean.lerp_(weight, 1 - self.config.disc_average)
 
     # --- targets as data
@@ -220,7 +220,7 @@ class Discriminator:
         """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
         right: list[float] = []
         for group in groups:
-            with torch.no_grad(), self.scoring():
+            with torch.no_grad(), self.ema_scope():
                 predicted_B = (self.players.score_MH @ self._features([group]).T).mean(0)
             right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
         return {"disc_accuracy": float(np.mean(right))} if right else {}
@@ -254,8 +254,8 @@ class Discriminator:
             self.knows_unit, self.players.reward_unit = True, unit
             with torch.no_grad():
                 self.players.heads_MH.mul_(before / unit)
-                if self.average is not None:
-                    self.average[-1].mul_(before / unit)
+                if self.ema_weights is not None:
+                    self.ema_weights[-1].mul_(before / unit)
 
     def _init_heads(self, fresh: list[Group]) -> None:
         """Begin the heads, which are zero, in closed form; with several processes, the mean of those with answers."""
@@ -312,17 +312,17 @@ class Discriminator:
         total = sum(sum(group.heads) * len(group.responses) for groups, _ in parts for group in groups)
         loss = 0.0
         for groups, features_BH in parts:
-            with self.players.playing("discriminator"):
+            with self.players.use_adapter("discriminator"):
                 pieces = [] if features_BH is not None else self._batches(groups)
                 with torch.set_grad_enabled(len(pieces) == 1):
-                    leaves = [self.players.features(piece) for piece in pieces]
+                    leaves = [self.players.pooled_hidden(piece) for piece in pieces]
                 if len(pieces) > 1:
                     leaves = [leaf.requires_grad_(True) for leaf in leaves]
                 share = self._loss(groups, torch.cat(leaves) if features_BH is None else features_BH) / total
                 share.backward()
                 if len(pieces) > 1:
                     for piece, leaf in zip(pieces, leaves, strict=True):
-                        self.players.features(piece).backward(leaf.grad)
+                        self.players.pooled_hidden(piece).backward(leaf.grad)
             loss += float(share.detach())
         return loss
 
@@ -346,8 +346,8 @@ class Discriminator:
         """What the heads read of the groups' responses, [B, H], without a graph."""
 
         def features() -> Tensor:
-            with torch.no_grad(), self.players.playing("discriminator"):
-                return torch.cat([self.players.features(piece) for piece in self._batches(groups)])
+            with torch.no_grad(), self.players.use_adapter("discriminator"):
+                return torch.cat([self.players.pooled_hidden(piece) for piece in self._batches(groups)])
 
         return micro_batch.within_memory(features, self.optimizer, _count(groups))
 
@@ -390,7 +390,7 @@ class Discriminator:
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
         # The predictions of a loaded adapter were never measured.
-        self.average = None
+        self.ema_weights = None
         self.correlation = DecayedMean()
 
     def state_dict(self) -> dict[str, Any]:
@@ -400,7 +400,7 @@ class Discriminator:
             "knows_unit": self.knows_unit,
             "replay": self.replay.state_dict(),
             "raw": [parameter.detach() for parameter in self.players.parameters("discriminator")[:-1]],
-            "average": self.average,
+            "average": self.ema_weights,
             "correlation": [self.correlation.total, self.correlation.weight],
         }
 
@@ -412,7 +412,7 @@ class Discriminator:
             for parameter, weight in zip(self.players.parameters("discriminator"), saved, strict=True):
                 parameter.copy_(weight)
         device = self.players.device
-        self.average = state["average"] and [weight.to(device).clone() for weight in state["average"]]
+        self.ema_weights = state["average"] and [weight.to(device).clone() for weight in state["average"]]
         self.correlation = DecayedMean(*state["correlation"])
 
 

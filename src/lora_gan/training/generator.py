@@ -76,12 +76,12 @@ class Generator:
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
             kept_B = ~experience.dropped_B
-        sampled_R: Tensor | None = None  # log-probabilities of all response tokens, in order, as they were sampled
+        old_logprobs_R: Tensor | None = None  # log-probabilities of all response tokens, in order, as they were sampled
         most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
-            backward = partial(self._backward, rows, experience, advantage_B, imitation_weight, sampled_R)
+            backward = partial(self._backward, rows, experience, advantage_B, imitation_weight, old_logprobs_R)
             loss, parts, logprobs_R = micro_batch.within_memory(backward, self.optimizer, most)
-            sampled_R = logprobs_R if sampled_R is None else sampled_R
+            old_logprobs_R = logprobs_R if old_logprobs_R is None else old_logprobs_R
             if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
                 loss = math.nan  # NaN means unknown in reward_B, so a NaN prediction must fail the update
             rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)
@@ -110,13 +110,13 @@ class Generator:
         experience: Experience | None,
         advantage_B: np.ndarray | None,
         imitation_weight: float,
-        sampled_R: Tensor | None,
+        old_logprobs_R: Tensor | None,
     ) -> tuple[float, dict[str, float | None], Tensor | None]:
         """Backward of one update's whole loss; returns it, its parts, and the response tokens' log-probabilities."""
         loss, logprobs_R = 0.0, None
         parts: dict[str, float | None] = {}
         if experience is not None and advantage_B is not None:
-            policy = self._reinforce(experience, advantage_B, sampled_R)
+            policy = self._reinforce(experience, advantage_B, old_logprobs_R)
             loss = self._weighted(policy.policy, policy.kl, policy.entropy)
             logprobs_R = policy.logprobs_R
             parts["kl"] = policy.kl if self.beta else None  # not measured where it has no weight
@@ -152,15 +152,15 @@ class Generator:
         return reward_B
 
     def _reinforce(
-        self, experience: Experience, advantage_B: np.ndarray, sampled_R: Tensor | None = None
+        self, experience: Experience, advantage_B: np.ndarray, old_logprobs_R: Tensor | None = None
     ) -> PolicyLosses:
         """Backward of the reward's loss, the KL and the entropy.
 
-        `sampled_R` are the log-probabilities under the policy that sampled; None at the first update of a roll-out,
+        `old_logprobs_R` are those of the policy that sampled; None at the first update of a roll-out,
         which is made with that policy.
         """
         total = len(experience.rollout)
-        weight_B = torch.as_tensor(advantage_B, device=self.players.device, dtype=torch.float32)
+        advantages_B = torch.as_tensor(advantage_B, device=self.players.device, dtype=torch.float32)
         through = self.config.straight_through_weight * experience.gate
         is_straight = self.config.gradient_path == "straight_through" and through > 0
         embeddings_VH = self._embedding_table() if is_straight else None
@@ -174,8 +174,10 @@ class Generator:
                 gradient_RH[dropped_B[batch.row_R]] = 0
                 straight_through = gradient_RH, embeddings_VH
             last = tokens + len(batch.row_R)
-            before_R = None if sampled_R is None else sampled_R[tokens:last]
-            chunk_sums, logprobs_R = self._losses(batch, weight_B[chunk], straight_through, before_R, scale=1 / total)
+            before_R = None if old_logprobs_R is None else old_logprobs_R[tokens:last]
+            chunk_sums, logprobs_R = self._losses(
+                batch, advantages_B[chunk], straight_through, before_R, scale=1 / total
+            )
             tokens = last
             logprobs.append(logprobs_R)
             sums += chunk_sums / total
@@ -187,7 +189,7 @@ class Generator:
         batch: Batch,
         advantage_B: Tensor,
         through: tuple[Tensor, Tensor] | None,
-        sampled_R: Tensor | None,
+        old_logprobs_R: Tensor | None,
         *,
         scale: float,
     ) -> tuple[np.ndarray, Tensor]:
@@ -202,7 +204,7 @@ class Generator:
         """
         reference_RH, advantage_R = self._reference_hidden(batch), advantage_B[batch.row_R]
         sums, logprobs = np.zeros(3), []
-        with self.players.playing("generator"):
+        with self.players.use_adapter("generator"):
             for logits_RV, part in self._logits_in_chunks(batch):
                 logits_RV = self._tempered(logits_RV)  # the policy that learns is the one that sampled
                 ids_R = batch.response_ids_R[part]
@@ -213,11 +215,11 @@ class Generator:
                     with torch.no_grad():
                         reference_RV = self._tempered(self.players.head(reference_RH[part], reference=True))
                     logprobs_R, kl_R = losses.logprobs_and_kl(logits_RV, ids_R, reference_RV)
-                if sampled_R is None:
+                if old_logprobs_R is None:
                     policy_R = losses.policy_gradient(logprobs_R, advantage_R[part])
                 else:
                     policy_R = losses.clipped_policy_gradient(
-                        logprobs_R, sampled_R[part], advantage_R[part], epsilon=self.config.epsilon
+                        logprobs_R, old_logprobs_R[part], advantage_R[part], epsilon=self.config.epsilon
                     )
                 if through is not None:
                     gradient_RH, embeddings_VH = through
@@ -235,7 +237,7 @@ class Generator:
     def _reference_hidden(self, batch: Batch) -> Tensor | None:
         """The reference's hidden states that predict the response tokens, [R, H]; None where the KL has no weight."""
         if self.beta and "reference" not in batch.frozen_outputs:
-            with torch.no_grad(), self.players.playing("reference"):
+            with torch.no_grad(), self.players.use_adapter("reference"):
                 batch.frozen_outputs["reference"] = self.players.hidden(batch, batch.predicting_R)
         return batch.frozen_outputs["reference"] if self.beta else None
 
@@ -262,7 +264,7 @@ class Generator:
         adapter switch falls between a forward and its backward.
         """
         embeds_BLH = self.players.embed(batch.ids).detach().requires_grad_(True)
-        with self.players.playing("discriminator"):
+        with self.players.use_adapter("discriminator"):
             predicted_MB = self.players.predict(batch, embeds_BLH)
             bound_B = predicted_MB.mean(0)
             if self.config.uncertainty_penalty and len(predicted_MB) > 1:
@@ -282,7 +284,7 @@ class Generator:
         for chunk in chunks(len(rows), self.optimizer.micro_batch_size):
             batch = self.players.batch(prompts[chunk], targets[chunk], np.arange(len(targets[chunk])))
             length_B = torch.bincount(batch.row_R, minlength=len(batch))
-            with self.players.playing("generator"):
+            with self.players.use_adapter("generator"):
                 for logits_RV, part in self._logits_in_chunks(batch):
                     logprobs_R = losses.token_logprobs(logits_RV, batch.response_ids_R[part])
                     share = -(logprobs_R / length_B[batch.row_R[part]]).sum() / len(rows)

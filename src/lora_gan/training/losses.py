@@ -35,12 +35,14 @@ def policy_gradient(logprobs_R: Tensor, advantage_R: Tensor) -> Tensor:
     return -advantage_R.detach() * logprobs_R
 
 
-def clipped_policy_gradient(logprobs_R: Tensor, sampled_R: Tensor, advantage_R: Tensor, *, epsilon: float) -> Tensor:
+def clipped_policy_gradient(
+    logprobs_R: Tensor, old_logprobs_R: Tensor, advantage_R: Tensor, *, epsilon: float
+) -> Tensor:
     """PPO's clipped surrogate, [R]: −min(ρ A, clip(ρ, 1 ± ε) A), ρ the token's probability ratio to the policy that
     sampled it (Schulman et al. 2017, arXiv:1707.06347). At ρ = 1 its gradient is `policy_gradient`'s."""
-    _check("sampled_R", sampled_R, tuple(logprobs_R.shape))
+    _check("old_logprobs_R", old_logprobs_R, tuple(logprobs_R.shape))
     _check("advantage_R", advantage_R, tuple(logprobs_R.shape))
-    ratio_R, advantage_R = (logprobs_R - sampled_R.detach()).exp(), advantage_R.detach()
+    ratio_R, advantage_R = (logprobs_R - old_logprobs_R.detach()).exp(), advantage_R.detach()
     return -torch.minimum(ratio_R * advantage_R, ratio_R.clamp(1 - epsilon, 1 + epsilon) * advantage_R)
 
 

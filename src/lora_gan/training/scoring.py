@@ -31,7 +31,7 @@ def mean_logprobs(players: Players, rows: list[Row], texts: list[str], *, batch_
         encoded = players.encoder.pairs(rows[part], texts[part])
         batch = players.batch(*encoded, np.arange(len(texts[part])))
         logprobs = [torch.zeros(0, device=players.device)]  # all responses may be empty
-        with torch.no_grad(), players.playing("base"):
+        with torch.no_grad(), players.use_adapter("base"):
             hidden_RH = players.hidden(batch, batch.predicting_R)
             for some in sampling.chunks(len(hidden_RH), players.tokens_at_once):
                 logprobs.append(losses.token_logprobs(players.head(hidden_RH[some]), batch.response_ids_R[some]))
