@@ -2,7 +2,7 @@
 
 `measured` times one step by phase. It wraps methods of one LoraGAN during that step. Phases do not overlap, and their
 times sum to the step: the time of an inner phase is subtracted from the outer one. The active player
-(`players.playing`) and the method determine the phase of a forward pass. Prefill is the first call of the model's
+(`players.use_adapter`) and the method determine the phase of a forward pass. Prefill is the first call of the model's
 forward in sampling. If sampling does not call it, prefill counts as decode.
 
 `work` computes the floating-point operations of a phase from the shapes. These are the costs:
@@ -100,7 +100,7 @@ def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
             (gan.players.lm, "forward", forward_phase),  # the first call in sampling is the prefill
             (gan.discriminator, "predict", "prediction"),
             (gan.discriminator, "predict_to_learn", "prediction"),
-            (gan.players, "playing", lambda player: "reference" if player == "reference" else None),
+            (gan.players, "use_adapter", lambda player: "reference" if player == "reference" else None),
             (gan.players, "head", lambda *_, reference=False: "reference" if reference else None),
             (gan.generator, "update", "generator update"),
             (gan.discriminator, "update", "discriminator update"),
@@ -130,7 +130,7 @@ def _hooked(
         with clock().phase(its) if its else ExitStack():
             return original(*arguments, **named)
 
-    setattr(owner, name, entering if name == "playing" else calling)
+    setattr(owner, name, entering if name == "use_adapter" else calling)
     try:
         yield
     finally:

@@ -159,6 +159,7 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
         files = [*FILES]
         if has_reference(folder):
             adapters.append(REFERENCE)
+            files.append(f"{REFERENCE}/adapter_config.json")
         weights = [sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters]
         missing = [name for name in files if not folder.has(name)]
         missing += [name for name in STATES if not state_files.has(folder, name)]
@@ -202,4 +203,4 @@ def find(folder: Path, step: int | None) -> Path:
 
 def has_reference(folder: Folder) -> bool:
     """Whether a checkpoint holds an adapter that the KL is measured to."""
-    return folder.has(f"{REFERENCE}/adapter_config.json")
+    return any(name.startswith(f"{REFERENCE}/") for name in folder.names())
