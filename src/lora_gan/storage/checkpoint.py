@@ -203,4 +203,4 @@ def find(folder: Path, step: int | None) -> Path:
 
 def has_reference(folder: Folder) -> bool:
     """Whether a checkpoint holds an adapter that the KL is measured to."""
-    return any(name.startswith(f"{REFERENCE}/") for name in folder.names())
+    return any(folder.has(f"{REFERENCE}/{name}") for name in ("adapter_config.json", *WEIGHTS))
