@@ -203,14 +203,23 @@ def respond(gan: LoraGAN, task: Task, count: int, temperature: float | None = No
 
 
 def judge(gan: LoraGAN, task: Task, *, temperature: float | None = None, kl: bool = False) -> dict[str, Any]:
-    """All metrics of one response to each held-out prompt: a list over prompts, or one number over all prompts."""
-    parts = respond(gan, task, 1, temperature)
+    """All metrics of `task.samples` responses to each held-out prompt.
+
+    A list of means per prompt, or one number over all responses.
+    """
+    parts = respond(gan, task, task.samples, temperature)
     texts = [text for part in parts for text in part.texts]
-    targets = [row.target for row in task.heldout]
+    rows = [row for row in task.heldout for _ in range(task.samples)]
+    targets = [row.target for row in rows]
     columns = {"reward": task.score(texts, targets)}
     columns |= {name: its(texts, targets) for name, its in task.judges.items()}
+    if task.base_logprob:
+        known = gan.base_logprobs(rows, texts)
+        columns["base_logprob"] = [np.nan if value is None else value for value in known]
     columns |= {"length": [len(text.split()) for text in texts]}
-    judged: dict[str, Any] = {name: rounded(values) for name, values in columns.items()}
+    judged: dict[str, Any] = {
+        name: rounded(np.nanmean(np.reshape(values, (-1, task.samples)), axis=1)) for name, values in columns.items()
+    }
     judged["distinct_2"] = round(distinct_n(texts, 2), 4)
     if kl:
         judged["kl"] = round(float(np.mean([value for part in parts for value in kl_of(gan, part)])), 4)

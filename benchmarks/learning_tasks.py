@@ -13,11 +13,13 @@ import numpy as np
 
 from lora_gan import LoraGAN, randomness, tiny
 from lora_gan.data import Row
+from lora_gan.messages import completion_text
 from lora_gan.rewards import CosineReward, chrf, exact_match
 from lora_gan.tiny import drawing
 
 Judge = Callable[[Sequence[str], Sequence[str | None]], list[float]]  # responses, targets -> one number per response
-REWARDS = ("exact", "noisy", "thumbs")
+REWARDS = ("exact", "noisy", "thumbs", "human")
+RATER = 20  # ratings in a row by one rater
 SPLITS = {"heldout": "test", "validation": "validation"}  # names in tiny -> names in benchmarks/e2e.py
 
 
@@ -31,10 +33,15 @@ class Task:
     score: Judge  # the true reward, without noise
     judges: dict[str, Judge]  # tables call the first one "second metric"
     sigma: float  # noise of about three times the spread within a group
+    samples: int = 1  # responses per held-out prompt, whose metrics are averaged
+    base_logprob: bool = False  # whether the log-probability under the base is one of the metrics
 
 
 class Reward:
     """The true reward as the players see it, in TRL's form. Counts its calls, and adds noise for the noisy kinds.
+
+    `human` is like cleaned human ratings (Novikova et al.): a heavy-tailed residual of 1.8 times the spread within a
+    group, and an offset per rater. The offset makes the whole noise about 3.5 times the spread, as in raw ratings.
 
     Noise is a function of the run's seed and the call's number. Rewards therefore do not depend on the time of the
     call, and no two calls share their noise.
@@ -51,6 +58,7 @@ class Reward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], target: Sequence[str | None] | None = None, **_: Any
     ) -> list[float]:
+        completions = [completion_text(completion) for completion in completions]  # of chat prompts they are messages
         exact = self.score(completions, [None] * len(completions) if target is None else target)
         told = [self._told(value, self.calls + i) for i, value in enumerate(exact)]
         self.calls += len(exact)
@@ -62,6 +70,10 @@ class Reward:
         draws = randomness.generator(self.seed, call, self.kind)
         if self.kind == "noisy":
             return value + self.sigma * float(draws.normal())
+        if self.kind == "human":
+            rater = randomness.generator(self.seed, call // RATER, "rater")
+            residual = float(draws.standard_t(4)) / 2**0.5  # variance 1
+            return value + self.sigma * (0.6 * residual + float(rater.normal()))
         return float(draws.random() < np.clip(value, 0, 1))
 
 
@@ -92,6 +104,8 @@ def load(name: str, *, seed: int, options: dict[str, Any], e2e: dict[str, str] |
         if e2e is None:
             raise ValueError("the task e2e needs --model and --data")
         return _e2e(e2e, options, compare)
+    if name in ("facts", "constraints"):
+        return _real(name, seed, options)
     train = [Row(**row) for row in tiny.pairs("train", options["train"], seed=seed)]
     heldout = [Row(**row) for row in tiny.pairs(options["split"], options["heldout"], seed=0)]
     if name == "tiny":
@@ -99,7 +113,25 @@ def load(name: str, *, seed: int, options: dict[str, Any], e2e: dict[str, str] |
     if name == "style":
         train, heldout = ([Row(row.prompt) for row in rows] for rows in (train, heldout))
         return Task("tiny", train, heldout, Memo(denial_classifier()), {"rule": each(denies)}, sigma=0.9)
-    raise ValueError(f"there is no task {name!r}: there are tiny, e2e, style")
+    raise ValueError(f"there is no task {name!r}: there are tiny, e2e, style, facts, constraints")
+
+
+def _real(name: str, seed: int, options: dict[str, Any]) -> Task:
+    """The tasks on SmolLM2. Sigma is three times the spread of the base's rewards within a group: 0.10 and 0.23."""
+    import real_tasks
+
+    split, count, held_out = options["split"], options["train"], options["heldout"]
+    if name == "facts":
+        return Task(
+            real_tasks.MODEL, real_tasks.facts("train", count, seed=seed), real_tasks.facts(split, held_out),
+            Memo(each(real_tasks.chrf_to_any)),
+            {"cosine": Memo(real_tasks.cosine_to_first), "slots": each(real_tasks.coverage)}, sigma=0.3, samples=2,
+        )  # fmt: skip
+    return Task(
+        real_tasks.MODEL, real_tasks.constraints("train", min(count, 1000), seed=seed),
+        real_tasks.constraints(split, held_out), Memo(each(real_tasks.graded)), {"strict": each(real_tasks.strict)},
+        sigma=0.7, samples=2, base_logprob=True,
+    )  # fmt: skip
 
 
 # --- style: a negated French sentence --------------------------------------------------------------------------------
