@@ -45,7 +45,7 @@ def test_rows_without_a_pair_are_left_out():
 
 
 def test_other_rows_cannot_be_paired():
-    with pytest.raises(ValueError, match="2 and 3 rows: compare two of the same rows"):
+    with pytest.raises(ValueError, match="2 and 3 rows: compare two evaluations of the same rows"):
         evaluation.difference(result([1.0, 2.0]), result([1.0, 2.0, 3.0]))
 
 

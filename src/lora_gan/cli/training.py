@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..run.options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
-from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
+from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, changed_data
 from ..storage.json_lines import read_lines
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(config: Config, options: dict[str, Any]) -> None:
     rewards = named.from_specs(options["reward"])
     rows, held_out, identities = _data(config, options)
     if resume:
-        _say(*say_if_other_data(kept_identities(folder), identities, allowed=options["allow_other_data"]))
+        _say(*changed_data(kept_identities(folder), identities, allowed=options["allow_other_data"]))
     gan = _opened(config, options, *rewards)
     rows = gan.check_rows(rows)
     if held_out is not None:
@@ -215,7 +215,7 @@ def _say_if_other_reward(folder: Path, reward: Any) -> None:
     kept = kept_options(folder)
     before = moved_paths(kept.get("reward"), str(kept.get("output_dir")), folder.resolve())
     if before is not None and before != with_full_paths(reward):
-        _say(f"The reward is another one than before: {before} up to here, {reward} from now on.")
+        _say(f"The reward has changed: {before} up to here, {reward} from now on.")
 
 
 def _constructed(kind: str, name: str, fields: dict[str, Any] | None) -> Any:
