@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console, Group
@@ -47,14 +47,10 @@ OTHER_CALLS = {
 _current: Display | None = None  # there is one terminal
 
 
-@contextmanager
-def aside_for(rewards: Sequence[Any]) -> Iterator[None]:
+def aside_for(rewards: Sequence[Any]) -> AbstractContextManager[None]:
     """Remove the live display from the terminal while one of these rewards asks a person there."""
-    if _current is not None and any(getattr(reward, "interactive", False) for reward in rewards):
-        with _current.paused():
-            yield
-    else:
-        yield
+    asks = any(getattr(reward, "interactive", False) for reward in rewards)
+    return nullcontext() if _current is None or not asks else _current.paused()
 
 
 class Series:

@@ -107,9 +107,10 @@ def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], .
     """Responses, true and predicted rewards, each as P lists of K; None for missing values."""
     if experience is None:
         return tuple([None] * prompts for _ in range(3))
-    rewards = (experience.true_B.tolist(), experience.predicted_B.tolist())
-    known = ([None if math.isnan(value) else value for value in values] for values in rewards)
-    return tuple(_grouped(column, prompts) for column in (experience.rollout.texts, *known))
+    columns: list[list[Any]] = [experience.rollout.texts]
+    for reward_B in (experience.true_B, experience.predicted_B):
+        columns.append([None if math.isnan(value) else value for value in reward_B.tolist()])
+    return tuple(_grouped(column, prompts) for column in columns)
 
 
 def _grouped(column_B: list[Any], prompts: int) -> list[list[Any]]:
