@@ -120,7 +120,7 @@ def test_seconds_per_step_are_those_of_a_step():
 
 
 def test_a_long_step_is_timed_on_one_group(monkeypatch):
-    monkeypatch.setattr(trial, "AFFORDED", 0.0)
+    monkeypatch.setattr(trial, "MAX_SECONDS", 0.0)
     gan = small_gan()
     sizes, predict = [], trial.Discriminator.predict_to_learn
     monkeypatch.setattr(
@@ -254,7 +254,7 @@ def test_the_plan_names_the_budget_that_limits_it():
     assert wanted in lines and "memory" not in lines
     lines = described(small_gan(reward_retries=2), rows, total=2, steps=10)
     wanted = "80 calls in training, 0 in evaluations (no eval_data); a failed call is retried up to 2 times"
-    assert wanted in lines and "in this dry run" not in lines and "which --dry-run measures" in lines
+    assert wanted in lines and "in this dry run" not in lines and "--dry-run measures both" in lines
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 10, 12, 13, 20, 24, 25, None])

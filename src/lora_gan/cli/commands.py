@@ -397,7 +397,7 @@ def _open(
         if reward is None:
             reward = (kept_options(path) or kept_options(path.parent)).get("reward")
         if reward is None:
-            raise ValueError(f"the reward of {checkpoint} is unknown: no {SETTINGS_FILE} names it. Give --reward")
+            raise ValueError(f"the reward of {checkpoint} is unknown: no {SETTINGS_FILE} names it; give --reward")
         arguments["reward_funcs"], arguments["reward_weights"] = named.from_specs(reward)
     return LoraGAN.from_checkpoint(path, model, **arguments)
 

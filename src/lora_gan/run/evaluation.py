@@ -41,8 +41,6 @@ def evaluate(
         batch_size: rows per batch; changes memory, and results only by rounding.
 
     Returns:
-        A dict with these keys.
-
         metrics: name -> {"mean", "low", "high"}, with a 95 % bootstrap interval over rows; None where nothing was
         measured. Names:
 
