@@ -136,7 +136,7 @@ def test_dry_run_trains_nothing_and_tries_the_reward(there, capsys):
 def test_dry_run_says_when_there_is_nothing_to_learn_from(there, capsys):
     (there / "mine.py").write_text("def length(response, target):\n    return 1.0\n")
     assert train("--max_steps", "1", "--dry-run") == 0
-    assert "every response is worth the same" in capsys.readouterr().out
+    assert "all responses to each prompt have the same reward" in capsys.readouterr().out
 
 
 def test_generate_score_and_eval(there, capsys):
@@ -352,7 +352,7 @@ def test_a_reward_that_fails_later_leaves_a_run_that_goes_on(there, capsys):
     capsys.readouterr()
     assert train("--max_steps", "4", "--save_steps", "1") == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "no service" in said and said.endswith("go on with: lora-gan train --config run/train.yaml --resume")
+    assert "no service" in said and said.endswith("continue with: lora-gan train --config run/train.yaml --resume")
     assert cli.main(["train", "--config", "run/train.yaml", "--resume"]) == 0
     assert (there / "run" / "step-4").is_dir()
 

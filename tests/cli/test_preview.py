@@ -120,7 +120,7 @@ def test_seconds_per_step_are_those_of_a_step():
 
 
 def test_a_long_step_is_timed_on_one_group(monkeypatch):
-    monkeypatch.setattr(trial, "AFFORDED", 0.0)
+    monkeypatch.setattr(trial, "MAX_SECONDS", 0.0)
     gan = small_gan()
     sizes, predict = [], trial.Discriminator.predict_to_learn
     monkeypatch.setattr(
@@ -156,7 +156,7 @@ def test_after_the_budget_neither_the_reward_nor_the_discriminator_take_time():
 
 
 def test_calls_at_once_take_the_time_of_one():
-    assert preview.Tried("", 8, 0.5, at_once=4).seconds_for(9) == 1.5
+    assert preview.Tried("", 8, 0.5, parallel=4).seconds_for(9) == 1.5
     assert preview.Tried("", 8, 0.5).seconds_for(9) == 4.5
 
 
@@ -176,8 +176,8 @@ def test_the_dry_run_asks_as_training_does(capsys):
     began = lock()
     rows = [Row(prompt) for prompt in PROMPTS]
     tried = Preview(gan, rows, steps=1).try_reward(trial.Trial(gan, rows))
-    assert tried.at_once == 8 and lock() - began < 1.2, "one after the other it takes 1.6 s"
-    assert "8 calls at once (reward_workers)" in tried.text and "16 of 16 answered" in tried.text
+    assert tried.parallel == 8 and lock() - began < 1.2, "one after the other it takes 1.6 s"
+    assert "8 calls in parallel (reward_workers)" in tried.text and "16 of 16 answered" in tried.text
     assert f"True-reward calls: 16 in this dry run, {len(failed)} retries" in tried.text
 
 
@@ -248,13 +248,13 @@ def test_the_plan_names_the_budget_that_limits_it():
     rows = [Row(prompt) for prompt in PROMPTS[:2]]
     lines = described(small_gan(reward_budget=30), rows, total=2, steps=10, held_out=5, dry_run=True)
     wanted = (
-        "30 calls in training (all that the budget leaves: enough for about 3.75 of 10 steps), 10 in 2 evaluations of "
+        "30 calls in training (the rest of the budget, enough for about 3.75 of 10 steps), 10 in 2 evaluations of "
         "5 rows, up to 8 in this dry run"
     )
     assert wanted in lines and "memory" not in lines
     lines = described(small_gan(reward_retries=2), rows, total=2, steps=10)
-    wanted = "80 calls in training, 0 in evaluations (no eval_data); a call that fails is made up to 2 more times"
-    assert wanted in lines and "in this dry run" not in lines and "which --dry-run measures" in lines
+    wanted = "80 calls in training, 0 in evaluations (no eval_data); a failed call is retried up to 2 times"
+    assert wanted in lines and "in this dry run" not in lines and "--dry-run measures both" in lines
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 10, 12, 13, 20, 24, 25, None])
@@ -491,7 +491,7 @@ def test_a_reward_that_loads_something_is_counted():
     ("rewards", "said"),
     [
         ([[1.0, np.nan], [np.nan, np.nan]], "no prompt has two answers"),
-        ([[1.0, 1.0], [2.0, 2.0]], "every response is worth the same"),
+        ([[1.0, 1.0], [2.0, 2.0]], "all responses to each prompt have the same reward"),
         ([[1.0, 3.0], [2.0, 2.0]], r"responses differ by 0\.500 \(standard deviation\); none for 1 of 2 prompts"),
         ([[1.0, 3.0], [2.0, np.nan]], r"responses differ by 1\.000 \(standard deviation\)$"),
     ],

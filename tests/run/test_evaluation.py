@@ -45,7 +45,7 @@ def test_rows_without_a_pair_are_left_out():
 
 
 def test_other_rows_cannot_be_paired():
-    with pytest.raises(ValueError, match="2 and 3 rows: compare two of the same rows"):
+    with pytest.raises(ValueError, match="2 and 3 rows: compare two evaluations of the same rows"):
         evaluation.difference(result([1.0, 2.0]), result([1.0, 2.0, 3.0]))
 
 
@@ -88,7 +88,9 @@ def test_eval_reference_prints_it_and_writes_it(tmp_path, monkeypatch, capsys):
     row = " ".join(lines[first : first + (1 if lines[first + 1][0] != " " else 2)])  # a wide cell has two lines
     assert f"[{metric['low']:.3f}, {metric['high']:.3f}]" in row and f"{metric['mean']:.3f}" in row.split()
     assert len(re.findall(r"\[", row)) == 3
-    assert any(line.startswith("reference: the base. Both answer again") for line in lines)
+    below = lines.index("difference per row: generator − reference")
+    assert lines[below + 1].startswith("reference: the base. Both sample new responses")
+    assert max(map(len, lines)) <= 80
     contains_zero = metric["low"] <= 0 <= metric["high"]
     assert ("The interval of the difference in true_reward contains 0" in out) == contains_zero
     assert lines[-1] == f"True-reward calls: {2 * len(ROWS)} in evaluation"

@@ -1,4 +1,4 @@
-"""Ctrl-C in fit(): what is saved is whole, and goes on as the undisturbed run; a second one stops at once."""
+"""Ctrl-C in fit(): the saved state is complete and continues as the undisturbed run; a second one stops immediately."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_elsewhere_the_step_is_finished_first(tmp_path, undisturbed, capsys):
     gan.discriminator.update = pressed_while_updating
     with pytest.raises(KeyboardInterrupt, match="step 2 is saved in .*step-2"):
         gan.fit(ROWS, steps=4, progress=False)
-    assert "A second signal stops at once" in capsys.readouterr().err
+    assert "A second signal stops immediately" in capsys.readouterr().err
     assert differences(state(undisturbed), state(gone_on(tmp_path, 4))) == []
 
 

@@ -37,8 +37,8 @@ def train(*more, **changed):
 
 
 def said(capsys):
-    """Lines on stderr that say what is other than before."""
-    return [line for line in capsys.readouterr().err.splitlines() if "another one" in line or "was moved" in line]
+    """Lines on stderr about changes since the checkpoint."""
+    return [line for line in capsys.readouterr().err.splitlines() if "has changed" in line or "was moved" in line]
 
 
 @pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
@@ -58,7 +58,7 @@ def test_a_moved_run_goes_on_where_it_is(there, capsys):
     assert not (there / "run").exists()
     assert (moved / "step-4" / "generator" / "adapter_model.bin").read_bytes() == whole
     assert said(capsys) == [
-        f"The run was moved: it goes on in {moved}, not in {there / 'run'}, which train.yaml names."
+        f"The run was moved: it continues in {moved}, not in {there / 'run'}, which train.yaml names."
     ]
     kept = yaml.safe_load((moved / "train.yaml").read_text())
     assert (kept["output_dir"], kept["data"], kept["reward"]) == (
@@ -94,8 +94,7 @@ def test_what_changed_is_said_a_line_each(there, capsys):
     assert train("--resume", max_steps=3, **changed) == 0
     before = {"seed": 0, "learning_rate": 0.0002, "beta": 0.03, "temperature": 1.0, "num_generations": 4}
     assert sorted(said(capsys)) == sorted(
-        f"{name} is another one than before: {before[name]} up to step 2, {value} from now on."
-        for name, value in changed.items()
+        f"{name} has changed: {before[name]} up to step 2, {value} from now on." for name, value in changed.items()
     )
 
 
@@ -104,7 +103,7 @@ def test_other_data_asks_for_a_flag(there, capsys):
     (there / "others.csv").write_text("prompt,target\nthe dog,le chien\n")
     assert train("--resume", max_steps=2, data="others.csv") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    line = f"data is another one than before: {there / 'pairs.csv'} (6 rows) up to here, {there / 'others.csv'} (1 row)"
+    line = f"data has changed: {there / 'pairs.csv'} (6 rows) up to here, {there / 'others.csv'} (1 row)"
     assert error.startswith(f"lora-gan: {line} from now on. Add --allow_other_data")
     assert not (there / "run" / "step-2").exists()
     assert train("--resume", "--allow_other_data", max_steps=2, data="others.csv") == 0
@@ -131,7 +130,7 @@ def test_other_held_out_rows_are_said(there, capsys):
     (there / "held.csv").write_text("prompt\nthe dog\n")
     assert train(max_steps=1) == 0
     assert train("--resume", max_steps=2, eval_data="held.csv") == 0
-    line = f"eval_data is another one than before: none up to here, {there / 'held.csv'} (1 row) from now on."
+    line = f"eval_data has changed: none up to here, {there / 'held.csv'} (1 row) from now on."
     assert said(capsys) == [line]
 
 
@@ -147,6 +146,6 @@ def test_streamed_rows_are_known_by_their_file(there):
     stream = data.read_rows("pairs.csv", streaming=True)
     known = resuming.identity("pairs.csv", stream)
     assert known == {"source": str(there / "pairs.csv"), "bytes": (there / "pairs.csv").stat().st_size}
-    assert resuming.say_if_other_data({"data": known}, {"data": known}, allowed=False) == []
+    assert resuming.changed_data({"data": known}, {"data": known}, allowed=False) == []
     with pytest.raises(ValueError, match="--allow_other_data"):
-        resuming.say_if_other_data({"data": known}, {"data": known | {"bytes": 1}}, allowed=False)
+        resuming.changed_data({"data": known}, {"data": known | {"bytes": 1}}, allowed=False)

@@ -219,8 +219,8 @@ def test_what_a_resume_is_recommended_for_can_succeed(tmp_path):
 
     code, told = run(command)
     assert code == 2 and f"{file}, line 6: a prompt of" in told
-    assert "when that is mended, go on with: lora-gan train --config" in told
-    go_on = told.split("go on with: lora-gan ")[1].split()
+    assert "fix the cause, then continue with: lora-gan train --config" in told
+    go_on = told.split("continue with: lora-gan ")[1].split()
     code, told = run([*go_on, "--on_long_prompt", "drop"])
     assert code == 0, told
     assert (tmp_path / "run" / "step-6").is_dir()

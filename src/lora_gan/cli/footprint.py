@@ -1,9 +1,9 @@
-"""How much memory a run takes, for `lora-gan train`: on the host, and on the device where that is another one.
+"""Estimates the memory of a run, for `lora-gan train`: on the host, and on a GPU if the run uses one.
 
 # S = prompt tokens, T = response tokens, P = prompts, K = responses per prompt, B = responses, V = vocabulary
 
-Each term is measured where that is cheap, and else computed. `estimate` names the source of each. What two things that
-take turns need is not added up: the larger one counts.
+Each term is measured where a measurement is cheap, and else computed. Of phases that do not overlap in time, only the
+largest counts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ..model.kv_cache import attention_layers, has_state, state_tensors
 from ..model.players import Player, Players
 from ..storage.checkpoint import PLAYERS
 
-LOGITS_HELD = 6  # float32 arrays as large as the logits at hand: see `_head_bytes`
-# Prompt and response tokens of the texts that a graph is measured on.
+LOGITS_HELD = 6  # float32 arrays of the size of the logits: see `_head_bytes`
+# Prompt and response tokens of the texts on which a graph is measured.
 PROBES = ((2, 2), (6, 2), (2, 6), (6, 6))
 LONG_PROBES = ((64, 64), (192, 64), (64, 192), (192, 192))  # recurrent layers pad texts to chunks
 
@@ -42,9 +42,9 @@ class Memory:
     """Bytes of one kind of memory.
 
     Attributes:
-        always: by purpose, what is held during the whole run.
-        in_turn: by purpose, what is held at different times.
-        least: bytes that this process has taken already at its peak; the run takes as much.
+        always: purpose -> bytes that are held during the whole run.
+        in_turn: purpose -> bytes that are held in one phase of a step.
+        least: peak of this process so far, in bytes: a lower bound.
     """
 
     always: dict[str, float]
@@ -53,12 +53,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """The peak."""
+        """The peak, in bytes."""
         return max(sum(self.always.values()) + max(self.in_turn.values(), default=0.0), self.least)
 
 
 class Lengths(NamedTuple):
-    """Tokens of a step's prompts and responses: their means, and the longest of each."""
+    """Tokens of a step's prompts and responses: the means and the maxima."""
 
     prompt: float
     longest_prompt: int
@@ -67,27 +67,27 @@ class Lengths(NamedTuple):
 
     @classmethod
     def at_most(cls, prompt: int, response: int) -> Lengths:
-        """Every text is as long as it may be."""
+        """Lengths of texts that all have the maximum length."""
         return cls(prompt, prompt, response, response)
 
 
 class Graph(NamedTuple):
-    """Bytes that autograd keeps of a forward through the body: fitted to measured ones.
+    """Bytes that autograd keeps for a forward pass through the body; coefficients fitted to measurements.
 
     Attributes:
-        per_token: for each token that is computed; a packed prompt counts once per group.
-        per_place: for each place of keys and values, where each response has its own copy of the prompt.
-        per_pair: for each pair of tokens that attention compares.
-        constant: whatever the number of tokens.
+        per_token: bytes per computed token; a packed prompt counts once per group.
+        per_position: bytes per position of keys and values; each response has its own copy of the prompt.
+        per_pair: bytes per pair of tokens in attention.
+        constant: bytes that do not depend on the number of tokens.
     """
 
     per_token: float
-    per_place: float
+    per_position: float
     per_pair: float
     constant: float
 
     def bytes(self, prompts: int, responses: int, lengths: Lengths, *, packs: bool) -> float:
-        """Bytes for so many responses to so many prompts."""
+        """Bytes for `responses` responses to `prompts` prompts."""
         return float(np.dot(_features(prompts, responses, lengths, packs=packs), self))
 
 
@@ -100,25 +100,25 @@ def host(
     reward_model: float = 0.0,
     spare: float = 0.0,
     checkpoint: float = 0.0,
-    saves_beside: bool = False,
+    saves_in_parallel: bool = False,
 ) -> Memory:
     """Memory of the process on the host.
 
     Args:
-        players: of the run.
-        config: its settings.
+        players: the players of the run.
+        config: the settings of the run.
         lengths: tokens of a step's texts.
-        opened: bytes that the process held when the base and the adapters were there; 0: not known.
-        reward_model: bytes that the reward took when it was asked first.
-        spare: bytes that the process holds beside each byte of an update (`spare_share`).
+        opened: bytes that the process held after base and adapters were loaded; 0: unknown.
+        reward_model: bytes by which the first reward calls increased the process.
+        spare: bytes that the process holds in addition to each byte of an update (`spare_share`).
         checkpoint: bytes of one checkpoint on the disk.
-        saves_beside: whether checkpoints are written while steps are taken.
+        saves_in_parallel: whether checkpoints are written in parallel with steps.
     """
     base, trained = _base_bytes(players), _trained_bytes(players)
     on_host = players.device.type == "cpu"
     held = base + trained if on_host else 0.0
     always = {"Python and its libraries": max(0.0, opened - held)}
-    if reward_model > 1e6:  # less is noise
+    if reward_model > 1e6:  # a smaller value is noise
         always["the reward"] = reward_model
     in_turn: dict[str, float] = {}
     if on_host:
@@ -127,41 +127,44 @@ def host(
         in_turn |= device.in_turn
         if spare:
             always["freed memory that the C library keeps"] = spare * max(in_turn.values())
-    # A snapshot of all tensors, and the bytes of all its files, which are written together (checkpoint.py).
-    (always if saves_beside else in_turn)["saving a checkpoint"] = 2.0 * checkpoint
-    # The base of another device passed through the host when it was opened.
+    # A copy of all tensors, and the bytes of all files, which are written together (checkpoint.py).
+    (always if saves_in_parallel else in_turn)["saving a checkpoint"] = 2.0 * checkpoint
+    # The base of a GPU passed through the host's memory when it was loaded.
     return Memory(always, in_turn, least=0.0 if on_host else resident(peak=True))
 
 
 def spare_share(
     players: Players, config: Config, lengths: Lengths, *, groups: int, responses: int, grew: float
 ) -> float:
-    """Bytes that a process holds beside each byte of an update that is in use.
+    """Bytes that a process holds in addition to each used byte of an update.
 
-    The C library's allocator keeps blocks that were freed, and cannot fill every gap between those in use: on glibc a
-    process holds up to half as much again. With MALLOC_MMAP_THRESHOLD_=131072 in the environment, where blocks go back
-    to the system at once, the terms of `device_memory` alone meet the peak to 5 % (docs/performance.md).
+    The C library's allocator keeps freed blocks and cannot fill every gap between used blocks: a glibc process holds up
+    to 50 % more. With MALLOC_MMAP_THRESHOLD_=131072 in the environment, blocks return to the system immediately; then
+    the terms of `device_memory` alone give the peak to 5 % (docs/performance.md).
 
     Args:
+        players: the players of the run.
+        config: the settings of the run.
         lengths: tokens of the texts of an update that was tried.
-        groups, responses: its size; the true reward of all responses was known.
-        grew: bytes by which the process grew during this update, which was made on copies of the weights (`trial`).
+        groups, responses: the size of this update; every response had a true reward.
+        grew: bytes by which the process grew during this update on copies of the weights (`trial`).
     """
     if not grew or players.device.type != "cpu":
         return 0.0
     tried = replace(config, prompts_per_step=groups, num_generations=responses // groups, query_rate=1.0)
     in_use = max(value for name, value in device_memory(players, tried, lengths).in_turn.items() if "update" in name)
-    # The copies of both adapters, and one's gradient and moments; the adapters are of about one size.
+    # Copies of both adapters, and gradient and moments of one adapter; both adapters have about the same size.
     copies = 2.5 * _trained_bytes(players)
     return max(0.0, (grew - copies) / in_use - 1)
 
 
 def device_memory(players: Players, config: Config, lengths: Lengths) -> Memory:
-    """Memory of the base, the adapters, sampling and updates, wherever they are.
+    """Memory of the base, the adapters, sampling and updates on their device.
 
-    Weights and optimizers are exact: the adapter, its gradient and AdamW's two moments are of one size. The graphs of
-    the updates are measured (`graph_of`). A backward holds one layer's gradients beside the graph. The discriminator's
-    update reads this step's answered responses and as many of replay in one graph, or a micro-batch of them.
+    Weights and optimizers are exact: the adapter, its gradient and AdamW's two moments have the same size. The graphs
+    of the updates are measured (`graph_of`). A backward pass holds the graph and one layer's gradients. The
+    discriminator's update has this step's answered responses and the same number from replay in one graph, or a
+    micro-batch of these.
     """
     sampled = config.prompts_per_step * config.num_generations
     size = config.micro_batch_size
@@ -188,7 +191,7 @@ def device_memory(players: Players, config: Config, lengths: Lengths) -> Memory:
 
 
 def resident(peak: bool = False) -> float:
-    """Bytes that this process holds in memory now, or held at its peak; 0 where the system is not Linux."""
+    """Bytes that this process holds in memory now, or with `peak` at its peak; 0 if the system is not Linux."""
     status = Path("/proc/self/status")
     text = status.read_text() if status.exists() else ""
     found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", text, re.MULTILINE)
@@ -196,13 +199,13 @@ def resident(peak: bool = False) -> float:
 
 
 class Growth:
-    """How many bytes the process grows by within a block; a context manager.
+    """Measures the bytes by which the process grows within a block; a context manager.
 
-    Memory that was freed before goes back to the system first (glibc's malloc_trim), or the block would grow into it
-    unseen. The system's record of the peak starts again with the block.
+    First freed memory returns to the system (glibc's malloc_trim), because the block could use it without a growth of
+    the process. The system's record of the peak starts again with the block.
 
     Attributes:
-        bytes: the growth at its peak; 0 where the system does not say.
+        bytes: the growth at its peak; 0 if the system does not report memory.
     """
 
     bytes = 0.0
@@ -222,11 +225,11 @@ class Growth:
 
 @lru_cache(maxsize=2)
 def graph_of(players: Players, player: Player) -> Graph:
-    """Measure what autograd keeps of a player's forward, on four short texts; once per object and player.
+    """Measure the bytes that autograd keeps for a player's forward pass on four short texts; cached per player.
 
-    What it keeps grows with tokens, with places of keys and values, and with pairs of tokens where attention keeps its
-    weights; four measured sizes give these three factors and a constant. Weights are not counted. Under
-    gradient_checkpointing layers are measured as if it were off.
+    The bytes grow with tokens, with positions of keys and values, and with pairs of tokens if attention keeps its
+    weights. Four measurements give these three factors and a constant. Weights are not counted. The measurement is made
+    without gradient checkpointing.
     """
     measured, features = [], []
     with without_checkpointing(players.lm):
@@ -239,24 +242,24 @@ def graph_of(players: Players, player: Player) -> Graph:
                 hidden.detach_()
             del hidden
             features.append(_features(1, 2, Lengths.at_most(prompt, response), packs=players.packs))
-    # Without packing a token and a place are the same: least squares shares the factor between them.
+    # Without packing tokens and positions are equal, and least squares divides the factor between both.
     factors = np.linalg.lstsq(np.array(features), np.array(measured), rcond=None)[0]
     return Graph(*map(float, factors))
 
 
 def _features(prompts: int, responses: int, lengths: Lengths, *, packs: bool) -> list[float]:
-    """Tokens, places of keys and values, pairs of tokens, and 1. Places and pairs are padded to the longest text."""
+    """Tokens, positions of keys and values, pairs of tokens, and 1. Positions and pairs include padding."""
     prompt, response = lengths.longest_prompt, lengths.longest_response
-    places = responses * (prompt + response)
+    positions = responses * (prompt + response)
     if not packs:
-        return [places, places, responses * (prompt + response) ** 2, 1.0]
+        return [positions, positions, responses * (prompt + response) ** 2, 1.0]
     tokens = prompts * lengths.prompt + responses * lengths.response
-    return [tokens, places, prompts * prompt**2 + responses * response * (prompt + response), 1.0]
+    return [tokens, positions, prompts * prompt**2 + responses * response * (prompt + response), 1.0]
 
 
 @contextmanager
 def _counting(players: Players) -> Iterator[dict[int, int]]:
-    """The bytes of the storages that autograd keeps, by their address, without those of weights."""
+    """Within the block, collect address -> bytes of the storages that autograd keeps, without weights."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*players.lm.parameters(), *players.lm.buffers())}
     kept: dict[int, int] = {}
 
@@ -264,7 +267,7 @@ def _counting(players: Players) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that keeps its own output would keep itself, and nothing would be freed
+        return tensor.detach()  # a node that keeps its own output would be a reference cycle
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
@@ -283,47 +286,50 @@ def _trained_bytes(players: Players) -> float:
     return float(sum(p.numel() * p.element_size() for player in PLAYERS for p in players.parameters(player)))
 
 
-def _update_bytes(players: Players, config: Config, graph: Graph, together: int, lengths: Lengths) -> float:
-    """Graph of a forward of so many responses, and the gradients of one layer, which a backward holds beside it."""
-    prompts = -(-together // config.num_generations)
+def _update_bytes(players: Players, config: Config, graph: Graph, micro_batch: int, lengths: Lengths) -> float:
+    """Bytes of the graph of a micro-batch of responses, and of one layer's gradients during the backward pass."""
+    prompts = -(-micro_batch // config.num_generations)
     text = players.lm.config.get_text_config()
-    whole, layers = graph.bytes(prompts, together, lengths, packs=players.packs), text.num_hidden_layers
-    if config.gradient_checkpointing:  # of each layer its input, and one layer at a time whole
-        tokens = _features(prompts, together, lengths, packs=players.packs)[0]
+    whole, layers = graph.bytes(prompts, micro_batch, lengths, packs=players.packs), text.num_hidden_layers
+    if config.gradient_checkpointing:  # every layer's input, and the whole graph of one layer
+        tokens = _features(prompts, micro_batch, lengths, packs=players.packs)[0]
         inputs = layers * tokens * text.hidden_size * next(players.lm.parameters()).element_size()
         return inputs + 2 * whole / layers
     return whole + whole / layers
 
 
-def _head_bytes(players: Players, together: int, lengths: Lengths) -> float:
-    """What the head holds at one time: logits in float32 for `tokens_at_once` tokens, those of the reference,
-    log-probabilities and gradients. Six arrays of this size met the peaks of benchmarks/memory.py."""
+def _head_bytes(players: Players, micro_batch: int, lengths: Lengths) -> float:
+    """Peak bytes of the vocabulary head: float32 logits of player and reference for `tokens_at_once` tokens,
+    log-probabilities and gradients. Six arrays of this size match the peaks of benchmarks/memory.py."""
     vocabulary = players.lm.get_output_embeddings().weight.shape[0]
-    return LOGITS_HELD * 4.0 * min(together * lengths.response, players.tokens_at_once) * vocabulary
+    return LOGITS_HELD * 4.0 * min(micro_batch * lengths.response, players.tokens_at_once) * vocabulary
 
 
-def _sampling_bytes(players: Players, sampled: int, places: int) -> float:
-    """Caches of all responses, for as many places as they may have; the logits, probabilities and distribution function
-    of their next token (two arrays in float32, two in float64); and the weights that are merged while a small base
-    decodes."""
+def _sampling_bytes(players: Players, sampled: int, positions: int) -> float:
+    """Bytes of sampling, a sum of three terms.
+
+    - caches of all responses for `positions` positions;
+    - logits, probabilities and distribution function of the next token: two arrays in float32, two in float64;
+    - merged weights while a small base decodes.
+    """
     vocabulary = players.lm.get_output_embeddings().weight.shape[0]
-    return sampled * (cache_bytes(players, places) + 24.0 * vocabulary) + merged_bytes(players.lm)
+    return sampled * (cache_bytes(players, positions) + 24.0 * vocabulary) + merged_bytes(players.lm)
 
 
-def cache_bytes(players: Players, places: int) -> float:
-    """One response's keys and values at so many places, and its recurrent states."""
+def cache_bytes(players: Players, positions: int) -> float:
+    """Bytes of one response's keys and values at `positions` positions, and of its recurrent states."""
     text = players.lm.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1  # Mamba has no attention, and no such setting
-    per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    number = next(players.lm.parameters()).element_size()
-    keys = 2.0 * number * places * attention_layers(players.lm.config) * kv_heads * per_head
-    return keys + _state_bytes(players)
+    number_bytes = next(players.lm.parameters()).element_size()
+    keys_and_values = 2.0 * number_bytes * positions * attention_layers(players.lm.config) * kv_heads * head_dim
+    return keys_and_values + _state_bytes(players)
 
 
 @torch.no_grad()
 def _state_bytes(players: Players) -> int:
-    """Bytes of one row's convolution and recurrent states, from a forward on one token; 0 without such layers."""
+    """Bytes of one row's convolution and recurrent states, from a forward pass on one token; 0 without such layers."""
     cache = DynamicCache(config=players.lm.config)
     if not any(map(has_state, cache.layers)):
         return 0

@@ -1,9 +1,9 @@
-"""The command line: what its commands accept, and how wrong input is answered. What they do stands in `commands`.
+"""The parser of the command line, and its messages for wrong input. `commands` has the commands.
 
-jsonargparse parses: options and their help are the parameters and docstrings of the functions in `commands`, and every
-setting of `Config` is an option of `train` under its own name. A YAML file given by --config says the same as
-`name: value`, and what stands on the command line after it wins. Nothing heavy is imported before a command runs:
-`--help` answers at once.
+jsonargparse reads the options. Options and their help are the parameters and docstrings of the functions in `commands`;
+every setting of `Config` is an option of `train` with the same name. A YAML file for --config has lines `name: value`;
+an option after --config on the command line overrides the file. Slow modules are imported when a command runs, so
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ UNKNOWN = re.compile(
     r"option '(?:\w+\.)?([\w-]+)' is not accepted|does not accept option '([\w-]+)'|unrecognized arguments: -+([\w-]+)",
     flags=re.IGNORECASE,
 )
-WRONG = re.compile(  # jsonargparse's ways to say that a value is of the wrong type
+WRONG = re.compile(  # jsonargparse's messages about a value of the wrong type
     r"Parser key [\"'](?:\w+\.)?(\w+)[\"']: "
     r"(?:.*Given value: (.*)|Expected a .*\. Got value: (.*)|Not of type \w+: (\S+) does not .*|Not of type .*'(.*)')"
 )
-WORDS = {  # of types, as they are written on the command line
+WORDS = {  # type -> its description in messages
     **KINDS, PositiveInt: "a whole number from 1", NonNegativeInt: "a whole number, 0 or more", list: "a list",
     bool: "true or false", NoneType: "null",
 }  # fmt: skip
 
 
 class Parser(ArgumentParser):
-    """A mistake is one line: what is wrong, what is accepted, where to read more; and exit code 2."""
+    """Reports an error in one line, with the accepted values and the command for help, and exits with code 2."""
 
-    options: set[str] = set()  # of all commands, by name
-    reading: str | None = None  # the file that --config named, while it is read
+    options: set[str] = set()  # the options of all commands
+    reading: str | None = None  # the file of --config, while the parser reads this file
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command, file = self.prog.replace(" [options]", ""), Parser.reading
@@ -69,7 +69,7 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
     def _plain(self, message: str) -> str:
-        """One line in this library's words, with the nearest option's name beside one that does not exist."""
+        """The message in this library's words on one line. For an unknown option it suggests the nearest name."""
         message = " ".join(message.split()).rstrip(".")
         if wrong := WRONG.fullmatch(message):
             name, value = (group for group in wrong.groups() if group is not None)
@@ -89,7 +89,7 @@ class Parser(ArgumentParser):
 
 
 class ConfigFile(ActionConfigFile):
-    """--config; what is wrong in a file is said with its name."""
+    """--config; an error message about the file starts with the file's name."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         Parser.reading = str(values)
@@ -98,8 +98,13 @@ class ConfigFile(ActionConfigFile):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: the words after `lora-gan`; None: those of this process.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # --dry-run and --dry_run are one option, as in transformers' own command lines; a value that begins so is none.
+    # --dry-run and --dry_run are the same option, as in transformers' command lines. Values do not change.
     spelled = [
         re.sub(r"^--[a-z][\w-]*(?=[=.]|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in arguments
     ]
@@ -113,23 +118,23 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "train":
             if values["resume"] and files:
                 given = any(word.partition("=")[0] == "--output_dir" for word in spelled)
-                values, said = in_moved_folder(values, Path(str(files[-1])), folder_is_given=given)
-                if said:
-                    print(said, file=sys.stderr)
+                values, notice = in_moved_folder(values, Path(str(files[-1])), folder_is_given=given)
+                if notice:
+                    print(notice, file=sys.stderr)
             settings = {name: values.pop(name) for name in Config.__dataclass_fields__}
             values["config"] = Config.from_dict(settings)
         with one_line_each():
             COMMANDS[chosen.command](**values)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what is left to write at exit goes nowhere
+    except BrokenPipeError:  # the reader, such as head, closed the pipe
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  discards the rest of the output at exit
     except (ValueError, RuntimeError, ArithmeticError, ImportError, OSError) as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
             error = OSError(f"{error.filename}: {error.strerror}")
         print(f"lora-gan: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
-        said = str(stop) or "stopped"
-        print(f"lora-gan: {said if said.startswith('stopped') else f'stopped: {said}'}", file=sys.stderr)
+        text = str(stop) or "stopped"
+        print(f"lora-gan: {text if text.startswith('stopped') else f'stopped: {text}'}", file=sys.stderr)
         return stop.code if isinstance(stop, Terminated) else 130
     return 0
 
@@ -138,7 +143,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="lora-gan",
         description="Train a language model against any reward: two LoRA adapters on one frozen base.",
-        epilog="lora-gan COMMAND --help says what a command accepts.",
+        epilog="lora-gan COMMAND --help lists the options of a command.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -152,7 +157,7 @@ def _parser() -> Parser:
         )
         if name == "train":
             one.add_argument(
-                "--config", action=ConfigFile, help="YAML file of options; what follows it on the line wins"
+                "--config", action=ConfigFile, help="YAML file of options; options after --config override it"
             )
             _add_train_options(one, function)
         else:
@@ -163,29 +168,25 @@ def _parser() -> Parser:
 
 
 def _add_train_options(parser: Parser, function: Callable[..., Any]) -> None:
-    """The ten settings that matter most, the function's parameters, and the other settings by group."""
+    """Add the ten most important settings, the function's parameters, and the other settings by group."""
     first = parser.add_argument_group("the settings that matter most")
     _add_options(parser.add_argument_group("the model, the data and the reward"), function)
     groups = {one: parser.add_argument_group(one.value) for one in Group}
     described = {p.arg_name: p.description for p in docstring_parser.parse_from_object(Config).params}
     for field in fields(Config):
-        place = first if Mark.FIRST in markers(field) else groups[group(field)]
+        container = first if Mark.FIRST in markers(field) else groups[group(field)]
         kind = plain_type(field)
         facts = ["type: %(type)s", *bounds(field), *(f"unit: {unit}" for unit in units(field)), "default: %(default)s"]
-        # Choices as the metavar would make lines of more than 80 columns.
+        # argparse's default metavar lists all choices, which makes lines of more than 80 columns.
         metavar: dict[str, Any] = {"metavar": field.name.upper()} if get_origin(kind) is Literal else {}
         text = f"{described[field.name]} ({', '.join(facts)})"
-        place.add_argument(f"--{field.name}", type=kind, default=field.default, help=text, **metavar)
+        container.add_argument(f"--{field.name}", type=kind, default=field.default, help=text, **metavar)
 
 
 def _add_options(container: Any, function: Callable[..., Any], *, as_positional: bool = False) -> None:
-    """The function's parameters, to a parser or a group; the true-or-false ones as flags that take no value."""
+    """Add the function's parameters to a parser or a group; booleans become flags without a value."""
     flags = [name for name, hint in function.__annotations__.items() if hint in (bool, "bool")]
     container.add_function_arguments(function, as_group=False, as_positional=as_positional, skip={*flags, "config"})
     described = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for flag in flags:
         container.add_argument(f"--{flag}", action="store_true", help=described[flag])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""`lora-gan train`: from its options to a run, and what it prints.
+"""`lora-gan train`: starts a run from the options, and prints the plan and the result.
 
-Everything heavy is imported inside the functions: most mistakes are in the data, and are told before imports that take
+Functions import slow modules in their bodies. Most errors are in the data, and are reported before imports that take
 seconds.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..run.options import SETTINGS_FILE, keep_options, kept_options, with_full_paths
-from ..run.resuming import changed_settings, identity, keep_identities, kept_identities, moved_paths, say_if_other_data
+from ..run.resuming import changed_data, changed_settings, identity, keep_identities, kept_identities, moved_paths
 from ..storage.json_lines import read_lines
 
 if TYPE_CHECKING:
@@ -25,38 +25,38 @@ if TYPE_CHECKING:
 
 
 def run(config: Config, options: dict[str, Any]) -> None:
-    """Train, or try the next step.
+    """Train, or with dry_run try the next step.
 
     Args:
         config: the settings.
         options: the other parameters of `commands.train`, by name.
 
     Raises:
-        ValueError: an option that is not accepted, or data or a reward that cannot be used.
+        ValueError: an option is not accepted, or the data or the reward cannot be used.
     """
     folder, resume, dry_run = Path(config.output_dir), options["resume"], options["dry_run"]
     if config.eval_steps and options["eval_data"] is None:
-        raise ValueError(f"--eval_steps {config.eval_steps} needs rows to judge on: give --eval_data")
+        raise ValueError(f"--eval_steps {config.eval_steps} needs held-out rows: give --eval_data")
     _require_room(folder, resume=resume, dry_run=dry_run)
     from ..rewards import named
 
     rewards = named.from_specs(options["reward"])
     rows, held_out, identities = _data(config, options)
     if resume:
-        _say(*say_if_other_data(kept_identities(folder), identities, allowed=options["allow_other_data"]))
+        _notify(*changed_data(kept_identities(folder), identities, allowed=options["allow_other_data"]))
     gan = _opened(config, options, *rewards)
     rows = gan.check_rows(rows)
     if held_out is not None:
         held_out = gan.check_held_out(held_out, rows)
     steps = gan.steps_left(rows)
     if steps == 0:
-        raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to go on")
+        raise ValueError(f"the run is at its end, step {gan.global_step}: set a larger --max_steps to continue")
     preview = _preview(gan, rows, held_out, steps)
     print(preview.describe(dry_run=dry_run), flush=True)
     func: Any
     for func in rewards[0]:
         if getattr(func, "interactive", False) and func.log is None:
-            func.keep(folder / "ratings.jsonl")  # what a person said, in a dry run too, is not asked again
+            func.keep(folder / "ratings.jsonl")  # a person is not asked again about a rated response
     if dry_run:
         from ..gan import NO_GROUP
 
@@ -66,11 +66,11 @@ def run(config: Config, options: dict[str, Any]) -> None:
             print(paragraph, flush=True)
         return
     _fit(gan, rows, held_out, {**options, **config.to_file()}, identities)
-    _say_result(gan, folder)
+    _print_result(gan, folder)
 
 
 def _data(config: Config, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """The rows to train on, the held-out ones or None, and what identifies both."""
+    """The training rows, the held-out rows or None, and the identities of both."""
     from ..data import read_rows
 
     data, eval_data = options["data"], options["eval_data"]
@@ -81,7 +81,7 @@ def _data(config: Config, options: dict[str, Any]) -> tuple[Any, Any, dict[str, 
 
 
 def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], reward_weights: list[float]) -> LoraGAN:
-    """The LoraGAN: new, or from the newest checkpoint, with a line for each thing that is not as before."""
+    """A new LoraGAN, or with resume one from the newest checkpoint and a printed line per change since then."""
     from ..gan import LoraGAN
     from ..run.resuming import adapter_arguments
     from ..run.tracking import trackers_of
@@ -94,8 +94,8 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
         "peft_config": _constructed("peft.LoraConfig", "peft_config", options["peft_config"]),
     }
     if resume:
-        generator, said = adapter_arguments(folder, generator, config.kl_reference)
-        _say(said)
+        generator, notice = adapter_arguments(folder, generator, config.kl_reference)
+        _notify(notice)
     gan = LoraGAN(
         options["model"],
         config,
@@ -109,21 +109,21 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
     )
     if resume:
         gan.load_checkpoint()
-        _say_if_other_reward(folder, options["reward"])
+        _notify_changed_reward(folder, options["reward"])
         before = settings_of(folder / f"step-{gan.global_step}")
-        _say(*changed_settings(before, config.to_file(), gan.global_step))
+        _notify(*changed_settings(before, config.to_file(), gan.global_step))
     return gan
 
 
 def _preview(gan: LoraGAN, rows: list[Row] | Stream, held_out: list[Row] | None, steps: int) -> Preview:
-    """What the run's next steps would do."""
+    """The preview of the run's next steps."""
     from .. import data
     from .preview import Preview
 
     first = data.take(rows, gan.config.prompts_per_step, seed=gan.config.seed, position=gan.position)
     total = None if isinstance(rows, data.Stream) else len(rows)
-    columns, judged = data.column_names(rows), 0 if held_out is None else len(held_out)
-    return Preview(gan, first, steps=steps, total=total, held_out=judged, columns=columns)
+    columns, evaluated = data.column_names(rows), 0 if held_out is None else len(held_out)
+    return Preview(gan, first, steps=steps, total=total, held_out=evaluated, columns=columns)
 
 
 def _fit(
@@ -133,7 +133,7 @@ def _fit(
     options: dict[str, Any],
     identities: dict[str, Any],
 ) -> None:
-    """Train. Options and identities are kept with the first step: what fails before leaves nothing."""
+    """Train. The first step writes options and identities, so that a failure before it leaves no file."""
     from ..storage.checkpoint import complete
 
     folder, before = Path(gan.config.output_dir), gan.global_step
@@ -147,18 +147,17 @@ def _fit(
         gan.fit(rows, eval_dataset=held_out, on_step=keep)
     except (KeyboardInterrupt, SystemExit, ValueError, RuntimeError) as stop:
         if gan.global_step > before and complete(folder):
-            # A row or a reward that is not as it must be would end the resumed run at the same place.
-            first = "when that is mended, " if isinstance(stop, ValueError | RuntimeError) else ""
-            saved = "" if isinstance(stop, KeyboardInterrupt | SystemExit) else f"step {gan.global_step} is saved; "
-            go_on = f"{saved}{first}go on with: lora-gan train --config {folder / SETTINGS_FILE} --resume"
-            stop.args = ("; ".join(filter(None, [str(stop), go_on])),)
+            hint = f"continue with: lora-gan train --config {folder / SETTINGS_FILE} --resume"
+            if isinstance(stop, ValueError | RuntimeError):  # a bad row or reward would end the resumed run, too
+                hint = f"step {gan.global_step} is saved; fix the cause, then {hint}"
+            stop.args = ("; ".join(filter(None, [str(stop), hint])),)
         raise
     finally:
         if gan.global_step > before:
-            _draw(gan, folder)
+            _plot(gan, folder)
 
 
-def _say_result(gan: LoraGAN, folder: Path) -> None:
+def _print_result(gan: LoraGAN, folder: Path) -> None:
     from ..storage.checkpoint import complete
 
     names = ("metrics.jsonl", "completions.jsonl", "training.png")
@@ -166,15 +165,15 @@ def _say_result(gan: LoraGAN, folder: Path) -> None:
     kept = ", ".join(path.name for path in complete(folder))
     print(
         f"{gan.ending}. True-reward calls: {gan.budget.in_words()}.\n"
-        f"{_judged(folder)}In {folder}: {kept}, {', '.join(files)}. The newest step is used by:\n"
+        f"{_evaluations(folder)}In {folder}: {kept}, {', '.join(files)}. Commands for the newest step:\n"
         f"  lora-gan generate --checkpoint {folder} --prompt TEXT --best_of 8\n"
         f"  lora-gan eval --checkpoint {folder} --data HELD_OUT_FILE\n"
         f"  lora-gan export --checkpoint {folder} --output_dir FOLDER"
     )
 
 
-def _judged(folder: Path) -> str:
-    """The run's evaluations, as a line; empty without any."""
+def _evaluations(folder: Path) -> str:
+    """The held-out rewards of the run's evaluations as a line; empty without any."""
     name = "eval_true_reward"
     values = [
         f"{line[name]:.3f} (step {line['step']})" for line in read_lines(folder / "metrics.jsonl") if name in line
@@ -183,8 +182,8 @@ def _judged(folder: Path) -> str:
     return f"Held-out reward: {', '.join(shown)}.\n" if values else ""
 
 
-def _draw(gan: LoraGAN, folder: Path) -> None:
-    """training.png of a run, however it ended. What goes wrong here hides nothing that ended the run."""
+def _plot(gan: LoraGAN, folder: Path) -> None:
+    """Plot training.png, however the run ended. A failure gives a warning, so that it does not hide another error."""
     from ..run.plots import plot_run
 
     try:
@@ -194,36 +193,45 @@ def _draw(gan: LoraGAN, folder: Path) -> None:
 
 
 def _require_room(folder: Path, *, resume: bool, dry_run: bool) -> None:
-    """A new run beside an older one's checkpoints would mix the two."""
+    """Check that a new run does not mix its checkpoints with those of an older run.
+
+    Raises:
+        ValueError: the folder is a file, or holds checkpoints and the run is neither a resume nor a dry run.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: name a folder")
     older = sorted(folder.glob("step-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     if older and not (resume or dry_run):
         raise ValueError(
-            f"{folder} holds {older[-1].parent.name} of another run: go on with it by --resume, or give this run "
+            f"{folder} holds {older[-1].parent.name} of another run: continue that run by --resume, or give this run "
             "another --output_dir"
         )
 
 
-def _say(*lines: str) -> None:
+def _notify(*lines: str) -> None:
+    """Print the lines that are not empty to stderr."""
     for line in filter(None, lines):
         print(line, file=sys.stderr)
 
 
-def _say_if_other_reward(folder: Path, reward: Any) -> None:
-    """A discriminator that learned one reward begins by predicting it for another."""
+def _notify_changed_reward(folder: Path, reward: Any) -> None:
+    """Print a line if the reward has changed: the discriminator still predicts the old reward at first."""
     kept = kept_options(folder)
     before = moved_paths(kept.get("reward"), str(kept.get("output_dir")), folder.resolve())
     if before is not None and before != with_full_paths(reward):
-        _say(f"The reward is another one than before: {before} up to here, {reward} from now on.")
+        _notify(f"The reward has changed: {before} up to here, {reward} from now on.")
 
 
 def _constructed(kind: str, name: str, fields: dict[str, Any] | None) -> Any:
-    """An object of a class in peft or transformers, from its fields; None without any."""
+    """An object of a class in peft or transformers from its fields; None without fields.
+
+    Raises:
+        ValueError: the class does not accept the fields.
+    """
     if fields is None:
         return None
-    library, _, called = kind.partition(".")
+    library, _, class_name = kind.partition(".")
     try:
-        return getattr(importlib.import_module(library), called)(**fields)
+        return getattr(importlib.import_module(library), class_name)(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={fields!r} is not accepted by {called}: {error}") from error
+        raise ValueError(f"{name}={fields!r} is not accepted by {class_name}: {error}") from error

@@ -1,8 +1,8 @@
-"""A trial of the run's next step, which leaves no trace: the responses that it will sample, and the time that it takes.
+"""A trial of the run's next step, which does not change the run: samples responses of the step and measures its time.
 
-The responses are drawn with the step's own uniform numbers. On the CPU they are the very responses that training
-samples, so that what a person or a judge says about them can be used again. The updates run on copies of the weights,
-with optimizers, replay and baselines of their own, and with made-up rewards: the true reward is not asked.
+The responses are drawn with the step's own uniform numbers. On the CPU they are equal to the responses of training, so
+training can use the ratings of a person or a judge again. The updates run on copies of the weights, with separate
+optimizers, replay and baselines, and with made-up rewards. Timing asks no true reward.
 
 # P = prompts, K = responses per prompt, B = P·K responses in group order
 """
@@ -33,23 +33,23 @@ from .footprint import Growth, Lengths, spare_share
 from .plan import calls_per_step
 
 Result = TypeVar("Result")
-PROMPTS, RESPONSES = 4, 4  # the reward is tried on at most so many responses to so many prompts
-AFFORDED = 10.0  # seconds that timing a whole step may take; a step that takes longer is timed on one group
-AGAIN = 2.0  # updates that take less are timed again: memory that was given back for `Growth` is there again
+PROMPTS, RESPONSES = 4, 4  # most prompts, and most responses per prompt, on which the reward is tried
+MAX_SECONDS = 10.0  # for timing a whole step; a slower step is timed on one group
+REPEAT_BELOW = 2.0  # seconds; faster updates are timed again, because `Growth` returned memory before the first time
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of one step, by what it does, without the true reward.
+    """Seconds of one step by phase, without the true reward.
 
     Attributes:
-        sampling: of all its responses.
+        sampling: sampling of all responses.
         generator: one step's updates of the generator.
-        predicting: the discriminator's predictions of all responses.
-        discriminator: one step's updates of the discriminator, while the true reward is asked.
-        lengths: tokens of the step's prompts, and of the responses that were sampled.
-        whole: whether everything was timed at its full size, and not on a part of it.
-        spare: bytes that the process holds beside each byte of an update (`footprint.spare_share`).
+        predicting: the discriminator's predictions for all responses.
+        discriminator: one step's updates of the discriminator, in a step that asks the true reward.
+        lengths: tokens of the step's prompts, and of the sampled responses.
+        whole: whether all phases were timed at full size, and not on some of the responses.
+        spare: bytes that the process holds in addition to each byte of an update (`footprint.spare_share`).
     """
 
     sampling: float
@@ -62,7 +62,7 @@ class Seconds:
 
     @property
     def updating(self) -> float:
-        """All but sampling."""
+        """All phases except sampling."""
         return self.generator + self.predicting + self.discriminator
 
     @property
@@ -72,28 +72,28 @@ class Seconds:
 
 
 class Trial:
-    """The responses that the next step will sample to its first prompts, at most `limit` of them.
+    """Some of the responses that the next step will sample.
 
     Args:
-        gan: whose next step is meant. It is left bitwise as it is.
+        gan: the run. Its state stays bitwise unchanged.
         rows: the next step's rows, as they are sent to the model.
-        limit: most responses that are drawn; None: PROMPTS × RESPONSES.
+        limit: most responses; None: PROMPTS × RESPONSES.
 
     Attributes:
-        rows: the rows that were tried, one per group.
-        sampled: their responses, equally many per row.
-        index_B: the place of each response in the step.
+        rows: the chosen rows, one per group.
+        sampled: the responses, the same number per row.
+        index_B: the index of each response in the step.
     """
 
     def __init__(self, gan: LoraGAN, rows: list[Row], limit: int | None = None) -> None:
         self.gan, self.step_rows = gan, rows
         self.prompts = gan.players.encoder.prompts(rows)
-        # A group of one response says nothing of the spread: a second one is drawn beside it.
+        # One response per group has no spread, so a second one is drawn.
         self.per_prompt = max(gan.config.num_generations, 2)
         self.uniforms_BT = gan._uniforms(self.prompts, self.per_prompt, "sample")
         chosen, count = shape_of_trial(gan.config, len(rows), limit)
         asked_PK = self._asked().reshape(len(rows), self.per_prompt)
-        # Those that the step will ask about come first: then the answers are of use again.
+        # Responses that the step will ask about come first, so that training can use the answers again.
         first_P = np.sort(np.argsort(-asked_PK.sum(-1), kind="stable")[:chosen])
         self.index_B = np.concatenate(
             [j * self.per_prompt + np.sort(np.argsort(~asked_PK[j], kind="stable")[:count]) for j in first_P]
@@ -105,8 +105,10 @@ class Trial:
         self._sampling, self.sampled = self._timed(lambda: gan._sample(prompts, uniforms_BT))
 
     def _asked(self) -> np.ndarray:
-        """Which of the step's responses the true reward will be asked about, bool [B]; where that depends on the
-        discriminator's predictions, as if it predicted the same for all."""
+        """Whether the step will ask the true reward of each response, bool [B].
+
+        A query design that depends on the predictions is computed for equal predictions.
+        """
         gan, size = self.gan, len(self.prompts) * self.per_prompt
         if gan.config.disc_objective == "real_vs_generated" or gan.config.num_generations < self.per_prompt:
             return np.ones(size, dtype=bool)
@@ -120,11 +122,11 @@ class Trial:
         ).asked_B
 
     def seconds(self) -> Seconds:
-        """Time the step. Everything it changes is undone."""
+        """Time the step, without a change to the run."""
         gan, config, prompts = self.gan, self.gan.config, self.prompts
         responses = len(prompts) * config.num_generations
         sampled, rows, sampling = self.sampled, self.rows, self._sampling * responses / len(self.sampled)
-        if sampling <= AFFORDED:
+        if sampling <= MAX_SECONDS:
             uniforms_PKT = self.uniforms_BT.reshape(len(prompts), self.per_prompt, -1)
             uniforms_BT = uniforms_PKT[:, : config.num_generations].flatten(0, 1)
             sampling, sampled = self._timed(lambda: gan._sample(prompts, uniforms_BT))
@@ -135,39 +137,39 @@ class Trial:
         )
         in_step = _tokens(sampled) * responses / len(sampled)
 
-        # One group first. It also warms up what is only done once.
+        # One group first, which also does work that is only done once.
         tried = sampled.rows(np.flatnonzero(sampled.group_B == sampled.group_B[0]))
         with Growth() as growth:
             updates = self._timed_updates(tried, rows[:1])
-        if sum(updates) * in_step / _tokens(tried) <= AFFORDED:
+        if sum(updates) * in_step / _tokens(tried) <= MAX_SECONDS:
             tried = sampled
             with Growth() as growth:
                 updates = self._timed_updates(tried, rows)
-            if sum(updates) <= AGAIN:
+            if sum(updates) <= REPEAT_BELOW:
                 updates = self._timed_updates(tried, rows)
         share, groups = _tokens(tried) / in_step, len(np.unique(tried.group_B))
         generator, predicting, discriminator = (seconds / share for seconds in updates)
-        if config.disc_objective == "regression":  # it learns from the responses that are asked about
+        if config.disc_objective == "regression":  # uses only responses with a true reward
             discriminator *= calls_per_step(config) / (config.prompts_per_step * config.num_generations)
         whole = share == 1 and len(tried) == responses
         spare = spare_share(gan.players, config, lengths, groups=groups, responses=len(tried), grew=growth.bytes)
         return Seconds(sampling, generator, predicting, discriminator, lengths, whole, spare)
 
     def _timed(self, work: Callable[[], Result]) -> tuple[float, Result]:
-        """Seconds until the device has done some work, and its result."""
+        """Seconds until the device has finished `work()`, and the result of `work()`."""
         began = self._now()
         result = work()
         return self._now() - began, result
 
     def _now(self) -> float:
-        """Seconds on a clock, once the device has done what it was told."""
+        """Seconds on a clock, after the device has finished all its work."""
         if self.gan.players.device.type == "cuda":
             torch.cuda.synchronize(self.gan.players.device)
         return time.perf_counter()
 
     def _timed_updates(self, sampled: Rollout, rows: list[Row]) -> tuple[float, float, float]:
-        """Seconds of the generator's updates, of predictions, and of the discriminator's updates if the true reward of
-        all these responses were known."""
+        """Seconds of the generator's updates, of predictions, and of the discriminator's updates, with a true reward
+        for every response."""
         gan, config = self.gan, self.gan.config
         signal = config.signal(config.adversarial)
         through = config.gradient_path == "straight_through"
@@ -191,7 +193,7 @@ class Trial:
                 inclusion_B=np.ones(len(sampled)),
                 features=features,
             )
-            # As in a later step: half of a batch is replay, and the heads have begun.
+            # As in a later step, half of a batch is replay, and the heads are not zero.
             if config.disc_objective == "regression":
                 discriminator.replay.extend(list(answered_groups(experience, config).values()))
 
@@ -205,16 +207,16 @@ class Trial:
                 discriminator.update(experience)
 
             both = (update_generator, update_discriminator) if through else (update_discriminator, update_generator)
-            seconds = {update: self._timed(update)[0] for update in both}  # in the order that a step has
+            seconds = {update: self._timed(update)[0] for update in both}  # in the order of a step
         return seconds[update_generator], predicting, seconds[update_discriminator]
 
 
 @contextmanager
 def undone(gan: LoraGAN) -> Iterator[tuple[Generator, Discriminator]]:
-    """Inside the block both players train on copies; at its end weights, gradients and unit are bitwise as before.
+    """Train both players on copies within the block. Then restore weights, gradients and reward unit bitwise.
 
     Yields:
-        a generator and a discriminator on the same base, with optimizers, replay and baselines of their own.
+        A generator and a discriminator on the same base, with new optimizers, replay and baselines.
     """
     players, config = gan.players, gan.config
     parameters = [parameter for player in PLAYERS for parameter in players.parameters(player)]
@@ -236,9 +238,9 @@ def undone(gan: LoraGAN) -> Iterator[tuple[Generator, Discriminator]]:
 
 
 def shape_of_trial(config: Config, prompts: int, limit: int | None = None) -> tuple[int, int]:
-    """How many prompts the reward is tried on, and how many responses to each, so that there are at most `limit`.
+    """The number of prompts and of responses per prompt on which the reward is tried; at most `limit` responses.
 
-    Two responses to a prompt can be compared, so fewer prompts are preferred to fewer responses.
+    Two responses to a prompt can be compared, so the number of prompts is reduced before the number of responses.
     """
     chosen, count = min(PROMPTS, prompts), min(RESPONSES, max(config.num_generations, 2))
     if limit is not None and chosen * count > limit:
@@ -248,5 +250,5 @@ def shape_of_trial(config: Config, prompts: int, limit: int | None = None) -> tu
 
 
 def _tokens(sampled: Rollout) -> int:
-    """Tokens that an update computes: each group's prompt once, and the responses."""
+    """Tokens that an update computes: each group's prompt once, and all responses."""
     return sum(map(len, sampled.prompts)) + sum(map(len, sampled.responses))

@@ -1,11 +1,17 @@
-"""Everything around the steps of fit(): callbacks, logs, samples, and when to log, evaluate and save.
+"""Callbacks, logs and samples of fit(), and the schedule of logging, evaluation and saving.
 
-Callbacks are transformers' TrainerCallbacks, driven by its own CallbackHandler; its DefaultFlowCallback decides when to
-log, evaluate and save: every logging_steps, eval_steps, save_steps, and at the end. So a callback's `control` is
-honoured as Trainer does. What departs from it: `args` is a view of this library's Config under Trainer's names; a step
-has no sub-steps, so on_substep_end, on_pre_optimizer_step, on_optimizer_step, on_prediction_step, on_predict and
-on_push_begin never come; on_init_end comes when fit() begins; on_epoch_end comes before the log, evaluation and
-checkpoint of the epoch's last step, not after; an epoch cannot be cut short (should_epoch_stop raises).
+Callbacks are transformers' TrainerCallbacks. transformers' CallbackHandler calls them, and its DefaultFlowCallback
+schedules logging, evaluation and saving: every logging_steps, eval_steps, save_steps, and at the end. A callback's
+`control` has the same effect as in Trainer.
+
+Differences from Trainer:
+
+- `args` is a view of this library's Config under Trainer's names.
+- A step has no sub-steps, so fit() never fires on_substep_end, on_pre_optimizer_step, on_optimizer_step,
+  on_prediction_step, on_predict and on_push_begin.
+- on_init_end is fired when fit() begins.
+- on_epoch_end is fired before the log, evaluation and checkpoint of the epoch's last step, not after.
+- An epoch cannot be cut short: should_epoch_stop raises.
 """
 
 from __future__ import annotations
@@ -39,22 +45,26 @@ from . import tracking
 from .display import Display
 from .ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
 
-#: Lines that `state.log_history` holds, the newest ones; a long run's memory does not grow. metrics.jsonl has them all.
+#: `state.log_history` holds this many of the newest lines, so memory stays constant. metrics.jsonl holds every line.
 LOG_HISTORY = 500
 
 Callback = TrainerCallback | type[TrainerCallback]
 
 
 def check_callbacks(callbacks: Sequence[Callback] | None) -> list[Callback]:
-    """The callbacks, as a list; what is none raises."""
+    """The callbacks as a list.
+
+    Raises:
+        ValueError: an entry is neither a TrainerCallback nor a subclass of it.
+    """
     for callback in callbacks or ():
-        if not _is_a(callback, TrainerCallback):
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
             raise ValueError(f"callbacks must be transformers.TrainerCallback objects or classes, not {callback!r:.80}")
     return list(callbacks or ())
 
 
 class Arguments:
-    """What callbacks get as `args`: every setting of Config, and the names that TrainingArguments has besides."""
+    """The `args` of callbacks: every setting of Config, and further names of TrainingArguments."""
 
     logging_strategy = save_strategy = IntervalStrategy.STEPS
     logging_first_step = False
@@ -76,7 +86,7 @@ class Arguments:
         try:
             return getattr(self.__dict__["_config"], name)
         except (KeyError, AttributeError):
-            raise AttributeError(f"a callback read args.{name}, which fit() has no setting for") from None
+            raise AttributeError(f"a callback read args.{name}, but fit() has no such setting") from None
 
     def to_dict(self) -> dict[str, Any]:
         return self._config.to_dict()
@@ -88,23 +98,26 @@ class Arguments:
 
 
 class FitObserver:
-    """One call of fit(), for those who watch it; a context manager.
+    """Logs one call of fit() and fires its callbacks; a context manager.
 
-    fit() says what happened (begin_step, end_step, evaluated, saved), `control` says what to do next: should_evaluate,
-    should_save, should_training_stop.
+    fit() reports events (begin_step, end_step, evaluated, saved). `control` then holds the next actions:
+    should_evaluate, should_save, should_training_stop.
 
     Args:
-        carried: what the run carries.
-        callbacks: the user's.
-        rows: the training data; where it has no length, there are no epochs.
-        steps: how many further steps.
-        evaluates: whether there is an evaluation to ask for.
-        progress: whether anything is shown.
+        run_state: the state of the run.
+        callbacks: the user's callbacks.
+        rows: the training data. Data without a length has no epochs.
+        steps: number of further steps.
+        evaluates: whether fit() has evaluation data.
+        progress: whether to show progress.
+
+    Raises:
+        ValueError: an EarlyStoppingCallback without evaluation data.
     """
 
     def __init__(
         self,
-        carried: RunState,
+        run_state: RunState,
         callbacks: Sequence[Callback],
         rows: Any,
         steps: int,
@@ -112,8 +125,8 @@ class FitObserver:
         evaluates: bool = False,
         progress: bool = True,
     ) -> None:
-        config, last = carried.config, carried.global_step + steps
-        self.carried, self.first, self._rows = carried, carried.global_step, rows
+        config, last = run_state.config, run_state.global_step + steps
+        self.run_state, self.first, self._rows = run_state, run_state.global_step, rows
         self.ending: Ending | None = None
         self._epoch_length = len(rows) if hasattr(rows, "__len__") else None
         self._epoch_is_open = False
@@ -127,48 +140,47 @@ class FitObserver:
             eval_steps=self.args.eval_steps,
             save_steps=self.args.save_steps,
         )
-        own = [callback for callback in callbacks if not _is_a(callback, DefaultFlowCallback)]
-        self._stops_early = any(_is_a(callback, EarlyStoppingCallback) for callback in own)
+        own = [callback() if isinstance(callback, type) else callback for callback in callbacks]
+        own = [callback for callback in own if not isinstance(callback, DefaultFlowCallback)]
+        self._stops_early = any(isinstance(callback, EarlyStoppingCallback) for callback in own)
         if self._stops_early and not evaluates:
-            raise ValueError("EarlyStoppingCallback watches an evaluation: give fit() an eval_dataset")
+            raise ValueError("EarlyStoppingCallback needs evaluations: give fit() an eval_dataset")
+        peft, tokenizer = run_state.players.peft, run_state.players.base.tokenizer
+        optimizer = run_state.generator.optimizer
         self.handler = StopWatchingHandler(
-            [DefaultFlowCallback, *own],
-            carried.players.peft,
-            carried.players.base.tokenizer,
-            carried.generator.optimizer.adamw,
-            carried.generator.optimizer.schedule,
+            [DefaultFlowCallback, *own], peft, tokenizer, optimizer.adamw, optimizer.schedule
         )
-        shown = progress and not any(_is_a(callback, ProgressCallback) for callback in own)  # it shows its own
+        shown = progress and not any(isinstance(callback, ProgressCallback) for callback in own)  # has its own display
         self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
         self._unlogged: list[Mapping[str, Any]] = []  # numbers of the steps since the last line of metrics
         self.num_tokens = 0
         self._evaluated_at: int | None = None
-        self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, where they still must go
-        self.saved_steps: set[int] = set()  # of the checkpoints that this run has written
+        self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, by pending destination
+        self.saved_steps: set[int] = set()  # steps of the checkpoints that this run has written
         self._stack = ExitStack()
         self._began = time.perf_counter()
 
     def __enter__(self) -> FitObserver:
-        config, folder = self.carried.config, Path(self.carried.config.output_dir)
+        config, folder = self.run_state.config, Path(self.run_state.config.output_dir)
         tracking.trackers_of(config.report_to)  # before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         durable.tidy(folder)
         with ExitStack() as stack:
             self.answers = stack.enter_context(self._answers(folder))
-            true_reward = self.carried.true_reward
+            true_reward = self.run_state.true_reward
             true_reward.answers, true_reward.trainer_state = self.answers, self.state
             true_reward.data_columns = data.column_names(self._rows)
-            stack.callback(self._leave)
-            # Calls that were made after the checkpoint which the run goes on from count, too: they were paid for.
-            lines = JsonLines(folder / "metrics.jsonl", after=self.first, see=self.carried.true_reward.budget.catch_up)
+            stack.callback(self._detach_answers)
+            # Calls made after the checkpoint that the run continues from count, too: they were paid for.
+            lines = JsonLines(folder / "metrics.jsonl", after=self.first, see=true_reward.budget.catch_up)
             self.metrics = stack.enter_context(lines)
             if config.log_completions:
                 lines = JsonLines(folder / "completions.jsonl", after=self.first)
                 self.completions = stack.enter_context(lines)
-            settings = {"model": self.carried.players.base.name, **config.to_file()}
+            settings = {"model": self.run_state.players.base.name, **config.to_file()}
             self.trackers = stack.enter_context(tracking.Trackers(config, settings, after=self.first))
-            self._go_on()
-            self._logged_calls = _counts(self.carried.true_reward.budget.metrics())
+            self._restore_totals()
+            self._logged_calls = _other_calls(true_reward.budget.metrics())
             stack.enter_context(self.display)
             self._fire("on_init_end")
             self._fire("on_train_begin")
@@ -177,44 +189,44 @@ class FitObserver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:
-            self._keep_last()
+            self._write_last_samples()
             self._log_late_calls()
             if kind is None:
                 self._end_epoch()
                 self._fire("on_train_end")
 
     def _log_late_calls(self) -> None:
-        """Log counts that changed since the last line, as in a step that failed: a resumed run goes on from them."""
-        counts = _counts(self.carried.true_reward.budget.metrics())
+        """Log counts that changed since the last line, for example in a step that failed. A resumed run reads them."""
+        counts = _other_calls(self.run_state.true_reward.budget.metrics())
         has_begun = self.metrics.file is not None or self.metrics.kept  # a first step that fails leaves nothing
         if counts != self._logged_calls and has_begun:
-            self.metrics.write({"step": self.carried.global_step, **counts})
+            self.metrics.write({"step": self.run_state.global_step, **counts})
 
-    def _leave(self) -> None:
-        """The run is over: asking goes on without its log."""
-        true_reward = self.carried.true_reward
+    def _detach_answers(self) -> None:
+        """The run is over: later reward calls are not logged in its folder."""
+        true_reward = self.run_state.true_reward
         true_reward.answers, true_reward.trainer_state, true_reward.data_columns = None, None, ()
 
     def _answers(self, folder: Path) -> Answers:
         newest = max(map(checkpoint.step_of, checkpoint.complete(folder)), default=0)
         run = {
-            "seed": self.carried.config.seed,
-            "base": self.carried.players.base.fingerprint,
-            "rewards": self.carried.true_reward.names,
-            "sources": self.carried.true_reward.sources,
+            "seed": self.run_state.config.seed,
+            "base": self.run_state.players.base.fingerprint,
+            "rewards": self.run_state.true_reward.names,
+            "sources": self.run_state.true_reward.sources,
         }
-        return Answers(folder, run, step=self.first, newest=newest, reuse=self.carried.config.reuse_answers)
+        return Answers(folder, run, step=self.first, newest=newest, reuse=self.run_state.config.reuse_answers)
 
-    def _go_on(self) -> None:
-        """Totals and the best evaluation so far, from the lines of metrics that a resumed run has."""
+    def _restore_totals(self) -> None:
+        """Read totals and the best evaluation so far from the lines of metrics that a resumed run has."""
         self.state.log_history = self.metrics.kept[-LOG_HISTORY:]
         for line in self.metrics.kept:
             self.num_tokens = line.get("num_tokens", self.num_tokens)
-            if self._keep_best(line, line["step"]):
-                path = Path(self.carried.config.output_dir, f"step-{line['step']}")
+            if self._update_best(line, line["step"]):
+                path = Path(self.run_state.config.output_dir, f"step-{line['step']}")
                 self.state.best_model_checkpoint = str(path) if path.is_dir() else None
 
-    # --- what fit() says
+    # --- events that fit() reports
 
     def begin_step(self) -> None:
         if not self._epoch_is_open and self._epoch_length:
@@ -224,10 +236,10 @@ class FitObserver:
         self._began = time.perf_counter()
 
     def end_step(self, record: Mapping[str, Any], rows: Sequence[Row]) -> None:
-        """A step was taken on these rows: its numbers are kept, and logged where it is time."""
+        """Record a step on these rows, and log its numbers when a log is due."""
         seconds = time.perf_counter() - self._began
         epoch = self._epoch
-        values = tracking.summary(record) | {"step_time": seconds, **self.carried.true_reward.budget.metrics()}
+        values = tracking.summary(record) | {"step_time": seconds, **self.run_state.true_reward.budget.metrics()}
         self.num_tokens += values.pop("step_tokens", 0)
         values |= {"num_tokens": self.num_tokens} | ({"epoch": epoch} if self._epoch_length else {})
         ended = int(epoch) > int(self.state.epoch)
@@ -235,20 +247,24 @@ class FitObserver:
         self.state.num_input_tokens_seen = self.num_tokens
         self._unlogged.append(values)
         self.display.update(record["step"], values)
-        if self.carried.config.log_completions:
-            self._keep_samples(record["step"], tracking.samples_of(record, rows))
+        if self.run_state.config.log_completions:
+            self._log_samples(record["step"], tracking.samples_of(record, rows))
         self._fire("on_step_end")
         if ended or self.control.should_training_stop:
-            self._end_epoch()  # here, so that what it asks for is done
+            self._end_epoch()  # before logging, so that requests of on_epoch_end take effect
         notices = [*record["alarms"], *record["notices"]]
         if self.control.should_log:
             self._log_steps(notices)
-        elif notices:  # a line of their own, at once: the next line of numbers may never come
+        elif notices:  # logged immediately on a line of their own: the run may end before the next line of numbers
             self._write({"step": record["step"], "notices": notices})
-        self._end_if_told()
+        self._schedule_end()
 
     def evaluated(self, result: Mapping[str, Any]) -> None:
-        """What `gan.evaluate` found: its means, and what rewards gave log_metric, are logged as eval_<name>."""
+        """Log the result of `gan.evaluate` as eval_<name>: its means, and values that rewards gave to log_metric.
+
+        Raises:
+            ValueError: the evaluation lacks metric_for_best_model, which save_best or early stopping needs.
+        """
         means = {name: metric["mean"] for name, metric in result["metrics"].items()}
         means |= {"distinct_2": result["distinct_2"], **result.get("logged", {})}
         metrics = tracking.measured({f"eval_{name}": value for name, value in means.items()})
@@ -260,51 +276,48 @@ class FitObserver:
             )
         self.display.update(self.state.global_step, metrics)
         epoch = {"epoch": self._epoch} if self._epoch_length else {}
-        self._log({"step": self.state.global_step, **epoch, **metrics, **self.carried.true_reward.budget.metrics()})
+        self._log({"step": self.state.global_step, **epoch, **metrics, **self.run_state.true_reward.budget.metrics()})
         self._fire("on_evaluate", metrics=dict(metrics))
-        if self._keep_best(metrics, self.state.global_step) and self.args.save_best:
+        if self._update_best(metrics, self.state.global_step) and self.args.save_best:
             self.control.should_save = True
-        self._end_if_told()
+        self._schedule_end()
 
-    def went_back(self) -> None:
-        """The run went back to an earlier step: later steps are repeated, and what was written of them is removed.
+    def rolled_back(self) -> None:
+        """The run returned to an earlier step and will repeat the later steps: remove their lines.
 
-        Trackers keep it: theirs cannot be taken back.
+        Trackers cannot delete values, so they keep the values of the repeated steps.
         """
-        step, carried = self.carried.global_step, self.carried
+        step, optimizer = self.run_state.global_step, self.run_state.generator.optimizer
         self.metrics.go_back(step)
-        if carried.config.log_completions:
+        if self.run_state.config.log_completions:
             self.completions.go_back(step)
-        self.handler.optimizer, self.handler.lr_scheduler = (
-            carried.generator.optimizer.adamw,
-            carried.generator.optimizer.schedule,
-        )
+        self.handler.optimizer, self.handler.lr_scheduler = optimizer.adamw, optimizer.schedule
         self._unlogged, self.num_tokens, self._evaluated_at = [], 0, None
         self._last_samples = {}
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
-        self._go_on()
+        self._restore_totals()
 
-    def evaluation_left_out(self, why: str) -> None:
-        """An evaluation that was due is not made."""
+    def evaluation_skipped(self, reason: str) -> None:
+        """Log and warn that an evaluation that was due is skipped."""
         self.control.should_evaluate = False
-        self._write({"step": self.state.global_step, "notices": [why]})
-        warnings.warn(f"step {self.state.global_step}: {why}", stacklevel=4)
+        self._write({"step": self.state.global_step, "notices": [reason]})
+        warnings.warn(f"step {self.state.global_step}: {reason}", stacklevel=4)
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the generator as it stands was evaluated."""
+        """Whether the generator was evaluated after the current step."""
         return self._evaluated_at == self.state.global_step
 
-    def stops(self, reason: str | None) -> None:
-        """The run ends after this step for a reason of its own, evaluated and saved. None: it goes on. A run that ends
-        already keeps its first reason."""
+    def stop(self, reason: str | None) -> None:
+        """End the run after this step, with an evaluation and a checkpoint. A run that is already ending keeps its
+        first reason. None changes nothing."""
         if reason is not None and not self.control.should_training_stop:
             self.control.should_training_stop = True
-            self.ends(reason)
+            self.end(reason)
             if self._unlogged:
                 self._log_steps()
-            self._end_if_told()
+            self._schedule_end()
 
     def saved(self, path: Path) -> None:
         self.saved_steps.add(checkpoint.step_of(path))
@@ -313,20 +326,21 @@ class FitObserver:
             self.state.best_model_checkpoint = str(path)
         self._fire("on_save")
 
-    def ends(self, reason: str | None = None) -> None:
-        """The last step was taken. None: a callback said so, or all steps are done."""
+    def end(self, reason: str | None = None) -> None:
+        """Note how the run ended. None: a callback ended the run, or all steps are done."""
         stopped = self.control.should_training_stop
         if reason is None:
             reason = reason_of(self.handler.stopped_by, self.state, self._best_name) if stopped else ALL_STEPS
-        self.ending = self.display.ending = Ending(self.carried.global_step, self.args.max_steps, reason)
+        self.ending = self.display.ending = Ending(self.run_state.global_step, self.args.max_steps, reason)
 
-    # --- what follows from it
+    # --- reactions to events
 
     def _fire(self, event: str, **values: Any) -> None:
         self.control = getattr(self.handler, event)(self.args, self.state, self.control, **values)
         if self.control.should_epoch_stop:
             raise ValueError(
-                "a callback set should_epoch_stop, but fit() cuts no epoch short: should_training_stop ends"
+                "a callback set should_epoch_stop, but fit() cannot cut an epoch short: set should_training_stop to "
+                "end the run"
             )
 
     def _log_steps(self, notices: Sequence[str] = ()) -> None:
@@ -341,17 +355,17 @@ class FitObserver:
         self._fire("on_log", logs={name: value for name, value in values.items() if name != "step"})
 
     def _write(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, also in the state's history."""
-        if self.carried.config.log_completions:
-            self.completions.begin()  # so that none of another run, or of steps that come again, stand beside
+        """Append a line to metrics.jsonl and to the state's history."""
+        if self.run_state.config.log_completions:
+            self.completions.begin()  # drops completions of another run, and of steps that are repeated
         self.metrics.write(line)
-        self._logged_calls = _counts(line) or self._logged_calls
+        self._logged_calls = _other_calls(line) or self._logged_calls
         self.state.log_history.append(line)
         del self.state.log_history[:-LOG_HISTORY]
 
-    def _keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """A step's responses go where it is time; `_keep_last` makes up for the last step of a run that ends early."""
-        config, at_an_end = self.carried.config, step in (self.first + 1, self.args.max_steps)
+    def _log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Write, show and track a step's responses, each at its interval, and at the first and last step."""
+        config, at_an_end = self.run_state.config, step in (self.first + 1, self.args.max_steps)
         self._last_samples = {"file": samples, "display": samples} if samples else {}
         if not samples:
             return
@@ -362,30 +376,33 @@ class FitObserver:
         if step % config.completions_steps == 0:
             self.trackers.log_samples(samples, step)
 
-    def _keep_last(self) -> None:
-        """The last step's responses are written and shown, however the run ends."""
+    def _write_last_samples(self) -> None:
+        """Write and show the last step's responses, however the run ends."""
         left, self._last_samples = self._last_samples, {}
         if "file" in left:
             self.completions.write(*left["file"])
         if "display" in left:
             self.display.show(left["display"])
 
-    def _end_if_told(self) -> None:
-        """A run that ends, for whatever reason, is evaluated and saved as it is then."""
+    def _schedule_end(self) -> None:
+        """Request an evaluation and a checkpoint when the run ends, for any reason."""
         evaluates = self.args.eval_strategy == IntervalStrategy.STEPS
         if self.control.should_training_stop:
             self.control.should_save = True
             self.control.should_evaluate = evaluates and self._evaluated_at != self.state.global_step
         if self.control.should_evaluate and not evaluates:
-            raise ValueError("a callback set should_evaluate, but fit() was given no eval_dataset")
+            raise ValueError("a callback set should_evaluate, but fit() has no evaluation data: give an eval_dataset")
 
     def _end_epoch(self) -> None:
         if self._epoch_is_open:
             self._epoch_is_open = False
             self._fire("on_epoch_end")
 
-    def _keep_best(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Whether this evaluation is the best so far; never the one before the first step, where nothing is saved."""
+    def _update_best(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Note and report whether this evaluation is the best so far.
+
+        The evaluation before the first step never counts, because no checkpoint belongs to it.
+        """
         if not step:
             return False
         value, best = metrics.get(self._best_name), self.state.best_metric
@@ -396,7 +413,7 @@ class FitObserver:
 
     @property
     def best_steps(self) -> list[int]:
-        """Steps whose checkpoints save_best keeps."""
+        """The step of the checkpoint that save_best keeps, in a list; empty without one."""
         best = self.state.best_global_step
         return [best] if self.args.save_best and best is not None else []
 
@@ -407,13 +424,9 @@ class FitObserver:
     @property
     def _epoch(self) -> float:
         """Passes over the data so far."""
-        return self.carried.position / self._epoch_length if self._epoch_length else 0.0
+        return self.run_state.position / self._epoch_length if self._epoch_length else 0.0
 
 
-def _is_a(callback: Callback, kind: type[TrainerCallback]) -> bool:
-    return isinstance(callback, kind) or (isinstance(callback, type) and issubclass(callback, kind))
-
-
-def _counts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a line of metrics, the counts of reward calls beside those of training and the total."""
+def _other_calls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts of reward calls in a line of metrics, except the counts of training and the total."""
     return {name: n for name, n in values.items() if name.startswith("reward_calls/") and name != "reward_calls/total"}

@@ -1,7 +1,7 @@
-"""What a person sees of fit(): a live display on a terminal, plain whole lines elsewhere. Both go to stderr.
+"""The display of fit() on stderr: a live display by rich on a terminal, plain lines elsewhere.
 
-The display is rich's. What a reward prints, warns or logs while it stands appears above it; a reward that asks at the
-terminal says so by an attribute `interactive = True`, and the display steps aside for it (`aside_for`).
+Output of a reward (print, warnings, logging) appears above the live display. A reward that asks a person at the
+terminal has the attribute `interactive = True`; the display is removed while such a reward asks (`aside_for`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console, Group
@@ -22,9 +22,9 @@ from rich.text import Text
 
 from ..wording import duration, shortened
 from .ending import Ending
-from .tracking import part_of
+from .tracking import reward_of
 
-POINTS = 20  # of a trend, at most: on 80 columns it stands beside the longest names and numbers
+POINTS = 20  # most points of a trend: they fit into 80 columns together with the longest names and numbers
 PLAIN_SECONDS = 10.0  # between plain lines
 WATCHED = {
     "reward": "reward",
@@ -37,7 +37,7 @@ WATCHED = {
     "completions/clipped_ratio": "clipped",
     "reward_calls": "calls",
 }
-#: Further counts of calls, shown behind those of training.
+#: Further counts of calls, shown after those of training.
 OTHER_CALLS = {
     "reward_calls/evaluation": "in evaluation",
     "reward_calls/retries": "retries",
@@ -47,22 +47,18 @@ OTHER_CALLS = {
 _current: Display | None = None  # there is one terminal
 
 
-@contextmanager
-def aside_for(rewards: Sequence[Any]) -> Iterator[None]:
-    """Take the live display off the terminal while one of these rewards asks a person there."""
-    if _current is not None and any(getattr(reward, "interactive", False) for reward in rewards):
-        with _current.paused():
-            yield
-    else:
-        yield
+def aside_for(rewards: Sequence[Any]) -> AbstractContextManager[None]:
+    """Remove the live display from the terminal while one of these rewards asks a person there."""
+    asks = any(getattr(reward, "interactive", False) for reward in rewards)
+    return nullcontext() if _current is None or not asks else _current.paused()
 
 
 class Series:
-    """One number over the steps, in constant memory: its first and last values, and fewer than POINTS between."""
+    """One number over the steps in constant memory: its first ten and last ten values, and fewer than POINTS means."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.step = 0  # at which it was measured last
+        self.step = 0  # of the last measurement
         self.first: list[float] = []
         self.last: deque[float] = deque(maxlen=10)
         self.points: list[float] = []
@@ -93,19 +89,19 @@ class Series:
 
     @property
     def change(self) -> float | None:
-        """From the mean of the first ten values (or the earlier half of fewer) until now."""
+        """`now` minus the mean of the first ten values, or of the earlier half of fewer; None with one value."""
         return self.now - sum(self.first[: self._window]) / self._window if self.count > 1 else None
 
 
 class Display:
-    """Steps done and left, the watched numbers, the last samples; a context manager.
+    """Shows progress, the watched numbers and the newest samples; a context manager.
 
     Args:
         first: steps taken before this run.
-        last: steps there will be at its end.
-        shown: whether anything is shown at all.
-        samples: responses shown at a time.
-        console: where to; stderr unless a test gives another.
+        last: the step at which the run will end.
+        shown: False shows nothing.
+        samples: number of responses to show at a time.
+        console: rich's console; None: stderr.
     """
 
     def __init__(
@@ -113,16 +109,16 @@ class Display:
     ) -> None:
         self.first, self.last, self.shown, self.samples = first, last, shown, samples
         self.console = Console(stderr=True) if console is None else console
-        tty = console is not None or sys.stderr.isatty()  # rich believes FORCE_COLOR, even of a file
+        tty = console is not None or sys.stderr.isatty()  # with FORCE_COLOR rich takes a file for a terminal
         self.is_live = shown and tty and self.console.is_interactive and not self.console.is_jupyter
         self.step = first
         self.series: dict[str, Series] = {}
-        self._calls: dict[str, int] = {}  # of the true reward, beside those of training
+        self._calls: dict[str, int] = {}  # counts of OTHER_CALLS
         self.latest: list[Mapping[str, Any]] = []  # the last samples
         self.ending: Ending | None = None  # set when the run has taken its last step
         self._live: ExitStack | None = None
-        self._began = self._said_at = time.monotonic()
-        self._said = first  # the step of the last plain line
+        self._began = self._printed_at = time.monotonic()
+        self._printed_step = first  # the step of the last plain line
 
     def __enter__(self) -> Display:
         global _current
@@ -136,37 +132,37 @@ class Display:
         self._stop()
         if _current is self:
             _current = None
-        if self.shown and not self.is_live and self.step > self._said:
-            self._say_step()
+        if self.shown and not self.is_live and self.step > self._printed_step:
+            self._print_step()
         if self.shown and kind is None and self.ending is not None and self.ending.is_early:
-            self._say(str(self.ending))
+            self._print(str(self.ending))
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """A step was taken, or (`eval_…`) an evaluation made at it."""
+        """Show the numbers of a step, or of an evaluation (`eval_…`) after this step."""
         self.step = step
         for name, value in metrics.items():
-            if name in WATCHED or part_of(name):
+            if name in WATCHED or reward_of(name):
                 self.series.setdefault(name, Series()).add(value, step)
         self._calls |= {name: value for name, value in metrics.items() if name in OTHER_CALLS}
         if not self.shown or self.is_live:
             return
         if "eval_true_reward" in metrics:
-            self._say(f"step {step}: {self._in_words(['eval_true_reward'])}")
-        elif time.monotonic() - self._said_at > PLAIN_SECONDS or step == self.last:
-            self._say_step()
+            self._print(f"step {step}: {self._latest_values(['eval_true_reward'])}")
+        elif time.monotonic() - self._printed_at > PLAIN_SECONDS or step == self.last:
+            self._print_step()
 
     def show(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Some responses of the last step, with the rewards they got."""
+        """Show some responses of the last step with their rewards."""
         self.latest = list(samples[: self.samples])
         if self.shown and not self.is_live:
             for sample in self.latest:
                 rewards = f"true {_number(sample['true_reward'])}, predicted {_number(sample['pred_reward'])}"
                 prompt, completion = one_line(sample["prompt"], 80), one_line(sample["completion"], 160)
-                self._say(f"step {sample['step']}: “{prompt}” → “{completion}” ({rewards})")
+                self._print(f"step {sample['step']}: “{prompt}” → “{completion}” ({rewards})")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Off the terminal, which then behaves as if there were no display; on again afterwards."""
+        """Remove the live display within the block, and show it again afterwards."""
         running = self._live is not None
         self._stop(erase=True)
         try:
@@ -177,39 +173,36 @@ class Display:
 
     # --- plain lines
 
-    def _say_step(self) -> None:
-        self._said, self._said_at = self.step, time.monotonic()
+    def _print_step(self) -> None:
+        self._printed_step, self._printed_at = self.step, time.monotonic()
         names = [name for name in WATCHED if name != "eval_true_reward"]
-        self._say(f"step {self.step}: {self._in_words(names)}, {self._time_left()}")
+        self._print(f"step {self.step}: {self._latest_values(names)}, {self._time_left()}")
 
-    def _in_words(self, names: Sequence[str]) -> str:
-        """The latest values. One that was not measured in this step says when it was."""
-        said = []
-        for name in names:
-            if name not in self.series:
-                continue
-            series = self.series[name]
+    def _latest_values(self, names: Sequence[str]) -> str:
+        """The latest values; a value that this step did not measure has the step of its measurement."""
+        texts = []
+        for name in filter(self.series.__contains__, names):
+            series, value = self.series[name], _number(self.series[name].last[-1])
             if name == "reward_calls":
-                said.append(f"{WATCHED[name]} {self._calls_in_words()}")
-            elif series.step == self.step:
-                said.append(f"{WATCHED[name]} {_number(series.last[-1])}")
-            else:
-                said.append(f"{WATCHED[name]} not measured (step {series.step}: {_number(series.last[-1])})")
-        return ", ".join(said)
+                value = self._call_counts()
+            elif series.step != self.step:
+                value = f"not measured (step {series.step}: {value})"
+            texts.append(f"{WATCHED[name]} {value}")
+        return ", ".join(texts)
 
-    def _calls_in_words(self) -> str:
+    def _call_counts(self) -> str:
         others = [f"{value:,} {OTHER_CALLS[name]}" for name, value in self._calls.items() if value]
         return f"{self.series['reward_calls'].last[-1]:,}" + (f" (plus {', '.join(others)})" if others else "")
 
-    def _say(self, line: str) -> None:
-        sys.stderr.write(line + "\n")  # in one piece: other threads write, too
+    def _print(self, line: str) -> None:
+        sys.stderr.write(line + "\n")  # one write per line, because other threads write, too
         sys.stderr.flush()
 
     def _time_left(self) -> str:
         if self.ending is not None and self.ending.is_early:
             return "ended early"
         done, left = self.step - self.first, self.last - self.step
-        if done <= 0 or not left:  # below 0 where the run went back to before it began
+        if done <= 0 or not left:  # below 0 after a return to a checkpoint from before this call of fit()
             return "done" if not left else "time left unknown"
         return f"about {duration(round((time.monotonic() - self._began) / done * left))} left"
 
@@ -217,13 +210,13 @@ class Display:
 
     def _start(self) -> None:
         self._live = ExitStack()
-        # stdout goes through the display only where it is the terminal: a file's lines stay in the file.
+        # The display captures stdout only if stdout is the terminal: lines for a file stay in the file.
         live = Live(
             get_renderable=self._frame, console=self.console, transient=True, redirect_stdout=sys.stdout.isatty()
         )
         streams = {sys.stdout: "stdout", sys.stderr: "stderr"}
         self._live.enter_context(live)
-        self._live.enter_context(_logging_follows(streams))
+        self._live.enter_context(_logging_redirected(streams))
 
     def _stop(self, *, erase: bool = False) -> None:
         if self._live is not None:
@@ -234,15 +227,13 @@ class Display:
 
     def _frame(self) -> Group:
         wide = self.console.width >= 60
-        parts: list[Any] = [
-            self._progress(wide),
-            self._numbers(trends=self.console.width >= 80 and self.console.encoding.startswith("utf")),
-        ]
+        trends = self.console.width >= 80 and self.console.encoding.startswith("utf")
+        blocks: list[Any] = [self._progress(wide), self._numbers(trends=trends)]
         if "reward_calls" in self.series:
-            parts.append(Text(f"{WATCHED['reward_calls']} {self._calls_in_words()}"))
+            blocks.append(Text(f"{WATCHED['reward_calls']} {self._call_counts()}"))
         if self.latest:
-            parts.append(self._samples(wide))
-        return Group(*parts)
+            blocks.append(self._samples(wide))
+        return Group(*blocks)
 
     def _progress(self, wide: bool) -> Table | Text:
         if not wide:
@@ -257,18 +248,19 @@ class Display:
         return row
 
     def _numbers(self, *, trends: bool) -> Table:
-        series = dict(self.series)  # the main thread may add to it meanwhile
-        parts = [name for name in series if name not in WATCHED]
+        series = dict(self.series)  # a copy: the main thread may add numbers while this thread draws
+        rewards = [name for name in series if name not in WATCHED]
+        hidden = {"reward_calls", *(rewards if len(rewards) == 1 else [])}  # a single reward equals the total
         table = Table(box=None, pad_edge=False)
         table.add_column("", no_wrap=True)
         for name in ("now", "change"):
             table.add_column(name, justify="right", no_wrap=True)
         if trends:
             table.add_column("since the start", no_wrap=True)
-        for name in sorted(series.keys() - {"reward_calls"} - set(parts if len(parts) == 1 else []), key=_place):
+        for name in sorted(series.keys() - hidden, key=_sort_key):
             one = series[name]
-            label = WATCHED.get(name) or shortened(part_of(name) or name, 24)
-            # One that was not measured in this step says when it was.
+            label = WATCHED.get(name) or shortened(reward_of(name) or name, 24)
+            # A value that this step did not measure has the step of its measurement.
             now = _number(one.now) if one.step == self.step else f"at step {one.step}: {_number(one.now)}"
             change = "" if one.change is None else f"{one.change:+.3f}"
             table.add_row(*map(Text, (label, now, change)), *([sparkline(one.points)] if trends else []))
@@ -289,8 +281,12 @@ class Display:
 
 
 @contextmanager
-def _logging_follows(before: Mapping[Any, str]) -> Iterator[None]:
-    """Handlers that write to what was stdout or stderr write to what is there now, as print and warnings do."""
+def _logging_redirected(before: Mapping[Any, str]) -> Iterator[None]:
+    """Redirect logging handlers of the original stdout and stderr to the current streams, as print and warnings are.
+
+    Args:
+        before: original stream -> its name in `sys`.
+    """
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     moved: list[tuple[logging.StreamHandler[Any], Any]] = []
     for handler in {handler for logger in loggers for handler in getattr(logger, "handlers", ())}:
@@ -305,7 +301,7 @@ def _logging_follows(before: Mapping[Any, str]) -> Iterator[None]:
 
 
 def one_line(text: Any, length: int) -> str:
-    """A text, or the last of some chat messages, as part of one line, without what would move a terminal's cursor."""
+    """A text, or the last of several chat messages, for one line of output: at most `length` printable characters."""
     if isinstance(text, list) and text and isinstance(text[-1], Mapping):
         text = text[-1].get("content")
     return shortened("".join(filter(str.isprintable, " ".join(str(text).split()))), length)
@@ -322,6 +318,6 @@ def _number(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _place(name: str) -> tuple[float, str]:
-    """Where a number stands: the parts of the reward follow the reward."""
+def _sort_key(name: str) -> tuple[float, str]:
+    """The order of the numbers: single rewards follow the total reward."""
     return list(WATCHED).index(name) if name in WATCHED else 0.5, name

@@ -1,4 +1,4 @@
-"""Why a run ended: fit() notes the reason, the display and `lora-gan train` print it in their last line."""
+"""Why a run ended. fit() notes the reason; the display and `lora-gan train` print it in their last line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Ending:
     """How a call of fit() ended.
 
     Attributes:
-        step: steps taken in all.
-        last: steps that were planned in all.
+        step: the step at which the run ended.
+        last: the planned last step.
         reason: a short sentence without a full stop.
     """
 
@@ -35,7 +35,7 @@ class Ending:
 
 
 class StopWatchingHandler(CallbackHandler):
-    """transformers' handler, which also notes the callback that asked for the end of training."""
+    """transformers' handler, which also notes the callback that requested the end of training."""
 
     stopped_by: TrainerCallback | None = None
 
@@ -44,7 +44,7 @@ class StopWatchingHandler(CallbackHandler):
     ) -> TrainerControl:
         callbacks = self.callbacks
         try:
-            for callback in callbacks:  # one at a time, to see which one changes `control`
+            for callback in callbacks:  # one at a time, to find the one that changes `control`
                 before = control.should_training_stop
                 self.callbacks = [callback]
                 control = super().call_event(event, args, state, control, **kwargs)
@@ -60,8 +60,8 @@ def reason_of(callback: TrainerCallback | None, state: TrainerState, metric: str
 
     Args:
         callback: the one that set `should_training_stop`.
-        state: of the run, with its best evaluation.
-        metric: what early stopping watches.
+        state: transformers' state of the run, with its best evaluation.
+        metric: the metric of early stopping.
     """
     if isinstance(callback, DefaultFlowCallback):
         return ALL_STEPS

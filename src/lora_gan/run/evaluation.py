@@ -1,4 +1,4 @@
-"""Held-out evaluation: the reward beside metrics it was not trained on, with intervals over prompts."""
+"""Held-out evaluation: the reward, and metrics that training did not use, with bootstrap intervals over rows."""
 
 from __future__ import annotations
 
@@ -28,32 +28,36 @@ def evaluate(
     seed: int | None = None,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """One response per row, and what every judge says of it.
+    """Sample one response per row and compute the rewards and the metrics of all responses.
 
     Args:
-        rows: as they are sent: `LoraGAN.evaluate` has made messages of plain prompts where that is wanted.
+        rows: rows as they are sent to the model: `LoraGAN.evaluate` has applied the chat template where needed.
         generate, score, ask: `LoraGAN`'s methods.
-        temperature: of sampling, the config's where not given; 0 is greedy.
-        player: "reference" evaluates what the KL is measured to (the untouched base, or the adapter that the generator
-            started from), "base" the untouched base.
-        best_of: responses sampled per row; the discriminator picks.
-        seed: of the sampling; the same one gives the same responses at the same step.
-        batch_size: rows in one batch; changes memory, and results only to rounding.
+        temperature: sampling temperature; 0 is greedy; None: the setting of the config.
+        player: "reference" evaluates the reference of the KL: the untouched base, or the adapter that the generator
+            started from. "base" evaluates the untouched base.
+        best_of: responses sampled per row; the discriminator picks one.
+        seed: seed of sampling; the same seed gives the same responses at the same step.
+        batch_size: rows per batch; changes memory, and results only by rounding.
 
     Returns:
-        metrics: name -> {"mean", "low", "high"}, a 95 % bootstrap interval over rows, None where nothing was measured:
-        true_reward, pred_reward, length (words); of several rewards each one, unweighted, as rewards/NAME; where rows
-        have targets exact_match (0 or 1) and, with sacrebleu installed, chrf (0 to 100, mean over rows).
-        distinct_2 (share of word pairs that differ, over all responses) as a plain number.
-        per_row: name -> the metric's value of every row, None where it was not measured.
-        samples: prompt, target, response, true_reward, pred_reward of every row, and what rewards gave log_extra.
-        logged: name -> mean of what rewards gave log_metric.
+        metrics: name -> {"mean", "low", "high"}, with a 95 % bootstrap interval over rows; None where nothing was
+        measured. Names:
+
+        - true_reward, pred_reward, and length in words;
+        - rewards/NAME: each of several rewards, unweighted;
+        - where rows have targets: exact_match (0 or 1), and with sacrebleu chrf (0 to 100, mean over rows).
+
+        distinct_2: distinct word pairs as a share of all word pairs, over all responses; a float.
+        per_row: name -> the metric's value of every row, None where a row was not measured.
+        samples: per row prompt, target, response, true_reward, pred_reward, and values that rewards gave to log_extra.
+        logged: name -> mean of the values that rewards gave to log_metric.
     """
-    as_they_are = {"batch_size": batch_size, "apply_chat_template": False}
-    responses = generate(rows, best_of, temperature=temperature, seed=seed, player=player, **as_they_are)
-    predicted = score(rows, responses, **as_they_are)
+    unchanged = {"batch_size": batch_size, "apply_chat_template": False}
+    responses = generate(rows, best_of, temperature=temperature, seed=seed, player=player, **unchanged)
+    predicted = score(rows, responses, **unchanged)
     notes = Notes()
-    ids = getattr(responses, "token_ids", None)  # a generate() of the user's own may return plain texts
+    ids = getattr(responses, "token_ids", None)  # an overridden generate() may return plain texts
     true, parts = ask(rows, responses, completion_ids=ids, notes=notes, purpose="evaluation")
     columns: dict[str, list[float | None]] = {
         "true_reward": true,
@@ -61,7 +65,7 @@ def evaluate(
         "length": [float(len(response.split())) for response in responses],
     }
     if len(parts) > 1:
-        columns |= {f"rewards/{name}": part for name, part in parts.items()}
+        columns |= {f"rewards/{name}": values for name, values in parts.items()}
     columns |= _compared(rows, responses)
     metrics = {name: interval(values) for name, values in columns.items()}
     return {
@@ -76,15 +80,15 @@ def evaluate(
 def _samples(
     rows: list[Row], responses: list[str], true: list[float | None], predicted: list[float], notes: Notes
 ) -> list[dict[str, Any]]:
-    """Each row with its response and rewards, and what rewards gave log_extra."""
+    """Each row with its response, its rewards, and the values that rewards gave to log_extra."""
     names = ("prompt", "target", "response", "true_reward", "pred_reward")
-    columns = ([row.prompt for row in rows], [row.target for row in rows], responses, true, predicted)
-    whole = dict(zip(names, columns, strict=True)) | tracking.logged_extras(notes, names)
-    return [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
+    values = ([row.prompt for row in rows], [row.target for row in rows], responses, true, predicted)
+    columns = dict(zip(names, values, strict=True)) | tracking.logged_extras(notes, names)
+    return [dict(zip(columns, sample, strict=True)) for sample in zip(*columns.values(), strict=True)]
 
 
 def _compared(rows: list[Row], responses: list[str]) -> dict[str, list[float | None]]:
-    """Metrics of each response against its target, by name; none where a row has no target."""
+    """name -> each response's metric against its target; empty if a row has no target."""
     pairs = [(response, row.target) for row, response in zip(rows, responses, strict=True) if row.target is not None]
     if len(pairs) < len(rows):
         return {}
@@ -95,22 +99,25 @@ def _compared(rows: list[Row], responses: list[str]) -> dict[str, list[float | N
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two evaluations on the same rows, compared row by row: one − other.
+    """The difference one − other of two evaluations on the same rows, row by row.
 
-    Pairing removes what the rows have in common, so an interval is narrower than the two evaluations' own. It holds
-    for these two samples of one response per row; it says nothing of another training run.
+    Pairing cancels the variation between rows, so the intervals are narrower than those of the two evaluations. An
+    interval holds for these two samples of one response per row, and not for another training run.
 
     Returns:
-        metrics: name -> {"mean", "low", "high"} of the rows' differences, a 95 % bootstrap interval over rows; rows
-        where either is not measured are left out, and None stands where none is left.
+        metrics: name -> {"mean", "low", "high"} of the rows' differences, with a 95 % bootstrap interval over rows.
+        Rows that one evaluation did not measure are left out; None without any row.
         distinct_2, logged: differences of the plain numbers, without an interval.
+
+    Raises:
+        ValueError: the evaluations have different numbers of rows.
     """
     metrics = {}
     for name, values in one["per_row"].items():
         others = other["per_row"].get(name, values)
         if len(values) != len(others):
             raise ValueError(
-                f"the evaluations are of {len(values)} and {len(others)} rows: compare two of the same rows"
+                f"the evaluations are of {len(values)} and {len(others)} rows: compare two evaluations of the same rows"
             )
         if name in other["per_row"]:
             pairs = zip(values, others, strict=True)
@@ -125,7 +132,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(judged: dict[str, dict[str, Any]]) -> str:
-    """Evaluations side by side, as text: a line a metric, mean and interval in each evaluation's column."""
+    """Evaluations next to each other as text: one line per metric, one column per evaluation, mean with interval."""
     results, first = judged.values(), next(iter(judged.values()))
     rows = [[name, *(tables.cell(result["metrics"].get(name)) for result in results)] for name in first["metrics"]]
     rows.append(["distinct_2", *(f"{result['distinct_2']:.3f}" for result in results)])
@@ -136,7 +143,10 @@ def table(judged: dict[str, dict[str, Any]]) -> str:
 
 
 def interval(values: list[float | None], draws: int = 2000) -> dict[str, float | None]:
-    """Mean, and the 2.5 and 97.5 percentiles of its bootstrap distribution over rows (Efron 1979); None without any."""
+    """Mean, with the 2.5 and 97.5 percentiles of its bootstrap distribution over rows (Efron 1979).
+
+    Without any value all three are None.
+    """
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if len(known) == 0:
         return {"mean": None, "low": None, "high": None}

@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM during a run: the step under way is finished, so that what is saved is whole; a second one stops
-at once.
+"""Ctrl-C and SIGTERM during a run.
 
-Asking for rewards may take long and changes nothing yet: there the first one stops at once, too, and after one that
-came while the step's responses were sampled nothing is asked any more.
+After the first signal the run finishes its current step, so that the saved state is complete. A second signal stops the
+run immediately.
+
+Asking for rewards may take long and does not change the state. There the first signal stops the run immediately, too.
+After a signal during sampling, no reward is asked.
 """
 
 from __future__ import annotations
@@ -16,87 +18,91 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # as a person calls them
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # for messages
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came, and everything is as the last whole step left it."""
+    """A signal arrived, and the state is that after the last complete step."""
 
     def __init__(self, *args: object, number: int) -> None:
         super().__init__(*args)
         self.number, self.cause = number, NAMES[signal.Signals(number)]
 
-    def ending(self, message: str) -> BaseException:
-        """What fit() ends with: KeyboardInterrupt after Ctrl-C, Terminated after SIGTERM."""
+    def exception(self, message: str) -> BaseException:
+        """The exception that fit() raises: KeyboardInterrupt after Ctrl-C, Terminated after SIGTERM."""
         return Terminated(message) if self.number == signal.SIGTERM else KeyboardInterrupt(message)
 
 
 class Terminated(SystemExit):
-    """SIGTERM, as from a scheduler that takes the machine back; the process ends with the status a shell expects."""
+    """SIGTERM, for example from a scheduler that reclaims the machine, with the exit status that shells expect."""
 
     code: int = 128 + signal.SIGTERM
 
 
 class Interrupts:
-    """Within `catching()` the first signal is kept for `check()`; the second raises at once."""
+    """Within `catching()` the first signal is kept for `check()`; the second raises immediately."""
 
     def __init__(self) -> None:
-        self._came: int | None = None  # the signal that came
-        self._process = os.getpid()  # whose signals these are
-        self._harmless = False  # whether raising now would leave nothing half-done
+        self._pending: int | None = None  # the signal that arrived
+        self._process = os.getpid()  # the process that handles these signals
+        self._harmless = False  # whether an exception now leaves the state complete
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """In threads other than the main one, where Python delivers no signals, nothing is caught; nor is SIGTERM where
-        the process was told to ignore it."""
-        self._came, self._process = None, os.getpid()
+        """Handle signals within the block.
+
+        Python delivers signals to the main thread alone; in other threads this does nothing. SIGTERM stays ignored
+        where the process ignores it.
+        """
+        self._pending, self._process = None, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before: dict[signal.Signals, Any] = {}
         for number in NAMES:
-            # SIGINT is ignored in whatever a shell starts in the background, where it is asked for all the same.
+            # Shells make background processes ignore SIGINT; a SIGINT that is sent to such a run must stop it, too.
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, self._handle)
         try:
             yield
         finally:
-            self._came = None
+            self._pending = None
             for number, handler in before.items():
-                if handler is not None:  # None: set by C code, which signal() cannot put back
+                if handler is not None:  # None: a handler set by C code, which signal() cannot restore
                     signal.signal(number, handler)
 
     def check(self) -> None:
-        """Between steps: raise Interrupted where a signal came."""
-        if self._came:
-            raise Interrupted(number=self._came)
+        """Between steps: raise Interrupted if a signal arrived."""
+        if self._pending:
+            raise Interrupted(number=self._pending)
 
     @contextmanager
     def harmless(self) -> Iterator[None]:
-        """What runs inside may be broken off at any point: a signal, or one that came before, raises Interrupted."""
+        """Mark a block that can be interrupted at any point: a signal during the block or before it raises
+        Interrupted."""
         self._harmless = True
         try:
-            if self._came:
+            if self._pending:
                 raise KeyboardInterrupt
             yield
         except KeyboardInterrupt as stop:  # a person who is asked for rewards may quit, too
-            raise Interrupted(*stop.args, number=self._came or signal.SIGINT) from stop
+            raise Interrupted(*stop.args, number=self._pending or signal.SIGINT) from stop
         finally:
             self._harmless = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # forked from the run, as a reward's workers are: as if nothing were caught
+        if os.getpid() != self._process:  # a forked process, such as a reward's worker: use the default handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        is_second, self._came = self._came is not None, number
+        is_second, self._pending = self._pending is not None, number
         if self._harmless:
             raise KeyboardInterrupt
         if is_second:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         print(
-            f"\n{NAMES[signal.Signals(number)]}: the run stops after this step and saves it. A second signal stops at "
-            "once, and the step is lost",
+            f"\n{NAMES[signal.Signals(number)]}: the run stops after this step and saves it. A second signal stops "
+            "immediately, and this step is lost",
             file=sys.stderr,
             flush=True,
         )

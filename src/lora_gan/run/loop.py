@@ -18,7 +18,7 @@ from .interrupts import Interrupted, Interrupts
 from .recovery import Rollback
 from .saving import Saver
 
-#: Records that fit() returns at the most: they hold every response, and a long run's memory must not grow with it.
+#: fit() returns at most this many records: records hold every response, and memory must stay constant.
 RECORDS = 500
 
 Record = dict[str, Any]
@@ -28,16 +28,16 @@ class FitLoop:
     """One call of fit().
 
     Args:
-        state: what the run carries; each step changes it.
+        state: the state of the run; each step changes it.
         rows: the training data.
-        held_out: rows of the evaluations; None: there are none.
-        steps: how many further steps.
+        held_out: rows of the evaluations; None: no evaluations.
+        steps: number of further steps.
         step: takes one step on a batch of rows and returns its record.
-        evaluate: judges the generator on held-out rows.
+        evaluate: evaluates the generator on held-out rows.
         on_step: called with every step's record.
         callbacks: transformers' callbacks.
-        interrupts: what catches Ctrl-C and SIGTERM.
-        progress: whether anything is shown.
+        interrupts: catches Ctrl-C and SIGTERM.
+        progress: whether to show progress.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class FitLoop:
 
     @property
     def ending(self) -> Ending | None:
-        """How the run ended; None where it has not."""
+        """How the run ended; None while the run has not ended."""
         return self._run.ending
 
     def run(self) -> list[Record]:
-        """Take the steps, and return the records of the last ones. `LoraGAN.fit` says what is raised."""
+        """Take the steps and return the newest records, at most RECORDS. `LoraGAN.fit` lists the errors."""
         with lock.writing_alone(self._folder, self.state), self._run, self._saver:
             try:
                 with self._interrupts.catching():
                     self._take_steps()
             except (Interrupted, ValueError, RewardUnavailable) as stop:
-                # An interrupt, a bad row or a bad reward: the last step was completed, so it can be saved.
+                # After an interrupt, a bad row or a bad reward the last complete step can be saved.
                 saved = self._saver.finish(self._run.best_steps) if self._records else None
                 if not isinstance(stop, Interrupted):
                     raise
@@ -90,67 +90,67 @@ class FitLoop:
     def _take_steps(self) -> None:
         state, run = self.state, self._run
         if state.global_step < self._last and not state.global_step and self.config.eval_on_start:
-            self._judge()
+            self._run_evaluation()
             self._interrupts.check()
         while state.global_step < self._last:
             run.begin_step()
             batch = data.take(self._rows, self.config.prompts_per_step, seed=self.config.seed, position=state.position)
-            record = self._step_or_way_back(batch)
+            record = self._step_or_roll_back(batch)
             if record is None:
                 continue
-            state.position += len(batch)  # after the step: one that raised takes its rows again
+            state.position += len(batch)  # after the step: a step that raised takes its rows again
             self._records.append(record)
             run.end_step(record, batch)
             if self._on_step is not None:
                 self._on_step(record)
-            run.stops(self._reason_to_stop(record))
+            run.stop(self._reason_to_stop(record))
             if run.control.should_evaluate:
-                self._judge()
-                run.stops(self._reason_to_stop(record))  # the evaluation may have spent the budget
-            due = run.control.should_save  # read first: poll() may fire on_save, which clears it
+                self._run_evaluation()
+                run.stop(self._reason_to_stop(record))  # the evaluation may have spent the budget
+            due = run.control.should_save  # read first: poll() may fire on_save, which clears should_save
             if self._saver.poll() or due:
                 self._saver.save(keep=run.best_steps)
             if run.control.should_training_stop:
                 break
             self._interrupts.check()
         if run.ending is None:
-            run.ends()
+            run.end()
 
-    def _step_or_way_back(self, batch: list[Row]) -> Record | None:
-        """The step's record; None where its numbers are not finite and the run has gone back to a checkpoint."""
-        coming = self.state.global_step + 1
+    def _step_or_roll_back(self, batch: list[Row]) -> Record | None:
+        """The step's record; None when its numbers were not finite and the run returned to a checkpoint."""
+        next_step = self.state.global_step + 1
         try:
             return self._step(batch)
         except FloatingPointError as failure:
             if self.config.on_nonfinite == "stop":
                 raise
             self._saver.wait()
-            self._rollback.go_back(failure, coming)
-            self._run.went_back()
+            self._rollback.go_back(failure, next_step)
+            self._run.rolled_back()
             while self._records and self._records[-1]["step"] > self.state.global_step:
                 self._records.pop()
-            self._saver.last = None  # later checkpoints are of steps that will be repeated
+            self._saver.last = None  # newer checkpoints belong to steps that will be repeated
             return None
 
-    def _judge(self) -> None:
-        """Evaluate the generator as it stands, if there are held-out rows and the budget allows it."""
+    def _run_evaluation(self) -> None:
+        """Evaluate the generator in its current state, if there are held-out rows and the budget allows it."""
         if self._held_out is None:
             return
         is_last, needed = self._run.control.should_training_stop, len(self._held_out)
         left = self.budget.left("evaluation")
         if left is not None and left - (0 if is_last else self.budget.reserved) < needed:
-            self._run.evaluation_left_out(
+            self._run.evaluation_skipped(
                 f"the evaluation is left out: it needs {needed:,} calls of the true reward, and reward_budget_total "
                 f"leaves {left:,}"
                 + ("" if is_last else f", of which {self.budget.reserved:,} are for the evaluation at the end")
             )
             return
-        with self._interrupts.harmless():  # it changes nothing, and may ask a person
-            judged = self._evaluate(self._held_out)
-        self._run.evaluated(judged)
+        with self._interrupts.harmless():  # an evaluation changes nothing, and may ask a person
+            result = self._evaluate(self._held_out)
+        self._run.evaluated(result)
 
     def _reason_to_stop(self, record: Mapping[str, Any]) -> str | None:
-        """Why fit() ends after this step although steps are left; None where it goes on."""
+        """Why fit() ends after this step although steps are left; None when it continues."""
         if self.state.true_reward.is_over(self._signal):
             return self.state.true_reward.why_over(self._signal)
         if record["alarms"] and self.config.on_exploit == "stop":
@@ -158,12 +158,12 @@ class FitLoop:
         return None
 
     def _interrupted(self, stop: Interrupted, saved: Path | None) -> BaseException:
-        """What fit() raises after a signal; its text says what is saved and what was left out."""
-        step, why = self.state.global_step, str(stop) or f"stopped by {stop.cause}"
+        """The exception of fit() after a signal; its message names the checkpoint and a missing final evaluation."""
+        step, reason = self.state.global_step, str(stop) or f"stopped by {stop.cause}"
         left_out = self._held_out is not None and not self._run.is_evaluated
-        self._run.ends(why + ("; the final evaluation was left out" if left_out else ""))
-        why += f" after {step} of {self._last} steps"
-        why += ", without the final evaluation" if left_out else ""
+        self._run.end(reason + ("; the final evaluation was left out" if left_out else ""))
+        reason += f" after {step} of {self._last} steps"
+        reason += ", without the final evaluation" if left_out else ""
         if saved is None:
-            return stop.ending(f"{why}: no step was done, so there is nothing new to save")
-        return stop.ending(f"{why}: step {step} is saved in {saved}")
+            return stop.exception(f"{reason}: no step was done, so there is nothing new to save")
+        return stop.exception(f"{reason}: step {step} is saved in {saved}")

@@ -1,4 +1,4 @@
-"""What `lora-gan train` was called with, as train.yaml in the run's folder: --config takes it to go on."""
+"""The options of `lora-gan train`, as train.yaml in the run's folder. --config reads this file to resume."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import yaml
 
 from ..model.named_bases import NAMES
 
-SETTINGS_FILE = "train.yaml"  # the run's options, beside its checkpoints: what --config takes to go on
+SETTINGS_FILE = "train.yaml"  # in the run's folder, next to the checkpoints
 
 
 def keep_options(folder: Path, options: dict[str, Any]) -> Path:
-    """Write the run's options where --config finds them again; files in them by their full path."""
+    """Write the run's options to train.yaml in its folder, with full paths, and return the file's path."""
     kept = {name: value for name, value in options.items() if name not in ("resume", "allow_other_data", "dry_run")}
     for name in ("model", "data", "eval_data", "init_adapter"):
         if kept.get(name) and kept[name] not in NAMES and Path(kept[name]).exists():
@@ -27,20 +27,23 @@ def keep_options(folder: Path, options: dict[str, Any]) -> Path:
 
 
 def with_full_paths(reward: Any) -> Any:
-    """A reward as the command line names it, its files by their full path."""
+    """A reward as on the command line, with full paths of its files."""
     if isinstance(reward, list):
-        return [with_full_paths(part) for part in reward]
+        return [with_full_paths(one) for one in reward]
     if isinstance(reward, dict):
-        files = {
-            name: str(Path(reward[name]).resolve()) for name in ("log", "cache") if isinstance(reward.get(name), str)
-        }
-        return reward | files | ({"name": with_full_paths(reward["name"])} if "name" in reward else {})
+        paths = {name: value for name, value in reward.items() if name in ("log", "cache") and isinstance(value, str)}
+        paths = {name: str(Path(value).resolve()) for name, value in paths.items()}
+        return reward | paths | ({"name": with_full_paths(reward["name"])} if "name" in reward else {})
     file, colon, function = reward.rpartition(":")
     return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else reward
 
 
 def kept_options(folder: Path) -> dict[str, Any]:
-    """The options of the run in this folder; empty where it was not made by `lora-gan train`."""
+    """The options of the run in this folder; empty if `lora-gan train` did not make the run.
+
+    Raises:
+        ValueError: train.yaml is not YAML, or holds no mapping.
+    """
     file = folder / SETTINGS_FILE
     if not file.is_file():
         return {}
@@ -49,5 +52,5 @@ def kept_options(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{file} does not hold a run's options, as NAME: VALUE")
+        raise ValueError(f"{file} holds no options of a run: it must have one NAME: VALUE per line")
     return options

@@ -1,4 +1,4 @@
-"""A run as one picture, from its metrics.jsonl. matplotlib (the extra `plots`) is imported only here."""
+"""Plots a run as one picture from its metrics.jsonl. Only this file imports matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..storage.json_lines import read_lines
-from .tracking import part_of
+from .tracking import reward_of
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        title: what is drawn, with its unit.
-        series: (label, name in metrics.jsonl); a label is empty where there is one series.
-        is_total: a count over the whole run, which has no running mean.
-        limits: of the y axis; None: as the values are.
+        title: the quantity, with its unit.
+        series: pairs (label, name in metrics.jsonl); the label of a single series is empty.
+        is_total: whether the values count over the whole run; such a series has no running mean.
+        limits: limits of the y axis; None: from the values.
     """
 
     title: str
@@ -43,16 +43,16 @@ PANELS = (
 
 
 def plot_run(metrics: Path, picture: Path, *, title: str | None = None, window: int = 8) -> Path | None:
-    """Draw `PANELS`, and the parts of the reward where there are several, against steps.
+    """Draw `PANELS` against steps, and a further panel if the reward has several parts.
 
     Args:
-        metrics: a metrics.jsonl as fit() writes it (docs/reference/metrics.md).
-        picture: the file to write; its ending says the format.
-        title: the run's name; None: the name of the folder that metrics is in.
-        window: lines of the running mean; the single ones stand behind it, pale.
+        metrics: a metrics.jsonl of fit() (docs/reference/metrics.md).
+        picture: the file to write; its suffix sets the format.
+        title: the run's name; None: the name of the folder of `metrics`.
+        window: logged lines in the running mean; the single values are drawn pale behind the mean.
 
     Returns:
-        The picture's path, or None where matplotlib is not installed, or nothing was logged yet.
+        The picture's path; None if matplotlib is not installed or nothing was logged yet.
     """
     if find_spec("matplotlib") is None or not metrics.is_file():
         return None
@@ -71,10 +71,10 @@ def plot_run(metrics: Path, picture: Path, *, title: str | None = None, window: 
 
 
 def _panels(lines: list[dict[str, Any]]) -> list[Panel]:
-    parts = {name: part for line in lines for name in line if (part := part_of(name))}
+    rewards = {name: reward for line in lines for name in line if (reward := reward_of(name))}
     panels = list(PANELS)
-    if len(parts) > 1:  # of one alone it is the reward
-        panels.insert(1, Panel("parts of the true reward", tuple((part, name) for name, part in parts.items())))
+    if len(rewards) > 1:  # a single reward equals the total
+        panels.insert(1, Panel("parts of the true reward", tuple((label, name) for name, label in rewards.items())))
     return panels
 
 
@@ -104,14 +104,14 @@ def _draw_panel(axes: Any, panel: Panel, lines: list[dict[str, Any]], window: in
 
 
 def _draw(axes: Any, points: list[tuple[int, float]], label: str, window: int) -> None:
-    """A line through the points; from two windows on, their running mean, and the points themselves pale.
+    """Draw a line through the points; from two windows of points on, their running mean over the pale points.
 
-    With a window of 0 there is no running mean.
+    A window of 0 has no running mean.
     """
     if not points:
         return
     step, value = np.array(points).T
-    if not window or len(value) < 2 * window:  # too few for a running mean to show more: evaluations, mostly
+    if not window or len(value) < 2 * window:  # too few points for a running mean, mostly evaluations
         marker = "o" if len(value) < 16 else None
         axes.plot(step, value, linewidth=2, marker=marker, markersize=4, label=label or None)
         return

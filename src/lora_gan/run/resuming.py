@@ -1,7 +1,7 @@
-"""`lora-gan train --resume`: a run's folder that was moved, and what differs from before. Used by `cli` and `commands`.
+"""`lora-gan train --resume`: a run's folder that was moved, and changes of data and settings. Used by `cli`.
 
-data.json, beside train.yaml in the run's folder, holds a digest of the rows. It is not part of train.yaml, because
-every line there is an option.
+data.json in the run's folder holds a digest of the rows. The digest is not in train.yaml, because every line of
+train.yaml is an option.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ DATA_FILE = "data.json"
 
 
 def in_moved_folder(values: Mapping[str, Any], file: Path, *, folder_is_given: bool) -> tuple[dict[str, Any], str]:
-    """The options of a resumed run, whose train.yaml may lie in another folder than the one that it names.
+    """The options of a resumed run, corrected if the run's folder was moved.
 
-    The run goes on in the folder where its train.yaml and its checkpoints lie. Files that were in the run's folder are
-    looked for there, too.
+    A moved run continues in the folder that now holds its train.yaml and its checkpoints. Paths into the old folder
+    change to the new folder, too.
 
     Args:
-        values: the options, train.yaml's included.
-        file: what --config named.
-        folder_is_given: whether --output_dir stands on the command line, which then wins.
+        values: the options, with those of train.yaml.
+        file: the file that --config named.
+        folder_is_given: whether --output_dir is on the command line. Then nothing changes.
 
     Returns:
-        The options, and one line that says what happened; empty where the run was not moved.
+        The options, and a line for the user; the line is empty if the run was not moved.
     """
     here = file.resolve().parent
     named = kept_options(here).get("output_dir") if file.name == SETTINGS_FILE else None
@@ -43,16 +43,16 @@ def in_moved_folder(values: Mapping[str, Any], file: Path, *, folder_is_given: b
         return dict(values), ""
     with_paths = ("model", "data", "eval_data", "reward", "init_adapter")
     moved = {name: moved_paths(value, named, here) if name in with_paths else value for name, value in values.items()}
-    said = f"The run was moved: it goes on in {here}, not in {named}, which {SETTINGS_FILE} names."
-    return moved | {"output_dir": str(here)}, said
+    notice = f"The run was moved: it continues in {here}, not in {named}, which {SETTINGS_FILE} names."
+    return moved | {"output_dir": str(here)}, notice
 
 
 def moved_paths(value: Any, old: str, new: Path) -> Any:
-    """A value with each path in the old folder that is now in the new one."""
+    """A value in which paths into the old folder point into the new folder, if the file is there."""
     if isinstance(value, Mapping):
-        return {name: moved_paths(part, old, new) for name, part in value.items()}
+        return {name: moved_paths(item, old, new) for name, item in value.items()}
     if isinstance(value, list):
-        return [moved_paths(part, old, new) for part in value]
+        return [moved_paths(item, old, new) for item in value]
     if isinstance(value, str) and value.startswith(f"{old.rstrip('/')}/"):
         there = new / value[len(old.rstrip("/")) + 1 :]
         file = Path(str(there).rpartition(":")[0] or there)  # a reward is FILE.py:FUNCTION
@@ -61,10 +61,10 @@ def moved_paths(value: Any, old: str, new: Path) -> Any:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[str]:
-    """A line per setting that changes what is learned and differs, both given as `Config.to_dict()` gives them."""
+    """A line per changed setting that affects training; `before` and `now` as from `Config.to_dict()`."""
     silent = marked(Config, Mark.SILENT)
     return [
-        f"{name} is another one than before: {_shown(before[name])} up to step {step}, {_shown(value)} from now on."
+        f"{name} has changed: {_shown(before[name])} up to step {step}, {_shown(value)} from now on."
         for name, value in now.items()
         if name in before and name not in silent and before[name] != value
     ]
@@ -75,23 +75,23 @@ def _shown(value: Any) -> str:
 
 
 def identity(source: str, rows: Any) -> dict[str, Any]:
-    """What identifies a data set: its name (a file by its full path), and the number and the digest of its rows.
+    """Values that identify a data set: its name (a file's full path), and the number and the digest of its rows.
 
-    A digest of the rows does not depend on the place or the format of the file. Streamed rows have neither number nor
-    digest: their size stands in its place where they come from one file.
+    The digest does not depend on the path or the format of the file. Streamed rows have neither number nor digest; if
+    they come from one file, the file's size in bytes identifies them.
     """
     path = Path(source)
-    known: dict[str, Any] = {"source": str(path.resolve()) if path.exists() else source}
+    named = {"source": str(path.resolve()) if path.exists() else source}
     if isinstance(rows, Sequence):
-        return known | {"rows": len(rows), "digest": _digest(rows)}
-    return known | ({"bytes": path.stat().st_size} if path.is_file() else {})
+        return named | {"rows": len(rows), "digest": _digest(rows)}
+    return named | ({"bytes": path.stat().st_size} if path.is_file() else {})
 
 
 def _digest(rows: Sequence[Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         values = [row.prompt, row.target, row.target_messages, row.columns]
-        # Objects that JSON does not know, such as pictures, count by their kind alone.
+        # Objects that JSON cannot hold, such as pictures, count by their type alone.
         digest.update(json.dumps(values, sort_keys=True, default=lambda value: type(value).__name__).encode() + b"\n")
     return digest.hexdigest()
 
@@ -102,7 +102,7 @@ def keep_identities(folder: Path, identities: Mapping[str, Any]) -> None:
 
 
 def kept_identities(folder: Path) -> dict[str, Any]:
-    """What `keep_identities` wrote; empty where there is none that can be read."""
+    """The identities that `keep_identities` wrote; empty if the file is missing or unreadable."""
     try:
         kept = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -110,28 +110,28 @@ def kept_identities(folder: Path) -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def say_if_other_data(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool) -> list[str]:
-    """A line per data set that is another one than before.
+def changed_data(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool) -> list[str]:
+    """A line per data set that has changed.
 
     Args:
         before, now: {"data": identity, "eval_data": identity or None}.
-        allowed: whether the run may go on with other training data.
+        allowed: whether the run may continue with other training data.
 
     Raises:
-        ValueError: the training data is another one, and that is not allowed.
+        ValueError: the training data has changed, and `allowed` is False.
     """
     lines = []
     for name in ("data", "eval_data"):
         old, new = before.get(name), now.get(name)
         if name not in before or _same(old, new):
             continue
-        said = f"{name} is another one than before: {_described(old)} up to here, {_described(new)} from now on"
+        change = f"{name} has changed: {_described(old)} up to here, {_described(new)} from now on"
         if name == "data" and not allowed:
             raise ValueError(
-                f"{said}. Add --allow_other_data to go on with it (the position in the old rows is then counted in the "
-                "new ones), or give the old data"
+                f"{change}. Add --allow_other_data to continue with the new data (at the same position as in the old "
+                "rows), or give the old data"
             )
-        lines.append(f"{said}.")
+        lines.append(f"{change}.")
     return lines
 
 
@@ -154,33 +154,35 @@ def _described(known: Any) -> str:
 
 
 def adapter_arguments(run: Path, given: Mapping[str, Any], kl_reference: str | None) -> tuple[dict[str, Any], str]:
-    """The arguments that describe the generator's adapter of a run that goes on. The checkpoint holds the adapter, so
-    the folder that the run started from may be gone.
+    """The arguments of LoraGAN for the generator's adapter of a resumed run.
+
+    The checkpoint holds the adapter, so the folder that the run started from is not needed.
 
     Args:
         run: the folder of the run.
-        given: init_adapter and peft_config, as the command line has them.
+        given: init_adapter and peft_config from the command line.
         kl_reference: the setting from now on.
 
     Returns:
-        The arguments, and one line that says what is not read; empty where there is nothing to say.
+        The arguments, and a line about an init_adapter that is ignored; the line is empty if none is.
 
     Raises:
-        ValueError: the run was started without an adapter, or the checkpoint has none that the KL could be measured to.
+        ValueError: init_adapter is given but the run started without one, or the KL is to be measured to an adapter
+            that the checkpoint does not hold.
     """
     from ..storage import checkpoint
-    from . import trainer_state  # here, because it takes long: PyTorch
+    from . import trainer_state  # imports PyTorch, which takes seconds
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the resume itself tells of checkpoints that it skips
+        warnings.simplefilter("ignore")  # the resume warns about checkpoints that it skips
         step = checkpoint.find(run, None)
     before, now = trainer_state.init_adapter_of(step), given["init_adapter"]
     kept = trainer_state.generator_arguments(step, kl_reference)
     if before is None:
         if now is not None:
             raise ValueError(
-                f"init_adapter={now} is where a run starts, and the run in {run} started without one: leave it out to "
-                "go on, or start a new run in another output_dir"
+                f"init_adapter={now} can only be set when a run starts, and the run in {run} started without one: "
+                "leave init_adapter out to resume, or start a new run in another output_dir"
             )
         return dict(given), ""
     if "init_adapter" not in kept and kl_reference == "init_adapter":
@@ -189,5 +191,5 @@ def adapter_arguments(run: Path, given: Mapping[str, Any], kl_reference: str | N
             "hold no other reference. Leave kl_reference out, or start a new run in another output_dir"
         )
     other = now is not None and Path(now).name != Path(before).name
-    said = f"init_adapter is another one than before: the run started from {before}, and {now} is not read."
-    return kept, said if other else ""
+    notice = f"init_adapter has changed: the run started from {before}, and {now} is not read."
+    return kept, notice if other else ""

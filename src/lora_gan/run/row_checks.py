@@ -1,8 +1,8 @@
-"""Checks every row before the first step, so that a run that starts can end.
+"""Checks every row before the first step, so that an unusable row cannot end the run later.
 
-A row that the base's template does not take, or that leaves no room for a response, would otherwise end the run when
-its turn comes, and end it again after each resume. Rows of a list are checked before step 1, rows of a stream as they
-arrive.
+A row is unusable if the base's chat template rejects it, or if its prompt leaves no room for a response. Such a row
+would end the run at its step, and again after each resume. Rows of a list are checked before step 1, rows of a stream
+when they are read.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ class CheckedRows(list[Row]):
 
 
 def checked(rows: list[Row] | Stream, check: Check, *, drop_long: bool, progress: bool) -> list[Row] | Stream:
-    """The rows that can be used.
+    """The usable rows.
 
     Args:
-        rows: a list is checked now; a stream checks each row when it is read.
-        drop_long: leave out prompts that are too long, and say how many, instead of raising.
-        progress: show a bar where the check takes more than two seconds.
+        rows: a list is checked now; a stream checks each row when the row is read.
+        check: raises for an unusable row.
+        drop_long: drop prompts that are too long, with a warning, instead of raising.
+        progress: show a progress bar if the check takes more than two seconds.
 
     Raises:
         ValueError: a row cannot be used, or no row is left; the message names the row.
     """
     long: list[str] = []
 
-    def fits(row: Row) -> bool:
+    def is_usable(row: Row) -> bool:
         try:
             check(row)
         except TooLong as error:
             if not drop_long:
                 raise
-            if isinstance(rows, Stream) and not long:  # how many there will be is not known
+            if isinstance(rows, Stream) and not long:  # the number of dropped rows is unknown
                 warnings.warn(f"rows are dropped (on_long_prompt='drop'); the first: {error}", stacklevel=2)
             long.append(str(error))
             return False
@@ -50,10 +51,10 @@ def checked(rows: list[Row] | Stream, check: Check, *, drop_long: bool, progress
 
     if isinstance(rows, Stream):
         if drop_long:
-            rows.only(fits)
+            rows.only(is_usable)
         return rows
     with tqdm(rows, desc="checking rows", unit="row", delay=2, leave=False, disable=not progress) as bar:
-        kept = CheckedRows(filter(fits, bar))
+        kept = CheckedRows(filter(is_usable, bar))
     if long:
         warnings.warn(
             f"{len(long)} of {len(rows)} rows are dropped (on_long_prompt='drop'); the first: {long[0]}", stacklevel=4

@@ -1,4 +1,4 @@
-"""The runs below a folder, found by their files alone, without torch."""
+"""Finds the runs below a folder by their files, without importing torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ SHOWN = 10  # runs that a message lists
 
 
 def require_run(path: Path) -> None:
-    """Raise where a folder is no run itself and holds runs: name them, each with its newest step.
+    """Reject a folder that is no run but contains runs.
 
     Raises:
-        ValueError: the runs, the newest first, and what to give instead.
+        ValueError: the message lists the runs with their newest steps, newest first.
     """
     if _steps(path) or (path / "manifest.json").is_file():
         return
@@ -28,6 +28,6 @@ def require_run(path: Path) -> None:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder that have a manifest."""
+    """Steps of the checkpoints with a manifest in a folder."""
     names = [file.parent.name for file in folder.glob("step-*/manifest.json")]
     return [int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-[0-9]{1,18}", name)]

@@ -1,4 +1,4 @@
-"""optimizer.pt of a checkpoint, read as a stranger's file. Used by `snapshot`."""
+"""Reads optimizer.pt of a checkpoint as an untrusted file. Used by `snapshot`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,29 @@ from ..training.optimizer import PlayerOptimizer
 
 
 def read(folder: Folder, optimizer: PlayerOptimizer) -> Any:
-    """The optimizer's saved state, None where there is none or another trainer's."""
+    """The optimizer's saved state; None if the file is missing, or is another trainer's.
+
+    Raises:
+        Damaged: the file is not a state of such an optimizer.
+    """
     if not folder.has("optimizer.pt"):
         return None
     file = folder.path / "optimizer.pt"
     state = untrusted.read_tensors(folder, "optimizer.pt", limit=untrusted.room_for(optimizer.parameters, times=3))
     if folder.files is None and isinstance(state, dict) and "param_groups" in state:
-        return None  # another trainer's: its moments belong to its own parameters
+        return None  # another trainer's state: the moments belong to other parameters
     require(state, optimizer, str(file))
     return state
 
 
 def require(state: Any, optimizer: PlayerOptimizer, where: str) -> None:
-    """A state_dict() of such an optimizer: moments and counts that fit. Its settings and its learning rate are not
-    read, and neither is what earlier versions kept of the schedule."""
+    """Check that `state` is a state_dict() of such an optimizer, with moments and counts of the right shapes.
+
+    Settings, learning rate, and values that earlier versions kept of the schedule are not read.
+
+    Raises:
+        Damaged: the state does not match; the message starts with `where`.
+    """
     ours = optimizer.state_dict()
     untrusted.require_keys(state, ours, where)
     adamw, schedule = state["optimizer"], state["schedule"]
@@ -46,7 +55,7 @@ def require(state: Any, optimizer: PlayerOptimizer, where: str) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             untrusted.require_numbers(moments[name], f"{where}: {name} {i}", like=optimizer.parameters[i])
         if moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
-            raise Damaged(f"{where}: state {i} is negative where only squares and counts stand")
+            raise Damaged(f"{where}: state {i} has negative values, but squares and counts cannot be negative")
     plain = {"skipped": WHOLE, "scale": POSITIVE, "micro_batch_size": Annotated[int | None, Ge(1)]}
     untrusted.require({name: state[name] for name in plain}, plain, where)
     last_epoch = schedule.get("last_epoch") if isinstance(schedule, dict) else None

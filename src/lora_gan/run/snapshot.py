@@ -1,6 +1,7 @@
-"""A run's state as the files of a checkpoint, and back: everything is read and checked before anything changes.
+"""Converts a run's state to the files of a checkpoint, and back.
 
-`untrusted` checks what the files may hold; `storage.checkpoint` says where they stand. Used by `gan` and `saving`.
+A restore reads and checks all files before it changes anything. `untrusted` checks the content of the files;
+`storage.checkpoint` defines the layout. Used by `gan` and `saving`.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from ..storage.checkpoint import BY_HAND, PLAYERS, REFERENCE, STATE, Content, co
 from ..storage.durable import MANIFEST, Damaged, Folder
 from . import saved_optimizer, trainer_state
 
-#: Tokens that a text in replay is taken to have at most, on a base that names no limit. It bounds the size of a file,
-#: not one text: a group stores its prompt once, so a prompt may be several times as long.
+#: Assumed most tokens of a text in replay, on a base without a context limit. The number bounds the size of a file and
+#: not of one text: a group stores its prompt once, so a prompt may be several times as long.
 LONGEST_TEXT = 2**17
 
 
 def take(state: RunState, *, by_hand: bool = False) -> Content:
-    """Copies of all that a checkpoint holds: training may go on while they are written.
+    """Copies of all content of a checkpoint, so that training can continue while the files are written.
 
     Args:
-        state: whose checkpoint.
-        by_hand: whether `save_checkpoint()` was called: save_total_limit then never deletes it.
+        state: the state to save.
+        by_hand: whether `save_checkpoint()` was called: save_total_limit never deletes such a checkpoint.
     """
     content: Content = {}
     for adapter in (*PLAYERS, REFERENCE) if state.players.has_reference else PLAYERS:
@@ -59,14 +60,19 @@ def take(state: RunState, *, by_hand: bool = False) -> Content:
 
 
 def restore(state: RunState, path: Path) -> None:
-    """Continue exactly: everything is read and checked before anything in memory changes."""
+    """Load a complete checkpoint, so that the run continues exactly. Nothing in memory changes if this raises.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or belongs to another base, another reference or other settings.
+    """
     folder, base = Folder(path, manifest=True), state.players.base
     saved = trainer_state.read(folder)
     if saved["base"]["fingerprint"] != base.fingerprint:
         theirs = f"{saved['base'].get('name') or 'in memory'!r} ({saved['base'].get('architecture', 'unknown')})"
         raise ValueError(
-            f"{path} was made on the base {theirs[:200]}, whose weights are not those of {base.name or 'in memory'!r} "
-            f"({type(base.model).__name__}): give that base, in the same revision and quantized alike"
+            f"{path} was made on the base {theirs[:200]}, and its weights differ from those of "
+            f"{base.name or 'in memory'!r} ({type(base.model).__name__}): give the base of the checkpoint, in the same "
+            "revision and with the same quantization"
         )
     put_generator = _read_generator(state, folder.part("generator"))
     put_discriminator = _read_discriminator(state, folder.part("discriminator"))
@@ -95,13 +101,13 @@ def _warn_of_another_machine(state: RunState, saved: Mapping[str, Any]) -> None:
     changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
     if changed:
         warnings.warn(
-            f"the run goes on, but it is not bitwise equal to one that was never interrupted: {'; '.join(changed)}",
+            f"the run continues, but not bitwise equal to one that was never interrupted: {'; '.join(changed)}",
             stacklevel=4,
         )
 
 
 def _read_generator(state: RunState, folder: Folder) -> Callable[[], None]:
-    """Read and check a generator's folder; the function returned puts it in place."""
+    """Read and check a generator's folder. The returned function copies its values into the state."""
     require_same_scaling(folder, state.players.peft.peft_config["generator"])
     weights = untrusted.read_weights(folder, adapter_state(state.players, "generator"))
     optimizer = saved_optimizer.read(folder, state.generator.optimizer)
@@ -114,22 +120,20 @@ def _read_generator(state: RunState, folder: Folder) -> Callable[[], None]:
 
 
 def _read_reference(state: RunState, folder: Folder) -> Callable[[], None]:
-    """The same for the adapter that the KL is measured to. A checkpoint without one leaves the reference as it is."""
-    there = has_reference(folder)
-    if not state.players.has_reference:
-        if there and state.config.kl_reference is None:
-            raise ValueError(
-                f"the KL of the run in {folder.path.parent} is measured to an adapter, {REFERENCE}/ in each "
-                "checkpoint: open it by LoraGAN.from_checkpoint(), give init_adapter=FOLDER as before, or set "
-                "kl_reference='base' to measure it to the base from now on"
-            )
+    """The same for the reference adapter of the KL. A checkpoint without one does not change the reference."""
+    is_saved, players = has_reference(folder), state.players
+    if is_saved and not players.has_reference and state.config.kl_reference is None:
+        raise ValueError(
+            f"the KL of the run in {folder.path.parent} is measured to an adapter, which each checkpoint holds in "
+            f"{REFERENCE}/. Open the run by LoraGAN.from_checkpoint(), give init_adapter=FOLDER as before, or set "
+            "kl_reference='base' to measure the KL to the base from now on"
+        )
+    if not (is_saved and players.has_reference):
         return lambda: None
-    if not there:
-        return lambda: None
-    part = folder.part(REFERENCE)
-    require_same_scaling(part, state.players.peft.peft_config[REFERENCE])
-    weights = untrusted.read_weights(part, adapter_state(state.players, REFERENCE))
-    return lambda: copy_weights(weights, adapter_state(state.players, REFERENCE))
+    reference = folder.part(REFERENCE)
+    require_same_scaling(reference, players.peft.peft_config[REFERENCE])
+    weights = untrusted.read_weights(reference, adapter_state(players, REFERENCE))
+    return lambda: copy_weights(weights, adapter_state(players, REFERENCE))
 
 
 def _read_monitor(state: RunState, folder: Folder) -> dict[str, Any]:
@@ -150,7 +154,8 @@ def _read_monitor(state: RunState, folder: Folder) -> dict[str, Any]:
 
 
 def _read_discriminator(state: RunState, folder: Folder) -> Callable[[], None]:
-    """The same for a discriminator's; one without our state gives all heads the one that scores, and no replay."""
+    """The same for a discriminator's folder. A folder of PEFT alone has one head, which all heads then copy, and no
+    replay."""
     heads_MH = state.players.heads_MH
     require_same_scaling(folder, state.players.peft.peft_config["discriminator"])
     expected = {**adapter_state(state.players, "discriminator"), SCORE: heads_MH[:1]}
@@ -174,7 +179,7 @@ def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]
     parameters, heads_MH = state.players.parameters("discriminator"), state.players.heads_MH
     base, config = state.players.base, state.config
     tokens = base.context if base.context < UNLIMITED else LONGEST_TEXT
-    replay = config.disc_replay_groups * (config.num_generations + 2) * tokens * 8  # bytes, at the most
+    replay = config.disc_replay_groups * (config.num_generations + 2) * tokens * 8  # most bytes
     saved = state_files.read(folder, "state", limit=untrusted.room_for(parameters, times=3) + replay)
     where = str(folder.path / "state")
     untrusted.require_keys(saved, state.discriminator.state_dict(), where)
@@ -203,32 +208,35 @@ def load_discriminator(state: RunState, path: Path) -> None:
 
 
 def _prompt_kinds_beside(path: Path) -> set[str]:
-    """Kinds of the prompts that a saved generator was trained on; empty where no readable checkpoint says so."""
-    whole = path if (path / STATE).is_file() else path.parent
+    """Kinds of the prompts on which a saved generator was trained; empty without a readable checkpoint around it."""
+    step_folder = path if (path / STATE).is_file() else path.parent
     try:
-        return set(trainer_state.read(Folder(whole, manifest=True))["prompt_kinds"])
+        return set(trainer_state.read(Folder(step_folder, manifest=True))["prompt_kinds"])
     except Damaged:
         return set()
 
 
 def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """What a LoraGAN is made with so that a checkpoint fits into it.
+    """The arguments of a LoraGAN that can load a checkpoint.
 
     Args:
-        path: a step's folder, or a run's, whose newest complete step is taken.
-        model: the base; None: the one that the checkpoint names, if it is on this machine.
+        path: a step's folder, or a run's folder for its newest complete step.
+        model: the base; None: the base that the checkpoint names, if it is on this machine.
         given: arguments and settings that override those of the checkpoint.
 
     Returns:
         The step's folder, and the arguments of LoraGAN.
+
+    Raises:
+        ValueError: there is no complete checkpoint, or its base is not on this machine.
     """
-    arguments, why = dict(given), checkpoint.fault(path)
-    if why is not None and (path / MANIFEST).exists():  # one step's folder, and not a run's
-        raise Damaged(f"{path} is no complete checkpoint: {why}")
-    step_folder = path if why is None else checkpoint.find(path, None)
+    arguments, fault = dict(given), checkpoint.fault(path)
+    if fault is not None and (path / MANIFEST).exists():  # a step's folder, not a run's
+        raise Damaged(f"{path} is no complete checkpoint: {fault}")
+    step_folder = path if fault is None else checkpoint.find(path, None)
     saved = trainer_state.read(Folder(step_folder, manifest=True))
     settings = _harmless(saved["config"])
-    # Where the run's folder was moved, it goes on there, unless told otherwise.
+    # After a move of the folder the run continues in its new folder, unless output_dir is given.
     settings["output_dir"] = str(step_folder.parent)
     known = set(Config.__dataclass_fields__)
     settings |= {name: arguments.pop(name) for name in list(arguments) if name in known}
@@ -239,16 +247,16 @@ def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path
         theirs = Folder(step_folder, manifest=True).part("discriminator")
         arguments.setdefault("disc_peft_config", read_lora_config(theirs))
     if isinstance(model, PreTrainedModel):
-        settings["model_init_kwargs"] = None  # it is loaded
+        settings["model_init_kwargs"] = None  # the model is already loaded
     if model is None:
-        # What says how to load the base is used up here; the tokenizer is part of it.
-        how = {name: arguments.pop(name, None) for name in ("processing_class", "quantization_config")}
-        model = _recorded_base(saved["base"], Config.from_dict(settings), **how)
+        # The arguments that load the base and its tokenizer are used here, and must not reach LoraGAN again.
+        loading = {name: arguments.pop(name, None) for name in ("processing_class", "quantization_config")}
+        model = _recorded_base(saved["base"], Config.from_dict(settings), **loading)
     return step_folder, {"model": model, "config": Config.from_dict(settings), **arguments}
 
 
 def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's settings, without what would let a stranger's checkpoint run code when its base is loaded."""
+    """A checkpoint's settings, without those that could let an untrusted checkpoint run code when its base loads."""
     theirs = settings.get("model_init_kwargs")
     kept = {
         key: value
@@ -260,7 +268,11 @@ def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class: Any, quantization_config: Any) -> Any:
-    """The base a checkpoint names, only if it is on this machine: a stranger's path fetches nothing."""
+    """The base that a checkpoint names, if it is on this machine. An untrusted name must not start a download.
+
+    Raises:
+        ValueError: the base cannot be opened from this machine alone.
+    """
     name, path = recorded["name"], recorded["path"]
     try:
         base = load_base(
@@ -270,13 +282,13 @@ def _recorded_base(recorded: dict[str, str], config: Config, *, processing_class
             quantization_config=quantization_config,
             local_files_only=True,
         )
-        # Later checkpoints name the GGUF file too, not the folder in the cache.
+        # Later checkpoints also name the GGUF file, not the folder in the cache.
         return replace(base, name=name) if name and gguf_files.is_converted(path) else base
     except ValueError as error:
-        which = "to say which to use"
+        which = "to name the base"
         if gguf_files.is_converted(path):
             which = "with the GGUF file that it was converted from, as model='FILE.gguf'"
         raise ValueError(
             f"the checkpoint was made on the base {name or 'in memory'!r}, which could not be opened from this machine "
-            f"alone, and nothing is fetched because a checkpoint names it: pass model= {which} ({error})"
+            f"alone. A name in a checkpoint starts no download: pass model= {which} ({error})"
         ) from error

@@ -1,4 +1,4 @@
-"""Figures as a table of text, at most 80 columns wide."""
+"""Numbers as a table of text, at most 80 columns wide."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 80
-JOINT = "\ue000"  # stands for a space where rich must not break a line; no font has this character
+JOINT = "\ue000"  # replaces a space at which rich must not break a line; a private-use character, absent from texts
 
 
 def cell(figures: Mapping[str, Any] | None, scale: float = 1.0, digits: int = 3) -> str:
-    """A mean and its interval, as in "0.305 [0.195, 0.404]"; a dash where nothing was measured."""
+    """A mean and its interval, as in "0.305 [0.195, 0.404]"; a dash if nothing was measured."""
     if figures is None or figures["mean"] is None:
         return "–"
     mean, low, high = (f"{scale * figures[end]:.{digits}f}" for end in ("mean", "low", "high"))
@@ -24,7 +24,7 @@ def cell(figures: Mapping[str, Any] | None, scale: float = 1.0, digits: int = 3)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their names, the first one without. Cells that are too wide go on in a further line."""
+    """A table with column names; the first column has none. Cells that are too wide continue on the next line."""
     drawn = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     drawn.add_column(no_wrap=True)
     for name in head:

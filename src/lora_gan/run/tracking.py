@@ -1,9 +1,9 @@
-"""What a step returns, and what is kept of it: metrics.jsonl, completions.jsonl, trackers.
+"""The record that a step returns, and the values for metrics.jsonl, completions.jsonl and trackers.
 
-# P = prompts, K = responses a prompt, B = P·K
+# P = prompts, K = responses per prompt, B = P·K
 
-`step()` returns a record under this library's own names (`step_record`); what is logged bears TRL's, where TRL has the
-metric, and then means what it means there (`summary`). docs/reference/metrics.md lists every name.
+`step()` returns a record with this library's own names (`step_record`). Logs use TRL's name and definition for each
+metric that TRL has (`summary`). docs/reference/metrics.md lists every name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,10 +40,10 @@ def step_record(
     alarms: Sequence[str] = (),
     reward_failures: int = 0,
 ) -> dict[str, Any]:
-    """The dict that step() returns: six keys in their order, all K responses, then metrics, as plain Python values.
+    """The dict that step() returns: six keys in a fixed order, all K responses, then metrics, as plain Python values.
 
-    `step` and `reward_calls` count this step in. What rewards logged comes last: each metric under its name, and
-    `extra`, {column: values shaped as the rewards are}, where there is any.
+    `step` and `reward_calls` include this step. Values that rewards logged come last: each metric under its name, and
+    `extra`, {column: values in the shape of the rewards}, if a reward logged columns.
     """
     responses, true, predicted = _by_group(experience, len(rows))
 
@@ -70,7 +71,7 @@ def step_record(
     if experience is not None:
         record |= _measured_in(experience, eos_ids, reward_failures)
     record |= {k: v for k, v in (gen | disc).items() if k not in record}
-    record |= {"alarms": list(alarms), "notices": []}  # notices: what `health` says of the step
+    record |= {"alarms": list(alarms), "notices": []}  # notices: from `health`
     if experience is not None:
         record |= logged_metrics(experience.notes)
         extras = logged_extras(experience.notes)
@@ -97,20 +98,18 @@ def _measured_in(experience: Experience, eos_ids: Sequence[int], reward_failures
         **_lengths(experience, eos_ids),
         **fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B),
     }
-    for name, part_B in experience.parts.items():
-        numbers |= {f"rewards/{name}": _mean(part_B), f"rewards/{name}/std": _std(part_B)}
+    for name, reward_B in experience.parts.items():
+        numbers |= {f"rewards/{name}": _mean(reward_B), f"rewards/{name}/std": _std(reward_B)}
     return numbers
 
 
 def _by_group(experience: Experience | None, prompts: int) -> tuple[list[Any], ...]:
-    """Responses, true and predicted rewards, each P lists of K; None for what there is not."""
+    """Responses, true and predicted rewards, each as P lists of K; None for missing values."""
     if experience is None:
         return tuple([None] * prompts for _ in range(3))
-    columns = (
-        experience.rollout.texts,
-        [None if math.isnan(value) else value for value in experience.true_B.tolist()],
-        [None if math.isnan(value) else value for value in experience.predicted_B.tolist()],
-    )
+    columns: list[list[Any]] = [experience.rollout.texts]
+    for reward_B in (experience.true_B, experience.predicted_B):
+        columns.append([None if math.isnan(value) else value for value in reward_B.tolist()])
     return tuple(_grouped(column, prompts) for column in columns)
 
 
@@ -121,11 +120,11 @@ def _grouped(column_B: list[Any], prompts: int) -> list[list[Any]]:
 
 
 def _spread(values: list[Any], asked_B: np.ndarray) -> list[Any]:
-    """The values of the asked responses in their places, None elsewhere."""
-    whole_B: list[Any] = [None] * len(asked_B)
+    """A list of B values: those of the asked responses at their indices, None at the others."""
+    all_B: list[Any] = [None] * len(asked_B)
     for i, value in zip(np.flatnonzero(asked_B), values, strict=True):
-        whole_B[i] = value
-    return whole_B
+        all_B[i] = value
+    return all_B
 
 
 def _mean(values_B: np.ndarray) -> float | None:
@@ -134,21 +133,21 @@ def _mean(values_B: np.ndarray) -> float | None:
 
 
 def _std(values_B: np.ndarray) -> float | None:
-    """With Bessel's correction, as TRL's."""
+    """With Bessel's correction, as in TRL."""
     known = values_B[~np.isnan(values_B)]
     return float(known.std(ddof=1)) if len(known) > 1 else None
 
 
 def _share_without_spread(experience: Experience) -> float | None:
-    """Of the groups with two answers or more, the share whose true rewards are all alike: they teach nothing."""
+    """The share of groups with equal true rewards, among groups with two answers or more. Such groups teach nothing."""
     groups = [experience.true_B[experience.group_B == j] for j in range(len(experience.rows))]
     answered = [group[~np.isnan(group)] for group in groups]
-    alike = [bool(np.isclose(np.ptp(group), 0)) for group in answered if len(group) > 1]
-    return float(np.mean(alike)) if alike else None
+    is_equal = [bool(np.isclose(np.ptp(group), 0)) for group in answered if len(group) > 1]
+    return float(np.mean(is_equal)) if is_equal else None
 
 
 def _lengths(experience: Experience, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """Tokens of the responses; those that used all places without an end are clipped."""
+    """Tokens of the responses. A response without an end token is clipped."""
     rollout, lengths_B = experience.rollout, experience.rollout.lengths_B
     ended_B = np.array([ids[-1] in eos_ids for ids in rollout.responses])
     return {
@@ -176,7 +175,7 @@ LOGGED_AS = {
     "completion_length": "completions/mean_length",
     "kl": "kl_per_response",
 }
-#: Names of this library's records and logs; a reward that logs one of them gets another, see `logged_metrics`.
+#: Names of this library's records and logs; `logged_metrics` renames a reward's metric with one of these names.
 OWN = {
     *TEXTS, *LOGGED_AS, *LOGGED_AS.values(), "step", "epoch", "num_tokens", "step_tokens", "step_time", "reward_calls",
     "reward_std", "asked", "reward_failures", "unanswered", "frac_asked", "frac_reward_zero_std", "kl_per_token",
@@ -185,11 +184,11 @@ OWN = {
 }  # fmt: skip
 OWN_PREFIXES = ("rewards/", "reward_calls/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
 SAMPLE = ("step", "prompt", "completion", "true_reward", "pred_reward", "target")  # the columns of a sample
-LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # the others: means
+LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # not averaged
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's numbers under the names they are logged by; without those that were not measured."""
+    """A record's measured numbers under their names in the logs."""
     values = {name: value for name, value in record.items() if name not in TEXTS}
     if record.get("kl") is not None and record.get("completion_length"):
         values["kl_per_token"] = record["kl"] / record["completion_length"]
@@ -198,20 +197,20 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     }
     logged = {names.get(name, name): value for name, value in values.items()}
     if "kl_per_token" in logged:
-        logged["kl"] = logged.pop("kl_per_token")  # TRL's kl counts a token
+        logged["kl"] = logged.pop("kl_per_token")  # TRL's kl is per token
     return measured(logged)
 
 
 def measured(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are numbers: None, NaN and infinities cannot stand in JSON, nor in every tracker."""
+    """The finite numbers. JSON and some trackers do not accept NaN and infinities."""
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def logged_metrics(notes: Notes, taken: Collection[str] = ()) -> dict[str, float]:
-    """What rewards logged by log_metric, by name: the mean of all values of that name, as TRL's.
+    """The metrics that rewards logged by log_metric: the mean of all values per name, as in TRL.
 
-    A name of this library's own (`OWN`, or one of `taken`) is put behind the reward's name, REWARD/NAME: a record must
-    not hold two things under one name, and a reward that was written for TRL must run unchanged.
+    A name in `OWN` or `taken` becomes REWARD/NAME. A record must not use one name twice, and a reward that was written
+    for TRL must run unchanged.
     """
     values: dict[str, list[float]] = {}
     for (reward, name), logged in notes.metrics.items():
@@ -221,10 +220,9 @@ def logged_metrics(notes: Notes, taken: Collection[str] = ()) -> dict[str, float
 
 
 def logged_extras(notes: Notes, taken: Collection[str] = SAMPLE) -> dict[str, list[Any]]:
-    """What rewards logged by log_extra, by column.
+    """The columns that rewards logged by log_extra.
 
-    A column that has the name of a sample's own, or the name but not the values of another reward's, becomes
-    REWARD/COLUMN.
+    A column becomes REWARD/COLUMN if its name is in `taken`, or if another reward logged other values under this name.
     """
     columns: dict[str, list[Any]] = {}
     for (reward, column), values in notes.extras.items():
@@ -235,34 +233,31 @@ def logged_extras(notes: Notes, taken: Collection[str] = SAMPLE) -> dict[str, li
 
 
 def _prefix(reward: str) -> str:
-    """A reward's name in front of a name that it logged, so that the whole is none of ours."""
+    """The prefix for a name that a reward logged, so that the full name is none of this library's names."""
     return f"{reward}/" if not f"{reward}/".startswith(OWN_PREFIXES) else f"reward:{reward}/"
 
 
-def part_of(name: str) -> str | None:
-    """The reward whose mean is logged under this name; None for other numbers."""
+def reward_of(name: str) -> str | None:
+    """The reward of a metric rewards/REWARD/mean; None for other metrics."""
     is_mean = name.startswith("rewards/") and name.endswith("/mean")
     return name.removeprefix("rewards/").removesuffix("/mean") if is_mean else None
 
 
 def averaged(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over some steps, or the latest of what is a total or a setting; each over the steps that measured it."""
-
-    def is_latest(name: str) -> bool:
-        return name in LATEST or name.startswith("reward_calls/")
-
-    columns: dict[str, list[Any]] = {}
+    """Each number's mean over the steps that measured it, or its latest value if it is a total or a setting."""
+    columns: dict[str, list[Any]] = defaultdict(list)
     for values in steps:
         for name, value in values.items():
-            columns.setdefault(name, []).append(value)
+            columns[name].append(value)
+    latest = {name for name in columns if name in LATEST or name.startswith("reward_calls/")}
     return {
-        name: sum(column) / len(column) if len(column) > 1 and not is_latest(name) else column[-1]
+        name: column[-1] if name in latest or len(column) == 1 else sum(column) / len(column)
         for name, column in columns.items()
     }
 
 
 def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every response of a step with its rewards, as completions.jsonl holds it; `record` is of several prompts."""
+    """Every response of a step with its rewards, in the form of completions.jsonl; `record` has lists of P prompts."""
     samples = []
     for j, row in enumerate(rows):
         for i, response in enumerate(record["responses"][j] or ()):
@@ -282,11 +277,15 @@ def samples_of(record: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str,
 
 # --- trackers ---------------------------------------------------------------------------------------------------------
 
-TRACKERS = ("tensorboard", "wandb", "trackio")  # the names are their packages', too
+TRACKERS = ("tensorboard", "wandb", "trackio")  # also the names of their packages
 
 
 def trackers_of(report_to: str | Sequence[str]) -> list[str]:
-    """The trackers that `config.report_to` names; one that does not exist, or is not installed, raises."""
+    """The trackers that `config.report_to` names.
+
+    Raises:
+        ValueError: a tracker does not exist, or is not installed.
+    """
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     if names == ["none"]:
         return []
@@ -305,10 +304,13 @@ def trackers_of(report_to: str | Sequence[str]) -> list[str]:
 
 
 class Trackers:
-    """TensorBoard, Weights & Biases and trackio, by accelerate's classes; metrics under train/ and eval/.
+    """TensorBoard, Weights & Biases and trackio through accelerate's classes; metrics are under train/ and eval/.
 
-    A run that goes on (`after` > 0) goes on at its own step numbers. TensorBoard then hides what was logged after them,
-    trackio continues the run of this name; wandb does with WANDB_RUN_ID and WANDB_RESUME=allow.
+    A resumed run (`after` > 0) continues its step numbers. TensorBoard hides values that were logged after that step.
+    trackio continues the run of this name. wandb does so with WANDB_RUN_ID and WANDB_RESUME=allow.
+
+    Raises:
+        ValueError: a tracker does not exist, is not installed, or could not start.
     """
 
     def __init__(self, config: Config, settings: Mapping[str, Any], *, after: int) -> None:
@@ -332,11 +334,11 @@ class Trackers:
             tracker.log(dict(named), step=step)
 
     def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
-        """As a table; TensorBoard has none, and gets it as Markdown."""
+        """Log samples as a table; TensorBoard has no tables and gets Markdown."""
         extras = sorted({column for sample in samples for column in sample} - set(SAMPLE))
         columns = [*SAMPLE, *extras]
         cells = [[sample.get(column) for sample in samples] for column in SAMPLE]
-        cells += [_alike([sample.get(column) for sample in samples]) for column in extras]
+        cells += [_one_type([sample.get(column) for sample in samples]) for column in extras]
         data = [list(row) for row in zip(*cells, strict=True)]
         for tracker in self.trackers:
             if tracker.name == "wandb":
@@ -361,7 +363,7 @@ def _tracker(name: str, config: Config, after: int) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # accelerate's trackers log through it
-    importlib.import_module(name)  # one that is broken says so here
+    importlib.import_module(name)  # a broken installation raises here
     run_name = config.run_name or Path(config.output_dir).resolve().name
     if name == "tensorboard":
         folder = Path(config.output_dir) / "tensorboard"
@@ -371,7 +373,7 @@ def _tracker(name: str, config: Config, after: int) -> Any:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters as every tracker takes them: numbers, truth values and texts."""
+    """Hyperparameters in types that every tracker accepts: numbers, booleans and texts."""
     return {
         name: value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
         for name, value in settings.items()
@@ -379,8 +381,8 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _alike(values: list[Any]) -> list[Any]:
-    """A column as every tracker takes it: numbers, or texts, or truth values; a mixture as texts."""
+def _one_type(values: list[Any]) -> list[Any]:
+    """A column in a form that every tracker accepts: numbers, or texts, or booleans; mixed values become texts."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} or kinds in ({str}, {bool}):
         return values

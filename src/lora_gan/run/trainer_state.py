@@ -1,4 +1,4 @@
-"""trainer_state.json of a checkpoint: written from a run's state, and read as a stranger's file. Used by `snapshot`."""
+"""trainer_state.json of a checkpoint: written from a run's state, and read as an untrusted file. Used by `snapshot`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..storage.untrusted import WHOLE
 from ..training import health
 
 NUMBER = Annotated[float, Ge(0)]
-#: What the file holds, in the form that `untrusted.require` takes.
+#: The content of the file, in the form that `untrusted.require` takes.
 SHAPE: dict[str, Any] = {
     "format": int,
     "global_step": WHOLE,
@@ -42,9 +42,9 @@ SHAPE: dict[str, Any] = {
     "saved_by": Literal["fit", "save_checkpoint"],
     "init_adapter": str | None,
 }
-#: One of reward_scales.
+#: A value of reward_scales.
 SCALE = {"answers": WHOLE, "mean": float, "squares": NUMBER, "freedom": WHOLE}
-#: What checkpoints of earlier versions do not say.
+#: Defaults of keys that checkpoints of earlier versions lack.
 EARLIER: dict[str, Any] = {
     "prompt_kinds": [],
     "saved_by": "fit",
@@ -55,7 +55,7 @@ EARLIER: dict[str, Any] = {
 
 
 def content(state: RunState) -> dict[str, Any]:
-    """The state's plain values, as JSON holds them."""
+    """The state's plain values, in JSON's types."""
     base, baseline = state.players.base, state.generator.baseline
     return {
         "format": 1,
@@ -69,7 +69,7 @@ def content(state: RunState) -> dict[str, Any]:
         "reward_scales": state.true_reward.scales.state_dict(),
         "health": state.health.state_dict(),
         "config": state.config.to_file(),
-        "by_peft_config": list(state.players.by_peft_config),  # whose adapters the settings do not describe
+        "by_peft_config": list(state.players.by_peft_config),  # players with a peft_config of their own
         "base": {
             "name": base.name,
             "path": base.path,
@@ -81,52 +81,56 @@ def content(state: RunState) -> dict[str, Any]:
     } | ({} if state.init_adapter is None else {"init_adapter": state.init_adapter})
 
 
-@functools.cache  # reading them takes longer than copying small adapters
+@functools.cache  # reading the versions takes longer than copying small adapters
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "peft")}
 
 
 def machine(players: Players) -> dict[str, Any]:
-    """Device and threads, which decide how sums are rounded: with others a resumed run is not bitwise equal."""
+    """Device and number of threads, which change the rounding of sums and so make a resumed run bitwise different."""
     device = players.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads()}
 
 
 def read(folder: Folder) -> dict[str, Any]:
-    """A checkpoint's trainer_state.json, with every value of the kind that it must be."""
+    """A checkpoint's trainer_state.json, with the type of every value checked.
+
+    Raises:
+        Damaged: the file is missing, has another format, or holds a wrong value.
+    """
     state, where = folder.read_json(STATE), str(folder.path / STATE)
     if isinstance(state, dict) and state.get("format", 1) != 1:
         raise Damaged(f"{where} is of format {str(state['format'])[:20]}; this version reads format 1")
     if isinstance(state, dict):
         state = EARLIER | state
-        if isinstance(state["health"], dict):  # earlier versions kept other things of the last steps
-            state["health"] = health.EMPTY | {key: part for key, part in state["health"].items() if key in health.EMPTY}
+        if isinstance(state["health"], dict):  # earlier versions had other keys here
+            state["health"] = health.EMPTY | {key: kept for key, kept in state["health"].items() if key in health.EMPTY}
     untrusted.require(state, SHAPE, where)
-    for name, part in state["reward_scales"].items():
-        untrusted.require(part, SCALE, f"{where}: reward_scales: {name[:80]}")
+    for name, scale in state["reward_scales"].items():
+        untrusted.require(scale, SCALE, f"{where}: reward_scales: {name[:80]}")
     return state
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """The settings that a complete checkpoint was made with; empty where there is no such folder."""
+    """The settings of a complete checkpoint; empty if the folder does not exist."""
     return read(Folder(path, manifest=True))["config"] if path.is_dir() else {}
 
 
 def init_adapter_of(step_folder: Path) -> str | None:
-    """The folder of the adapter that the run of a complete checkpoint started from; None where there was none."""
+    """The folder of the adapter from which the run of a complete checkpoint started; None without one."""
     return read(Folder(step_folder, manifest=True))["init_adapter"]
 
 
 def generator_arguments(step_folder: Path, kl_reference: str | None) -> dict[str, Any]:
-    """The arguments with which LoraGAN makes adapters of the shapes of a checkpoint's generator and reference.
+    """The arguments of LoraGAN that give adapters with the shapes of a checkpoint's generator and reference.
 
     Args:
         step_folder: a complete checkpoint.
         kl_reference: the setting from now on.
 
     Returns:
-        init_adapter, peft_config, or nothing: the settings describe the generator's adapter.
+        init_adapter or peft_config; empty if the settings describe the generator's adapter.
     """
     folder = Folder(step_folder, manifest=True)
     if checkpoint.has_reference(folder) and kl_reference != "base":
