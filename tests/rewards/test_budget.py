@@ -316,7 +316,7 @@ def test_what_is_left():
     budget.counts["retries"] = 2
     assert budget.left() == 0 and budget.left("evaluation") == 4
     assert budget.spent_setting == (
-        "all 20 calls of reward_budget_total are spent, but for 4 that the evaluation at the end needs"
+        "all 20 calls of reward_budget_total are spent, except for 4 that the evaluation at the end needs"
     )
     assert Budget().left() is None and Budget().spent_setting is None
     with pytest.raises(ValueError, match="reward_budget_total=0 is not accepted"):

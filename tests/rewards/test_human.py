@@ -54,7 +54,7 @@ def test_what_is_no_answer_is_asked_again():
     assert reward(["p"], ["r"]) == [0.4]
     text = shown(reward)
     for wrong in ("''", "'11'", "'-1'", "'nan'", "'1e1'", "'ten'", "'7 8'", "'²'"):
-        assert f"{wrong} is not an answer: a number from 0 to 10" in text
+        assert f"{wrong} is not an answer: give a number from 0 to 10" in text
     assert text.count("u  undo") == 1
 
 
@@ -204,10 +204,10 @@ def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "data.csv"
     for content, message in (
         ("prompt,target\na,b\n", "is no JSON Lines file"),
-        ('{"prompt": "a", "target": "b"}\n', "is no rating.*a line has prompt, response and rating"),
-        ('{"prompt": "a", "response": "b", "rating": 11}\n', "is no rating"),
-        ('{"prompt": "a", "response": "b", "rating": NaN}\n', "is no rating"),
-        ('{"prompt": "a", "response": "b", "target": ["t"], "rating": 1}\n', "is no rating"),
+        ('{"prompt": "a", "target": "b"}\n', "is not a rating.*has the texts prompt and response, a rating"),
+        ('{"prompt": "a", "response": "b", "rating": 11}\n', "is not a rating"),
+        ('{"prompt": "a", "response": "b", "rating": NaN}\n', "is not a rating"),
+        ('{"prompt": "a", "response": "b", "target": ["t"], "rating": 1}\n', "is not a rating"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

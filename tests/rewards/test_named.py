@@ -298,7 +298,7 @@ def test_what_makes_no_reward_or_could_be_one_is_refused(folder, spec, said):
 def test_a_factory_without_its_options_is_noticed_when_it_is_asked(folder):
     """By its names alone it looks like a reward of (response, target)."""
     (folder / "made.py").write_text(FACTORIES.replace("make(scale, shift)", "make()"))
-    with pytest.raises(rewards.RewardError, match="A function that makes a reward is called first"):
+    with pytest.raises(rewards.RewardError, match="If the function makes a reward, call it first"):
         score_parts([from_spec("made.py:not_annotated")], ["p"], ["abc"], {})
 
 

@@ -254,7 +254,7 @@ def test_a_function_that_makes_rewards_is_not_taken_for_one():
     def unannotated(response, target):
         return lambda text: 1.0
 
-    with pytest.raises(ValueError, match="A function that makes a reward is called first"):
+    with pytest.raises(ValueError, match="If the function makes a reward, call it first"):
         small_gan(reward=unannotated).step(PROMPTS[0])
 
 

@@ -258,7 +258,7 @@ def test_a_changed_reward_asks_again_and_says_why_once(broken_off):
         warnings.simplefilter("always")
         records = run(broken_off, paid(2.0, asked), 2)
     (said,) = [str(warning.message) for warning in told if "answers" in str(warning.message)]
-    assert "6 answers" in said and "are not taken" in said and "'scored' has changed" in said
+    assert "6 answers" in said and "are not reused" in said and "'scored' has changed" in said
     assert "reuse_answers=True" in said
     assert len(asked) == 8
     true = [value for value in sum(records[0]["true_rewards"], []) if value is not None]
@@ -327,7 +327,7 @@ def test_a_log_of_an_older_release_is_not_taken_silently(broken_off):
     run_before = json.loads(header)["run"]
     del run_before["sources"]
     path.write_text("\n".join([json.dumps({"run": run_before}), *lines]) + "\n")
-    with pytest.warns(UserWarning, match="6 answers .* are not taken.*or was not logged with them"):
+    with pytest.warns(UserWarning, match="6 answers .* are not reused.*or was not logged"):
         run(broken_off, paid(1.0, asked := []), 1)
     assert len(asked) == 4
     with pytest.warns(UserWarning, match="answers of the true reward are taken"):
