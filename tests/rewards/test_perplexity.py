@@ -76,7 +76,7 @@ def test_chat_prompts_are_read_through_the_bases_template():
 
 
 def test_it_says_what_it_lacks():
-    with pytest.raises(RewardError, match=r"'perplexity' raised ValueError.*no base to score by.*reward_funcs="):
+    with pytest.raises(RewardError, match=r"'perplexity' raised ValueError.*has no base.*reward_funcs="):
         score_parts([Perplexity()], ["p"], ["r"], {})
     with pytest.raises(ValueError, match="batch_size is 0"):
         Perplexity(batch_size=0)
