@@ -142,8 +142,8 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
         values = "prompt, response and target" if names is PAIR_NAMES else "lists of prompts, responses and targets"
         return ValueError(
             f"{_signed(func, name)} cannot be called: {why}. The known names are {known}; they get {values}. Rename "
-            "the parameters to known names, and give every other parameter a default or bind it with functools.partial. "
-            "A function with none of these names gets (response, target) by position"
+            "the parameters to known names. Give every other parameter a default, or bind it with functools.partial. A "
+            "function with none of these names gets (response, target) by position"
             + (". It is a class: give an object of the class" if isinstance(func, type) else "")
         )
 
