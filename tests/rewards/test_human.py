@@ -203,7 +203,7 @@ def test_a_line_without_its_line_break_is_whole(tmp_path):
 def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "data.csv"
     for content, message in (
-        ("prompt,target\na,b\n", "is no JSON Lines file"),
+        ("prompt,target\na,b\n", "is not a JSON Lines file"),
         ('{"prompt": "a", "target": "b"}\n', "is not a rating.*has the texts prompt and response, a rating"),
         ('{"prompt": "a", "response": "b", "rating": 11}\n', "is not a rating"),
         ('{"prompt": "a", "response": "b", "rating": NaN}\n', "is not a rating"),

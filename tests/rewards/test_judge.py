@@ -462,7 +462,7 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(serve, tmp_path):
     with pytest.raises(ValueError, match="data.jsonl has a line that is not from a judge.*Name another file"):
         server.judge(cache=other)
     other.write_text("prompt,target\na,b\n")
-    with pytest.raises(ValueError, match="is no JSON Lines file"):
+    with pytest.raises(ValueError, match="is not a JSON Lines file"):
         server.judge(cache=other)
     assert other.read_text() == "prompt,target\na,b\n"
 

@@ -93,7 +93,7 @@ def seconds_of_a_life(folder: Path) -> float:
 
 def newest(folder: Path) -> int:
     """The newest complete checkpoint's step, whatever name it stands under; 0 = none."""
-    return max((step for step, path in checkpoint._steps(folder).items() if checkpoint.is_complete(path)), default=0)
+    return max((step for step, path in checkpoint._steps(folder).items() if checkpoint.fault(path) is None), default=0)
 
 
 def crash(folder: Path, kills: int, seed: int) -> dict[str, int]:
