@@ -503,7 +503,7 @@ def train(*more, **changed):
 
 
 @pytest.mark.parametrize("kl_reference", ["base", None])
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 def test_the_command_line_resumes_bitwise_without_the_folder(there, capsys, kl_reference):
     assert train(max_steps=4, save_steps=2, kl_reference=kl_reference) == 0
     out = " ".join(capsys.readouterr().out.split())

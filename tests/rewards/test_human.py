@@ -55,7 +55,7 @@ def test_what_is_no_answer_is_asked_again():
     text = shown(reward)
     for wrong in ("''", "'11'", "'-1'", "'nan'", "'1e1'", "'ten'", "'7 8'", "'²'"):
         assert f"{wrong} is not an answer: give a number from 0 to 10" in text
-    assert text.count("u  undo") == 1
+    assert text.count("u  Undo") == 1
 
 
 def test_undo_goes_back_as_often_as_one_likes():

@@ -459,7 +459,7 @@ def test_the_cache_file_serves_another_object_and_outlives_a_crash(serve, tmp_pa
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(serve, tmp_path):
     server, other = serve(length_of_response), tmp_path / "data.jsonl"
     other.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    with pytest.raises(ValueError, match="data.jsonl has a line that is not from a judge.*Name another file"):
+    with pytest.raises(ValueError, match="data.jsonl is not the file of a judge.*name another file"):
         server.judge(cache=other)
     other.write_text("prompt,target\na,b\n")
     with pytest.raises(ValueError, match="is not a JSON Lines file"):
@@ -467,20 +467,14 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(serve, tmp_path):
     assert other.read_text() == "prompt,target\na,b\n"
 
 
-def test_cost_and_counts_go_on_after_a_resume(serve):
+def test_cost_is_that_of_all_calls_so_far(serve):
     server = serve(lambda body, number: completion("5", prompt_tokens=1000 + number, completion_tokens=20))
     judge = server.judge(price_per_million=(0.5, 2), max_concurrency=1)
     judge(["p"] * 2, ["a", "b"])
     assert judge.usage["cost"] == pytest.approx((2001 * 0.5 + 40 * 2) / 1e6, rel=1e-12)
-    state = json.loads(json.dumps(judge.state_dict()))
-    assert all(type(value) is int for value in state.values())
-    resumed = server.judge(price_per_million=(0.5, 2))
-    resumed.load_state_dict(state)
-    resumed(["p"], ["c"])
-    assert resumed.usage["calls"] == 3 and resumed.usage["prompt_tokens"] == 3003
-    assert resumed.usage["cost"] == pytest.approx((3003 * 0.5 + 60 * 2) / 1e6, rel=1e-12)
-    with pytest.raises(ValueError, match="keys requests, calls, retries"):
-        resumed.load_state_dict({"calls": 1})
+    judge(["p"], ["c"])
+    assert judge.usage["calls"] == 3 and judge.usage["prompt_tokens"] == 3003
+    assert judge.usage["cost"] == pytest.approx((3003 * 0.5 + 60 * 2) / 1e6, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ settings

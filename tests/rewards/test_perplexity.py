@@ -83,7 +83,7 @@ def test_it_says_what_it_lacks():
     perplexity = Perplexity()
     perplexity.bind(small_gan())
     perplexity.bind(small_gan())  # the same base again
-    with pytest.raises(ValueError, match="make one for each LoraGAN"):
+    with pytest.raises(ValueError, match="make one Perplexity per LoraGAN"):
         perplexity.bind(small_gan(base_folder("llama")))
     with pytest.raises(ValueError, match="do not fit into this base's 96 tokens"):
         perplexity(["a"], ["xyz " * 60])

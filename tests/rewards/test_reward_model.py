@@ -247,7 +247,7 @@ def test_opened_at_the_first_score_and_without_a_trace(folders):
         ({"label": "toxic"}, r"has no label 'toxic': set label= to one of 'bad' \(0\)"),
         ({"label": 3}, "has no label 3"),
         ({"label": True}, "has no label True"),
-        ({"label": 0, "reads": "chat"}, "has no chat template: use reads='pair' or 'text'"),
+        ({"label": 0, "reads": "chat"}, "has no chat template: use reads='pair' or reads='text'"),
     ],
 )
 def test_what_does_not_fit_the_model_is_said(folders, options, said):
@@ -265,7 +265,7 @@ def test_what_a_classifier_refuses(folders):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Classifier("x", batch_size=0)
     chat = [[{"role": "user", "content": "hi"}]]
-    with pytest.raises(RewardError, match="'classifier' raised ValueError.*for chat messages reads='chat'"):
+    with pytest.raises(RewardError, match="'classifier' raised ValueError.*for chat messages use reads='chat'"):
         score_parts([Classifier(folders("bert"), label=0, reads="pair", device="cpu")], chat, ["a"], {})
 
 

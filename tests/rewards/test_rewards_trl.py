@@ -652,7 +652,7 @@ def test_an_answer_of_the_log_logs_nothing_and_is_known_by_texts_and_columns_alo
 
     with dies():
         run(Paid(3))
-    with pytest.warns(UserWarning, match="1 answers of the true reward are taken"):
+    with pytest.warns(UserWarning, match="1 answers of the true reward are reused"):
         records = run(paid := Paid())
     assert paid.calls == 1, "step 3 was paid for before"
     assert "paid" not in records[0] and "extra" not in records[0] and records[1]["paid"] == 1.0

@@ -306,7 +306,7 @@ def test_a_missing_column_is_named_with_the_function_and_the_columns():
     def graded(completions, solution, level, hint=None):
         return [1.0]
 
-    said = r"graded\(completions, solution, level, hint=None\) needs 'solution', 'level'.*columns are 'kind', 'target'"
+    said = r"graded\(completions, solution, level, hint=None\) needs 'solution', 'level'.*columns 'kind', 'target'"
     with pytest.raises(ValueError, match=said):
         require_columns([reward, graded], ["kind"])
     require_columns([graded, lambda completions, **columns: []], ["level", "solution"])

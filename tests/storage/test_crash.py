@@ -152,7 +152,7 @@ def require_as_undisturbed(tmp_path: Path, kills: int) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 @pytest.mark.filterwarnings("ignore:the checkpoint of step .* is skipped")
 def test_a_run_killed_15_times_ends_as_one_that_never_was(tmp_path):
     seen = require_as_undisturbed(tmp_path, 15)
@@ -160,7 +160,7 @@ def test_a_run_killed_15_times_ends_as_one_that_never_was(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 @pytest.mark.filterwarnings("ignore:the checkpoint of step .* is skipped")
 def test_a_run_killed_300_times_ends_as_one_that_never_was(tmp_path):
     seen = require_as_undisturbed(tmp_path, 300)

@@ -67,12 +67,10 @@ class Answers(AbstractContextManager["Answers"]):
         logged_sources = logged_sources if isinstance(logged_sources, dict) else {}
         changed: dict[Key, Any] = {}  # answers of rewards that had another source
         for line in lines:
-            step, reward, asked, occurrence = map(line.get, KEY)
-            if not ("answer" in line and type(step) is int and step >= self.step):
+            key: Any = tuple(map(line.get, KEY))
+            if "answer" not in line or [*map(type, key)] != [int, str, str, int] or key[0] < self.step:
                 continue
-            if not (isinstance(reward, str) and isinstance(asked, str) and type(occurrence) is int):
-                continue
-            key = (step, reward, asked, occurrence)
+            reward = line["reward"]
             source = line.pop("source", logged_sources.get(reward))
             if source is not None and source == sources.get(reward):
                 self._known[key] = line["answer"]

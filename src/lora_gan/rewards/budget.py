@@ -165,5 +165,6 @@ class Budget:
 def _usage(func: Any) -> dict[str, int]:
     """A reward's own counts of its requests and its cache; empty if the reward does not count them."""
     usage, names = getattr(func, "usage", None), ("requests", "cached")
-    is_counted = isinstance(usage, Mapping) and {*names} <= set(usage)
-    return {name: int(usage[name]) for name in names} if is_counted else {}
+    if not isinstance(usage, Mapping) or not {*names} <= set(usage):
+        return {}
+    return {name: int(usage[name]) for name in names}

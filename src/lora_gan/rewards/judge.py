@@ -357,23 +357,12 @@ class Judge:
         - prompt_tokens, completion_tokens: tokens as counted by the server.
         - cost: in the currency of `price_per_million`; None if that is None.
         """
-        counts = self.state_dict()
+        with self._lock:
+            counts = dict(self._counts)
         if self.price_per_million is None:
             return {**counts, "cost": None}
         prompt, completion = self.price_per_million
         return {**counts, "cost": (counts["prompt_tokens"] * prompt + counts["completion_tokens"] * completion) / 1e6}
-
-    def state_dict(self) -> dict[str, int]:
-        """The counts of `usage` without the cost. The scores are kept by `cache`."""
-        with self._lock:
-            return dict(self._counts)
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from the counts of a state_dict(). Raises ValueError for other keys."""
-        if set(state) != set(COUNTS):
-            raise ValueError(f"a judge's state has the keys {', '.join(COUNTS)}, not {', '.join(map(str, state))}")
-        with self._lock:
-            self._counts = Counter({name: int(state[name]) for name in COUNTS})
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -445,8 +434,6 @@ def _read_cache(path: Path) -> dict[str, float]:
     for entry in open_lines(path):
         key, reward = entry.get("key"), entry.get("reward")
         if not isinstance(key, str) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
-            raise ValueError(
-                f"{path} has a line that is not from a judge: {str(entry)[:80]}. Name another file as cache="
-            )
+            raise ValueError(f"{path} is not the file of a judge: it has {str(entry)[:80]}; name another file as cache")
         scores[key] = float(reward)
     return scores

@@ -202,18 +202,14 @@ class Classifier(_SequenceClassifier):
             return self._encode(self._conversations(prompts, responses), None, "left", False)
         for prompt in prompts:
             if not isinstance(prompt, str):
-                raise ValueError(
-                    f"reads={self.reads!r} needs prompts that are text; for chat messages use reads='chat'"
-                )
+                raise ValueError(f"reads={self.reads!r} needs prompts as text; for chat messages use reads='chat'")
         if self.reads == "pair":
             return self._encode(prompts, responses, "right", True)
         return self._encode([p + r for p, r in zip(prompts, responses, strict=True)], None, "left", True)
 
     def _conversations(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[str]:
         if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"reads='chat', but the tokenizer of {self.model} has no chat template: use reads='pair' or 'text'"
-            )
+            raise ValueError(f"the tokenizer of {self.model} has no chat template: use reads='pair' or reads='text'")
         chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
         return [
             self._tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)

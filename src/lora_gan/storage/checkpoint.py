@@ -65,8 +65,7 @@ def write(content: Content, folder: Path, step: int, *, limit: int | None = None
     durable.write_folder(final, _files(content))
     if limit:
         kept_names = {final.name, *(f"step-{kept}" for kept in keep)}
-        existing = complete(folder)
-        automatic = [path for path in existing if not _is_by_hand(path)] if len(existing) > limit else []
+        automatic = [path for path in complete(folder) if not _is_by_hand(path)]
         for old in automatic[:-limit]:
             if old.name not in kept_names:
                 durable.remove_folder(old)

@@ -208,13 +208,13 @@ class Folder:
 
     def part(self, name: str) -> Folder:
         """A subfolder. Its file names do not include its own name."""
-        subfolder = Folder(self.path / name, manifest=False)
+        inner = Folder(self.path / name, manifest=False)
         if self.files is not None:
             prefix = f"{name}/"
-            subfolder.files = {
+            inner.files = {
                 key.removeprefix(prefix): entry for key, entry in self.files.items() if key.startswith(prefix)
             }
-        return subfolder
+        return inner
 
     def read(self, name: str, *, limit: int) -> bytes:
         """The content of a file of at most `limit` bytes.
@@ -228,9 +228,7 @@ class Folder:
             raise Damaged(f"{path} is not in the manifest, so it is not part of the checkpoint")
         data = _read_plain(path, limit=limit, follow=entry is None)
         if entry is not None and (len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]):
-            raise Damaged(
-                f"{path} is not what its manifest says: the size or SHA-256 differs, so it was damaged or changed"
-            )
+            raise Damaged(f"{path} is not what its manifest says (size or SHA-256): it was damaged or changed")
         return data
 
     def read_json(self, name: str) -> dict[str, Any]:

@@ -131,9 +131,7 @@ def open_lines(path: Path) -> list[dict[str, Any]]:
         lines = [line for line in file.read().split(b"\n") if line.strip()]
     entries = list(_objects(lines))
     if len(lines) > 1 and not entries:
-        raise ValueError(
-            f"{path} is not a JSON Lines file: none of its {len(lines)} lines is a JSON object. Name another file"
-        )
+        raise ValueError(f"{path} is not a JSON Lines file: none of its {len(lines)} lines is a JSON object")
     return entries
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -28,10 +28,9 @@ WHOLE, POSITIVE = Annotated[int, Ge(0), Lt(2**63)], Annotated[float, Gt(0)]
 SLACK = 2**20
 
 
-def room_for(tensors: Mapping[str, Tensor] | Sequence[Tensor], times: int = 1) -> int:
+def room_for(tensors: Iterable[Tensor], times: int = 1) -> int:
     """The maximum size, in bytes, of a file that holds these tensors `times` times, in any precision."""
-    entries = list(tensors.values()) if isinstance(tensors, Mapping) else list(tensors)
-    return times * sum(8 * tensor.numel() + 1024 for tensor in entries) + SLACK
+    return times * sum(8 * tensor.numel() + 1024 for tensor in tensors) + SLACK
 
 
 # --- files of tensors
@@ -89,10 +88,8 @@ def read_weights(
     optional = optional or {}
     names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if folder.has(name)]
     if not names:
-        raise ValueError(
-            f"{folder.path} has no adapter_model.bin and no adapter_model.safetensors: it is not an adapter"
-        )
-    file, limit = folder.path / names[0], room_for({**expected, **optional})
+        raise ValueError(f"{folder.path} is not an adapter: it has no adapter_model.bin or adapter_model.safetensors")
+    file, limit = folder.path / names[0], room_for({**expected, **optional}.values())
     if names[0].endswith("safetensors"):
         weights: Any = read_safetensors(folder, names[0], limit=limit)
     else:
