@@ -457,7 +457,7 @@ def test_hostile_weights_are_refused_and_not_executed(plain, tmp_path):
     with pytest.raises(ValueError, match="model.more is .2, 2. in the file and absent in the model"):
         gan_of(folder)
     save_file({name: weights[name]}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="absent there"):
+    with pytest.raises(ValueError, match="absent in the file"):
         gan_of(folder)
 
 

@@ -244,7 +244,8 @@ def test_the_end_of_the_budget_is_said_with_what_happens_next(tmp_path):
     assert len(said) == 1
     correlation, error = gan.discriminator.fresh_correlation
     assert said[0].startswith(
-        "step 2: all 16 calls of reward_budget are spent. Training continues with the discriminator's predictions alone. "
+        "step 2: all 16 calls of reward_budget are spent. "
+        "Training continues with the discriminator's predictions alone. "
         "Its rank correlation with the true reward, on responses that it had not learned from and "
         f"within a prompt, is {correlation:.2f} (standard error {error:.2f})"
     )

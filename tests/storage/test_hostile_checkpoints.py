@@ -186,7 +186,7 @@ SIGNED = {
     "function": (global_of, "optimizer.pt could not be read"),
     "old pickle": (not_a_zip, "zip format"),
     "bomb": (deflated, "compressed entries"),
-    "expanded": (tensors(GENERATOR, expanded), "larger than what is stored"),
+    "expanded": (tensors(GENERATOR, expanded), "larger than its stored data"),
     "oversized": (tensors(GENERATOR, lambda s: first(s, lambda t: torch.zeros(4096, 4096))), "bytes, but at most"),
     "wide": (tensors(GENERATOR, lambda s: first(s, lambda t: torch.zeros(t.shape[0], t.shape[1] + 1))), "does not fit"),
     "meta": (tensors(GENERATOR, lambda s: first(s, lambda t: t.to("meta"))), "device 'meta'"),

@@ -63,16 +63,16 @@ def amount(cost: float) -> str:
     return f"{cost:,.2f}" if cost >= 1 or cost == 0 else f"{cost:.2g}" if cost >= 1e-4 else f"{cost:.1e}"
 
 
-def _judges(values: Any, seen: set[int], depth: int) -> Iterator[Any]:
+def _judges(values: Any, visited: set[int], depth: int) -> Iterator[Any]:
     """The judges in some values and in the values that these refer to, up to `depth` levels, each once."""
     for value in values:
-        if id(value) in seen or isinstance(value, str | bytes | int | float | type | None):
+        if id(value) in visited or isinstance(value, str | bytes | int | float | type | None):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if hasattr(value, "price_per_million") and isinstance(getattr(value, "usage", None), dict):
             yield value
         elif depth:
-            yield from _judges(_referenced(value), seen, depth - 1)
+            yield from _judges(_referenced(value), visited, depth - 1)
 
 
 def _referenced(value: Any) -> Iterator[Any]:

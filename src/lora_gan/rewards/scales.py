@@ -37,7 +37,7 @@ class Scales:
         if window < 2:
             raise ValueError(f"window={window} is not accepted: a spread needs 2 answers, so give at least 2")
         self.window = window
-        self._parts: dict[str, dict[str, Any]] = {}
+        self._stats: dict[str, dict[str, Any]] = {}
 
     def update(self, parts: Parts, groups: Sequence[Hashable] | None = None) -> None:
         """Update the spreads with the answers of one step.
@@ -55,18 +55,18 @@ class Scales:
             for label, score in zip(labels, scores, strict=True):
                 if score is not None:
                     grouped.setdefault(label, []).append(score)
-            part = self._parts.setdefault(name, dict(EMPTY))
-            if part["answers"] < self.window:
+            stats = self._stats.setdefault(name, dict(EMPTY))
+            if stats["answers"] < self.window:
                 for answers in grouped.values():
-                    _take(part, answers)
+                    _add(stats, answers)
 
     def scale(self, name: str) -> float:
         """The divisor of a reward: its spread, or 1 until it has returned different answers."""
-        part = self._parts.get(name)
-        if part is None or part["freedom"] == 0:
+        stats = self._stats.get(name)
+        if stats is None or stats["freedom"] == 0:
             return 1.0
-        spread = math.sqrt(part["squares"] / part["freedom"])
-        return spread if spread > ROUNDING * abs(part["mean"]) else 1.0
+        spread = math.sqrt(stats["squares"] / stats["freedom"])
+        return spread if spread > ROUNDING * abs(stats["mean"]) else 1.0
 
     def total(self, parts: Parts, weights: Sequence[float] | None = None) -> list[float | None]:
         """The sum of weight · score / scale per row, over the rewards that apply to the row; None if none applies."""
@@ -75,26 +75,26 @@ class Scales:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """{name: {"answers", "mean", "squares", "freedom"}}, as ints and floats that JSON supports."""
-        return {name: dict(part) for name, part in self._parts.items()}
+        return {name: dict(stats) for name, stats in self._stats.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Continue from a state_dict()."""
-        self._parts = {
-            name: {key: type(start)(part[key]) for key, start in EMPTY.items()} for name, part in state.items()
+        self._stats = {
+            name: {key: type(start)(stats[key]) for key, start in EMPTY.items()} for name, stats in state.items()
         }
 
 
-def _take(part: dict[str, Any], answers: list[float]) -> None:
+def _add(stats: dict[str, Any], answers: list[float]) -> None:
     """Add the answers of one group: squared deviations from the mean of the group, or, for a single answer, from the
     running mean."""
-    before = part["mean"]
+    before = stats["mean"]
     for answer in answers:
-        part["answers"] += 1
-        part["mean"] += (answer - part["mean"]) / part["answers"]
+        stats["answers"] += 1
+        stats["mean"] += (answer - stats["mean"]) / stats["answers"]
     if len(answers) > 1:
         group_mean = math.fsum(answers) / len(answers)
-        part["squares"] += math.fsum((answer - group_mean) ** 2 for answer in answers)
-        part["freedom"] += len(answers) - 1
-    elif part["answers"] > 1:
-        part["squares"] += (answers[0] - before) * (answers[0] - part["mean"])
-        part["freedom"] += 1
+        stats["squares"] += math.fsum((answer - group_mean) ** 2 for answer in answers)
+        stats["freedom"] += len(answers) - 1
+    elif stats["answers"] > 1:
+        stats["squares"] += (answers[0] - before) * (answers[0] - stats["mean"])
+        stats["freedom"] += 1

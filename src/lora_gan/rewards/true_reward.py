@@ -244,8 +244,8 @@ class TrueReward:
                 "response"
             )
         parts = {
-            name: [None if i in caller.failed else answer for i, answer in enumerate(part)]
-            for name, part in parts.items()
+            name: [None if i in caller.failed else answer for i, answer in enumerate(scores)]
+            for name, scores in parts.items()
         }
         return self._total(parts), parts
 

@@ -211,9 +211,7 @@ class Folder:
         inner = Folder(self.path / name, manifest=False)
         if self.files is not None:
             prefix = f"{name}/"
-            inner.files = {
-                key.removeprefix(prefix): entry for key, entry in self.files.items() if key.startswith(prefix)
-            }
+            inner.files = {key.removeprefix(prefix): self.files[key] for key in self.files if key.startswith(prefix)}
         return inner
 
     def read(self, name: str, *, limit: int) -> bytes:
