@@ -310,7 +310,7 @@ def test_a_missing_column_is_named_with_the_function_and_the_columns():
     with pytest.raises(ValueError, match=said):
         require_columns([reward, graded], ["kind"])
     require_columns([graded, lambda completions, **columns: []], ["level", "solution"])
-    with pytest.raises(ValueError, match="positional-only: remove the /"):
+    with pytest.raises(ValueError, match="positional-only. Remove the /"):
         check_reward(lambda completions, /, **columns: [])
 
 

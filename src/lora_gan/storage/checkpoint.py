@@ -167,7 +167,8 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
         folder = Folder(path, manifest=True)
         adapters = (*PLAYERS, REFERENCE) if has_reference(folder) else PLAYERS
         weights = {sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters}
-        missing = [name for name in FILES if not folder.has(name)]
+        required = (*FILES, *(f"{adapter}/adapter_config.json" for adapter in adapters))
+        missing = [name for name in required if not folder.has(name)]
         missing += [name for name in STATES if not state_files.has(folder, name)]
         if missing or weights != {1}:
             what = missing[0] if missing else "the weights of each player once"
@@ -209,5 +210,5 @@ def find(folder: Path, step: int | None) -> Path:
 
 
 def has_reference(folder: Folder) -> bool:
-    """Whether a checkpoint contains the adapter to which the KL is measured."""
-    return folder.has(f"{REFERENCE}/adapter_config.json")
+    """Whether a checkpoint contains files of the adapter to which the KL is measured."""
+    return bool(folder.part(REFERENCE).files)
