@@ -182,7 +182,7 @@ def test_the_run_is_found_from_another_folder(there, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 def test_ctrl_c_saves_and_says_how_to_go_on(there):
     (there / "mine.py").write_text(
         "import time\ndef length(response, target):\n    time.sleep(0.02)\n    return 1.0 * len(response)\n"
@@ -343,7 +343,7 @@ def test_ctrl_c_before_anything_is_saved_does_not_say_go_on(there, capsys):
     assert "nothing new to save" in said and "--resume" not in said
 
 
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 def test_a_reward_that_fails_later_leaves_a_run_that_goes_on(there, capsys):
     (there / "mine.py").write_text(
         "calls = []\ndef length(response, target):\n    calls.append(1)\n"

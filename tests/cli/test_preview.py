@@ -160,7 +160,7 @@ def test_calls_at_once_take_the_time_of_one():
     assert preview.Tried("", 8, 0.5).seconds_for(9) == 4.5
 
 
-@pytest.mark.filterwarnings("ignore:a call of the reward 'slow' failed and is made again")
+@pytest.mark.filterwarnings("ignore:a call of the reward 'slow' failed and is repeated")
 def test_the_dry_run_asks_as_training_does(capsys):
     """reward_workers, reward_retries: 16 calls of 50 ms, 8 at once, each of which fails once."""
     failed, lock = set(), time.perf_counter

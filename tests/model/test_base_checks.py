@@ -494,7 +494,7 @@ def test_a_large_file_of_a_hostile_checkpoint_is_refused_before_it_is_read(kind,
     (folder / durable.MANIFEST).write_text(json.dumps(manifest))
     before = player_state(gan, "discriminator")
     for load in (lambda: gan.load_checkpoint(gan.global_step, tmp_path), lambda: gan.load_discriminator(folder)):
-        with pytest.raises(ValueError, match="state.safetensors has 1,099,511,627,776 bytes, where at most"):
+        with pytest.raises(ValueError, match="state.safetensors has 1,099,511,627,776 bytes, but at most"):
             load()
     assert differences(before, player_state(gan, "discriminator")) == []
 

@@ -451,13 +451,13 @@ def test_hostile_weights_are_refused_and_not_executed(plain, tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         gan_of(folder)
     torch.save(weights | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="lm_head.weight is .2, 2. there and .300, 32. here"):
+    with pytest.raises(ValueError, match="lm_head.weight is .2, 2. in the file and .300, 32. in the model"):
         gan_of(folder)
     torch.save(weights | {"base_model.model.more": torch.zeros(2, 2)}, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="model.more is .2, 2. there and absent here"):
+    with pytest.raises(ValueError, match="model.more is .2, 2. in the file and absent in the model"):
         gan_of(folder)
     save_file({name: weights[name]}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="absent there"):
+    with pytest.raises(ValueError, match="absent in the file"):
         gan_of(folder)
 
 
@@ -503,7 +503,7 @@ def train(*more, **changed):
 
 
 @pytest.mark.parametrize("kl_reference", ["base", None])
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 def test_the_command_line_resumes_bitwise_without_the_folder(there, capsys, kl_reference):
     assert train(max_steps=4, save_steps=2, kl_reference=kl_reference) == 0
     out = " ".join(capsys.readouterr().out.split())

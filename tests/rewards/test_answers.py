@@ -68,7 +68,7 @@ def test_wherever_it_breaks_off_nothing_is_paid_twice(kind, workers, tmp_path):
 def test_what_is_taken_over_is_said(tmp_path):
     with dies():
         run(tmp_path, Paid(6))
-    with pytest.warns(UserWarning, match=r"6 answers .*answers.jsonl and not asked for again; delete it"):
+    with pytest.warns(UserWarning, match=r"6 answers .*answers.jsonl; delete this file"):
         run(tmp_path, Paid(), steps=3)
 
 

@@ -244,8 +244,9 @@ def test_the_end_of_the_budget_is_said_with_what_happens_next(tmp_path):
     assert len(said) == 1
     correlation, error = gan.discriminator.fresh_correlation
     assert said[0].startswith(
-        "step 2: all 16 calls of reward_budget are spent. Training goes on by the discriminator's prediction alone. "
-        "The discriminator's rank correlation with the true reward, on responses that it had not learned from and "
+        "step 2: all 16 calls of reward_budget are spent. "
+        "Training continues with the discriminator's predictions alone. "
+        "Its rank correlation with the true reward, on responses that it had not learned from and "
         f"within a prompt, is {correlation:.2f} (standard error {error:.2f})"
     )
     assert ("better than chance" in said[0]) == (correlation <= 2 * error)
@@ -267,9 +268,9 @@ def test_a_discriminator_that_is_no_better_than_chance_is_warned_of(correlation,
 def test_causes_of_failures_are_said_once(server, tmp_path):
     server.fails = every(4)
     _, told = fitted(tmp_path, reward=server.pair, reward_retries=1)
-    again = [words for words in told if "is made again" in words]
+    again = [words for words in told if "is repeated" in words]
     assert again == [
-        "a call of the reward 'pair' failed and is made again (HTTPError: HTTP Error 503: Service Unavailable); "
+        "a call of the reward 'pair' failed and is repeated (HTTPError: HTTP Error 503: Service Unavailable); "
         "reward_calls/retries counts these"
     ]
     _, told = fitted(tmp_path / "skip", reward=server.pair, on_reward_error="skip")
@@ -316,7 +317,7 @@ def test_what_is_left():
     budget.counts["retries"] = 2
     assert budget.left() == 0 and budget.left("evaluation") == 4
     assert budget.spent_setting == (
-        "all 20 calls of reward_budget_total are spent, but for 4 that the evaluation at the end needs"
+        "all 20 calls of reward_budget_total are spent, except for 4 that the evaluation at the end needs"
     )
     assert Budget().left() is None and Budget().spent_setting is None
     with pytest.raises(ValueError, match="reward_budget_total=0 is not accepted"):

@@ -241,7 +241,7 @@ def test_scales_freeze_after_the_window():
     scales.update({"a": [1e6, -1e6], "b": [7.0, 9.0]})
     assert scales.scale("a") == frozen
     assert scales.scale("b") == pytest.approx(np.std([1, 3, 5, 7, 9], ddof=1))  # b counts its own answers
-    with pytest.raises(ValueError, match="window is 1"):
+    with pytest.raises(ValueError, match="window=1 is not accepted"):
         Scales(window=1)
 
 

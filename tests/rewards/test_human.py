@@ -54,8 +54,8 @@ def test_what_is_no_answer_is_asked_again():
     assert reward(["p"], ["r"]) == [0.4]
     text = shown(reward)
     for wrong in ("''", "'11'", "'-1'", "'nan'", "'1e1'", "'ten'", "'7 8'", "'²'"):
-        assert f"{wrong} is not an answer: a number from 0 to 10" in text
-    assert text.count("u  undo") == 1
+        assert f"{wrong} is not an answer: give a number from 0 to 10" in text
+    assert text.count("u  Undo") == 1
 
 
 def test_undo_goes_back_as_often_as_one_likes():
@@ -203,11 +203,11 @@ def test_a_line_without_its_line_break_is_whole(tmp_path):
 def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "data.csv"
     for content, message in (
-        ("prompt,target\na,b\n", "is no JSON Lines file"),
-        ('{"prompt": "a", "target": "b"}\n', "is no rating.*a line has prompt, response and rating"),
-        ('{"prompt": "a", "response": "b", "rating": 11}\n', "is no rating"),
-        ('{"prompt": "a", "response": "b", "rating": NaN}\n', "is no rating"),
-        ('{"prompt": "a", "response": "b", "target": ["t"], "rating": 1}\n', "is no rating"),
+        ("prompt,target\na,b\n", "is not a JSON Lines file"),
+        ('{"prompt": "a", "target": "b"}\n', "is not a rating.*has the texts prompt and response, a rating"),
+        ('{"prompt": "a", "response": "b", "rating": 11}\n', "is not a rating"),
+        ('{"prompt": "a", "response": "b", "rating": NaN}\n', "is not a rating"),
+        ('{"prompt": "a", "response": "b", "target": ["t"], "rating": 1}\n', "is not a rating"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -128,28 +128,31 @@ def test_several_with_weights(folder):
     ("spec", "said"),
     [
         ("chfr", r"there is no reward 'chfr' \(did you mean 'chrf'\?\).*exact_match, chrf.*file.py:function"),
-        ("zzz", r"there is no reward 'zzz'\. Ready made"),
-        ("mine.py", "'mine.py' names a file: say which function of it, as mine.py:function"),
+        ("zzz", r"there is no reward 'zzz'\. Ready-made rewards"),
+        ("mine.py", "'mine.py' names a file: add the name of a function, as mine.py:function"),
         ("absent.py:f", "there is no file absent.py"),
         ("mine.py:", "names no function"),
         (":f", "names no function"),
         ("mine.py:pear", r"there is no 'pear' in mine.py \(did you mean 'pair'\?\)"),
         ("mine.py:number", "'mine.py:number' is of type int, not a function"),
-        ("mine.py:Silent", r"which cannot be called. A class has __call__\(response, target\)"),
+        ("mine.py:Silent", r"which is not callable. A class needs __call__\(response, target\)"),
         ("mine.py:needs", "needs threshold: give it as {name: mine.py:needs, threshold: ...}"),
         ("classifier", "the reward 'classifier' needs model: give it as {name: classifier, model: ...}"),
         ("no_such_package.rewards:f", "there is no module 'no_such_package.rewards'"),
         ("lora_gan.rewards.absent:f", "there is no module 'lora_gan.rewards.absent'"),
         ("lora_gan.rewards.text:absent", "there is no 'absent' in lora_gan.rewards.text"),
-        (3, "3 names no reward"),
+        (3, "3 is not a reward"),
         ({"weight": 1}, "has no name"),
-        ({"name": "chrf", "n": 3}, "'chrf' has no option 'n'; it takes weight, as"),
-        ({"name": "length", "target_word": 3}, r"no option 'target_word' \(did you mean 'target_words'\?\); it takes"),
-        ({"name": "rouge", "response": "x"}, "no option 'response'; it takes kind"),
-        ({"name": "perplexity", "prompts": 3}, "no option 'prompts'; it takes batch_size"),
+        ({"name": "chrf", "n": 3}, "'chrf' has no option 'n'; its options are weight, as"),
+        (
+            {"name": "length", "target_word": 3},
+            r"no option 'target_word' \(did you mean 'target_words'\?\); its options are",
+        ),
+        ({"name": "rouge", "response": "x"}, "no option 'response'; its options are kind"),
+        ({"name": "perplexity", "prompts": 3}, "no option 'prompts'; its options are batch_size"),
         (
             {"name": "mine.py:pair", "scales": 3},
-            r"no option 'scales' \(did you mean 'scale'\?\); it takes scale, shift",
+            r"no option 'scales' \(did you mean 'scale'\?\); its options are scale, shift",
         ),
         ({"name": "length", "target_words": 0}, "target_words is 0"),
         ({"name": "chrf", "weight": "2"}, "weight='2' of the reward 'chrf'"),
@@ -280,11 +283,17 @@ def test_a_function_that_makes_a_reward_is_called_with_its_options(folder, spec,
         ("made.py:annotated", r"needs scale: give it as {name: made.py:annotated, scale: ...}"),
         ({"name": "made.py:annotated", "scales": 1}, r"no option 'scales' \(did you mean 'scale'\?\)"),
         ({"name": "made.py:annotated", "shift": 1}, "needs scale"),
-        ("made.py:makes_nothing", "takes no response, so it was called to make a reward, and returned 1, which cannot"),
-        ("made.py:makes_what_cannot_be_called_so", "it is not known what answer beside prompt should get"),
-        ("made.py:either", "could be a reward, which gets a response as reference, or a function that makes one.*->"),
-        ("made.py:either_too", "could be a reward, which gets a response as reference"),
-        ({"name": "made.py:make", "scale": 1, "n": 3}, "no option 'n'; it takes scale, shift"),
+        (
+            "made.py:makes_nothing",
+            "so it was called to make a reward. It returned 1, which is not callable",
+        ),
+        ("made.py:makes_what_cannot_be_called_so", "no value is known for answer, only for prompt"),
+        (
+            "made.py:either",
+            "a reward that gets a response as reference, or a function that makes a reward.*->",
+        ),
+        ("made.py:either_too", "could be a reward that gets a response as reference"),
+        ({"name": "made.py:make", "scale": 1, "n": 3}, "no option 'n'; its options are scale, shift"),
     ],
     ids=str,
 )
@@ -298,7 +307,7 @@ def test_what_makes_no_reward_or_could_be_one_is_refused(folder, spec, said):
 def test_a_factory_without_its_options_is_noticed_when_it_is_asked(folder):
     """By its names alone it looks like a reward of (response, target)."""
     (folder / "made.py").write_text(FACTORIES.replace("make(scale, shift)", "make()"))
-    with pytest.raises(rewards.RewardError, match="A function that makes a reward is called first"):
+    with pytest.raises(rewards.RewardError, match="If the function makes a reward, call it first"):
         score_parts([from_spec("made.py:not_annotated")], ["p"], ["abc"], {})
 
 

@@ -76,14 +76,14 @@ def test_chat_prompts_are_read_through_the_bases_template():
 
 
 def test_it_says_what_it_lacks():
-    with pytest.raises(RewardError, match=r"'perplexity' raised ValueError.*no base to score by.*reward_funcs="):
+    with pytest.raises(RewardError, match=r"'perplexity' raised ValueError.*has no base.*reward_funcs="):
         score_parts([Perplexity()], ["p"], ["r"], {})
     with pytest.raises(ValueError, match="batch_size is 0"):
         Perplexity(batch_size=0)
     perplexity = Perplexity()
     perplexity.bind(small_gan())
     perplexity.bind(small_gan())  # the same base again
-    with pytest.raises(ValueError, match="make one for each LoraGAN"):
+    with pytest.raises(ValueError, match="make one Perplexity per LoraGAN"):
         perplexity.bind(small_gan(base_folder("llama")))
     with pytest.raises(ValueError, match="do not fit into this base's 96 tokens"):
         perplexity(["a"], ["xyz " * 60])

@@ -230,7 +230,7 @@ def test_a_failure_costs_only_itself(monkeypatch):
     ]
     assert None not in record["true_rewards"][1]
     assert record["reward_calls"] == 8 and record["reward_failures"] == gan.reward_failures == sum(failed)
-    said = [str(warning.message) for warning in told if "failed to the last try" in str(warning.message)]
+    said = [str(warning.message) for warning in told if "failed in its last try" in str(warning.message)]
     assert len(said) == 1 and f"on {sum(failed)} of 8 responses (ConnectionError: gone)" in said[0]
 
     (experience,) = seen

@@ -202,7 +202,7 @@ def test_what_is_too_long_is_cut_and_said(folders):
     expected = stock(folders("bert"), [long, short], truncation=True, max_length=24).softmax(-1)[
         :, 0
     ]  # the tokenizer's
-    with pytest.warns(UserWarning, match=r"1 of 2 texts are longer than the 24 tokens .* cut at their end"):
+    with pytest.warns(UserWarning, match=r"1 of 2 texts are longer than the 24 tokens .* truncated at the end"):
         assert response(["p"] * 2, [long, short]) == pytest.approx(expected.tolist(), abs=1e-6)
     with pytest.warns(UserWarning, match="the 8 tokens"):
         scores = Classifier(folders("bert"), label=0, max_length=8, device="cpu")(["p"], [long])
@@ -223,7 +223,7 @@ def test_prompt_and_response_lose_the_prompts_beginning(folders):
     kept = torch.tensor([[ids[0], *ids[-11:]]])  # the token that begins every text, and the last 11
     with torch.no_grad():
         expected = AutoModelForSequenceClassification.from_pretrained(folders("reward"))(kept).logits.item()
-    with pytest.warns(UserWarning, match="cut at their beginning"):
+    with pytest.warns(UserWarning, match="truncated at the beginning"):
         assert classifier([prompt], [response]) == pytest.approx([expected], abs=1e-5)
 
 
@@ -243,11 +243,11 @@ def test_opened_at_the_first_score_and_without_a_trace(folders):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, r"has several labels; say label=, one of 'bad' \(0\), 'Fair' \(1\), 'good' \(2\)"),
-        ({"label": "toxic"}, r"has no label 'toxic'; say label=, one of 'bad' \(0\)"),
+        ({}, r"has several labels: set label= to one of 'bad' \(0\), 'Fair' \(1\), 'good' \(2\)"),
+        ({"label": "toxic"}, r"has no label 'toxic': set label= to one of 'bad' \(0\)"),
         ({"label": 3}, "has no label 3"),
         ({"label": True}, "has no label True"),
-        ({"label": 0, "reads": "chat"}, "has no chat template; 'pair' or 'text'"),
+        ({"label": 0, "reads": "chat"}, "has no chat template: use reads='pair' or reads='text'"),
     ],
 )
 def test_what_does_not_fit_the_model_is_said(folders, options, said):
@@ -265,7 +265,7 @@ def test_what_a_classifier_refuses(folders):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Classifier("x", batch_size=0)
     chat = [[{"role": "user", "content": "hi"}]]
-    with pytest.raises(RewardError, match="'classifier' raised ValueError.*for chat messages reads='chat'"):
+    with pytest.raises(RewardError, match="'classifier' raised ValueError.*for chat messages use reads='chat'"):
         score_parts([Classifier(folders("bert"), label=0, reads="pair", device="cpu")], chat, ["a"], {})
 
 
@@ -302,11 +302,11 @@ def test_entailment_is_the_probability_of_its_label(folders):
 
 def test_entailment_says_what_it_lacks(folders):
     entailment = Entailment(folders("nli"), device="cpu")
-    with pytest.raises(ValueError, match=r"no column 'source' .*the columns: prompt, target, fact \(premise= names"):
+    with pytest.raises(ValueError, match=r"no column 'source' .*set premise= to one of prompt, target, fact"):
         entailment(["p"], ["r"], target=["t"], fact=["f"])
-    with pytest.raises(ValueError, match="a premise must be text, or None, not int: 3"):
+    with pytest.raises(ValueError, match="a premise must be text or None, not int: 3"):
         entailment(["p"], ["r"], source=[3])
-    with pytest.raises(ValueError, match=r"has no label 'entailment'; say label=, one of 'bad' \(0\)"):
+    with pytest.raises(ValueError, match=r"has no label 'entailment': set label= to one of 'bad' \(0\)"):
         Entailment(folders("bert"), device="cpu")(["p"], ["r"], source=["s"])
     expected = stock(folders("bert"), ["the cat"], ["a dog"]).softmax(-1)[:, 2].tolist()
     other = Entailment(folders("bert"), label="good", device="cpu")

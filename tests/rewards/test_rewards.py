@@ -193,7 +193,7 @@ def test_chrf_and_bleu_equal_sacrebleu():
     with pytest.raises(ValueError, match="no target"):
         rewards.corpus_chrf(["a", "b"], ["a", None])
     for lists in ((["a", "b"], ["a"]), ([], [])):
-        with pytest.raises(ValueError, match="give one target for each"):
+        with pytest.raises(ValueError, match="give one target per response"):
             rewards.corpus_chrf(*lists)
 
 
@@ -275,7 +275,7 @@ def test_a_function_with_batch_is_asked_once():
     with pytest.raises(RewardError, match="'cosine' raised ValueError.*no target"):
         score_pairs(fake, ["a"], [None])
     short = types.SimpleNamespace(batch=lambda responses, targets: [1.0])
-    with pytest.raises(RewardError, match=r"1 scores for 2 rows; nothing for row 1 \(response 'b'"):
+    with pytest.raises(RewardError, match=r"1 scores for 2 rows; none for row 1 \(response 'b'"):
         score_pairs(short, ["a", "b"], ["", ""])
 
 
@@ -346,11 +346,11 @@ def test_trl_form_takes_arrays_and_chats():
 
 
 def test_trl_form_refuses_the_wrong_shape():
-    for values, said in (([1.0], "1 scores for 2 rows; nothing for row 1 .*completion 'd'"), ([1.0] * 3, "3 scores")):
+    for values, said in (([1.0], "1 scores for 2 rows; none for row 1 .*completion 'd'"), ([1.0] * 3, "3 scores")):
         with pytest.raises(RewardError, match=f"'<lambda>' returned {said}"):
             score_trl([lambda prompts, completions, v=values: v], None, ["p", "q"], ["c", "d"], {})
     for values in (1.0, "ab", None, {"a": 1}, np.float32(1.0), torch.tensor(1.0)):
-        with pytest.raises(RewardError, match="must return a list with one score for each row"):
+        with pytest.raises(RewardError, match="must return a list with one score per row"):
             score_trl([lambda prompts, completions, v=values: v], None, ["p", "q"], ["c", "d"], {})
     with pytest.raises(ValueError, match="1 reward weights for 2"):
         score_trl([length, length], [1.0], ["p"], ["c"], {})

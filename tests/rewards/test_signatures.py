@@ -164,25 +164,25 @@ def test_builtins_are_called_by_position():
 
 
 REFUSED = [
-    (lambda prompt, answer: 1.0, "it is not known what answer beside prompt should get"),
-    (lambda text, target: 1.0, "it is not known what text beside target should get"),
-    (lambda response, expected: 1.0, "it is not known what expected beside response should get"),
-    (lambda response, *, strict: 1.0, "it is not known what strict beside response should get"),
-    (lambda question, response, target: 1.0, "it is not known what question beside response, target should get"),
+    (lambda prompt, answer: 1.0, "no value is known for answer, only for prompt"),
+    (lambda text, target: 1.0, "no value is known for text, only for target"),
+    (lambda response, expected: 1.0, "no value is known for expected, only for response"),
+    (lambda response, *, strict: 1.0, "no value is known for strict, only for response"),
+    (lambda question, response, target: 1.0, "no value is known for question, only for response, target"),
     (lambda prompt: 1.0, "no parameter takes the response"),
     (lambda target, prompt: 1.0, "no parameter takes the response"),
     (lambda target, text=None: 1.0, "no parameter takes the response"),
     (lambda: 1.0, "no parameter takes the response"),
     (lambda *, strict=True: 1.0, "no parameter takes the response"),
-    (lambda a, b, c: 1.0, "it is not known what c should get"),
-    (lambda a, *, b: 1.0, "it is not known what b should get"),
+    (lambda a, b, c: 1.0, "no value is known for c"),
+    (lambda a, *, b: 1.0, "no value is known for b"),
     (lambda text, mode="fast": 1.0, "mode='fast' could be the target or an option"),
     (lambda text="x": 1.0, "text='x' could be the response or an option"),
     (lambda n=3, m=4: 1.0, "n=3 could be the response or an option"),
-    (lambda response, log_metric=None: 1.0, "log_metric is given to rewards of TRL's form"),
-    (lambda prompts, response: 1.0, "prompts is given to rewards of TRL's form"),
-    (functools.partial(lambda prompt, response, judge: 1.0), "it is not known what judge beside prompt, response"),
-    (Object, "no parameter takes the response.*It is a class: give an object of it"),
+    (lambda response, log_metric=None: 1.0, "only rewards of TRL's form, .* get log_metric"),
+    (lambda prompts, response: 1.0, "only rewards of TRL's form, .* get prompts"),
+    (functools.partial(lambda prompt, response, judge: 1.0), "no value is known for judge, only for prompt, response"),
+    (Object, "no parameter takes the response.*It is a class: give an object of the class"),
 ]
 
 
@@ -248,13 +248,13 @@ def test_a_function_that_makes_rewards_is_not_taken_for_one():
         return lambda response: 1.0
 
     for factory in (make, make_by_text):
-        with pytest.raises(ValueError, match="makes rewards and is none: call it first"):
+        with pytest.raises(ValueError, match="makes rewards and is not a reward: call it first"):
             LoraGAN(base_folder(), reward=factory)
 
     def unannotated(response, target):
         return lambda text: 1.0
 
-    with pytest.raises(ValueError, match="A function that makes a reward is called first"):
+    with pytest.raises(ValueError, match="If the function makes a reward, call it first"):
         small_gan(reward=unannotated).step(PROMPTS[0])
 
 
@@ -306,11 +306,11 @@ def test_a_missing_column_is_named_with_the_function_and_the_columns():
     def graded(completions, solution, level, hint=None):
         return [1.0]
 
-    said = r"graded\(completions, solution, level, hint=None\) needs 'solution', 'level'.*columns are 'kind', 'target'"
+    said = r"graded\(completions, solution, level, hint=None\) needs 'solution', 'level'.*columns 'kind', 'target'"
     with pytest.raises(ValueError, match=said):
         require_columns([reward, graded], ["kind"])
     require_columns([graded, lambda completions, **columns: []], ["level", "solution"])
-    with pytest.raises(ValueError, match="positional-only: remove the /"):
+    with pytest.raises(ValueError, match="positional-only. Remove the /"):
         check_reward(lambda completions, /, **columns: [])
 
 

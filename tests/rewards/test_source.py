@@ -247,7 +247,7 @@ def broken_off(tmp_path):
 
 def test_the_same_reward_goes_on(broken_off):
     asked = []
-    with pytest.warns(UserWarning, match="6 answers of the true reward are taken"):
+    with pytest.warns(UserWarning, match="6 answers of the true reward are reused"):
         run(broken_off, paid(1.0, asked), 2)
     assert len(asked) == 2
 
@@ -258,7 +258,7 @@ def test_a_changed_reward_asks_again_and_says_why_once(broken_off):
         warnings.simplefilter("always")
         records = run(broken_off, paid(2.0, asked), 2)
     (said,) = [str(warning.message) for warning in told if "answers" in str(warning.message)]
-    assert "6 answers" in said and "are not taken" in said and "'scored' has changed" in said
+    assert "6 answers" in said and "are not reused" in said and "'scored' has changed" in said
     assert "reuse_answers=True" in said
     assert len(asked) == 8
     true = [value for value in sum(records[0]["true_rewards"], []) if value is not None]
@@ -267,7 +267,7 @@ def test_a_changed_reward_asks_again_and_says_why_once(broken_off):
 
 def test_a_changed_reward_is_reused_where_that_is_asked_for(broken_off):
     asked = []
-    with pytest.warns(UserWarning, match=r"6 answers .* are taken .*\(6 of them from another source of 'scored'"):
+    with pytest.warns(UserWarning, match=r"6 answers .* are reused .*6 answers are from another source of 'scored'"):
         run(broken_off, paid(2.0, asked), 2, reuse_answers=True)
     assert len(asked) == 2
 
@@ -318,7 +318,7 @@ def test_each_reward_is_looked_at_on_its_own(tmp_path):
         both(2.0, asked := []).fit(ROWS, steps=1, progress=False)
     said = [str(warning.message) for warning in told if "answers of" in str(warning.message)]
     assert len(others) == 8 and len(asked) == 8
-    assert "8 answers of the true reward are taken" in said[0] and "the source of 'scored'" in said[1]
+    assert "8 answers of the true reward are reused" in said[0] and "the source of 'scored'" in said[1]
 
 
 def test_a_log_of_an_older_release_is_not_taken_silently(broken_off):
@@ -327,10 +327,10 @@ def test_a_log_of_an_older_release_is_not_taken_silently(broken_off):
     run_before = json.loads(header)["run"]
     del run_before["sources"]
     path.write_text("\n".join([json.dumps({"run": run_before}), *lines]) + "\n")
-    with pytest.warns(UserWarning, match="6 answers .* are not taken.*or was not logged with them"):
+    with pytest.warns(UserWarning, match="6 answers .* are not reused.*or was not logged"):
         run(broken_off, paid(1.0, asked := []), 1)
     assert len(asked) == 4
-    with pytest.warns(UserWarning, match="answers of the true reward are taken"):
+    with pytest.warns(UserWarning, match="answers of the true reward are reused"):
         run(broken_off, paid(1.0, asked := []), 2, reuse_answers=True)
 
 

@@ -151,7 +151,7 @@ def test_length_at_its_edges():
     with pytest.raises(ValueError, match="target_words is 0"):
         rewards.Length(0)
     for tolerance in (-0.1, 1.0):
-        with pytest.raises(ValueError, match="it is a share"):
+        with pytest.raises(ValueError, match="it must be a share"):
             rewards.Length(5, tolerance)
 
 

@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory):
     return gan
 
 
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward in .* are not taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward in .* are not reused")
 def test_while_a_reward_is_asked_it_stops_at_once(tmp_path, undisturbed):
     asked = PressesCtrlC(at=2 * 8 + 3)  # in the third step: 2 prompts × 4 responses a step
     gan = small_gan(output_dir=str(tmp_path), reward=asked)
@@ -153,7 +153,7 @@ def test_the_evaluation_before_the_first_step_may_be_broken_off(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["in a reward", "after a step"])
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward in .* are not taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward in .* are not reused")
 def test_sigterm_saves_what_is_whole_and_ends_the_process_with_143(moment, tmp_path, undisturbed):
     before = signal.getsignal(signal.SIGTERM)
     calls = []

@@ -41,7 +41,7 @@ def said(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if "has changed" in line or "was moved" in line]
 
 
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 def test_a_moved_run_goes_on_where_it_is(there, capsys):
     (there / "run").mkdir()
     shutil.copy("pairs.csv", "run/pairs.csv")  # data and reward that moved with the run

@@ -93,7 +93,7 @@ def seconds_of_a_life(folder: Path) -> float:
 
 def newest(folder: Path) -> int:
     """The newest complete checkpoint's step, whatever name it stands under; 0 = none."""
-    return max((step for step, path in checkpoint._steps(folder).items() if checkpoint.is_complete(path)), default=0)
+    return max((step for step, path in checkpoint._steps(folder).items() if checkpoint.fault(path) is None), default=0)
 
 
 def crash(folder: Path, kills: int, seed: int) -> dict[str, int]:
@@ -152,7 +152,7 @@ def require_as_undisturbed(tmp_path: Path, kills: int) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 @pytest.mark.filterwarnings("ignore:the checkpoint of step .* is skipped")
 def test_a_run_killed_15_times_ends_as_one_that_never_was(tmp_path):
     seen = require_as_undisturbed(tmp_path, 15)
@@ -160,7 +160,7 @@ def test_a_run_killed_15_times_ends_as_one_that_never_was(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*answers of the true reward are taken")
+@pytest.mark.filterwarnings("ignore:.*answers of the true reward are reused")
 @pytest.mark.filterwarnings("ignore:the checkpoint of step .* is skipped")
 def test_a_run_killed_300_times_ends_as_one_that_never_was(tmp_path):
     seen = require_as_undisturbed(tmp_path, 300)

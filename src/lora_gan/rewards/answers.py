@@ -1,12 +1,14 @@
-"""answers.jsonl: the answers of the true reward, on the disk before they are used: after a crash nobody pays twice.
+"""answers.jsonl: the log of the true reward's answers. An answer is on the disk before a step uses it, so a crash never
+causes a second paid call for the same question.
 
     {"run": {"seed": 0, "base": "…", "rewards": ["judge"], "sources": {"judge": "digest of its source"}}}
     {"step": 12, "reward": "judge", "asked": "digest of the question", "occurrence": 0, "answer": 0.5}
 
-A run that goes on from its newest checkpoint takes the answers that were logged after it and does not ask for them
-again. A run that was taken back to an older checkpoint asks again, since there may have been a reason. Answers of a
-reward whose source has changed since are not taken, unless the run is told to. They stay in the file with their
-`source`, so that the next start can still take them. Answers from before the last checkpoint but one are dropped.
+- A run that continues from its newest checkpoint reuses the answers that were logged after that checkpoint.
+- A run that continues from an older checkpoint asks again, because the user may have gone back for a reason.
+- If the source of a reward has changed, its answers are reused only with `reuse_answers`. They stay in the file with
+  their `source`, so the next start can still reuse them.
+- Answers from before the second newest checkpoint are dropped.
 """
 
 from __future__ import annotations
@@ -26,79 +28,76 @@ from typing import Any, TextIO
 from ..storage.json_lines import as_line, open_lines, rewritten
 
 FILE = "answers.jsonl"
-SYNC_EVERY = 0.1  # seconds: a step's first answers are on the disk while the later ones are asked for
+SYNC_EVERY = 0.1  # seconds; early answers of a step reach the disk while later calls are still running
 
 KEY = ("step", "reward", "asked", "occurrence")
-Key = tuple[int, str, str, int]  # step, reward, digest of the question, which of the step's equal questions
+Key = tuple[int, str, str, int]  # step, reward, digest of the question, index among equal questions of the step
 
 
 class Answers(AbstractContextManager["Answers"]):
-    """One run's log of answers.
+    """The answer log of one run. Thread-safe.
 
     Args:
-        folder: where answers.jsonl stands.
-        run: what tells this run from another; the answers of another one are not taken. `rewards` holds the rewards'
-            names and `sources` {name: digest of the source}; they are compared for each reward on its own.
-        step: the step that the run begins at.
-        newest: the step of the newest complete checkpoint in the folder, 0 = none.
-        reuse: whether answers are taken although the reward's source has changed.
+        folder: the folder of answers.jsonl.
+        run: the identity of this run. The answers of a run with another identity are not reused. `rewards` holds the
+            names of the rewards and `sources` holds {name: digest of the source}; both are compared per reward.
+        step: the step at which the run starts.
+        newest: the step of the newest complete checkpoint in the folder; 0: there is none.
+        reuse: whether to reuse the answers of a reward after its source has changed.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], *, step: int, newest: int, reuse: bool = False) -> None:
         self.path, self.run = folder / FILE, dict(run)
         self.step, self._reuse = step, reuse
-        self._lines: list[dict[str, Any]] = []  # what the file is to hold
+        self._lines: list[dict[str, Any]] = []  # the content of the file
         self._known: dict[Key, Any] = {}
-        self._asked: Counter[tuple[str, str]] = Counter()  # this step's questions so far
+        self._asked: Counter[tuple[str, str]] = Counter()  # questions of this step so far, by (reward, digest)
         self._file: TextIO | None = None
         self._saved, self._synced = step, 0.0
         self._mutex = threading.Lock()  # answers come from several threads
         if self.path.is_file() and step == newest:
-            self._take_over()
+            self._read_earlier_answers()
 
-    def _take_over(self) -> None:
+    def _read_earlier_answers(self) -> None:
         header, *lines = open_lines(self.path) or [{}]
-        before = header.get("run")
-        if not isinstance(before, dict) or _identity(before) != _identity(self.run):
+        earlier = header.get("run")
+        if not isinstance(earlier, dict) or _identity(earlier) != _identity(self.run):
             return
-        sources, then = self.run.get("sources", {}), before.get("sources")
-        then = then if isinstance(then, dict) else {}
-        changed: dict[Key, Any] = {}  # answers of rewards with another source
+        sources, logged_sources = self.run.get("sources", {}), earlier.get("sources")
+        logged_sources = logged_sources if isinstance(logged_sources, dict) else {}
+        changed: dict[Key, Any] = {}  # answers of rewards that had another source
         for line in lines:
-            step, reward, asked, nth = map(line.get, KEY)
-            if not ("answer" in line and type(step) is int and step >= self.step):
+            key: Any = tuple(map(line.get, KEY))
+            if "answer" not in line or [*map(type, key)] != [int, str, str, int] or key[0] < self.step:
                 continue
-            if not (isinstance(reward, str) and isinstance(asked, str) and type(nth) is int):
-                continue
-            key = (step, reward, asked, nth)
-            source = line.pop("source", then.get(reward))
+            reward = line["reward"]
+            source = line.pop("source", logged_sources.get(reward))
             if source is not None and source == sources.get(reward):
                 self._known[key] = line["answer"]
             else:
                 changed[key] = line["answer"]
                 line["source"] = source
             self._lines.append(line)
-        self._say_what_is_taken(changed)
+        self._warn_of_reuse(changed)
 
-    def _say_what_is_taken(self, changed: Mapping[Key, Any]) -> None:
+    def _warn_of_reuse(self, changed: Mapping[Key, Any]) -> None:
         names = ", ".join(sorted({repr(key[1]) for key in changed}))
-        kept = len(self._known)
+        unchanged = len(self._known)
         if self._reuse:
             self._known = {**changed, **self._known}
         if self._known:
-            added = len(self._known) - kept
-            other = f" ({added} of them from another source of {names}: reuse_answers)" if added else ""
+            added = len(self._known) - unchanged
+            other = f" (reuse_answers: {added} answers are from another source of {names})" if added else ""
             warnings.warn(
-                f"the run broke off after its newest checkpoint: {len(self._known)} answers of the true reward are "
-                f"taken from {self.path} and not asked for again; delete it to ask again{other}",
+                f"the run stopped after its newest checkpoint: {len(self._known)} answers of the true reward are "
+                f"reused from {self.path}; delete this file to ask again{other}",
                 stacklevel=6,
             )
         if changed and not self._reuse:
             warnings.warn(
-                f"{len(changed)} answers of the true reward in {self.path} are not taken, and the reward is asked "
-                f"again: the source of {names} has changed since they were logged, or was not logged with them. Set "
-                "reuse_answers=True to take them all the same: they stay in the file until two further checkpoints "
-                "are written",
+                f"{len(changed)} answers of the true reward in {self.path} are not reused, and the reward is called "
+                f"again: the source of {names} has changed since they were logged, or was not logged. Set "
+                "reuse_answers=True to reuse them; they stay in the file until two more checkpoints are written",
                 stacklevel=6,
             )
 
@@ -107,18 +106,18 @@ class Answers(AbstractContextManager["Answers"]):
         self._asked.clear()
 
     def key(self, reward: str, question: Any) -> Key:
-        """What a question is known by. To be called in the order of the rows, whatever order they are answered in."""
+        """The key of a question in the log. Call it in the order of the rows; the answers may arrive in any order."""
         text = json.dumps(question, sort_keys=True, default=str)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         self._asked[reward, digest] += 1
         return self.step, reward, digest, self._asked[reward, digest] - 1
 
     def known(self, key: Key) -> tuple[bool, Any]:
-        """Whether the answer is known from before the crash, and the answer."""
+        """Whether the log has an answer from before the crash, and this answer (None if there is none)."""
         return key in self._known, self._known.get(key)
 
     def keep(self, key: Key, answer: Any) -> None:
-        """Log an answer; it outlives this process when this returns, and the machine when `settle` has."""
+        """Log an answer. After this call it survives a crash of the process; after `settle`, a crash of the machine."""
         line = dict(zip(KEY, key, strict=True)) | {"answer": answer}
         with self._mutex:
             self._lines.append(line)
@@ -131,13 +130,13 @@ class Answers(AbstractContextManager["Answers"]):
                     self._sync()
 
     def settle(self) -> None:
-        """What was logged is on the disk when this returns."""
+        """Write all logged answers to the disk before returning."""
         with self._mutex:
             if self._file is not None:
                 self._sync()
 
     def saved(self, step: int) -> None:
-        """A checkpoint stands: what came before the one before it is not needed any more."""
+        """Note that a checkpoint of this step is complete. Answers from before the previous checkpoint are dropped."""
         with self._mutex:
             self._lines = [line for line in self._lines if line["step"] >= self._saved]
             self._saved = step
@@ -145,7 +144,7 @@ class Answers(AbstractContextManager["Answers"]):
                 self._rewrite()
 
     def _rewrite(self) -> None:
-        """The whole file."""
+        """Write the whole file again, and keep it open for more lines."""
         if self._file is not None:
             self._file.close()
         self._file = rewritten(self.path, [{"run": self.run}, *self._lines])
@@ -162,5 +161,5 @@ class Answers(AbstractContextManager["Answers"]):
 
 
 def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a run from another, without its rewards, as JSON gives it back."""
+    """The identity of a run without its rewards, as it is after a round trip through JSON."""
     return json.loads(json.dumps({name: value for name, value in run.items() if name not in ("rewards", "sources")}))

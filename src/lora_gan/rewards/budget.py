@@ -1,7 +1,7 @@
 """Counts of true-reward calls by purpose, and their limits. `LoraGAN.budget`.
 
-One call is the true reward of one response, however many rewards it is the sum of. So 4 prompts with 8 responses each
-are 32 calls, whether a function gets them one by one or all in one list.
+One call is the true reward of one response, also if the true reward is a sum of several functions. So 4 prompts with
+8 responses each are 32 calls, whether a function scores one response or a whole list per call.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 Purpose = Literal["training", "evaluation", "retries", "dry_run", "other"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
-OTHERS: tuple[Purpose, ...] = ("evaluation", "retries", "other")  # what a checkpoint holds beside training
+OTHERS: tuple[Purpose, ...] = ("evaluation", "retries", "other")  # in a checkpoint, in addition to training
 KEPT = (*OTHERS, "cached")
 
 
 class BudgetSpent(ValueError):
-    """The true reward was needed, and `reward_budget` or `reward_budget_total` allows no further call."""
+    """More calls of the true reward were requested than `reward_budget` or `reward_budget_total` allows."""
 
 
 class Budget:
     """Counts of calls by purpose, and the limits of a run. Thread-safe.
 
     Purposes:
-        training: responses of training steps whose true reward was asked.
+        training: queried responses of training steps.
         evaluation: responses of evaluations.
-        retries: calls that failed and were made again, and calls of a step that then failed.
+        retries: calls that failed and were repeated, and calls of a step that then failed.
         dry_run: calls of `lora-gan train --dry-run`.
-        other: calls of `LoraGAN.ask()` by hand.
+        other: direct calls of `LoraGAN.ask()`.
 
     Args:
-        limit: most calls of training (`reward_budget`); None: no limit.
-        total_limit: most calls of all purposes (`reward_budget_total`); None: no limit.
+        limit: maximum number of training calls (`reward_budget`); None: no limit.
+        total_limit: maximum number of calls for all purposes (`reward_budget_total`); None: no limit.
 
     Attributes:
-        cached: how many of these calls a reward answered from a cache of its own, such as the judge's.
+        cached: how many of these calls a reward answered from its own cache, such as the judge's.
         reserved: calls of total_limit that training leaves for the evaluation at the end.
     """
 
@@ -57,7 +57,7 @@ class Budget:
         return sum(self.counts.values())
 
     def left(self, purpose: Purpose = "training") -> int | None:
-        """Calls that may still be made; None where nothing limits them."""
+        """Number of calls that are left for a purpose; None if there is no limit."""
         left = []
         if purpose == "training" and self.limit is not None:
             left.append(self.limit - self.counts["training"])
@@ -67,26 +67,27 @@ class Budget:
 
     @property
     def spent_setting(self) -> str | None:
-        """The setting that allows no further call of training, with its value; None where one is left."""
+        """The setting that allows no further training call, with its value; None if a call is left."""
         if self.left() != 0:
             return None
         if self.limit is not None and self.counts["training"] >= self.limit:
             return f"all {self.limit:,} calls of reward_budget are spent"
-        kept = f", but for {self.reserved:,} that the evaluation at the end needs" if self.reserved else ""
-        return f"all {self.total_limit:,} calls of reward_budget_total are spent{kept}"
+        reserved = f", except for {self.reserved:,} that the evaluation at the end needs" if self.reserved else ""
+        return f"all {self.total_limit:,} calls of reward_budget_total are spent{reserved}"
 
     @contextmanager
     def asking(self, purpose: Purpose, responses: int, caller: Caller, funcs: Mapping[str, Any]) -> Iterator[None]:
-        """Count the calls about so many responses that are made inside the block.
+        """Count the calls that score `responses` responses inside the block.
 
-        Where the block raises, only the calls that were made count. In training these are `retries`, because the step
-        will be taken again; answers in the caller's log are then not asked for again, and do not count twice.
+        If the block raises, only the calls that were made count. In training these calls count as `retries`, because
+        the step is repeated. The repeated step reuses the answers in the caller's log, and they do not count twice.
 
         Args:
-            caller: what makes the calls.
-            funcs: the rewards by name. One that has `usage` counts its requests and its cache itself, as Judge does.
+            caller: makes the calls.
+            funcs: the rewards by name. A reward with an attribute `usage` counts its requests and its cache itself, as
+                Judge does.
         """
-        before = {name: _usage(func) for name, func in funcs.items() if _counts_itself(func)}
+        before = {name: usage for name, func in funcs.items() if (usage := _usage(func))}
         self._add(purpose, responses)
         try:
             yield
@@ -103,7 +104,7 @@ class Budget:
             now = _usage(funcs[name])
             cached = now["cached"] - spent["cached"]
             self.cached += cached
-            # What the reward asked beyond one request per response: its client's retries, and second questions.
+            # Requests beyond one per response: retries by the reward's client, and second questions.
             self._add("retries", max(0, now["requests"] - spent["requests"] - (caller.asked.get(name, 0) - cached)))
 
     def _add(self, purpose: Purpose, calls: int) -> None:
@@ -111,7 +112,7 @@ class Budget:
             self.counts[purpose] += calls
 
     def may_retry(self, calls: int) -> bool:
-        """Count this many calls as retries, if the limits allow them."""
+        """Count this many calls as retries if the limits allow them. Returns whether they do."""
         with self._lock:
             if self.total_limit is not None and self.total_limit - self.total < calls:
                 return False
@@ -121,8 +122,8 @@ class Budget:
     # --- what is logged and saved
 
     def metrics(self) -> dict[str, int]:
-        """Counts so far, under the names of metrics.jsonl: `reward_calls`, which are those of training, the other
-        purposes that occurred, and `reward_calls/total`."""
+        """Counts so far under the names in metrics.jsonl: `reward_calls` (training), the other purposes that occurred,
+        and `reward_calls/total`."""
         named: dict[str, int] = {"reward_calls": self.counts["training"]}
         named |= {f"reward_calls/{name}": n for name, n in self.counts.items() if name != "training" and n}
         if self.cached:
@@ -137,36 +138,33 @@ class Budget:
             "dry_run": "in this dry run",
             "other": "by hand",
         }
-        said = [f"{self.counts[name]:,} {where}" for name, where in words.items() if self.counts[name]] or ["none"]
-        said += [counted(self.counts["retries"], "retry", "retries")] if self.counts["retries"] else []
-        cached = f"; {self.cached:,} of them came from the reward's own cache" if self.cached else ""
-        return ", ".join(said) + cached
+        counts = [f"{self.counts[name]:,} {where}" for name, where in words.items() if self.counts[name]] or ["none"]
+        counts += [counted(self.counts["retries"], "retry", "retries")] if self.counts["retries"] else []
+        cached = f"; the reward's own cache answered {self.cached:,}" if self.cached else ""
+        return ", ".join(counts) + cached
 
     def state_dict(self) -> dict[str, int]:
-        """The counts beside those of training, which a checkpoint keeps as `reward_calls`."""
+        """The counts except those of training, which a checkpoint keeps as `reward_calls`."""
         return {**{name: self.counts[name] for name in OTHERS}, "cached": self.cached}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting from there."""
+        """Continue from the counts of a state_dict()."""
         for name in OTHERS:
             self.counts[name] = state[name]
         self.cached = state["cached"]
 
     def catch_up(self, metrics: Mapping[str, Any]) -> None:
-        """Take over counts of a line of metrics that are higher: those calls were made after the checkpoint."""
+        """Raise the counts to those of a line of metrics.jsonl: its calls were made after the checkpoint."""
         counts = self.state_dict()
-        for name, now in counts.items():
+        for name, count in counts.items():
             if isinstance(logged := metrics.get(f"reward_calls/{name}"), int):
-                counts[name] = max(now, logged)
+                counts[name] = max(count, logged)
         self.load_state_dict(counts)
 
 
-def _counts_itself(func: Any) -> bool:
-    """Whether a reward counts its requests and its cache."""
-    usage = getattr(func, "usage", None)
-    return isinstance(usage, Mapping) and {"requests", "cached"} <= set(usage)
-
-
 def _usage(func: Any) -> dict[str, int]:
-    """The counts of a reward that counts itself."""
-    return {name: int(func.usage[name]) for name in ("requests", "cached")}
+    """A reward's own counts of its requests and its cache; empty if the reward does not count them."""
+    usage, names = getattr(func, "usage", None), ("requests", "cached")
+    if not isinstance(usage, Mapping) or not {*names} <= set(usage):
+        return {}
+    return {name: int(usage[name]) for name in names}

@@ -1,8 +1,8 @@
-"""How a reward is asked: again after a failure, within a time limit, several calls at once. The numbers are those of
-one call after the other.
+"""How a reward function is called: retries, a time limit, and several calls in parallel. Parallel calls return the same
+numbers as calls one after the other.
 
-A call is one question to a reward of the form f(response, target), or one to a whole batch. An `async def` reward is
-awaited on an event loop that lives as long as the process, so that connections which it opened stay open.
+A call asks one question: one response for a reward of the form f(response, target), or a whole batch. An `async def`
+reward is awaited on an event loop that runs as long as the process, so that its connections stay open.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from ..wording import shortened
 from .answers import Answers
 
 Answer = TypeVar("Answer")
-LONGEST = 60.0  # seconds between two tries, at the most
-ASYNC_WORKERS = 16  # calls of an `async def` reward at once, where nothing else is said
+LONGEST = 60.0  # seconds; the longest pause between two tries
+ASYNC_WORKERS = 16  # parallel calls of an `async def` reward if `workers` is None
 
 
 class RewardError(ValueError):
-    """A reward function raised, or returned what is not a score. The message names the function and the row."""
+    """A reward function raised, or its return value is not a score. The message names the function and the row."""
 
 
 class RewardUnavailable(RuntimeError):
-    """A reward cannot run here at all, whatever it is asked to score: its model or its data is not to be had."""
+    """A reward cannot run on this machine for any response, because its model or its data is not available."""
 
 
 HOPELESS = (RewardUnavailable, ImportError)  # no further try helps
-Call = tuple[Any, Sequence[int], Callable[[], Any], Callable[[Any], Answer]]
+Call = tuple[Any, Sequence[int], Callable[[], Any], Callable[[Any], Answer]]  # question, rows, ask, read
 
 
 @dataclass
 class Caller:
-    """How rewards are asked, and which rows they failed on."""
+    """Settings for calls of rewards, and the rows on which rewards failed."""
 
-    timeout: float | None = None  # seconds a call may take
-    retries: int = 0  # further tries after one that raised, or took too long
-    backoff: float = 1.0  # seconds before the first of them; twice as many before each next one
-    workers: int | None = None  # calls at once; None: 1, and ASYNC_WORKERS of an `async def` reward
-    skip: bool = False  # when the last try has failed: go on without an answer
+    timeout: float | None = None  # seconds per call
+    retries: int = 0  # further tries after a try that raised or took too long
+    backoff: float = 1.0  # seconds before the first retry; doubled before each further retry
+    workers: int | None = None  # parallel calls; None: 1, or ASYNC_WORKERS for an `async def` reward
+    skip: bool = False  # whether to continue without an answer after the last try has failed
     log: Answers | None = None
-    may_retry: Callable[[int], bool] = lambda rows: True  # whether a failed call about so many rows may be made again
-    on_retry: Callable[[str, str], None] = lambda reward, cause: None  # told of each failed try that is made again
-    failed: dict[int, str] = field(default_factory=dict)  # rows without an answer after the last try: the cause
-    asked: dict[str, int] = field(default_factory=dict)  # by reward: rows of calls that were made, each counted once
-    kept: dict[str, int] = field(default_factory=dict)  # of these, rows whose answer is in the log
+    may_retry: Callable[[int], bool] = lambda rows: True  # whether a failed call with this many rows may be repeated
+    on_retry: Callable[[str, str], None] = lambda reward, cause: None  # called before each retry
+    failed: dict[int, str] = field(default_factory=dict)  # {row without an answer after the last try: cause}
+    asked: dict[str, int] = field(default_factory=dict)  # {reward: rows of its calls, without repetitions by retries}
+    kept: dict[str, int] = field(default_factory=dict)  # {reward: rows of `asked` with an answer in the log}
     _mutex: threading.Lock = field(default_factory=threading.Lock)
 
     def all(
@@ -63,18 +63,19 @@ class Caller:
         where: Callable[[int], str],
         is_async: bool = False,
     ) -> list[Answer | None]:
-        """The answers to a reward's calls, in their order.
+        """The answers to several calls of a reward, in the order of the calls.
 
         Args:
-            name: the reward's, by which its answers are logged.
-            calls: for each the question, as it is logged; the rows it is about; what asks; and what makes an answer of
-                what that returned. The last is not tried again: a value that is no score is a mistake, not bad weather.
-            where: names a call in errors, by the first of its rows.
-            is_async: whether the calls return awaitables.
+            name: the name of the reward in the log.
+            calls: for each call (question, rows, ask, read). The question is logged. `ask()` calls the reward and is
+                retried. `read(value)` converts its return value and is not retried: a value that is not a score is a
+                bug in the reward.
+            where: describes a call in errors, from the index of its first row.
+            is_async: whether `ask()` returns an awaitable.
 
         Raises:
-            RewardError: the last try of a call failed, and `skip` is False. Of several such calls, the first is named.
-            RewardUnavailable, ImportError: passed on as they are.
+            RewardError: the last try of a call failed, and `skip` is False. The message names the first such call.
+            RewardUnavailable, ImportError: raised by the reward, and not converted.
         """
         log = self.log
         keys = [] if log is None else [log.key(name, question) for question, *_ in calls]
@@ -82,13 +83,13 @@ class Caller:
         def answer(i: int) -> Answer | None:
             _, rows, ask, read = calls[i]
             if log is not None:
-                known, before = log.known(keys[i])
-                if known:
-                    return before
+                is_known, logged = log.known(keys[i])
+                if is_known:
+                    return logged
             with self._mutex:
                 self.asked[name] = self.asked.get(name, 0) + len(rows)
             try:
-                value = self._tried(name, ask, len(rows))
+                value = self._with_retries(name, ask, len(rows))
             except HOPELESS:
                 raise
             except Exception as error:
@@ -110,25 +111,25 @@ class Caller:
             workers = self.workers or (ASYNC_WORKERS if is_async else 1)
             if workers == 1 or len(calls) < 2:
                 return [answer(i) for i in range(len(calls))]
-            return _at_once(answer, len(calls), workers)
+            return _in_parallel(answer, len(calls), workers)
         finally:
             if log is not None:
                 log.settle()
 
-    def _tried(self, name: str, ask: Callable[[], Any], rows: int) -> Any:
-        """What a call about so many rows returns, tried as often as is allowed."""
+    def _with_retries(self, name: str, ask: Callable[[], Any], rows: int) -> Any:
+        """The return value of a call with this many rows, after as many tries as allowed."""
 
-        def tell(state: RetryCallState) -> None:
+        def report(state: RetryCallState) -> None:
             error = None if state.outcome is None else state.outcome.exception()
             assert error is not None  # tenacity calls this after a failed try
             self.on_retry(name, cause_of(error))
 
         attempts = Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, HOPELESS)),
-            # The order matters: `may_retry` counts what it allows, and is not asked after the last try.
+            # The order matters: `may_retry` counts the calls that it allows, and must not run after the last try.
             stop=lambda state: state.attempt_number > self.retries or not self.may_retry(rows),
             wait=wait_exponential(self.backoff, max=LONGEST),
-            before_sleep=tell,
+            before_sleep=report,
             reraise=True,
         )
         return attempts(self._within_time, ask)
@@ -143,7 +144,7 @@ class Caller:
 
 
 def _in_thread(call: Callable[[], Answer]) -> Future[Answer]:
-    """A call in a thread that the end of the process does not wait for, as it would for an executor's: it may hang."""
+    """Start a call in a daemon thread. At exit, Python waits for the threads of an executor, and the call may hang."""
     outcome: Future[Answer] = Future()
 
     def run() -> None:
@@ -157,24 +158,24 @@ def _in_thread(call: Callable[[], Answer]) -> Future[Answer]:
 
 
 def cause_of(error: BaseException) -> str:
-    """An error as part of one line, such as "HTTPError: HTTP Error 503: Service Unavailable"."""
+    """An error in one line, such as "HTTPError: HTTP Error 503: Service Unavailable"."""
     return shortened(" ".join(f"{type(error).__name__}: {error}".split()).rstrip(": "), 200)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether a function, a method or an object's __call__ is an `async def`."""
+    """Whether a function, a method or the __call__ of an object is an `async def`."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _at_once(answer: Callable[[int], Answer], count: int, workers: int) -> list[Answer]:
-    """answer(0), answer(1), …, several at once; after an error no further one is begun. Raises the first error."""
-    free, given_up = threading.Semaphore(workers), threading.Event()
+def _in_parallel(answer: Callable[[int], Answer], count: int, workers: int) -> list[Answer]:
+    """[answer(0), answer(1), …] by parallel calls. After an error no further call starts. Raises the first error."""
+    free, has_failed = threading.Semaphore(workers), threading.Event()
 
     def work(i: int) -> Answer:
         try:
             return answer(i)
         except BaseException:
-            given_up.set()
+            has_failed.set()
             raise
         finally:
             free.release()
@@ -182,14 +183,14 @@ def _at_once(answer: Callable[[int], Answer], count: int, workers: int) -> list[
     outcomes: list[Future[Answer]] = []
     for i in range(count):
         free.acquire()
-        if given_up.is_set():
+        if has_failed.is_set():
             break
         outcomes.append(_in_thread(partial(work, i)))
     return [outcome.result() for outcome in outcomes]
 
 
 def _awaited(value: Any, timeout: float | None) -> Any:
-    """What an async reward comes to; another's value as it is."""
+    """The awaited value of an async reward; every other value unchanged. `timeout` is in seconds."""
     if not inspect.isawaitable(value):
         return value
 

@@ -1,10 +1,13 @@
-"""Where the return values of a user's reward become numbers. Pure functions without state.
+"""Calls reward functions and converts their return values to numbers. Pure functions without state.
 
-Two forms are understood everywhere (`signatures` tells them apart): f(response, target) -> float, and TRL's
-f(prompts=, completions=, **columns) -> list. In both, a score is any one real number (Python, NumPy or PyTorch; a bool
-counts as 0 or 1), or None: "not answered" in the first form, "does not apply to this row" in the second. Two departures
-from TRL: NaN is refused, not read as None, since it is more often a bug in a reward than a decision; and a function
-without **kwargs gets the arguments that it names, where TRL passes all of them and the function raises.
+A reward has one of two forms, which `signatures` detects: f(response, target) -> float, and TRL's
+f(prompts=, completions=, **columns) -> list. A score is one real number (Python, NumPy or PyTorch; a bool counts as 0
+or 1) or None. None means "not answered" in the first form and "does not apply to this row" in the second.
+
+Departures from TRL:
+
+- NaN is an error, not None: NaN is more often a bug in a reward than a decision.
+- A function without **kwargs gets only the arguments that it names. TRL passes every argument, and the function raises.
 """
 
 import inspect
@@ -23,7 +26,7 @@ from .signatures import BATCH_NAMES, pair_call, require_columns, reward_name, ta
 PairReward = Callable[[str, str | None], Any]
 TrlReward = Callable[..., Any]
 Reward = PairReward | TrlReward
-Parts = dict[str, list[float | None]]  # {name of the reward: its score of each row, unweighted}
+Parts = dict[str, list[float | None]]  # {name of the reward: one unweighted score per row}
 
 ACCEPTED = "a finite number (int, float, bool, or a NumPy or PyTorch scalar), or None"
 
@@ -37,21 +40,27 @@ def score_pairs(
     name: str | None = None,
     caller: Caller | None = None,
 ) -> list[float | None]:
-    """Score response i by a function of the pair form; `name` is what errors call it, its own if None.
+    """Score R responses by a function of the pair form.
 
-    Prompt, response and target are matched by the names of the parameters, see `signatures`; a function with none of
-    these names gets (response, target). A function that has a method `batch(responses, targets) -> list` is asked once
-    for all rows, as CosineReward is; it may name `prompts`, too. `caller` says how: how often, how long, how many at
-    once; None = once, one after the other.
+    Prompt, response and target are matched by the names of the parameters (see `signatures`). A function with none of
+    these names gets (response, target). A function with a method `batch(responses, targets) -> list`, such as
+    CosineReward, is called once for all rows; `batch` may also name `prompts`.
+
+    Args:
+        fn: the reward.
+        responses, targets: R texts each; a target may be None.
+        prompts: R prompts, for a function that takes the prompt.
+        name: the name of the function in errors; None: its own name.
+        caller: retries, time limit and parallel calls; None: one try per call, one call after the other.
 
     Returns:
-        for each row a finite float, or None where the reward did not answer.
+        R finite floats, or None for a row that the reward did not answer.
 
     Raises:
         RewardError: the function raised, or a value is not a score.
-        ValueError: lists of different lengths, a signature that does not say how to call the function, or a function
-            that takes the prompt and no `prompts`.
-        RewardUnavailable, ImportError: passed on as they are; the reward cannot run here, and no row is at fault.
+        ValueError: lists of different lengths, a signature that does not say how to call the function, or no `prompts`
+            for a function that takes the prompt.
+        RewardUnavailable, ImportError: raised by the reward, which cannot run on this machine; not converted.
     """
     if len(responses) != len(targets):
         raise ValueError(f"{len(responses)} responses but {len(targets)} targets; give one target (or None) for each")
@@ -87,16 +96,16 @@ def score_trl(
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
 ) -> tuple[list[float | None], Parts]:
-    """Score rows by several rewards: `score_parts`, and their `weighted_total` as TRL's GRPOTrainer makes it.
+    """Score rows by several rewards: `score_parts`, and the `weighted_total`, as TRL's GRPOTrainer computes it.
 
     Returns:
-        totals: for each row a finite float, or None where no reward applies to it.
-        parts: {name of the function: its scores, unweighted}, in the order of `funcs`.
+        totals: one finite float per row, or None if no reward applies to the row.
+        parts: {name of the function: its unweighted scores}, in the order of `funcs`.
 
     Raises:
         RewardError, ValueError, RewardUnavailable, ImportError: see `score_parts`, `weighted_total`.
     """
-    weights = checked_weights(weights, len(funcs))  # before a reward that costs is asked
+    weights = checked_weights(weights, len(funcs))  # before any paid call
     parts = score_parts(funcs, prompts, completions, columns)
     return weighted_total(parts, weights), parts
 
@@ -112,30 +121,30 @@ def score_parts(
     trainer_state: Any = None,
     notes: Notes | None = None,
 ) -> Parts:
-    """What each reward says of each row, unweighted.
+    """The unweighted score of each row by each reward, for R rows.
 
     Args:
-        funcs: rewards of either form. TRL's is called with prompts, completions, completion_ids, trainer_state,
-            log_metric, log_extra and the columns, all by keyword; a function without **kwargs gets those that it names.
-            The pair form gets the response, and the prompt and the column `target` (None where there is none) as its
-            parameters say.
-        prompts: one for each row, text or chat messages, handed on as they are.
-        completions: the responses, text or chat messages. Where the prompt is chat messages, a function of TRL's form
-            gets a text as [{"role": "assistant", "content": text}], as from TRL; the pair form always gets text.
-        columns: the dataset's other columns, each with one entry for each row.
-        caller: how often, how long and how many at once they are asked; None = once, one after the other.
-        completion_ids: the token ids of each completion, the end token included; None = functions get none.
-        trainer_state: a transformers.TrainerState; None = functions get none.
-        notes: takes what functions log by log_metric and log_extra; None = it is dropped.
+        funcs: rewards of either form. TRL's form gets keyword arguments: prompts, completions, completion_ids,
+            trainer_state, log_metric, log_extra and the columns. A function without **kwargs gets only the arguments
+            that it names. The pair form gets the response, and, if its parameters ask for them, the prompt and the
+            column `target` (None if there is no such column).
+        prompts: R prompts, texts or chat messages, passed on unchanged.
+        completions: R responses, texts or chat messages. If the prompt is chat messages, a function of TRL's form gets
+            a text as [{"role": "assistant", "content": text}], as TRL does it. The pair form always gets text.
+        columns: the other columns of the dataset, R entries each.
+        caller: retries, time limit and parallel calls; None: one try per call, one call after the other.
+        completion_ids: the token ids of each completion, with the end token; None: functions get no ids.
+        trainer_state: a transformers.TrainerState; None: functions get no state.
+        notes: receives the values that functions log by log_metric and log_extra; None: they are dropped.
 
     Returns:
-        {name of the function: its scores}, in the order of `funcs`.
+        {name of the function: R scores}, in the order of `funcs`.
 
     Raises:
-        RewardError: a function raised, or returned what is not one score a row.
-        ValueError: no functions, completions or a column of the wrong length, a column named as an argument is, or a
-            function that names a column that is not there.
-        RewardUnavailable, ImportError: passed on as they are; the reward cannot run here, and no row is at fault.
+        RewardError: a function raised, or did not return one score per row.
+        ValueError: no functions, completions or a column of the wrong length, a column with the name of an argument, or
+            a function that names a column that is missing.
+        RewardUnavailable, ImportError: raised by a reward, which cannot run on this machine; not converted.
     """
     given = {} if completion_ids is None else {"completion_ids": completion_ids}
     state = {} if trainer_state is None else {"trainer_state": trainer_state}
@@ -145,10 +154,10 @@ def score_parts(
         ids = {column: list(map(list, entries)) for column, entries in given.items()}
         return {**state, **ids, **_lists(prompts, completions, columns)}
 
-    # What an answer is known by. A column without a value for these rows counts as none, so that it does not matter
-    # what other rows have. The ids follow from the completions, the state from the step.
-    known = {column: entries for column, entries in columns.items() if any(entry is not None for entry in entries)}
-    question = _lists(prompts, completions, known)
+    # The question is the key of an answer in the log. A column without a value for these rows is left out, so that the
+    # key does not depend on other rows. The ids follow from the completions, and the state from the step.
+    filled = {column: entries for column, entries in columns.items() if any(entry is not None for entry in entries)}
+    question = _lists(prompts, completions, filled)
     row = partial(_row, {"prompt": prompts, "completion": completions})
     parts: Parts = {}
     caller, notes = caller or Caller(), notes or Notes()
@@ -169,7 +178,7 @@ def _require_columns(
     given: Mapping[str, Sequence[Any]],
     state: Mapping[str, Any],
 ) -> None:
-    """There are functions, every column has one entry for each row, and each function finds the columns it names."""
+    """Check that there are functions, that every column has one entry per row, and that no named column is missing."""
     if not funcs:
         raise ValueError("there are no reward functions: give at least one")
     for column in ("prompts", "completions"):
@@ -184,8 +193,8 @@ def _require_columns(
 def _lists(
     prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[Any]]:
-    """Columns, prompts and completions in lists of their own: a function that sorts in place must not misalign the next
-    call. Where the prompt is chat messages, so is the completion."""
+    """New lists of columns, prompts and completions, so that a function that sorts in place cannot misalign the next
+    call. If the prompt is chat messages, so is the completion."""
     lists = {column: list(entries) for column, entries in columns.items()}
     answers = [
         [{"role": "assistant", "content": completion}]
@@ -205,13 +214,13 @@ def _score_by_trls_form(
     caller: Caller,
     notes: Notes,
 ) -> list[float | None]:
-    """Scores of all rows; `notes` takes what the function logged once they are scores."""
+    """Scores of all rows. `notes` receives what the function logged, after its return value was checked."""
     call, rows = trl_call(func), len(question["prompts"])
 
     def ask() -> Any:
         recorder = Recorder()
         logs = {"log_metric": recorder.log_metric, "log_extra": recorder.log_extra}
-        return _with(recorder, func(**call.arguments({**logs, **values()})))
+        return _paired(func(**call.arguments({**logs, **values()})), recorder)
 
     def read(answer: tuple[Any, Recorder]) -> list[float | None]:
         scores = _scores(name, row, rows, answer[0])
@@ -221,8 +230,8 @@ def _score_by_trls_form(
     return _asked_once(caller, name, question, ask, read, row, rows)
 
 
-def _with(recorder: Recorder, values: Any) -> Any:
-    """(what the function returned, its recorder); awaitable where the function's value is."""
+def _paired(values: Any, recorder: Recorder) -> Any:
+    """(return value of the function, its recorder); an awaitable for this pair if the return value is awaitable."""
     if not inspect.isawaitable(values):
         return values, recorder
 
@@ -233,14 +242,22 @@ def _with(recorder: Recorder, values: Any) -> Any:
 
 
 def _row(columns: Mapping[str, Sequence[Any]], i: int) -> str:
-    """What errors call a row, with its values of these columns."""
+    """The row as errors show it: its index and its values in these columns."""
     return f"row {i} ({', '.join(f'{name} {shown(values[i], 80)}' for name, values in columns.items())})"
 
 
 def weighted_total(parts: Parts, weights: Sequence[float] | None = None) -> list[float | None]:
-    """The sum of weight · score over the parts that apply to a row, for each row; the weights are not renormalised.
+    """The sum of weight · score per row, over the rewards that apply to the row. Weights are not renormalised.
 
-    A row to which none applies has no total: None, where TRL warns and counts 0. One weight for each part, None = 1.
+    Args:
+        parts: {name of the reward: one score per row, None if the reward does not apply}.
+        weights: one weight per reward; None: 1 each.
+
+    Returns:
+        one total per row; None if no reward applies (TRL warns and counts 0).
+
+    Raises:
+        ValueError: the number of weights is wrong, or a weight is not finite.
     """
     weights = checked_weights(weights, len(parts))
     weighted = [
@@ -251,17 +268,17 @@ def weighted_total(parts: Parts, weights: Sequence[float] | None = None) -> list
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One finite weight for each of `count` rewards; None means 1 each."""
+    """`count` finite weights, one per reward; None means 1 each. Raises ValueError for other weights."""
     weights = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(weights) != count:
         raise ValueError(f"{len(weights)} reward weights for {count} reward functions; give one for each, or None")
     if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"reward weights {weights}; all must be finite numbers")
+        raise ValueError(f"reward weights {weights} are not accepted: all must be finite numbers")
     return weights
 
 
 def reward_names(funcs: Sequence[Callable[..., Any]]) -> list[str]:
-    """Names by which logs tell the functions apart: the second "f" is "f_2", or the next number that is free."""
+    """Distinct names of the functions for logs: the second "f" is "f_2", or "f_" with the next free number."""
     names: list[str] = []
     for func in funcs:
         name, number = reward_name(func), 1
@@ -281,44 +298,45 @@ def _asked_once(
     rows: int,
 ) -> list[float | None]:
     """Scores of all rows by one call."""
-    where = f"{rows} rows, the first of them {row(0)}" if rows else "no rows"
+    where = f"{rows} rows, the first: {row(0)}" if rows else "no rows"
     (scores,) = caller.all(name, [(question, range(rows), ask, read)], where=lambda _: where)
     return [None] * rows if scores is None else scores
 
 
 def _scores(name: str, row: Callable[[int], str], rows: int, values: Any) -> list[float | None]:
-    with suppress(Exception):  # of another kind than they seem
+    with suppress(Exception):  # a foreign tolist() may raise anything
         values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
     if not isinstance(values, list | tuple):
         raise RewardError(
             f"the reward {name!r} returned {shown(values, 80)} ({type(values).__name__}) for {rows} rows; "
-            f"it must return a list with one score for each row{_is_factory(values)}"
+            f"it must return a list with one score per row{_factory_hint(values)}"
         )
     if len(values) != rows:
-        last = f"; nothing for {row(len(values))}" if len(values) < rows else ""
+        first_missing = f"; none for {row(len(values))}" if len(values) < rows else ""
         raise RewardError(
-            f"the reward {name!r} returned {len(values)} scores for {rows} rows{last}; it must return one for each row"
+            f"the reward {name!r} returned {len(values)} scores for {rows} rows{first_missing}; it must return one "
+            "score per row"
         )
     return [_score(name, value, row(i)) for i, value in enumerate(values)]
 
 
 def _score(name: str, value: Any, where: str) -> float | None:
-    """One finite Python float, or None; anything else raises RewardError."""
+    """A score as a finite Python float or None. Raises RewardError for every other value."""
     if value is None:
         return None
     try:
         number = value.item() if hasattr(value, "item") else value  # .item() raises unless there is exactly one element
-        # float() would parse a string; whatever is a real number has __float__.
+        # float() would also parse a string. A string has no __float__; every real number has one.
         result = float(number) if hasattr(number, "__float__") else math.nan
-    except Exception:  # a stranger's __float__ may raise anything
+    except Exception:  # a foreign __float__ may raise anything
         result = math.nan
     if not math.isfinite(result):
         raise RewardError(
             f"the reward {name!r} returned {shown(value, 80)} ({type(value).__name__}) for {where}; "
-            f"a score is {ACCEPTED}{_is_factory(value)}"
+            f"a score is {ACCEPTED}{_factory_hint(value)}"
         )
     return result
 
 
-def _is_factory(value: Any) -> str:
-    return ". A function that makes a reward is called first: give what it returns" if callable(value) else ""
+def _factory_hint(value: Any) -> str:
+    return ". If the function makes a reward, call it first and give its return value" if callable(value) else ""

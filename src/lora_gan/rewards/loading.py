@@ -1,4 +1,4 @@
-"""What rewards that open a model have in common: where it is, and that opening it leaves no trace."""
+"""Shared by rewards that open a model: find its folder, and load it without side effects."""
 
 import random
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ from .calling import RewardUnavailable
 
 
 def local_folder(model: str | Path, kind: str) -> Path | None:
-    """The folder `model` names, None where only the hub can have it; RewardUnavailable where a path leads nowhere."""
+    """The folder that `model` names; None if `model` is a hub id. Raises RewardUnavailable for a missing folder."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if isinstance(model, Path) or path.is_absolute() or model.startswith("."):
-        raise RewardUnavailable(f"there is no folder {path}; give the folder of a {kind} model, or a hub id")
+        raise RewardUnavailable(f"there is no folder {path}: give the folder of a {kind} model, or a hub id")
     return None
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Loading leaves no trace: no progress bars or notices, and every global random state as it was.
+    """Inside the block there are no progress bars and notices. After it, all global random states are restored.
 
-    Importing sentence-transformers draws from Python's `random`, so without this the first score would shift a
-    user's own stream.
+    Importing sentence-transformers draws from Python's `random`. Without this block, the first score would change the
+    user's own random numbers.
     """
     import numpy as np
     import torch
@@ -34,7 +34,7 @@ def undisturbed() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):  # weights are made on the CPU, whatever device they move to
+        with torch.random.fork_rng(devices=[]):  # weights are always created on the CPU
             yield
     finally:
         random.setstate(python_state)

@@ -1,4 +1,4 @@
-"""A reward that asks the base itself: how probable it finds a response. It costs a forward and no further model."""
+"""A reward by the base: the probability of a response under the base. It costs one forward and no further model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class BaseScorer(Protocol):
-    """What scores by a base: a LoraGAN."""
+    """An object that scores by a base, such as a LoraGAN."""
 
     @property
     def base_name(self) -> str: ...
@@ -24,14 +24,17 @@ class BaseScorer(Protocol):
 class Perplexity:
     """Mean log-probability of a response's tokens, given the prompt, under the untouched base: −log perplexity.
 
-    In nats a token, at most 0, higher is better. The end-of-text token counts as one, so an empty response scores the
-    log-probability of ending at once. Of TRL's form; `LoraGAN` binds it to its base.
+    In nats per token, at most 0, higher is better. The end-of-text token counts as a token, so the score of an empty
+    response is the log-probability of this token. A reward of TRL's form. `LoraGAN` binds it to its base.
 
     Args:
-        batch_size: rows in one forward; changes memory, and scores only to rounding.
+        batch_size: rows per forward. It affects memory, and scores only by rounding.
+
+    Raises:
+        ValueError: batch_size is less than 1.
     """
 
-    __name__ = "perplexity"  # what logs call this part of a sum of rewards
+    __name__ = "perplexity"  # the name in logs
 
     def __init__(self, batch_size: int = 16) -> None:
         if batch_size < 1:
@@ -40,31 +43,34 @@ class Perplexity:
         self._scorer: BaseScorer | None = None
 
     def bind(self, gan: BaseScorer) -> None:
-        """Score by this LoraGAN's base from now on; a second one must have the same base.
+        """Score by the base of this LoraGAN. A second LoraGAN must have the same base.
 
         Raises:
-            ValueError: it is bound to another base already.
+            ValueError: this reward is already bound to another base.
         """
         bound = self._scorer
         if bound is not None and bound.base_fingerprint != gan.base_fingerprint:
             raise ValueError(
-                f"this Perplexity scores by the base {bound.base_name!r} already, not by {gan.base_name!r}: make one "
-                "for each LoraGAN"
+                f"this Perplexity already scores by the base {bound.base_name!r}, not by {gan.base_name!r}: make one "
+                "Perplexity per LoraGAN"
             )
         self._scorer = gan
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Score completion i, an answer to prompt i; texts, or chat messages. None: the prompt leaves it no place.
+        """Score completion i as the response to prompt i. Both are texts or chat messages.
+
+        Returns:
+            one float per completion; None if the prompt leaves no room for a response in the base's context.
 
         Raises:
-            ValueError: it was never bound to a base, or prompt and response do not fit into the base's context.
+            ValueError: this reward is not bound to a base, or prompt and response exceed the base's context.
         """
         from .. import data
 
         if self._scorer is None:
             raise ValueError(
-                "Perplexity has no base to score by: give it to LoraGAN(reward_funcs=[Perplexity(), ...]), which binds "
-                "it to its own, or call bind(gan)"
+                "Perplexity has no base: pass it to LoraGAN(reward_funcs=[Perplexity(), ...]), which binds it to its "
+                "base, or call bind(gan)"
             )
         options = {name: values for name, values in columns.items() if name in data.TEMPLATE_COLUMNS}
         rows = [

@@ -1,11 +1,11 @@
-"""Several rewards in one sum: each divided by its own spread, so that the weights compare parts of different units.
+"""Several rewards in one sum. Each reward is divided by its own spread, so that the weights are comparable.
 
 As TRL's `multi_objective_aggregation="normalize_then_sum"`, with two departures:
 
-- The spread is a running one, frozen after `window` answers, where TRL takes that of the batch at hand. A batch's own
-  spread would make the reward of a response depend on its neighbours: the corrected reward would no longer be unbiased,
-  and the discriminator's target would never hold still.
-- No mean is subtracted. The generator learns from differences within a group, which no constant changes.
+- The spread is a running estimate that is frozen after `window` answers. TRL uses the spread of the current batch. With
+  that, the reward of a response would depend on the other responses: the corrected reward would be biased, and the
+  target of the discriminator would change in every step.
+- No mean is subtracted. The generator learns from differences within a group, and a constant does not change these.
 """
 
 import math
@@ -15,35 +15,39 @@ from typing import Any
 from .combine import Parts, checked_weights, weighted_total
 
 EMPTY: dict[str, Any] = {"answers": 0, "mean": 0.0, "squares": 0.0, "freedom": 0}
-ROUNDING = 1e-6  # of a part's mean: a smaller spread is rounding (of float32, say), not a difference
+ROUNDING = 1e-6  # relative to the mean of a reward; a smaller spread is rounding, for example of float32
 
 
 class Scales:
-    """The spread of each part of the reward: its standard deviation within the groups of responses to one prompt.
+    """The spread of each reward of a sum: its standard deviation within the groups of responses to one prompt.
 
-    Within groups, because only such differences reach the generator, and the spread between prompts is often several
-    times larger. An answer that stands alone in its group counts by its distance from the mean of all before it
-    (Welford 1962); where all do, the spread is the standard deviation of all answers.
+    Only differences within groups reach the generator, and the spread between prompts is often several times larger.
+    A single answer in a group counts by its distance from the mean of all answers before it (Welford 1962). If all
+    groups have one answer, the spread is the standard deviation of all answers.
 
     Args:
-        window: answers of a part after which its scale is frozen; the update that reaches it still counts whole.
+        window: number of answers after which the scale of a reward is frozen. The update that reaches this number still
+            counts completely.
+
+    Raises:
+        ValueError: window is less than 2.
     """
 
     def __init__(self, window: int = 512) -> None:
         if window < 2:
-            raise ValueError(f"window is {window}; a spread needs 2 answers or more")
+            raise ValueError(f"window={window} is not accepted: a spread needs 2 answers, so give at least 2")
         self.window = window
-        self._parts: dict[str, dict[str, Any]] = {}
+        self._stats: dict[str, dict[str, Any]] = {}
 
     def update(self, parts: Parts, groups: Sequence[Hashable] | None = None) -> None:
-        """Take in one step's answers.
+        """Update the spreads with the answers of one step.
 
         Args:
-            parts: {name: score of each row, or None}, as `score_parts` returns them.
-            groups: which group each row belongs to; None = every row is a group of its own.
+            parts: {name: one score or None per row}, as `score_parts` returns them.
+            groups: the group of each row; None: each row is its own group.
 
         Raises:
-            ValueError: `groups` and a part differ in length.
+            ValueError: `groups` and the scores differ in length.
         """
         for name, scores in parts.items():
             labels = range(len(scores)) if groups is None else groups
@@ -51,45 +55,46 @@ class Scales:
             for label, score in zip(labels, scores, strict=True):
                 if score is not None:
                     grouped.setdefault(label, []).append(score)
-            part = self._parts.setdefault(name, dict(EMPTY))
-            if part["answers"] < self.window:
+            stats = self._stats.setdefault(name, dict(EMPTY))
+            if stats["answers"] < self.window:
                 for answers in grouped.values():
-                    _take(part, answers)
+                    _add(stats, answers)
 
     def scale(self, name: str) -> float:
-        """What a part is divided by; 1 until it has had answers that differ."""
-        part = self._parts.get(name)
-        if part is None or part["freedom"] == 0:
+        """The divisor of a reward: its spread, or 1 until it has returned different answers."""
+        stats = self._stats.get(name)
+        if stats is None or stats["freedom"] == 0:
             return 1.0
-        spread = math.sqrt(part["squares"] / part["freedom"])
-        return spread if spread > ROUNDING * abs(part["mean"]) else 1.0
+        spread = math.sqrt(stats["squares"] / stats["freedom"])
+        return spread if spread > ROUNDING * abs(stats["mean"]) else 1.0
 
     def total(self, parts: Parts, weights: Sequence[float] | None = None) -> list[float | None]:
-        """The sum of weight · score / scale over the parts that apply to a row; None where none does."""
+        """The sum of weight · score / scale per row, over the rewards that apply to the row; None if none applies."""
         weights = checked_weights(weights, len(parts))
         return weighted_total(parts, [weight / self.scale(name) for weight, name in zip(weights, parts, strict=True)])
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """{part: {"answers", "mean", "squares", "freedom"}}, plain ints and floats, as JSON can hold them."""
-        return {name: dict(part) for name, part in self._parts.items()}
+        """{name: {"answers", "mean", "squares", "freedom"}}, as ints and floats that JSON supports."""
+        return {name: dict(stats) for name, stats in self._stats.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from a state_dict()."""
-        self._parts = {
-            name: {key: type(start)(part[key]) for key, start in EMPTY.items()} for name, part in state.items()
+        """Continue from a state_dict()."""
+        self._stats = {
+            name: {key: type(start)(stats[key]) for key, start in EMPTY.items()} for name, stats in state.items()
         }
 
 
-def _take(part: dict[str, Any], answers: list[float]) -> None:
-    """Add one group's answers: squared deviations from the group's mean, or from the mean so far for a lone one."""
-    before = part["mean"]
+def _add(stats: dict[str, Any], answers: list[float]) -> None:
+    """Add the answers of one group: squared deviations from the mean of the group, or, for a single answer, from the
+    running mean."""
+    before = stats["mean"]
     for answer in answers:
-        part["answers"] += 1
-        part["mean"] += (answer - part["mean"]) / part["answers"]
+        stats["answers"] += 1
+        stats["mean"] += (answer - stats["mean"]) / stats["answers"]
     if len(answers) > 1:
-        middle = math.fsum(answers) / len(answers)
-        part["squares"] += math.fsum((answer - middle) ** 2 for answer in answers)
-        part["freedom"] += len(answers) - 1
-    elif part["answers"] > 1:
-        part["squares"] += (answers[0] - before) * (answers[0] - part["mean"])
-        part["freedom"] += 1
+        group_mean = math.fsum(answers) / len(answers)
+        stats["squares"] += math.fsum((answer - group_mean) ** 2 for answer in answers)
+        stats["freedom"] += len(answers) - 1
+    elif stats["answers"] > 1:
+        stats["squares"] += (answers[0] - before) * (answers[0] - stats["mean"])
+        stats["freedom"] += 1

@@ -1,29 +1,33 @@
-"""Rewards that read a response's form alone, as parts of a sum: how long it is, how often it repeats itself.
+"""Rewards for the form of a response, to be summed with other rewards: its length, and how much it repeats itself.
 
-Words are what stands between spaces.
+Words are separated by whitespace.
 """
 
 from .text import distinct_n
 
 
 class Length:
-    """How near a response's length in words is to the one wanted, in [0, 1].
+    """How close the length of a response, in words, is to the wanted length, in [0, 1].
 
-    1 within `tolerance` of the wanted length; from there it falls in a straight line, to 0 at no words and at twice
-    the wanted length: max(0, 1 − (|n − wanted| − t) / (wanted − t)), with t = tolerance · wanted.
+    The score is 1 within `tolerance` of the wanted length. Beyond that it decreases linearly, to 0 at zero words and at
+    twice the wanted length: max(0, 1 − (|n − wanted| − t) / (wanted − t)), with t = tolerance · wanted.
 
     Args:
-        target_words: the length wanted; None = as many words as the target has (no words wanted: 1 for none, else 0).
-        tolerance: share of the wanted length by which it may be missed for nothing, in [0, 1).
+        target_words: the wanted number of words; None: the number of words in the target. If the target has no words,
+            the score is 1 for a response without words, else 0.
+        tolerance: deviation without a lower score, as a share of the wanted length, in [0, 1).
+
+    Raises:
+        ValueError: target_words is less than 1, or tolerance is outside [0, 1).
     """
 
-    __name__ = "length"  # what logs call this part of a sum of rewards
+    __name__ = "length"  # the name in logs
 
     def __init__(self, target_words: int | None = None, tolerance: float = 0.1) -> None:
         if target_words is not None and target_words < 1:
             raise ValueError(f"target_words is {target_words}; it must be 1 or more, or None for the target's length")
         if not 0 <= tolerance < 1:
-            raise ValueError(f"tolerance is {tolerance}; it is a share, 0 or more and below 1")
+            raise ValueError(f"tolerance is {tolerance}; it must be a share of at least 0 and below 1")
         self.target_words = target_words
         self.needs_target = target_words is None
         self.tolerance = tolerance
@@ -32,12 +36,12 @@ class Length:
         """Score one response.
 
         Raises:
-            ValueError: the length wanted is the target's, and there is no target.
+            ValueError: `target_words` is None, and there is no target.
         """
         wanted = self.target_words
         if wanted is None:
             if target is None:
-                raise ValueError("there is no target to take the length from: give target_text, or target_words")
+                raise ValueError("there is no target to take the length from: give target_text or target_words")
             wanted = len(target.split())
         words = len(response.split())
         if wanted == 0:

@@ -1,8 +1,13 @@
-"""How a reward is called, read from its signature when the reward is given and not after hours.
+"""How a reward is called, from its signature. The check is made when the reward is given, not after hours of training.
 
-There are two forms. The pair form scores one response: its parameters are matched by name (`PAIR_NAMES`), or by
-position where no name is known. TRL's form scores all responses at once and gets keyword arguments: what TRL gives
-(`GIVEN`) and the columns of the data. A signature that does not say which value belongs where is refused.
+There are two forms:
+
+- The pair form scores one response. Its parameters are matched by name (`PAIR_NAMES`), or by position if no name is
+  known.
+- TRL's form scores all responses in one call. It gets the keyword arguments of TRL (`GIVEN`) and the columns of the
+  data.
+
+A signature is refused if it is not clear which value a parameter gets.
 """
 
 import functools
@@ -15,7 +20,7 @@ from typing import Any, get_origin
 
 from ..wording import shortened
 
-#: Parameters of the pair form and the value each one gets.
+#: Parameters of the pair form and the value that each parameter gets.
 PAIR_NAMES = {
     "prompt": "prompt",
     "response": "response",
@@ -25,7 +30,7 @@ PAIR_NAMES = {
 }
 #: The same for a method `batch`, which gets lists.
 BATCH_NAMES = {f"{name}s": value for name, value in PAIR_NAMES.items()}
-#: What a reward of TRL's form gets beside the columns of the data.
+#: Arguments of TRL's form in addition to the columns of the data.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -33,20 +38,21 @@ _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_
 
 
 def reward_name(func: Callable[..., Any]) -> str:
-    """The function's __name__, or the name of its class where it has none (functools.partial, an object)."""
+    """The function's __name__, or the name of its class if it has none (functools.partial, an object)."""
     return getattr(func, "__name__", None) or type(func).__name__
 
 
 def takes_completions(func: Callable[..., Any]) -> bool:
-    """Whether a reward is of TRL's form.
+    """Whether a reward has TRL's form.
 
-    These rules decide, the first that applies:
+    The first rule that applies decides:
 
-    1. An object with a method `batch` and a callable without a readable signature (some builtins) are of the pair form.
-    2. A parameter `completions` or `completion_ids` makes TRL's form.
-    3. A parameter `prompt`, `response` or `completion` makes the pair form.
-    4. Another parameter that TRL gives (`GIVEN`) makes TRL's form.
-    5. **kwargs with fewer than two parameters by position make TRL's form; everything else is of the pair form.
+    1. An object with a method `batch`, or a callable without a readable signature (some builtins): pair form.
+    2. A parameter `completions` or `completion_ids`: TRL's form.
+    3. A parameter `prompt`, `response` or `completion`: pair form.
+    4. Another parameter in `GIVEN`: TRL's form.
+    5. **kwargs and fewer than two positional parameters: TRL's form.
+    6. Everything else: pair form.
     """
     parameters = None if hasattr(func, "batch") else parameters_of(func)
     if parameters is None:
@@ -63,15 +69,15 @@ def takes_completions(func: Callable[..., Any]) -> bool:
 
 
 def check_reward(func: Callable[..., Any]) -> None:
-    """Raise a ValueError where the signature of a reward does not say how to call it.
+    """Check that the signature of a reward says how to call it.
 
     Raises:
-        ValueError: it shows the signature, the known names and what to do.
+        ValueError: it does not. The message shows the signature, the known names and what to do.
     """
     if returns_function(func):
         raise ValueError(
-            f"{_signed(func)} returns a function, so it makes rewards and is none: call it first, and give what it "
-            "returns"
+            f"{_signed(func)} returns a function, so it makes rewards and is not a reward: call it first, and give its "
+            "return value"
         )
     if hasattr(func, "batch"):
         pair_call(func.batch, BATCH_NAMES, name=f"{reward_name(func)}.batch")
@@ -97,10 +103,10 @@ def returns_function(func: Callable[..., Any]) -> bool:
 
 @dataclass(frozen=True)
 class PairCall:
-    """The values that a function of the pair form gets: "prompt", "response" or "target"."""
+    """The arguments of a function of the pair form. Each value is "prompt", "response" or "target"."""
 
     by_position: tuple[str, ...]
-    by_name: tuple[tuple[str, str], ...] = ()  # parameter, value
+    by_name: tuple[tuple[str, str], ...] = ()  # (parameter, value)
 
     @property
     def takes_prompt(self) -> bool:
@@ -118,71 +124,70 @@ def pair_call(func: Callable[..., Any], names: Mapping[str, str] = PAIR_NAMES, *
 
     Args:
         func: the function.
-        names: the known parameters and the value each one gets.
-        name: what errors call the function, its own name if None.
+        names: the known parameters and the value that each parameter gets.
+        name: the name of the function in errors; None: its own name.
 
     Raises:
-        ValueError: a known name stands beside an unknown one without a default, no parameter takes the response, or a
+        ValueError: there is a known name and an unknown one without a default, no parameter takes the response, or a
             parameter could be the target or an option.
     """
     parameters = parameters_of(func)
     if parameters is None:
         return PairCall(("response", "target"))
-    if isinstance(func, functools.partial):  # what it binds by name stays bound, also where the name is known
+    if isinstance(func, functools.partial):  # arguments that it binds by name stay bound, also for a known name
         parameters = [parameter for parameter in parameters if parameter.name not in func.keywords]
 
     def refused(why: str) -> ValueError:
         known = ", ".join(names)
         values = "prompt, response and target" if names is PAIR_NAMES else "lists of prompts, responses and targets"
         return ValueError(
-            f"{_signed(func, name)} cannot be called: {why}. The names that are known are {known}; they get {values}. "
-            "Rename the parameters to these, give every other one a default, or bind it with functools.partial. A "
+            f"{_signed(func, name)} cannot be called: {why}. The known names are {known}; they get {values}. Rename "
+            "the parameters to known names. Give every other parameter a default, or bind it with functools.partial. A "
             "function with none of these names gets (response, target) by position"
-            + (". It is a class: give an object of it" if isinstance(func, type) else "")
+            + (". It is a class: give an object of the class" if isinstance(func, type) else "")
         )
 
     for parameter in parameters:
         if parameter.name in GIVEN and parameter.name not in names:
-            raise refused(f"{parameter.name} is given to rewards of TRL's form, f(prompts, completions, **columns)")
+            raise refused(f"only rewards of TRL's form, f(prompts, completions, **columns), get {parameter.name}")
     known = [p.name for p in parameters if p.name in names and p.kind not in VARIADIC]
     others = [name for name in _required(parameters) if name not in known]
     if known and others:
-        raise refused(f"it is not known what {', '.join(others)} beside {', '.join(known)} should get")
+        raise refused(f"no value is known for {', '.join(others)}, only for {', '.join(known)}")
     if known and "response" not in [names[name] for name in known]:
         raise refused("no parameter takes the response")
     return _by_name(parameters, names) if known else _by_position(parameters, refused)
 
 
 def _by_name(parameters: Sequence[inspect.Parameter], names: Mapping[str, str]) -> PairCall:
-    """By position as far as possible: a wrapper may have other names than the signature it shows."""
+    """By position as far as possible, because the parameters of a wrapper may differ from the signature it shows."""
 
     def is_known(parameter: inspect.Parameter) -> bool:
         return parameter.name in names and parameter.kind not in VARIADIC
 
-    places = list(itertools.takewhile(lambda p: is_known(p) and p.kind in _BY_POSITION, parameters))
-    first = [names[p.name] for p in places]
-    rest = [(p.name, names[p.name]) for p in parameters[len(places) :] if is_known(p)]
-    collects = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
-    if collects and first == ["response"] and not rest:
+    positional = list(itertools.takewhile(lambda p: is_known(p) and p.kind in _BY_POSITION, parameters))
+    first = [names[p.name] for p in positional]
+    rest = [(p.name, names[p.name]) for p in parameters[len(positional) :] if is_known(p)]
+    if _has_kind(parameters, inspect.Parameter.VAR_POSITIONAL) and first == ["response"] and not rest:
         first.append("target")  # f(response, *rest)
     return PairCall(tuple(first), tuple(rest))
 
 
 def _by_position(parameters: Sequence[inspect.Parameter], refused: Callable[[str], ValueError]) -> PairCall:
-    """(response, target), or the response alone where there is room for one."""
-    places = [parameter for parameter in parameters if parameter.kind in _BY_POSITION]
-    collects = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
-    if not places and not collects:
+    """(response, target), or the response alone if there is only one parameter."""
+    positional = [parameter for parameter in parameters if parameter.kind in _BY_POSITION]
+    has_args = _has_kind(parameters, inspect.Parameter.VAR_POSITIONAL)
+    if not positional and not has_args:
         raise refused("no parameter takes the response")
-    for parameter in places[:2]:
+    for parameter in positional[:2]:
         is_option = not (parameter.default is parameter.empty or parameter.default is None)
-        if is_option and (parameter is places[0] or isinstance(parameter.default, str)):
-            which = "response" if parameter is places[0] else "target"
+        if is_option and (parameter is positional[0] or isinstance(parameter.default, str)):
+            which = "response" if parameter is positional[0] else "target"
             raise refused(f"{parameter.name}={parameter.default!r:.40} could be the {which} or an option")
-    taken = [p for p in places[:2] if p.default is p.empty or p.default is None]
-    if unfilled := [name for name in _required(parameters) if name not in [p.name for p in taken]]:
-        raise refused(f"it is not known what {', '.join(unfilled)} should get")
-    count = 2 if collects and len(places) < 2 else len(taken)
+    filled = [p for p in positional[:2] if p.default is p.empty or p.default is None]
+    if unfilled := [name for name in _required(parameters) if name not in [p.name for p in filled]]:
+        raise refused(f"no value is known for {', '.join(unfilled)}")
+    count = 2 if has_args and len(positional) < 2 else len(filled)
     return PairCall(("response", "target")[:count])
 
 
@@ -195,27 +200,26 @@ class TrlCall:
 
     named: frozenset[str]
     required: tuple[str, ...]
-    takes_all: bool  # through **kwargs
+    takes_all: bool  # by **kwargs
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the values that the function takes. `target_text` gets the target where it is named and no column
-        is called so."""
+        """The values that the function takes. A parameter `target_text` gets the target if there is no such column."""
         chosen = {name: value for name, value in values.items() if self.takes_all or name in self.named}
         if "target_text" in self.named and "target_text" not in values and "target" in values:
             chosen["target_text"] = values["target"]
         return chosen
 
     def missing(self, values: Collection[str]) -> list[str]:
-        """Parameters without a default that are not among these."""
-        there = {*values, "target_text"} if "target" in values else set(values)
-        return [name for name in self.required if name not in there]
+        """Parameters without a default and without a value, given the names of the values."""
+        available = {*values, "target_text"} if "target" in values else set(values)
+        return [name for name in self.required if name not in available]
 
 
 def trl_call(func: Callable[..., Any]) -> TrlCall:
     """How a function of TRL's form is called.
 
     Raises:
-        ValueError: a parameter without a default is positional-only: all arguments come by keyword.
+        ValueError: a parameter without a default is positional-only. All arguments are passed by keyword.
     """
     parameters = parameters_of(func) or []
     required = _required(parameters)
@@ -223,12 +227,11 @@ def trl_call(func: Callable[..., Any]) -> TrlCall:
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.name in required:
             raise ValueError(
                 f"{_signed(func)} cannot be called: rewards of TRL's form get keyword arguments, and "
-                f"{parameter.name} is positional-only: remove the /"
+                f"{parameter.name} is positional-only. Remove the /"
             )
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = frozenset(parameter.name for parameter in parameters if parameter.kind in by_keyword)
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    return TrlCall(named, tuple(required), takes_all)
+    return TrlCall(named, tuple(required), _has_kind(parameters, inspect.Parameter.VAR_KEYWORD))
 
 
 def require_columns(
@@ -238,30 +241,31 @@ def require_columns(
     given: Collection[str] = (*GIVEN, "target"),
     rows: str = "no row of the data",
 ) -> None:
-    """Raise where a reward of TRL's form names a column that the data does not have.
+    """Check that the data has every column that a reward of TRL's form names.
 
     Args:
         funcs: rewards of either form.
-        columns: names of the columns that there are.
-        given: what rewards get besides.
-        rows: how the message speaks of the rows that were looked at.
+        columns: names of the existing columns.
+        given: arguments that rewards get in addition to the columns.
+        rows: describes the checked rows in the message.
 
     Raises:
-        ValueError: it names the function, the missing column and the columns of the data.
+        ValueError: a column is missing. The message names the function, the missing column and the existing columns.
     """
     for func in funcs:
         if not takes_completions(func):
             continue
         if missing := trl_call(func).missing({*columns, *given}):
-            there = ", ".join(map(repr, sorted({*columns, "target"}))) or "none"
+            existing = ", ".join(map(repr, sorted({*columns, "target"})))
             raise ValueError(
-                f"{_signed(func)} needs {', '.join(map(repr, missing))}, and {rows} has such a column; the columns are "
-                f"{there}, beside {', '.join(GIVEN)}. Rename a column or the parameter, or give the parameter a default"
+                f"{_signed(func)} needs {', '.join(map(repr, missing))}, and {rows} has such a column. Rewards get the "
+                f"columns {existing} and {', '.join(GIVEN)}. Rename a column or the parameter, or give the parameter a "
+                "default"
             )
 
 
 def needs_columns(funcs: Sequence[Callable[..., Any]]) -> bool:
-    """Whether a reward of TRL's form names a column, or anything else that only the data can have."""
+    """Whether a reward of TRL's form requires a column of the data."""
     return any(takes_completions(func) and trl_call(func).missing((*GIVEN, "target")) for func in funcs)
 
 
@@ -269,7 +273,7 @@ def needs_columns(funcs: Sequence[Callable[..., Any]]) -> bool:
 
 
 def parameters_of(func: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """The parameters; None where there is no signature to read."""
+    """The parameters; None if the signature cannot be read."""
     try:
         return list(inspect.signature(func).parameters.values())
     except (TypeError, ValueError):
@@ -281,10 +285,14 @@ def _required(parameters: Sequence[inspect.Parameter]) -> list[str]:
     return [p.name for p in parameters if p.kind not in VARIADIC and p.default is p.empty]
 
 
+def _has_kind(parameters: Sequence[inspect.Parameter], kind: object) -> bool:
+    return any(parameter.kind is kind for parameter in parameters)
+
+
 def _signed(func: Callable[..., Any], name: str | None = None) -> str:
     """The reward and its signature, for messages."""
     try:
         signature = " ".join(str(inspect.signature(func)).split())
-    except Exception:  # a stranger's default may have no repr
+    except Exception:  # the repr of a foreign default may raise
         signature = "(...)"
     return f"the reward {name or reward_name(func)}{shortened(signature, 200)}"

@@ -1,16 +1,16 @@
-"""A digest of a reward's source: an answer log is taken up only where the reward is still the one that answered.
+"""A digest of a reward's source. Logged answers are reused only if the digest of their reward is unchanged.
 
-The digest covers, as far as each can be known without running anything:
+The digest covers the following, as far as it can be read without running code:
 
-- the source text of a function or of an object's class; the bytecode and constants where there is no text, as in an
+- the source text of a function or of an object's class; bytecode and constants if there is no text, as in an
   interactive session;
 - functions and upper-case constants of the same module that this code names, and wrapped functions;
 - numbers, texts and tuples of these in closures and default values;
 - the arguments of functools.partial, and the options of `from_spec`;
 - the settings of the rewards of this library and of TRL, and of frozen dataclasses.
 
-Lists and dicts in closures and the attributes of other objects are left out: a reward may count or collect in them.
-Nothing depends on an address in memory, on the hash seed, on the process or on the folder of a file.
+Lists and dicts in closures and the attributes of other objects are left out, because a reward may change these values.
+The digest does not depend on memory addresses, the hash seed, the process or the folder of a file.
 """
 
 import dataclasses
@@ -24,75 +24,75 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-#: Settings of this library's rewards that leave the answers as they are, but for rounding.
+#: Settings of this library's rewards that do not change the answers, except for rounding.
 WITHOUT_EFFECT = {
     "batch_size", "cache", "cache_size", "device", "log", "max_concurrency", "max_failures", "price_per_million",
     "usage",
 }  # fmt: skip
-OPTIONS = "_lora_gan_options"  # the attribute where `from_spec` notes the options that it made an object with
-SECRETS = ("key", "token", "secret", "password")  # an option that is called so, or ends in _key, ..., changes no answer
+OPTIONS = "_lora_gan_options"  # the attribute in which `from_spec` stores the options of an object
+SECRETS = ("key", "token", "secret", "password")  # options with these names, or names ending in _key, ..., are left out
 
 
 def source_digest(func: Callable[..., Any]) -> str:
     """32 hex digits that change when the source of a reward changes."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in _parts(func, set()):
-        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    for line in _description(func, set()):
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
 
-def _parts(obj: Any, seen: set[int]) -> Iterator[str]:
-    """What there is to say about a callable; `seen` holds the ids of what was described already."""
-    if id(obj) in seen:
+def _description(obj: Any, visited: set[int]) -> Iterator[str]:
+    """Lines that describe a callable. `visited` holds the ids of objects that are already described."""
+    if id(obj) in visited:
         return
-    seen.add(id(obj))
-    is_ours = type(obj).__module__.partition(".")[0] == __name__.partition(".")[0]  # its settings say it all
+    visited.add(id(obj))
+    is_ours = type(obj).__module__.partition(".")[0] == __name__.partition(".")[0]  # described by its settings
     options = {} if is_ours else getattr(obj, "__dict__", {}).get(OPTIONS) or {}
-    yield from _values("option", dict(sorted(options.items())), seen)
+    yield from _values("option", dict(sorted(options.items())), visited)
     if isinstance(obj, functools.partial):
-        yield from _values("partial", dict(enumerate(obj.args)) | dict(sorted(obj.keywords.items())), seen)
-        yield from _parts(obj.func, seen)
+        yield from _values("partial", dict(enumerate(obj.args)) | dict(sorted(obj.keywords.items())), visited)
+        yield from _description(obj.func, visited)
     elif isinstance(obj, types.MethodType):
         if isinstance(obj.__func__, types.FunctionType):
-            yield from _function(obj.__func__, type(obj.__self__), seen)
+            yield from _function(obj.__func__, type(obj.__self__), visited)
         else:  # any callable can be bound, such as a partial
-            yield from _parts(obj.__func__, seen)
+            yield from _description(obj.__func__, visited)
     elif isinstance(obj, types.FunctionType):
-        yield from _function(obj, None, seen)
+        yield from _function(obj, None, visited)
     elif isinstance(obj, type):
-        yield from _class(obj, seen)
+        yield from _class(obj, visited)
     elif isinstance(obj, types.BuiltinFunctionType):
         yield f"builtin {obj.__module__}.{obj.__qualname__}"
     else:
-        yield from _class(type(obj), seen)
-        if isinstance(qualname := getattr(obj, "__qualname__", None), str):  # str.upper, and what is written in C
+        yield from _class(type(obj), visited)
+        if isinstance(qualname := getattr(obj, "__qualname__", None), str):  # str.upper and other C functions
             yield f"called {qualname}"
         yield from _settings(obj)
         if hasattr(type(obj), "__wrapped__") or "__wrapped__" in getattr(obj, "__dict__", {}):  # functools.lru_cache
-            yield from _parts(obj.__wrapped__, seen)
+            yield from _description(obj.__wrapped__, visited)
 
 
-def _function(func: types.FunctionType, owner: type | None, seen: set[int]) -> Iterator[str]:
+def _function(func: types.FunctionType, owner: type | None, visited: set[int]) -> Iterator[str]:
     code = func.__code__
     text = _text(code)
     yield f"source {text}"
-    if text is None or func.__name__ == "<lambda>":  # a line may hold several
+    if text is None or func.__name__ == "<lambda>":  # a line of source may contain several lambdas
         yield from _bytecode(code)
     defaults = dict(enumerate(func.__defaults__ or ())) | (func.__kwdefaults__ or {})
     for kind, values in (("default", defaults), ("closure", dict(cells(func)))):
         fixed = {name: value for name, value in values.items() if not isinstance(value, list | set | dict)}
-        yield from _values(kind, fixed, seen)
-    yield from _named(func, owner, seen)
+        yield from _values(kind, fixed, visited)
+    yield from _named(func, owner, visited)
     if hasattr(func, "__wrapped__"):
-        yield from _parts(func.__wrapped__, seen)
+        yield from _description(func.__wrapped__, visited)
 
 
 def cells(func: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables of a function's closure, with their values."""
+    """(name, value) of each variable in a function's closure."""
     for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # not assigned yet
             continue
 
 
@@ -100,8 +100,8 @@ def _is_secret(name: object) -> bool:
     return isinstance(name, str) and (name in SECRETS or name.endswith(tuple(f"_{secret}" for secret in SECRETS)))
 
 
-def _values(kind: str, values: Mapping[Any, Any], seen: set[int]) -> Iterator[str]:
-    """Plain data as text, functions by their source; secrets and everything else are left out."""
+def _values(kind: str, values: Mapping[Any, Any], visited: set[int]) -> Iterator[str]:
+    """Plain data as text, and functions by their description. Secrets and other values are left out."""
     for name, value in values.items():
         if _is_secret(name):
             continue
@@ -109,17 +109,17 @@ def _values(kind: str, values: Mapping[Any, Any], seen: set[int]) -> Iterator[st
             yield f"{kind} {name}={text}"
         elif isinstance(value, types.FunctionType | types.MethodType | functools.partial):
             yield f"{kind} {name}"
-            yield from _parts(value, seen)
+            yield from _description(value, visited)
 
 
-def _named(func: types.FunctionType, owner: type | None, seen: set[int]) -> Iterator[str]:
-    """Functions, classes and upper-case constants of the same module, and methods of the same object, that it names."""
+def _named(func: types.FunctionType, owner: type | None, visited: set[int]) -> Iterator[str]:
+    """The functions, classes and upper-case constants of the same module, and methods of `owner`, that `func` names."""
     for name in sorted(set(_names(func.__code__))):
-        for place in (func.__globals__, vars(owner) if owner else {}):
-            value = place.get(name)
+        for namespace in (func.__globals__, vars(owner) if owner else {}):
+            value = namespace.get(name)
             if isinstance(value, types.FunctionType | type) and value.__module__ == func.__module__:
                 yield f"names {name}"
-                yield from _parts(value, seen)
+                yield from _description(value, visited)
             elif name.isupper() and (text := _plain_text(value)) is not None:
                 yield f"constant {name}={text}"
 
@@ -131,9 +131,9 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _class(cls: type, seen: set[int]) -> Iterator[str]:
-    """A class by its source, with its bases of the same package; a class of this library by its name: its source
-    changes with every release, and what it answers does not."""
+def _class(cls: type, visited: set[int]) -> Iterator[str]:
+    """A class by its source and that of its bases in the same package. A class of this library is described by its
+    name: a release may change its source without changing its answers."""
     package = cls.__module__.partition(".")[0]
     if package in (__name__.partition(".")[0], "builtins"):
         yield f"class {cls.__module__}.{cls.__qualname__}"
@@ -147,13 +147,13 @@ def _class(cls: type, seen: set[int]) -> Iterator[str]:
             method = getattr(method, "__func__", method)  # of a staticmethod or classmethod
             if isinstance(method, types.FunctionType) and method.__module__ == kind.__module__:
                 if text is None:
-                    yield from _function(method, cls, seen)
+                    yield from _function(method, cls, visited)
                 else:
-                    yield from _named(method, None, seen)
+                    yield from _named(method, None, visited)
 
 
 def _settings(obj: Any) -> Iterator[str]:
-    """The settings of an object whose attributes are known to be settings."""
+    """The attributes of an object, for kinds of objects in which all attributes are settings."""
     values = getattr(obj, "__dict__", {})
     package = type(obj).__module__.partition(".")[0]
     if (parameters := getattr(obj, "__dataclass_params__", None)) and parameters.frozen:
@@ -169,10 +169,10 @@ def _settings(obj: Any) -> Iterator[str]:
 
 
 def _text(obj: Any) -> str | None:
-    """The source text of a code object or a class; None where there is none to read."""
+    """The source text of a code object or a class; None if it cannot be read."""
     try:
         return textwrap.dedent(inspect.getsource(obj)).strip()
-    except Exception:  # OSError and TypeError without a file, others where the file has changed since
+    except Exception:  # OSError and TypeError without a file, other errors if the file has changed
         return None
 
 
@@ -186,15 +186,15 @@ def _bytecode(code: types.CodeType) -> Iterator[str]:
 
 
 def _plain_text(value: Any) -> str | None:
-    """Plain data as a text that is the same in every process; None for everything else."""
+    """Plain data as a text that is equal in every process; None for every other value."""
     try:
         return json.dumps(value, default=_tagged)
-    except Exception:  # a list that holds itself, a whole number of thousands of digits, another kind of value
+    except Exception:  # a list that contains itself, an int with thousands of digits, or a value that is not plain data
         return None
 
 
 def _tagged(value: Any) -> Any:
-    """The plain data that JSON lacks; a set in an order that does not depend on the process."""
+    """Plain data that JSON does not support. The order of a set does not depend on the process."""
     if isinstance(value, set | frozenset):
         return {"set": sorted(json.dumps(entry, default=_tagged) for entry in value)}
     if isinstance(value, bytes | complex | PurePath):

@@ -1,9 +1,11 @@
-"""Rewards and judges that compare words and characters: cheap, unrelated to any embedding, the same on every machine.
+"""Rewards and metrics that compare words and characters. They are cheap, independent of embeddings, and equal on every
+machine.
 
-Sentence level, f(response, target) -> float in [0, 1], fit for reward=: exact_match, chrf, bleu, rouge, meteor.
-Corpus level, over a whole evaluation: corpus_chrf in [0, 100], as papers print it, and distinct_n in [0, 1].
-chrF and BLEU are sacrebleu's, ROUGE is rouge-score's and METEOR nltk's, each with its defaults, so that figures compare
-with published ones.
+- Per sentence, f(response, target) -> float in [0, 1], for reward=: exact_match, chrf, bleu, rouge, meteor.
+- Per corpus, for an evaluation: corpus_chrf in [0, 100], as in papers, and distinct_n in [0, 1].
+
+chrF and BLEU are computed by sacrebleu, ROUGE by rouge-score and METEOR by nltk. All use the default settings of the
+library, so that results are comparable with published ones.
 """
 
 import functools
@@ -81,39 +83,37 @@ def meteor(response: str, target: str | None) -> float:
 
 
 for _reward in (exact_match, chrf, bleu, rouge, meteor):
-    _reward.needs_target = True  # type: ignore[attr-defined]  # so that LoraGAN says what is missing before it samples
+    _reward.needs_target = True  # type: ignore[attr-defined]  # so that LoraGAN checks for a target before sampling
 
 
 def corpus_chrf(responses: Sequence[str], targets: Sequence[str | None]) -> float:
-    """chrF over a corpus, in [0, 100]: n-grams are counted over all rows first, so it is not the mean of `chrf`.
+    """chrF over a corpus, in [0, 100]. N-grams are first counted over all rows, so it is not the mean of `chrf`.
 
     Raises:
-        ValueError: no rows, lists of different length, or a row without a target.
+        ValueError: there are no rows, the lists differ in length, or a row has no target.
         ImportError: sacrebleu is not installed.
     """
     if not responses or len(responses) != len(targets):
         raise ValueError(
-            f"{len(responses)} responses and {len(targets)} targets; give one target for each, and at least one"
+            f"{len(responses)} responses and {len(targets)} targets; give one target per response, and at least one row"
         )
     return float(_sacrebleu().corpus_chrf(list(responses), [[_given(target) for target in targets]]).score)
 
 
 def distinct_n(responses: Sequence[str], n: int = 2) -> float:
-    """Share of distinct word n-grams among all those of `responses`, in [0, 1] (Li et al. 2016).
+    """Share of distinct word n-grams among all word n-grams of `responses`, in [0, 1] (Li et al. 2016).
 
-    Words are what stands between spaces, case kept. 0.0 where no response has n words. It falls as a corpus grows:
-    compare only equal numbers of responses.
+    Words are separated by whitespace, and case matters. The value is 0.0 if no response has n words. It falls as a
+    corpus grows, so compare only equal numbers of responses.
+
+    Raises:
+        ValueError: n is less than 1.
     """
     if n < 1:
         raise ValueError(f"n is {n}; it must be 1 or more")
-    seen: set[tuple[str, ...]] = set()
-    total = 0
-    for response in responses:
-        words = response.split()
-        ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        seen.update(ngrams)
-        total += len(ngrams)
-    return len(seen) / total if total else 0.0
+    split = [response.split() for response in responses]
+    ngrams = [tuple(words[i : i + n]) for words in split for i in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def _given(target: str | None) -> str:

@@ -1,1 +1,1 @@
-"""Files that survive a crash: checkpoints, locks, JSON Lines, checked reading."""
+"""Files that survive a crash: checkpoints, locks, JSON Lines, and checked reading."""

@@ -1,16 +1,19 @@
-"""Checkpoint folders: their files, how they are written whole or not at all, and how they are found.
+"""Checkpoint folders: their files, and how they are written, found and removed.
 
     step-100/
       generator/      adapter_config.json  adapter_model.bin  optimizer.pt  monitor.json  monitor.safetensors
       discriminator/  adapter_config.json  adapter_model.bin  optimizer.pt  state.json  state.safetensors
-      reference/      adapter_config.json  adapter_model.bin  (where the KL is to the adapter of init_adapter=)
-      trainer_state.json   (step, data position, settings, the base's fingerprint, versions)
-      manifest.json        (size and SHA-256 of every other file; a folder without it is no checkpoint)
+      reference/      adapter_config.json  adapter_model.bin
+      trainer_state.json
+      manifest.json
 
-monitor: what the monitor remembers. state: the discriminator's raw weights, average and replay. `state_files` writes
-both, and reads the monitor.pt and state.pt of earlier versions in their place.
+- monitor: the state of the monitor. state: the discriminator's raw weights, average and replay. `state_files` writes
+  both, and reads monitor.pt and state.pt of earlier versions.
+- reference/ exists if the KL is measured to the adapter of init_adapter=.
+- trainer_state.json holds the step, data position, settings, fingerprint of the base, and versions.
+- manifest.json holds the size and SHA-256 of every other file. A folder without it is not a checkpoint.
 
-`run.snapshot` says what the files hold, and reads them. `durable` writes a folder so that a reader sees all or nothing.
+`run.snapshot` makes and reads the content of the files. `durable` writes a folder completely or not at all.
 """
 
 from __future__ import annotations
@@ -34,36 +37,43 @@ from .durable import MANIFEST, Damaged, Folder
 STATE = "trainer_state.json"
 PLAYERS: tuple[Literal["generator", "discriminator"], ...] = ("generator", "discriminator")
 REFERENCE = "reference"
-BY_HAND = "save_checkpoint"  # what trainer_state.json says of a checkpoint that was not fit()'s own
+BY_HAND = "save_checkpoint"  # "saved_by" in the trainer_state.json of a checkpoint by save_checkpoint(), not by fit()
 FILES = (
     STATE, "generator/adapter_config.json", "generator/optimizer.pt",
     "discriminator/adapter_config.json", "discriminator/optimizer.pt",
 )  # fmt: skip
 STATES = ("generator/monitor", "discriminator/state")  # two files each, see `state_files`
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT prefers the first; never both are written
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # a checkpoint has one; PEFT prefers the first
 
-Content = dict[str, Any]  # {name of a file within the checkpoint, or one of STATES: what it is to hold}
+Content = dict[str, Any]  # {name of a file within the checkpoint, or one of STATES: its content}
 
 
 # --- writing
 
 
 def write(content: Content, folder: Path, step: int, *, limit: int | None = None, keep: Collection[int] = ()) -> Path:
-    """Write a snapshot as folder/step-N, then remove fit()'s oldest beyond `limit`, but none of the steps in `keep`."""
+    """Write a snapshot as folder/step-N. Then remove fit()'s oldest checkpoints beyond `limit`, except for the steps in
+    `keep`.
+
+    Returns:
+        the folder of the checkpoint.
+
+    Raises:
+        OSError: the checkpoint could not be written. An earlier checkpoint of the same step remains.
+    """
     final = folder / f"step-{step}"
     durable.write_folder(final, _files(content))
     if limit:
-        spared = {final.name, *(f"step-{kept}" for kept in keep)}
-        there = complete(folder)
-        automatic = [path for path in there if not _is_by_hand(path)] if len(there) > limit else []
+        kept_names = {final.name, *(f"step-{kept}" for kept in keep)}
+        automatic = [path for path in complete(folder) if not _is_by_hand(path)]
         for old in automatic[:-limit]:
-            if old.name not in spared:
+            if old.name not in kept_names:
                 durable.remove_folder(old)
     return final
 
 
 def _is_by_hand(path: Path) -> bool:
-    """Whether `save_checkpoint()` made a complete checkpoint; one that cannot be read counts so, and stays."""
+    """Whether `save_checkpoint()` made this complete checkpoint. An unreadable one counts as such, and is kept."""
     try:
         return Folder(path, manifest=True).read_json(STATE).get("saved_by") == BY_HAND
     except Damaged:
@@ -71,7 +81,7 @@ def _is_by_hand(path: Path) -> bool:
 
 
 def size_of(content: Content) -> int:
-    """Bytes that a snapshot takes on the disk."""
+    """Size of a snapshot on the disk, in bytes."""
     return sum(map(len, _files(content).values()))
 
 
@@ -97,10 +107,10 @@ def weights_name(weights_format: str) -> str:
 
 
 def copied(value: Any) -> Any:
-    """A copy on the CPU of tensors, in dicts, lists and tuples."""
+    """A copy of nested dicts, lists and tuples, with the tensors copied to the CPU."""
     if isinstance(value, Tensor):
-        there = value.detach()
-        return (there.clone() if there.device.type == "cpu" else there.cpu()).contiguous()
+        tensor = value.detach()
+        return (tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()).contiguous()
     if isinstance(value, Mapping):
         return {key: copied(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -109,7 +119,7 @@ def copied(value: Any) -> Any:
 
 
 def readable(folder: Path) -> None:
-    """safetensors makes files that only their owner can read: give them the mode that every other new file has."""
+    """Give safetensors files the default mode of new files. safetensors makes files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     for file in folder.glob("*.safetensors"):
@@ -120,8 +130,8 @@ def readable(folder: Path) -> None:
 
 
 def player_folder(path: Path, player: str) -> Folder:
-    """A player's folder, named itself or by the checkpoint or export that holds it. A checkpoint's manifest holds then;
-    other folders have none."""
+    """The folder of a player. `path` is this folder, or the checkpoint or export that contains it. In a checkpoint, the
+    files are checked against its manifest. Other folders have no manifest."""
     if (path / MANIFEST).exists():
         return Folder(path, manifest=True).part(player)
     if path.name in (*PLAYERS, REFERENCE) and (path.parent / MANIFEST).exists():
@@ -131,39 +141,36 @@ def player_folder(path: Path, player: str) -> Folder:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints under a run's folder, oldest step first."""
+    """The complete checkpoints in a run's folder, lowest step first."""
     return [path for _, path in sorted(_steps(folder).items()) if fault(path) is None]
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name, also where the folder is set aside."""
+    """The step in a checkpoint's name. Also works for a replaced folder (see `durable`)."""
     match = re.search(r"step-([0-9]+)", path.name)
     assert match is not None, path
     return int(match[1])
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    """Whatever stands under a step's name, by its number."""
+    """{step: folder with the name of this step}, complete or not."""
     return {
         int(name.removeprefix("step-")): path
-        for name, path in durable.standing(folder).items()
+        for name, path in durable.find_folders(folder).items()
         if re.fullmatch(r"step-[0-9]{1,18}", name)
     }
 
 
 def fault(path: Path, *, deep: bool = False) -> str | None:
-    """Why a folder is no complete checkpoint, None where it is one; `deep` compares every file's SHA-256, too."""
+    """The reason why a folder is not a complete checkpoint; None if it is one. `deep` also compares SHA-256 digests."""
     try:
         folder = Folder(path, manifest=True)
-        adapters: list[str] = [*PLAYERS]
-        files = [*FILES]
-        if has_reference(folder):
-            adapters.append(REFERENCE)
-            files.append(f"{REFERENCE}/adapter_config.json")
-        weights = [sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters]
-        missing = [name for name in files if not folder.has(name)]
+        adapters = (*PLAYERS, REFERENCE) if has_reference(folder) else PLAYERS
+        weights = {sum(folder.has(f"{adapter}/{name}") for name in WEIGHTS) for adapter in adapters}
+        required = (*FILES, *(f"{adapter}/adapter_config.json" for adapter in adapters))
+        missing = [name for name in required if not folder.has(name)]
         missing += [name for name in STATES if not state_files.has(folder, name)]
-        if missing or set(weights) != {1}:
+        if missing or weights != {1}:
             what = missing[0] if missing else "the weights of each player once"
             return f"{path / MANIFEST} does not name {what}"
         folder.verify(deep=deep)
@@ -172,35 +179,36 @@ def fault(path: Path, *, deep: bool = False) -> str | None:
     return None
 
 
-def is_complete(path: Path) -> bool:
-    return fault(path) is None
-
-
 def find(folder: Path, step: int | None) -> Path:
-    """One step's folder, or the newest complete one; what is newer and damaged is skipped with a warning."""
+    """The complete checkpoint of a step, or the newest one if `step` is None. Newer, damaged checkpoints are skipped
+    with a warning.
+
+    Raises:
+        ValueError: there is none. The message lists the complete steps.
+    """
     steps = _steps(folder)
-    if step is not None and step in steps and is_complete(steps[step]):
+    if step is not None and step in steps and fault(steps[step]) is None:
         return steps[step]
     skipped: list[str] = []
     for number in sorted(steps, reverse=True) if step is None else ():
-        why = fault(steps[number], deep=True)
-        if why is None:
-            for words in skipped:
-                warnings.warn(f"{words}; going on from step {number}", stacklevel=4)
+        reason = fault(steps[number], deep=True)
+        if reason is None:
+            for message in skipped:
+                warnings.warn(f"{message}; continuing from step {number}", stacklevel=4)
             return steps[number]
-        skipped.append(f"the checkpoint of step {number} is skipped: {why}")
-    there = ", ".join(str(step_of(path)) for path in complete(folder)) or "none"
+        skipped.append(f"the checkpoint of step {number} is skipped: {reason}")
+    existing = ", ".join(str(step_of(path)) for path in complete(folder)) or "none"
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-    hint = ". Name the folder of a run, which holds folders step-N"
+    hint = ". Name the folder of a run, which contains folders step-N"
     if runs := sorted({str(path.parent.parent) for path in folder.glob(f"*/step-*/{MANIFEST}")}):
-        hint += f"; there are in {', '.join(runs[:3])}"
+        hint += f"; there are some in {', '.join(runs[:3])}"
     elif step in steps:
         hint = f" ({fault(steps[step])})"
     elif skipped:
         hint = f" ({'; '.join(skipped[:3])})"
-    raise ValueError(f"there is no complete {wanted} in {folder}: complete steps there: {there}{hint}")
+    raise ValueError(f"there is no complete {wanted} in {folder}: complete steps there: {existing}{hint}")
 
 
 def has_reference(folder: Folder) -> bool:
-    """Whether a checkpoint holds an adapter that the KL is measured to."""
-    return any(folder.has(f"{REFERENCE}/{name}") for name in ("adapter_config.json", *WEIGHTS))
+    """Whether a checkpoint contains files of the adapter to which the KL is measured."""
+    return bool(folder.part(REFERENCE).files)

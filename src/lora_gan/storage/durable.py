@@ -1,10 +1,13 @@
-"""Folders that are there whole or not at all, whatever breaks off: written beside, synced, renamed, with a manifest.
+"""Folders that exist completely or not at all, also after a crash. A new folder is written under a temporary name,
+synced, and renamed. Its manifest lists all files.
 
     step-100/manifest.json    {"format": 1, "files": {"generator/optimizer.pt": {"size": 1234, "sha256": "…"}, …}}
 
-Of a folder that is replaced, the old one is set aside under a name of its own until the new one stands, and readers
-take it from there (`standing`): at no moment is there neither. Rename and fsync promise what POSIX says of them; on a
-file system that lies about fsync, a loss of power may cost the newest folder, and its manifest then says so.
+To replace a folder, the old folder first gets a temporary name. It stays until the new folder has its final name, and
+`find_folders` also finds it under the temporary name. So readers always find the old or the new folder.
+
+The guarantees rely on rename and fsync as POSIX defines them. On a file system with an unreliable fsync, a power loss
+may damage the newest folder. Its manifest then reveals the damage.
 """
 
 from __future__ import annotations
@@ -21,21 +24,21 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-LARGEST_JSON = 16 * 2**20  # bytes: of settings and manifests, whoever wrote them
+LARGEST_JSON = 16 * 2**20  # bytes; the maximum size of a JSON file in a checkpoint
 
 
 class Damaged(ValueError):
-    """A folder or a file is not what its manifest says; the message names it."""
+    """A folder or a file does not match its manifest, or has invalid content. The message names it."""
 
 
 # --- writing
 
 
 def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
-    """Write files, by their names within the folder, as the folder `final`, which may exist and is then replaced.
+    """Write {name within the folder: content} as the folder `final`. An existing folder is replaced.
 
     Raises:
-        OSError: it could not be written; what was there before is there still.
+        OSError: the folder could not be written. An existing folder is unchanged.
     """
     with _new_folder(final) as (writing, entries):
         for name, data in files.items():
@@ -46,16 +49,15 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A new folder to fill. After the block it is synced, gets a manifest, and becomes `final`, which it may replace.
+    """A new folder to fill. After the block it is synced, gets a manifest, and becomes or replaces `final`.
 
-    For folders that are too large for `write_folder`, or that another library writes. Whatever ends the block early
-    (an exception, Ctrl-C) removes the new folder and leaves `final` as it was. A process that is killed leaves a folder
-    that `tidy` removes.
+    For folders that are too large for `write_folder`, or that another library writes. If the block raises (also for
+    Ctrl-C), the new folder is removed and `final` is unchanged. If the process is killed, `tidy` removes the folder.
     """
     with _new_folder(final) as (writing, entries):
         yield writing
         for file in sorted(path for path in writing.rglob("*") if path.is_file()):
-            _sync(file, os.O_RDWR)  # Windows syncs only what is open for writing
+            _sync(file, os.O_RDWR)  # Windows syncs only files that are open for writing
             with file.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             entries[file.relative_to(writing).as_posix()] = {"size": file.stat().st_size, "sha256": digest}
@@ -63,7 +65,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def _new_folder(final: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder to write synced files into, and the entries of its manifest. After the block it becomes `final`."""
+    """A folder for synced files, and the entries of its manifest. After the block the folder becomes `final`."""
     entries: dict[str, Any] = {}
     with replacing(final) as writing:
         yield writing, entries
@@ -74,8 +76,8 @@ def _new_folder(final: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to write in. It replaces `final` at the end of the block, unless the block raises."""
-    writing = _beside(final, "writing")
+    """A folder next to `final` to write in. It replaces `final` at the end of the block, unless the block raises."""
+    writing = _sibling(final, "writing")
     shutil.rmtree(writing, ignore_errors=True)
     try:
         writing.mkdir(parents=True)
@@ -84,13 +86,13 @@ def replacing(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    _drop_set_aside(final)
+    _remove_replaced(final)
 
 
 def _put_in_place(writing: Path, final: Path) -> None:
-    replaced = _beside(final, "replaced")
-    if final.exists():  # else what was set aside before may be all there is
-        _drop_set_aside(final)
+    replaced = _sibling(final, "replaced")
+    if final.exists():  # otherwise a replaced folder of an earlier process may be the only one
+        _remove_replaced(final)
         os.rename(final, replaced)
     try:
         os.rename(writing, final)
@@ -102,41 +104,41 @@ def _put_in_place(writing: Path, final: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no part of it is ever found under its name."""
-    _drop_set_aside(folder)
-    removing = _beside(folder, "removing")
+    """Remove a folder. No reader ever finds a half-removed folder under its name."""
+    _remove_replaced(folder)
+    removing = _sibling(folder, "removing")
     os.rename(folder, removing)
     shutil.rmtree(removing, ignore_errors=True)
 
 
-def _drop_set_aside(folder: Path) -> None:
-    """Remove older folders of this name, whichever process left them: the name stands without them."""
+def _remove_replaced(folder: Path) -> None:
+    """Remove replaced folders of this name that any process has left. Call it only while `folder` exists."""
     for path in folder.parent.glob(f".{folder.name}.replaced-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """A new file, on the disk when this returns."""
+    """Write a new file, and sync it to the disk before returning."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
     try:
         left = memoryview(data)
         while left:
-            left = left[os.write(descriptor, left) :]  # the system may take less than it was given
+            left = left[os.write(descriptor, left) :]  # os.write may write less than the data
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """The file holds this, or, whatever breaks off, what it held before."""
-    beside = _beside(path, "writing")
-    write_synced(beside, data)
-    os.replace(beside, path)
+    """Replace the content of a file. After a crash the file holds the old or the new content."""
+    writing = _sibling(path, "writing")
+    write_synced(writing, data)
+    os.replace(writing, path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Names in a folder are on the disk when this returns; on Windows, which has no such call, when it likes."""
+    """Sync the names in a folder to the disk before returning. Windows has no such call: the names are synced later."""
     if os.name != "nt":
         _sync(folder, os.O_RDONLY)
 
@@ -149,15 +151,17 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _beside(folder: Path, doing: str) -> Path:
-    return folder.with_name(f".{folder.name}.{doing}-{os.getpid()}")
+def _sibling(path: Path, state: str) -> Path:
+    """The temporary name next to a folder or file while it is being written, replaced or removed."""
+    return path.with_name(f".{path.name}.{state}-{os.getpid()}")
 
 
-# --- what broken-off writing leaves
+# --- after interrupted writing
 
 
-def standing(parent: Path) -> dict[str, Path]:
-    """The folders in `parent` by name; one that was set aside and whose successor never came stands where it is."""
+def find_folders(parent: Path) -> dict[str, Path]:
+    """{name: folder} in `parent`. If a process ended while it replaced a folder, the old folder is found under its
+    name, at its temporary path."""
     try:
         entries = sorted(parent.iterdir())
     except OSError:
@@ -171,9 +175,9 @@ def standing(parent: Path) -> dict[str, Path]:
 
 
 def tidy(parent: Path) -> None:
-    """Put back what was set aside, remove what is left half-written. Only for who alone writes into `parent`."""
-    there = standing(parent)
-    for name, path in there.items():
+    """Rename replaced folders back if they have no successor, and remove incomplete folders and files. The caller must
+    be the only writer in `parent`."""
+    for name, path in find_folders(parent).items():
         if path.name != name:
             os.rename(path, parent / name)
     for path in parent.glob(".*"):
@@ -181,7 +185,7 @@ def tidy(parent: Path) -> None:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        else:  # of a log that was being rewritten
+        else:  # a log file that was being rewritten
             path.unlink(missing_ok=True)
 
 
@@ -189,10 +193,10 @@ def tidy(parent: Path) -> None:
 
 
 class Folder:
-    """The files of a folder, each read once, so that what was checked is what is used.
+    """The files of a folder. Each file is read once, so the checked bytes are the bytes that are used.
 
-    With a manifest, every name in it is checked before anything is read: none leaves the folder, none is a link, and a
-    file has the size and the SHA-256 that the manifest says. A folder that another tool wrote has no manifest.
+    With a manifest, all its names are checked first: every file must be inside the folder, and no folder on its path
+    may be a link. Each file must have the size and SHA-256 of the manifest. A folder from another tool has none.
     """
 
     def __init__(self, path: Path, *, manifest: bool) -> None:
@@ -203,38 +207,34 @@ class Folder:
         return name in self.files if self.files is not None else (self.path / name).is_file()
 
     def part(self, name: str) -> Folder:
-        """A folder within it, whose files are called without its name."""
-        part = Folder(self.path / name, manifest=False)
+        """A subfolder. Its file names do not include its own name."""
+        inner = Folder(self.path / name, manifest=False)
         if self.files is not None:
             prefix = f"{name}/"
-            part.files = {
-                key.removeprefix(prefix): entry for key, entry in self.files.items() if key.startswith(prefix)
-            }
-        return part
+            inner.files = {key.removeprefix(prefix): self.files[key] for key in self.files if key.startswith(prefix)}
+        return inner
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """A file's bytes, of which there may be `limit`.
+        """The content of a file of at most `limit` bytes.
 
         Raises:
-            Damaged: it is not there, no plain file, too large, or not what the manifest says.
+            Damaged: the file is missing, is not a plain file, is too large, or does not match the manifest.
         """
         path = self.path / name
         entry = None if self.files is None else self.files.get(name)
         if self.files is not None and entry is None:
-            raise Damaged(f"{path} is not in the manifest, so it is no part of the checkpoint")
+            raise Damaged(f"{path} is not in the manifest, so it is not part of the checkpoint")
         data = _read_plain(path, limit=limit, follow=entry is None)
         if entry is not None and (len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]):
-            raise Damaged(
-                f"{path} is not what its manifest says: its size or SHA-256 differs, it was damaged or changed"
-            )
+            raise Damaged(f"{path} is not what its manifest says (size or SHA-256): it was damaged or changed")
         return data
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A file that holds a JSON object."""
+        """The JSON object in a file of at most LARGEST_JSON bytes. Raises Damaged as `read`, and for invalid JSON."""
         return _json_object(self.read(name, limit=LARGEST_JSON), self.path / name)
 
     def verify(self, *, deep: bool) -> None:
-        """Raises Damaged where a file of the manifest is missing or has another size; `deep`: or another SHA-256."""
+        """Raise Damaged if a file of the manifest is missing or has another size or, if `deep`, another SHA-256."""
         for name, entry in (self.files or {}).items():
             if deep:
                 self.read(name, limit=entry["size"])
@@ -247,18 +247,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = _json_object(_read_plain(file, limit=LARGEST_JSON, follow=False), file)
     files = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(files, dict):
-        raise Damaged(f"{file} is no manifest of format 1, which is what this version reads")
+        raise Damaged(f"{file} is no manifest of format 1, the format that this version reads")
     for name, entry in files.items():
         if not re.fullmatch(r"([A-Za-z0-9_-]+/)*[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
             raise Damaged(f"{file} names {name[:80]!r}, which is no file within the folder")
-        wanted = isinstance(entry, dict) and set(entry) == {"size", "sha256"}
-        if not wanted or type(entry["size"]) is not int or entry["size"] < 0 or not isinstance(entry["sha256"], str):
-            raise Damaged(f"{file} does not say the size and SHA-256 of {name!r}")
+        has_keys = isinstance(entry, dict) and set(entry) == {"size", "sha256"}
+        if not has_keys or type(entry["size"]) is not int or entry["size"] < 0 or not isinstance(entry["sha256"], str):
+            raise Damaged(f"{file} has no size and SHA-256 of {name!r}")
         for folder in (path / name).parents:
             if folder == path:
                 break
             if folder.is_symlink():
-                raise Damaged(f"{folder} is a link, which a checkpoint has none of")
+                raise Damaged(f"{folder} is a link; a checkpoint must not contain links")
     return files
 
 
@@ -284,11 +284,11 @@ def _lstat(path: Path, *, size: int) -> None:
 
 
 def _read_plain(path: Path, *, limit: int, follow: bool) -> bytes:
-    """A plain file's bytes; a pipe or a device is refused without waiting for it, a link unless `follow`."""
+    """The content of a plain file. Pipes and devices are refused without waiting; links are refused unless `follow`."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         if not follow and path.is_symlink():
-            raise Damaged(f"{path} is a link, which a checkpoint has none of")
+            raise Damaged(f"{path} is a link; a checkpoint must not contain links")
         descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
     except OSError as error:
         raise Damaged(f"{path} could not be opened: {error.strerror}") from error
@@ -297,9 +297,9 @@ def _read_plain(path: Path, *, limit: int, follow: bool) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise Damaged(f"{path} is no plain file")
         if status.st_size > limit:
-            raise Damaged(f"{path} has {status.st_size:,} bytes, where at most {limit:,} can belong")
+            raise Damaged(f"{path} has {status.st_size:,} bytes, but at most {limit:,} are possible")
         try:
-            # Not limit + 1: a read asks for memory first, and the limit may be far above what there is.
+            # Not limit + 1: a read first allocates memory, and the limit may exceed the available memory.
             data = file.read(status.st_size + 1)
         except OSError as error:
             raise Damaged(f"{path} could not be read: {error.strerror}") from error

@@ -1,11 +1,11 @@
-"""Nested values that hold tensors, as two files: the tensors as safetensors, the rest as JSON. Neither can run code.
+"""Nested values with tensors, as two files: tensors as safetensors, all else as JSON. Reading them executes no code.
 
-    NAME.safetensors   the tensors by their place: "replay.rewards", "raw.0"
-    NAME.json          everything else; {"$tensor": "raw.0"} stands for a tensor
+    NAME.safetensors   the tensors by their path: "replay.rewards", "raw.0"
+    NAME.json          everything else; {"$tensor": "raw.0"} refers to a tensor
 
-JSON has no tuples and no keys that are numbers: {"$tuple": [...]} and {"$items": [[key, value], ...]} stand for them.
-Every float comes back with the same bits. NaN and infinity are written as Python's json module writes and reads them.
-Earlier versions wrote NAME.pt by torch.save; `read` reads it too.
+JSON has no tuples and no keys that are numbers. They are encoded as {"$tuple": [...]} and
+{"$items": [[key, value], ...]}. Floats are read bitwise equal. NaN and infinity are encoded as in Python's json module.
+Earlier versions wrote NAME.pt by torch.save; `read` also reads this file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .durable import Damaged, Folder
 
 
 def encoded(name: str, value: dict[Any, Any]) -> dict[str, bytes]:
-    """{file: content} of a dict of dicts, lists and tuples with tensors, numbers, texts and None.
+    """{file name: content} for a dict of dicts, lists and tuples with tensors, numbers, texts and None.
 
-    The tensors must be contiguous and must not share memory, as those of `checkpoint.copied` are.
+    The tensors must be contiguous and must not share memory. `checkpoint.copied` makes such tensors.
     """
     tensors: dict[str, Tensor] = {}
     rest = _split(value, "", tensors)
@@ -34,15 +34,15 @@ def encoded(name: str, value: dict[Any, Any]) -> dict[str, bytes]:
 
 
 def has(folder: Folder, name: str) -> bool:
-    """Whether a folder holds such a value, in whichever format."""
+    """Whether a folder has the files of a value, in the current or the earlier format."""
     return folder.has(f"{name}.pt") or (folder.has(f"{name}.json") and folder.has(f"{name}.safetensors"))
 
 
 def read(folder: Folder, name: str, *, limit: int) -> Any:
-    """The value, whose tensors may take `limit` bytes.
+    """The value in the files. The file of tensors may have `limit` bytes.
 
     Raises:
-        Damaged: a file is not what its manifest says, cannot be read, or does not fit the other one.
+        Damaged: a file does not match the manifest, cannot be read, or does not fit the other file.
     """
     if not folder.has(f"{name}.json"):
         return untrusted.read_tensors(folder, f"{name}.pt", limit=limit)
@@ -55,15 +55,15 @@ def read(folder: Folder, name: str, *, limit: int) -> Any:
         raise Damaged(f"{folder.path / name}.json does not fit {name}.safetensors: {reason}") from error
 
 
-def _split(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON can hold it; `tensors` takes the tensors."""
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The value in a form that JSON supports. Its tensors are added to `tensors`, by path."""
 
     def inside(key: Any, entry: Any) -> Any:
-        return _split(entry, f"{place}.{key}" if place else str(key), tensors)
+        return _split(entry, f"{path}.{key}" if path else str(key), tensors)
 
     if isinstance(value, Tensor):
-        tensors[place] = value
-        return {"$tensor": place}
+        tensors[path] = value
+        return {"$tensor": path}
     if isinstance(value, dict):
         entries = {key: inside(key, entry) for key, entry in value.items()}
         return entries if all(isinstance(key, str) for key in entries) else {"$items": list(entries.items())}
@@ -74,7 +74,7 @@ def _split(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `_split` split."""
+    """The inverse of `_split`."""
     if isinstance(value, list):
         return [_join(entry, tensors) for entry in value]
     if not isinstance(value, dict):

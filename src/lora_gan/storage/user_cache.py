@@ -1,10 +1,10 @@
-"""The user's cache of bases that this library converted: each folder is there whole, or not at all.
+"""The user's cache of converted bases. Each folder in it exists completely or not at all.
 
-    CACHE/bases/smollm2/      bases that `lora-gan fetch` brought, by name
-    CACHE/gguf/SHA256/        bases that were GGUF files, by the SHA-256 of the file
+    CACHE/bases/smollm2/      bases from `lora-gan fetch`, by name
+    CACHE/gguf/SHA256/        bases converted from GGUF files, by the SHA-256 of the file
 
-CACHE is the platform's cache folder for "lora-gan"; the environment variable LORA_GAN_CACHE names another one.
-Several processes may want the same folder: one makes it, and the others wait.
+CACHE is the platform's cache folder for "lora-gan". The environment variable LORA_GAN_CACHE sets another folder. If
+several processes need the same folder, one process makes it and the others wait.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ VARIABLE = "LORA_GAN_CACHE"
 
 
 def cache_folder() -> Path:
-    """The cache's absolute path. It need not exist yet."""
+    """The absolute path of the cache, which may not exist yet."""
     named = os.environ.get(VARIABLE)
     return Path(named).expanduser().absolute() if named else platformdirs.user_cache_path("lora-gan", appauthor=False)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder holds every file of its manifest at its full size."""
+    """Whether the folder has every file of its manifest, each with the size in the manifest."""
     try:
         Folder(folder, manifest=True).verify(deep=False)
     except Damaged:
@@ -41,12 +41,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def get(final: Path, fill: Callable[[Path], None], *, needs: int) -> Path:
-    """The folder `final`, made by `fill(new_folder)` where it is not there whole yet.
+    """The folder `final`. If it does not exist completely, `fill(new_folder)` makes it.
 
     Args:
-        final: where it is to be, within the cache.
-        fill: writes the files into an empty folder. If it raises, nothing stays behind.
-        needs: bytes of free disk space that `fill` takes at most.
+        final: the path of the folder in the cache.
+        fill: writes the files into an empty folder. If it raises, the new folder is removed.
+        needs: maximum disk space that `fill` uses, in bytes.
 
     Raises:
         ValueError: the cache cannot be written, or the disk has too little free space.
@@ -59,18 +59,18 @@ def get(final: Path, fill: Callable[[Path], None], *, needs: int) -> Path:
         try:
             alone = lock.acquire(timeout=0)
         except Timeout:
-            warnings.warn(f"another process writes to {final.parent}: waiting until it is done", stacklevel=4)
+            warnings.warn(f"another process writes to {final.parent}: waiting until it has finished", stacklevel=4)
             alone = lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise ValueError(f"the cache {final.parent} cannot be made or locked ({error}): {_elsewhere()}") from error
     with alone:
-        durable.tidy(final.parent)  # what a killed process left
+        durable.tidy(final.parent)  # remove files of killed processes
         if is_whole(final):  # another process made it in the meantime
             return final
         free = shutil.disk_usage(final.parent).free
         if free < needs:
             raise ValueError(
-                f"{final.parent} has {size(free)} free, and {size(needs)} are needed: make room, or {_elsewhere()}"
+                f"{final.parent} has {size(free)} free, and {size(needs)} are needed: free space, or {_elsewhere()}"
             )
         with durable.whole_folder(final) as folder:
             fill(folder)
