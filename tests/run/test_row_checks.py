@@ -276,7 +276,7 @@ def test_the_error_of_a_long_prompt_names_settings_that_help():
 def test_whatever_a_template_raises_names_the_row():
     gan = family_gan("gemma-3")
     rows = [{"prompt": chat("why"), "chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}]
-    with pytest.raises(ValueError, match="row 1: the base's chat template does not take the prompt 'why': division by"):
+    with pytest.raises(ValueError, match="row 1: the base's chat template rejects the prompt 'why': division by"):
         gan.check_rows(rows)
 
 
