@@ -105,9 +105,9 @@ def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitA
     if peft_config is not None:
         raise ValueError("init_adapter= and peft_config= both describe the generator's adapter: give only one")
     if not path.is_dir():
-        hub = f". Download it from the hub first: hf download {path} --local-dir FOLDER" if _is_hub_id(str(path)) else ""
+        hub = f". Download it from the hub: hf download {path} --local-dir FOLDER" if _is_hub_id(str(path)) else ""
         raise ValueError(
-            f"init_adapter={path} is not a folder: give a folder with adapter_config.json and the adapter's weights{hub}"
+            f"init_adapter={path} is not a folder: give one with adapter_config.json and the adapter's weights{hub}"
         )
     if not (path / "adapter_config.json").exists() and any(path.glob("step-*")):
         path = checkpoint.find(path, None)
