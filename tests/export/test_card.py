@@ -156,7 +156,7 @@ def test_without_one_the_card_names_none(tmp_path):
     ],
 )
 def test_an_unknown_licence_is_refused_with_near_ones(tmp_path, given, hint):
-    with pytest.raises(ValueError, match="is no licence id of the hub") as error:
+    with pytest.raises(ValueError, match="is not a licence id of the hub") as error:
         small_gan().export(tmp_path / "out", license=given)
     assert hint in str(error.value) and "'other'" in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -410,7 +410,7 @@ def test_a_former_export_is_replaced_whole(tmp_path):
 def test_what_no_export_wrote_is_never_replaced(tmp_path):
     gan = small_gan()
     run = gan.save_checkpoint(ckpt_dir=tmp_path / "run")
-    with pytest.raises(ValueError, match="not empty.*'manifest.json'.*new, empty or an export"):
+    with pytest.raises(ValueError, match="not empty.*'manifest.json'.*new or empty folder, or an earlier export"):
         export(gan, run)
     export(gan, tmp_path / "out", parts=("generator",))
     (tmp_path / "out" / "notes.txt").write_text("mine")
