@@ -248,7 +248,7 @@ def test_a_file_that_is_cut_off_is_named(share, file, cache):
         ({"without": "blk.1.ffn_up.weight"}, r"small.gguf' does not hold all of a LlamaForCausalLM.*1\.mlp\.up_proj"),
         ({"without": "token_embd.weight"}, "small.gguf' does not hold all of a LlamaForCausalLM"),
         ({"general__type": "adapter"}, "small.gguf' cannot be the base: it is an adapter"),
-        ({"split__count": 3}, "small.gguf' is one of 3 parts.*--merge"),
+        ({"split__count": 3}, "small.gguf' is one of 3 files.*--merge"),
     ],
 )
 def test_a_file_that_cannot_be_a_base_is_named_with_the_reason(how, words, tmp_path, cache):

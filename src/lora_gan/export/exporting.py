@@ -1,11 +1,10 @@
 """Exports a run as adapters and merged models for stock PEFT and transformers, each with a model card.
 
-    FOLDER/
-      generator/              LoRA adapter                AutoPeftModelForCausalLM
-      generator-merged/       causal language model       AutoModelForCausalLM
-      discriminator/          LoRA adapter, score head    AutoPeftModelForSequenceClassification, num_labels=1
-      discriminator-merged/   sequence classifier         AutoModelForSequenceClassification: a reward model
-      export.json             list of the exported parts; a later export may replace a folder with this file
+- `generator/`: LoRA adapter; open with AutoPeftModelForCausalLM.
+- `generator-merged/`: causal language model; open with AutoModelForCausalLM.
+- `discriminator/`: LoRA adapter with a score head; open with AutoPeftModelForSequenceClassification, num_labels=1.
+- `discriminator-merged/`: sequence classifier, a reward model; open with AutoModelForSequenceClassification.
+- `export.json`: list of the exported parts. A later export may replace a folder that has this file.
 
 Weights are safetensors. The LoraGAN in memory stays unchanged: it is not merged, cast or moved.
 
@@ -84,10 +83,10 @@ def export(
         The folder.
 
     Raises:
-        ValueError: the part, dtype or licence is unknown; the folder has other content; the base is quantized and a
-            merged part is asked for; transformers has no sequence classifier for the base; there is no token for the
-            hub; or a part, which the message names, could not be exported.
-        OSError: a part, which the message names, could not be written. After any error the folder is unchanged.
+        ValueError: the part, dtype or licence is unknown, the folder has other content, or there is no token for the
+            hub. Merged parts: the base is quantized, or transformers has no sequence classifier for it. If one part
+            fails, the message names the part.
+        OSError: a part could not be written; the message names the part. After any error the folder is unchanged.
     """
     parts, dtype = _known_parts(parts), _dtype(dtype, state.players)
     license = None if license is None else licence_id(license)
@@ -353,8 +352,7 @@ def scoring_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if is_used or len(extended) != rows + 1:  # PEFT adds rows up to the tokenizer's length
         raise ValueError(
             f"the tokenizer has no token to pad with, and its ids ({len(used_ids):,}, up to {max(used_ids):,}) leave "
-            f"no room for a new token in an embedding of {rows:,} rows: set tokenizer.pad_token to a token that ends "
-            "no text"
+            f"no free row in the embedding ({rows:,} rows). Set tokenizer.pad_token to a token that ends no text"
         )
     return extended
 

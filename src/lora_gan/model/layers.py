@@ -33,7 +33,7 @@ def require_layer_list(model: PreTrainedModel, setting: str, instead: str) -> tu
     """
     named = layer_list(model)
     if named is None:
-        raise ValueError(f"{setting} cannot be used: {type(model).__name__} has no single list of layers; {instead}")
+        raise ValueError(f"{setting} cannot be used, {type(model).__name__} has no single list of layers: {instead}")
     return named
 
 
