@@ -98,11 +98,8 @@ def _last_metrics(state: RunState, logged: list[dict[str, Any]]) -> dict[str, fl
     last = lines[-1]
     if last["step"] == state.global_step and last["reward_calls"] != state.true_reward.budget.counts["training"]:
         return {}
-    return {
-        name: value
-        for name, value in last.items()
-        if isinstance(value, int | float) and name not in COUNTS and not name.startswith("reward_calls")
-    }
+    names = (name for name in last if name not in COUNTS and not name.startswith("reward_calls"))
+    return {name: last[name] for name in names if isinstance(last[name], int | float)}
 
 
 def _evaluations(state: RunState, logged: list[dict[str, Any]], of_this_run: bool) -> list[dict[str, float]]:

@@ -49,9 +49,9 @@ def save_adapter(players: Players, player: str, folder: Path, weights_format: st
     """Write the adapter's weights and config into a folder, as stock PEFT reads them."""
     config, weights = adapter_content(players, player)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"adapter_config.json": config, checkpoint.weights_name(weights_format): checkpoint.copied(weights)}
-    for name, value in content.items():
-        (folder / name).write_bytes(checkpoint.serialized(name, value))
+    file = checkpoint.weights_name(weights_format)
+    (folder / "adapter_config.json").write_bytes(checkpoint.serialized("adapter_config.json", config))
+    (folder / file).write_bytes(checkpoint.serialized(file, checkpoint.copied(weights)))
 
 
 def read_lora_config(folder: Folder) -> LoraConfig:

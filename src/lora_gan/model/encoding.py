@@ -106,24 +106,6 @@ class Encoder:
 
     def _template_ids(self, row: Row, messages: Conversation, options: Mapping[str, Any]) -> list[int]:
         """Token ids of chat messages. As in TRL, a response continues a last message by the assistant."""
-        self._require_template(row, options)
-        continues = messages[-1]["role"] == "assistant"
-        options = {"add_generation_prompt": not continues, "continue_final_message": continues, **options}
-        options |= {
-            "tokenize": True,
-            "return_dict": True,
-            "return_tensors": None,
-            "tokenizer_kwargs": {"verbose": False},
-        }
-        try:
-            rendered: Any = self.base.tokenizer.apply_chat_template(messages, **options)
-            return list(rendered["input_ids"])
-        except ImportError:  # jinja2 is missing: not a problem of the row
-            raise
-        except Exception as error:  # a template may raise anything
-            raise RowError(row, f"the base's chat template rejects the prompt {excerpt(messages)}: {error}") from error
-
-    def _require_template(self, row: Row, options: Mapping[str, Any]) -> None:
         if self.base.tokenizer.chat_template is None and "chat_template" not in options:
             raise RowError(
                 row,
@@ -131,6 +113,16 @@ class Encoder:
                 "give the prompts as plain text, or give as processing_class= a tokenizer with a chat template "
                 "(tokenizer.chat_template)",
             )
+        continues = messages[-1]["role"] == "assistant"
+        options = {"add_generation_prompt": not continues, "continue_final_message": continues, **options}
+        fixed = {"tokenize": True, "return_dict": True, "return_tensors": None, "tokenizer_kwargs": {"verbose": False}}
+        try:
+            rendered: Any = self.base.tokenizer.apply_chat_template(messages, **(options | fixed))
+            return list(rendered["input_ids"])
+        except ImportError:  # jinja2 is missing: not a problem of the row
+            raise
+        except Exception as error:  # a template may raise anything
+            raise RowError(row, f"the base's chat template rejects the prompt {excerpt(messages)}: {error}") from error
 
     # --- chat
 

@@ -18,14 +18,7 @@ from peft import LoraConfig
 from ..storage import checkpoint, untrusted
 from ..storage.durable import Folder
 from ..wording import shown
-from .peft_config import (
-    ACCEPTED,
-    INIT_METHODS,
-    SET_BY_LIBRARY,
-    changed_setting,
-    lora_config_from,
-    require_shareable,
-)
+from .peft_config import ACCEPTED, INIT_METHODS, SET_BY_LIBRARY, changed_setting, lora_config_from, require_shareable
 from .pretrained import hub_id
 
 if TYPE_CHECKING:

@@ -65,9 +65,5 @@ def state_tensors(layer: Any) -> list[Tensor]:
     """
     if not has_state(layer):
         return []
-    return [
-        state
-        for states in (layer.conv_states, layer.recurrent_states)
-        for state in states.values()
-        if state is not None
-    ]
+    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    return [state for state in states if state is not None]

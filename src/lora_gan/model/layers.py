@@ -59,6 +59,25 @@ def has_adapter(module: nn.Module, player: str) -> bool:
     )
 
 
+def frozen_layers(model: PreTrainedModel, body: nn.Module) -> tuple[nn.ModuleList, int] | None:
+    """All layers of the base, and the number of layers below the discriminator's first adapter.
+
+    None if this number is 0, if no layer has such an adapter, or if the body has one outside its layers.
+    """
+    named = layer_list(model)
+    if named is None:
+        return None
+    adapted = [_adapters(layer) > 0 for layer in named[1]]
+    if not any(adapted) or adapted[0] or _adapters(named[1]) < _adapters(body):
+        return None
+    return named[1], adapted.index(True)
+
+
+def _adapters(module: nn.Module) -> int:
+    """The number of modules with a discriminator's adapter."""
+    return sum(has_adapter(inner, "discriminator") for inner in module.modules())
+
+
 @contextmanager
 def replaced(layers: nn.ModuleList, by: dict[int, nn.Module]) -> Iterator[None]:
     """Inside the block, `layers` has these modules at these indices."""

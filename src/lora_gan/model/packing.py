@@ -91,17 +91,15 @@ def build_batch(
     predicting = [
         np.concatenate([[before], row[:-1]])[: len(row)] for before, row in zip(before_B, response, strict=True)
     ]
-    pooled_B = []
-    for answer, first, before, prompt in zip(responses, first_B, before_B, prompt_of, strict=True):
-        offset = pooled([*prompts[prompt], *answer], pad_on_disk) - len(prompts[prompt])
-        pooled_B.append(first + offset if offset >= 0 else before + 1 + offset)
-
+    texts = [(prompts[j], answer) for j, answer in zip(prompt_of, responses, strict=True)]
+    offset_B = np.array([pooled([*prompt, *answer], pad_on_disk) - len(prompt) for prompt, answer in texts])
+    pooled_B = np.where(offset_B >= 0, first_B + offset_B, before_B + 1 + offset_B)
     return Batch(
         inputs,
         ids,
         response_R=_tensor(np.concatenate(response), device),
         predicting_R=_tensor(np.concatenate(predicting), device),
-        pooled_B=_tensor(np.array(pooled_B), device),
+        pooled_B=_tensor(pooled_B, device),
         row_R=_tensor(np.repeat(np.arange(len(responses)), [len(row) for row in response]), device),
         packed=packs,
     )

@@ -207,8 +207,8 @@ def _require_own_config(name: str, given: LoraConfig) -> None:
     require_shareable(settings, name, accepted=(*ACCEPTED, *SET_BY_LIBRARY), remedy=remedy)
     if given.init_lora_weights not in INIT_METHODS:
         raise ValueError(
-            f"{name} has init_lora_weights={given.init_lora_weights!r}, which is not accepted: the base must not change. "
-            f"Set one of {', '.join(map(repr, INIT_METHODS))}"
+            f"{name} has init_lora_weights={given.init_lora_weights!r}, which is not accepted: the base must not "
+            f"change. Set one of {', '.join(map(repr, INIT_METHODS))}"
         )
 
 

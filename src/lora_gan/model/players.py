@@ -43,21 +43,10 @@ from .encoding import Encoder
 from .fast_lora import use_fast_forwards
 from .initial_adapter import InitAdapter
 from .kv_cache import cache_inputs, has_other_than_full_attention
-from .layers import (
-    FixedBody,
-    FixedOutput,
-    InputRecorder,
-    body_of,
-    has_adapter,
-    layer_list,
-    replaced,
-    require_layer_list,
-)
+from .layers import FixedBody, FixedOutput, InputRecorder, body_of, frozen_layers, replaced, require_layer_list
 from .packing import Batch, Rows, build_batch
 from .peft_config import attach, lora_config, require_trainable, warn_of_stock_clients
 from .tokens import positions
-
-__all__ = ["Base", "Player", "Players"]
 
 Player = Literal["generator", "discriminator", "reference", "base"]
 LOGITS_AT_ONCE = 2**22  # the maximum number of logits in memory: 16 MB in float32, which fits in a processor's cache
@@ -156,16 +145,15 @@ class Players:
             yield
         except BaseException:
             self._open.clear()  # the graph is lost anyway, and a second error must not hide the cause
-            self._switch(before)
             raise
-        try:
+        else:
             self._require_no_open_graph(f"{player} → {before}")
         finally:
             self._switch(before)
 
     def _switch(self, player: Player) -> None:
         # PEFT's public set_adapter would also change requires_grad; see the first rule above.
-        active = [] if self._is_base(player) else [player]
+        active: list[str] = [] if self._is_base(player) else [player]
         for layer in self._layers:
             layer._active_adapter = active
         self.active = player
@@ -311,16 +299,7 @@ class Players:
 
     @cached_property
     def _frozen_layers(self) -> tuple[nn.ModuleList, int] | None:
-        """All layers of the base, and the number of frozen ones. None if no layer is frozen."""
-        named = layer_list(self.lm)
-        if named is None:
-            return None
-        _, layers = named
-        adapted = [any(has_adapter(m, "discriminator") for m in layer.modules()) for layer in layers]
-        inside = sum(has_adapter(m, "discriminator") for m in layers.modules())
-        outside = inside < sum(has_adapter(m, "discriminator") for m in self.body.modules())
-        below = adapted.index(True) if any(adapted) else len(layers)
-        return None if outside or not 0 < below < len(layers) else (layers, below)
+        return frozen_layers(self.lm, self.body)
 
     @torch.no_grad()
     def _frozen_output(self, batch: Batch) -> Tensor:

@@ -238,11 +238,10 @@ def draw_sentence(draws: Draws, split: str = "train", subject: Phrase | None = N
     """A sentence of ``split``. If ``subject`` is given, the sentence starts with this phrase."""
     while True:
         sentence = _draw(draws, subject)
-        if split_of(sentence.signature) != split:
-            continue
-        if subject is not None and not sentence.en.startswith(grammar.capitalized(subject.en)):
-            continue  # the sentence starts with an adverbial
-        return sentence
+        # A sentence about `subject` may start with an adverbial instead.
+        starts = subject is None or sentence.en.startswith(grammar.capitalized(subject.en))
+        if starts and split_of(sentence.signature) == split:
+            return sentence
 
 
 def sentences(split: str, seed: int) -> Iterator[Sentence]:

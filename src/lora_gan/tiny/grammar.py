@@ -22,6 +22,8 @@ from .lexicon import BE, Adjective, Noun, Verb
 
 POSSESSIVES = {"my": "m", "your": "t", "his": "s", "her": "s"}
 NUMBERS = {"two": "deux", "three": "trois", "four": "quatre", "five": "cinq"}
+_PLURAL_DETERMINERS = NUMBERS | {"the": "les", "our": "nos", "these": "ces"}
+_PLURAL_DETERMINERS |= {en: f"{fr}es" for en, fr in POSSESSIVES.items()}
 
 # --- French forms
 
@@ -56,27 +58,19 @@ def conjugate(infinitive: str) -> Sequence[str]:
 def french_determiner(determiner: str, gender: str, plural: bool, following: str) -> str:
     """The French form of an English determiner. It depends on the noun and on the next word."""
     vowel, feminine = elides(following), gender == "f"
-    if determiner == "the":
-        if plural:
-            return "les"
-        return "l'" if vowel else ("la" if feminine else "le")
-    if determiner == "a":
-        return "une" if feminine else "un"
+    if plural and determiner in _PLURAL_DETERMINERS:
+        return _PLURAL_DETERMINERS[determiner]
     if determiner in POSSESSIVES:
-        if plural:
-            return POSSESSIVES[determiner] + "es"
         return POSSESSIVES[determiner] + ("a" if feminine and not vowel else "on")  # mon école
-    if determiner == "our":
-        return "nos" if plural else "notre"
-    if determiner in ("this", "these"):
-        if plural:
-            return "ces"
-        return "cette" if feminine else ("cet" if vowel else "ce")
-    if determiner == "many":
-        return "beaucoup d'" if vowel else "beaucoup de"
-    if determiner == "no":
-        return "d'" if vowel else "de"
-    return NUMBERS[determiner]
+    de = "d'" if vowel else "de"
+    return {
+        "the": "l'" if vowel else "la" if feminine else "le",
+        "a": "une" if feminine else "un",
+        "our": "notre",
+        "this": "cette" if feminine else "cet" if vowel else "ce",
+        "many": f"beaucoup {de}",
+        "no": de,
+    }[determiner]
 
 
 def french_preposition(preposition: str, phrase: str) -> str:
