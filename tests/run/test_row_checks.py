@@ -52,7 +52,7 @@ def answered(first, second):
     return {"prompt": chat(first), "target": [says, *chat(second), says]}
 
 
-REFUSED = r"line 4: .*template does not take.*be polite"
+REFUSED = r"line 4: .*template rejects the prompt.*be polite"
 WRONG = {  # what is wrong with row 4: the rows, settings, and what is said
     "long": (SHORT[:3] + [{"prompt": LONG}], {}, r"line 4: a prompt of \d+ tokens.*'cat cat.*on_long_prompt"),
     "template": ([{"prompt": chat(text)} for text in ("a", "b", "c", "rude")], {}, REFUSED),
