@@ -385,7 +385,7 @@ def test_a_base_without_a_chat_template_says_what_to_do():
 def test_what_the_template_refuses_is_said():
     gan = chat_gan()
     gan.players.base.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"does not take the prompt 'Hello world': roles must alternate"):
+    with pytest.raises(ValueError, match=r"rejects the prompt 'Hello world': roles must alternate"):
         gan.step(CHATS[0])
     gan.players.base.tokenizer.chat_template = "{{ messages[0]['content'] * 20 }}"
     with pytest.raises(ValueError, match=r"do not fit.*'Hello world'"):

@@ -50,7 +50,7 @@ def test_the_runs_first_and_last_evaluation_are_there(tmp_path, logging_steps):
         if name.startswith("eval_")
     }
     assert {name: values for name, *values in rows} == expected and "true_reward" in expected
-    assert "No evaluation on held-out prompts" not in found.text
+    assert "no evaluation on held-out prompts" not in found.text
 
     early = LoraGAN.from_checkpoint(tmp_path / "run" / "step-5", reward=reward)
     early.global_step = 3  # weights of an earlier step have the evaluations up to it
@@ -68,7 +68,7 @@ def test_a_run_without_evaluations_and_the_lines_of_another_run(tmp_path):
     gan = small_gan(output_dir=str(tmp_path / "run"))
     gan.fit(ROWS, steps=2, progress=False)
     text = exported(gan, tmp_path / "out").text
-    assert "Evaluations during the run" not in text and "No evaluation on held-out prompts" in text
+    assert "Evaluations during the run" not in text and "no evaluation on held-out prompts" in text
     small_gan(output_dir=str(tmp_path / "other"), query_rate=0.5).fit(
         ROWS, steps=3, eval_dataset=ROWS[:3], progress=False
     )
@@ -83,7 +83,9 @@ def test_an_evaluation_that_is_handed_in_stands_beside_them(tmp_path):
     gan = small_gan(output_dir=str(tmp_path / "run"))
     gan.fit(ROWS, steps=1, eval_dataset=ROWS[:3], progress=False)
     text = exported(gan, tmp_path / "out", evaluation=gan.evaluate(ROWS)).text
-    assert text.index("## Evaluations during the run") < text.index("## Evaluation\n\nOn 6 rows")
+    assert text.index("## Evaluations during the run") < text.index(
+        "## Evaluation\n\nMean and 95 % bootstrap interval over 6 rows"
+    )
 
 
 def test_the_evaluation_of_this_generator_is_in_the_metadata(tmp_path):
@@ -134,14 +136,12 @@ def test_a_licence_is_in_the_metadata(tmp_path, given):
     found = exported(small_gan(), tmp_path / "out", license=given)
     assert found.data.license == given.lower()
     section = found.text.partition("## Licence\n\n")[2].partition("\n\n##")[0]
-    assert section == (
-        f"`{given.lower()}`, as its maker says. What was made of the base is bound by the base's licence, too."
-    )
+    assert section == (f"`{given.lower()}`, as given by its author. The licence of the base also applies.")
 
 
 def test_without_one_the_card_names_none(tmp_path):
     found = exported(small_gan(), tmp_path / "out")
-    assert found.data.license is None and "its maker has to add one" in found.text
+    assert found.data.license is None and "Its author must add one" in found.text
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_without_one_the_card_names_none(tmp_path):
     ],
 )
 def test_an_unknown_licence_is_refused_with_near_ones(tmp_path, given, hint):
-    with pytest.raises(ValueError, match="is no licence id of the hub") as error:
+    with pytest.raises(ValueError, match="is not a licence id of the hub") as error:
         small_gan().export(tmp_path / "out", license=given)
     assert hint in str(error.value) and "'other'" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -186,7 +186,7 @@ def test_the_start_and_the_reference_are_named(tmp_path, kl_reference):
     folder = start.save_checkpoint(ckpt_dir=tmp_path / "private") / "generator"
     gan = LoraGAN(base_folder(), reward=reward, init_adapter=folder, kl_reference=kl_reference)
     text = exported(gan, tmp_path / "untrained").text
-    assert "No step was taken: the adapter is the one that it started from." in text
+    assert "No training step was taken: the adapter equals the adapter that it started from." in text
     gan.step(PROMPTS[:2])
     text = exported(gan, tmp_path / "out").text
     assert "| the generator started from | the adapter `step-1` |" in text

@@ -410,7 +410,7 @@ def test_a_former_export_is_replaced_whole(tmp_path):
 def test_what_no_export_wrote_is_never_replaced(tmp_path):
     gan = small_gan()
     run = gan.save_checkpoint(ckpt_dir=tmp_path / "run")
-    with pytest.raises(ValueError, match="not empty.*'manifest.json'.*new, empty or an export"):
+    with pytest.raises(ValueError, match="not empty.*'manifest.json'.*new or empty folder, or an earlier export"):
         export(gan, run)
     export(gan, tmp_path / "out", parts=("generator",))
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -441,7 +441,7 @@ def test_an_export_that_fails_leaves_the_former_one_and_nothing_else(tmp_path, m
         ({"parts": ("generator", "merged")}, "parts=.*merged.*generator-merged"),
         ({"parts": ()}, "parts=.*one or more"),
         ({"dtype": "int8"}, "dtype='int8' is not accepted.*float32, bfloat16, float16"),
-        ({"evaluation": {"generator": 0.5}}, "evaluation= must be what gan.evaluate"),
+        ({"evaluation": {"generator": 0.5}}, "evaluation= must be a result of gan.evaluate"),
         ({"push_to_hub": "a/b/c"}, "push_to_hub='a/b/c' is not accepted: it must be USER/NAME"),
     ],
 )
@@ -475,10 +475,10 @@ def test_the_card_tells_the_run(tmp_path):
     for part, text in cards(tmp_path / "out").items():
         assert "| steps | 3 |" in text and "| reward calls | 12 in training, 4 in evaluation |" in text
         assert "| true reward | `worth` |" in text and "| seed | 7 |" in text
-        assert "a share of 0.5 of the responses" in text
+        assert "query rate 0.5" in text
         assert f"| disc_loss | {records[-1]['disc_loss']:.6g} |" in text
         assert f"{judged['metrics']['true_reward']['mean']:.3f} [" in text and "On 4 rows" in text
-        assert "No evaluation" not in text and str(tmp_path) not in text, part
+        assert "no evaluation" not in text and str(tmp_path) not in text, part
         assert '"query_rate": 0.5' in text and '"num_generations": 4' in text
 
 
@@ -496,15 +496,15 @@ def test_what_is_not_known_is_left_out(tmp_path):
     export(gan, tmp_path / "out")
     for text in cards(tmp_path / "out").values():
         assert "secret" not in text and "chrf" not in text and "true reward |" not in text
-        assert "metrics that were logged" not in text and "## Evaluation" not in text
-        assert "No step was taken" in text and "No evaluation" in text
+        assert "Last logged metrics" not in text and "## Evaluation" not in text
+        assert "No training step was taken" in text and "no evaluation" in text
     assert "It was not trained" in cards(tmp_path / "out")["discriminator"]
     for _ in range(2):  # as many steps as the other run, and fewer rewards
         gan.step(PROMPTS[0], train_disc=False, adversarial=True)
     export(gan, tmp_path / "out")
     assert "| steps | 2 |" in cards(tmp_path / "out")["generator"]
     for text in cards(tmp_path / "out").values():
-        assert "secret" not in text and "metrics that were logged" not in text
+        assert "secret" not in text and "Last logged metrics" not in text
 
 
 def test_the_reward_of_the_run_is_named_not_the_one_set_now(tmp_path):
@@ -547,7 +547,7 @@ def test_a_base_of_the_hub_is_named_in_the_metadata(tmp_path):
     export(gan, tmp_path / "out")
     for part in PARTS:
         card = ModelCard.load(tmp_path / "out" / part / "README.md")
-        assert card.data.base_model == "someone/small-gpt2" and "a folder of the machine" not in card.text
+        assert card.data.base_model == "someone/small-gpt2" and "a local folder of the machine" not in card.text
     config = read_json(tmp_path / "out" / "generator" / "adapter_config.json")
     assert config["base_model_name_or_path"] == "someone/small-gpt2"
 
@@ -595,6 +595,6 @@ def test_an_upload_that_fails_says_that_the_export_is_there_and_goes_on_later(hu
 
 def test_without_a_token_nothing_is_computed(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="no token for the hub: log in by `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(ValueError, match="no token for the hub: log in with `hf auth login`, or set HF_TOKEN"):
         export(small_gan(), tmp_path / "out", push_to_hub="someone/x")
     assert not list(tmp_path.iterdir()) and not hub.create_repo.called

@@ -215,7 +215,7 @@ def test_an_end_that_has_no_row_is_never_sampled_and_does_no_harm(eos_id):
     model = changed(eos_token_id=[eos_id])
     model.config.eos_token_id = None
     refused(
-        rf"no end-of-text token that its embedding has a row for: it names \[{eos_id}\]", model, processing_class=alone
+        rf"no end-of-text token with a row in its embedding \(it names \[{eos_id}\]\)", model, processing_class=alone
     )
 
 

@@ -390,7 +390,7 @@ TEXT = {key: COMMON[key] for key in SMALL_BERT} | GROUPED | {"vocab_size": 30, "
 VISION = SMALL_BERT | {"image_size": 28, "patch_size": 14}
 CANNOT = {  # class, configuration, what the error says beside the class's name
     "encoder-decoder": ("T5ForConditionalGeneration", {"d_model": 32, "d_kv": 8, "num_layers": 1}, "encoder-decoder"),
-    "encoder": ("BertLMHeadModel", SMALL_BERT | {"initializer_range": 0.25}, "depends on the tokens after it"),
+    "encoder": ("BertLMHeadModel", SMALL_BERT | {"initializer_range": 0.25}, "depend on later tokens"),
     "no cache": ("OpenAIGPTLMHeadModel", {"n_embd": 32, "n_layer": 1, "n_head": 4}, "no key-value cache"),
     "positions by place": ("BartForCausalLM", {"d_model": 32, "decoder_layers": 1, "init_std": 0.25}, "padding"),
     "multimodal": ("Gemma3ForConditionalGeneration", {"text_config": TEXT, "vision_config": VISION}, "multimodal"),

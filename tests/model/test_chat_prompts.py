@@ -218,8 +218,8 @@ def test_a_card_says_how_plain_prompts_were_sent(setting, tmp_path):
     gan.step(QUESTION if setting else USER)
     gan.export(tmp_path / "exported", parts=["discriminator"])
     text = (tmp_path / "exported" / "discriminator" / "README.md").read_text()
-    assert ("A prompt that is plain text was sent as one user message" in text) == bool(setting)
-    assert ("A prompt that is plain text is tokenized by `tokenizer(prompt)`" in text) == (not setting)
+    assert ("In training, each plain-text prompt was one user message" in text) == bool(setting)
+    assert ("For a plain-text prompt, use `tokenizer(prompt)` instead" in text) == (not setting)
 
 
 def test_one_message_is_no_list_of_prompts():

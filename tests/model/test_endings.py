@@ -136,7 +136,7 @@ def test_a_rows_own_template_must_end_as_the_run_does():
     tokenizer.chat_template = "{{ messages[-1].content }}"
     gan = small_gan(processing_class=tokenizer)
     row = Row(USER, None, {"chat_template_kwargs": {"chat_template": TEMPLATES["two"][0]}})
-    with pytest.raises(ValueError, match="closes a message by '<|stop|>'.*chat_template_kwargs"):
+    with pytest.raises(ValueError, match="closes a message with '<|stop|>'.*chat_template_kwargs"):
         gan.players.encoder.closing_id(row)
 
 

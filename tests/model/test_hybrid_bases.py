@@ -234,13 +234,13 @@ def test_a_cache_whose_states_do_not_follow_their_rows_is_refused(name, monkeypa
                     state.copy_(state.roll(1, 0))
 
     monkeypatch.setattr(base_trial, "DynamicCache", States)
-    with pytest.raises(ValueError, match="cannot be the base: read token by token with its cache"):
+    with pytest.raises(ValueError, match="cannot be the base: decoding a text token by token with its cache"):
         quiet(name)
 
 
 def test_a_base_that_swallows_the_cache_is_refused(monkeypatch):
     monkeypatch.setattr(base_trial, "cache_inputs", lambda takes, kept, mask=None: {"past_key_values": kept})
-    with pytest.raises(ValueError, match="cannot be the base: read token by token with its cache"):
+    with pytest.raises(ValueError, match="cannot be the base: decoding a text token by token with its cache"):
         quiet("mamba2")
 
 

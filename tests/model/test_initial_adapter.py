@@ -353,8 +353,8 @@ def changed(plain, folder, **fields):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"peft_type": "IA3"}, "type 'IA3': only LoRA"),
-        ({"peft_type": None}, "only LoRA"),
+        ({"peft_type": "IA3"}, "type 'IA3': the generator can only start from LoRA"),
+        ({"peft_type": None}, "can only start from LoRA"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS.*CAUSAL_LM"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save.*Merge the adapter into its base"),
         ({"bias": "all"}, "bias='all'"),
@@ -398,7 +398,7 @@ def test_other_settings_of_the_generators_adapter_contradict_it(plain):
 
 
 def test_folders_that_are_no_adapter(plain, tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         gan_of(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="hf download user/adapter"):
         gan_of("user/adapter")
@@ -468,7 +468,7 @@ def test_embeddings_beside_the_adapter_must_be_the_bases(plain, tmp_path):
     save_file(weights | {"base_model.model.lm_head.weight": head.clone()}, folder / "adapter_model.safetensors")
     gan_of(folder)
     save_file(weights | {"base_model.model.lm_head.weight": head * 1.01}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="other embeddings than the base's.*merge"):
+    with pytest.raises(ValueError, match="has its own embeddings.*merge"):
         gan_of(folder)
 
 
@@ -550,7 +550,7 @@ def test_an_adapter_cannot_join_a_run(there, capsys):
         (lambda folder: _state(folder, init_adapter=3), "init_adapter is '3'"),
         (lambda folder: _weights(folder, lambda t: t * float("nan")), "reference/adapter_model.bin.*NaN"),
         (lambda folder: _weights(folder, lambda t: t[:1]), "does not fit"),
-        (lambda folder: _config(folder, peft_type="IA3"), "only LoRA"),
+        (lambda folder: _config(folder, peft_type="IA3"), "can only start from LoRA"),
         (lambda folder: _config(folder, lora_alpha=99), "lora_alpha"),
         (lambda folder: (folder / "reference/adapter_config.json").unlink(), "does not name reference/adapter_config"),
     ],
@@ -605,7 +605,7 @@ def test_names_of_bases_are_compared_as_far_as_they_say_something(plain):
             warnings.simplefilter("error")
             dataclasses.replace(start, base=named).require_fits(base)
     with pytest.raises(
-        ValueError, match=r"trained on someone/large, and the base here is someone/small.*base_model_name"
+        ValueError, match=r"trained on someone/large, but the base here is someone/small.*base_model_name"
     ):
         dataclasses.replace(start, base="someone/large").require_fits(base)
     with warnings.catch_warnings():

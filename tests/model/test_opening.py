@@ -225,7 +225,7 @@ def test_on_a_quantized_base(options, dora, tmp_path):
     again = LoraGAN.from_checkpoint(tmp_path, reward=gan.compute_reward, **quantized)
     assert differences(gan.step(PROMPTS[:2], TARGETS[:2]), again.step(PROMPTS[:2], TARGETS[:2])) == []
     assert differences(player_state(gan, "generator"), player_state(again, "generator")) == []
-    with pytest.raises(ValueError, match="with the same quantization"):
+    with pytest.raises(ValueError, match="quantization"):
         LoraGAN.from_checkpoint(tmp_path, reward=gan.compute_reward)
 
 

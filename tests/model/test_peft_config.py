@@ -196,7 +196,7 @@ def test_initialisations_that_change_the_base_are_refused(init):
         ({"disc": LoraConfig(task_type="TOKEN_CLS")}, "task_type='.*TOKEN_CLS'.*SEQ_CLS or CAUSAL_LM"),
         ({"gen": LoraConfig(target_modules=["nowhere"])}, "nowhere"),
         ({"gen": LoraConfig(target_modules=["wte", "c_fc"])}, "input embeddings"),
-        ({"disc": LoraConfig(target_modules=["lm_head", "c_fc"])}, "'lm_head', which no score passes through"),
+        ({"disc": LoraConfig(target_modules=["lm_head", "c_fc"])}, "'lm_head', which does not affect the score"),
         ({"gen": LoraConfig(target_modules="all-linear", init_lora_weights="orthogonal", r=3)}, "even"),
     ],
 )

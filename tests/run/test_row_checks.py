@@ -52,7 +52,7 @@ def answered(first, second):
     return {"prompt": chat(first), "target": [says, *chat(second), says]}
 
 
-REFUSED = r"line 4: .*template does not take.*be polite"
+REFUSED = r"line 4: .*template rejects the prompt.*be polite"
 WRONG = {  # what is wrong with row 4: the rows, settings, and what is said
     "long": (SHORT[:3] + [{"prompt": LONG}], {}, r"line 4: a prompt of \d+ tokens.*'cat cat.*on_long_prompt"),
     "template": ([{"prompt": chat(text)} for text in ("a", "b", "c", "rude")], {}, REFUSED),
@@ -276,7 +276,7 @@ def test_the_error_of_a_long_prompt_names_settings_that_help():
 def test_whatever_a_template_raises_names_the_row():
     gan = family_gan("gemma-3")
     rows = [{"prompt": chat("why"), "chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}]
-    with pytest.raises(ValueError, match="row 1: the base's chat template does not take the prompt 'why': division by"):
+    with pytest.raises(ValueError, match="row 1: the base's chat template rejects the prompt 'why': division by"):
         gan.check_rows(rows)
 
 

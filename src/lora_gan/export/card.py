@@ -1,7 +1,7 @@
-"""The card of an exported part: README.md with the hub's metadata, made from the run.
+"""The model card of an exported part: README.md with the hub's metadata.
 
-The text is in `model_card.md.jinja`, and `facts` says what is known of the run. A card says nothing else: it leaves out
-the data of a run that was stepped by hand, for example, and names a licence only where the user gives one.
+The text is in `model_card.md.jinja`, and `facts` collects the facts about the run. Unknown facts are left out: for
+example the data of a run without fit(), or a licence that the user did not give.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def card(run: RunFacts, part: str, *, name: str, tokenizer: PreTrainedTokenizerB
     """README.md of one part, from `model_card.md.jinja`.
 
     Args:
-        run: the facts.
-        part: a name of `export.PARTS`.
-        name: what the code in the card loads: a hub id, or the part's folder.
-        tokenizer: the one that is saved beside it.
+        run: facts about the run.
+        part: an entry of `exporting.PARTS`.
+        name: the name in the card's code: a hub id, or the part's folder.
+        tokenizer: the tokenizer that is saved with the part.
     """
     data = Path(run.data or "")
     libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "peft"))
@@ -76,7 +76,7 @@ def _metadata(run: RunFacts, part: str) -> ModelCardData:
 
 
 def _results(run: RunFacts, task: str) -> list[EvalResult]:
-    """Means of the evaluation of the generator. Evaluations by other names may be of other models."""
+    """Means of the generator's evaluation. Evaluations with other names may belong to other models."""
     judged = run.evaluation.get("generator", {"metrics": {}})
     return [
         EvalResult(
@@ -87,12 +87,12 @@ def _results(run: RunFacts, task: str) -> list[EvalResult]:
             metric_value=value["mean"],
         )
         for metric, value in judged["metrics"].items()
-        if value["mean"] is not None and metric != "pred_reward"  # what a discriminator says is no result
+        if value["mean"] is not None and metric != "pred_reward"  # predictions are not results
     ]
 
 
 def _code(run: RunFacts, part: str, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the code in the card depends on: its client, how a prompt is tokenized, which tokens end and pad texts."""
+    """Values in the card's code: the class to load, how prompts are tokenized, which tokens end and pad texts."""
     base, adapter, generator = run.base, not part.endswith("-merged"), part.startswith("generator")
     template_options = run.config.chat_template_kwargs or {}
     chat = {"add_generation_prompt": True, "return_dict": True, **template_options}
@@ -126,30 +126,31 @@ def _token(base: Base, id: int) -> str:
 
 
 def _not_in_training(base: Base, adapter: bool) -> str:
-    """Arguments of generate() that the base's own generation config would answer otherwise than in training."""
+    """Arguments of generate(), if the base's generation config differs from sampling in training."""
     generation = base.model.generation_config
-    said = []
+    arguments = []
     if getattr(generation, "repetition_penalty", None) not in (None, 1.0):
-        said.append("repetition_penalty=1.0")
-    if adapter and set(base.eos_ids) - set(ids_of(generation.eos_token_id)):  # a merged model brings its own
-        said.append(f"eos_token_id={list(base.eos_ids)}")
-    return "".join(f", {argument}" for argument in said)
+        arguments.append("repetition_penalty=1.0")
+    # A merged model has all stop ids in its own generation config.
+    if adapter and set(base.eos_ids) - set(ids_of(generation.eos_token_id)):
+        arguments.append(f"eos_token_id={list(base.eos_ids)}")
+    return "".join(f", {argument}" for argument in arguments)
 
 
 def _base_name(base: Base) -> str:
-    """As short as it can be told: whose folders a local base lay in is no one's business."""
+    """The hub id, or the last part of a local path. Paths of the user's machine stay private."""
     return hub_id(base.path) or Path(base.name).name or base.model.config.model_type
 
 
 def _origin(base: Base) -> str:
-    """Where a base that has a name of this library's comes from."""
+    """The source of a base with a name in this library; "" for other bases."""
     if base.name in fetch.BASES:
-        return f", which `lora-gan fetch {base.name}` brings"
+        return f", from `lora-gan fetch {base.name}`"
     return ", which ships with lora-gan" if base.name in named_bases.NAMES else ""
 
 
 def _start_name(folder: str) -> str:
-    """An adapter's folder without the folders it lay in."""
+    """The name of an adapter's folder, without its parent folders."""
     path = Path(folder)
     return path.parent.name if path.name == "generator" else path.name
 

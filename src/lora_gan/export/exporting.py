@@ -1,23 +1,22 @@
-"""What a run leaves: adapters and merged models that stock PEFT and transformers open, each with its card.
+"""Exports a run as adapters and merged models for stock PEFT and transformers, each with a model card.
 
-    FOLDER/
-      generator/              LoRA adapter                AutoPeftModelForCausalLM
-      generator-merged/       causal language model       AutoModelForCausalLM
-      discriminator/          LoRA adapter, score head    AutoPeftModelForSequenceClassification, num_labels=1
-      discriminator-merged/   sequence classifier         AutoModelForSequenceClassification: a reward model
-      export.json             what was exported; a folder that has it may be replaced by a later export
+- `generator/`: LoRA adapter; open with AutoPeftModelForCausalLM.
+- `generator-merged/`: causal language model; open with AutoModelForCausalLM.
+- `discriminator/`: LoRA adapter with a score head; open with AutoPeftModelForSequenceClassification, num_labels=1.
+- `discriminator-merged/`: sequence classifier, a reward model; open with AutoModelForSequenceClassification.
+- `export.json`: list of the exported parts. A later export may replace a folder that has this file.
 
-Weights are safetensors. The LoraGAN in memory is only read: nothing of it is merged, cast or moved.
+Weights are safetensors. The LoraGAN in memory stays unchanged: it is not merged, cast or moved.
 
-A classifier pools the last token that is not its pad token, so the pad token decides what it reads. Where the base's
-config names a special token, it stays, and the tokenizer beside the classifier pads with it. Where the config names
-none, stock transformers refuses batches, and the classifier gets a pad token that closes no text. It is the first of:
+A classifier reads the score at the last token that is not its pad token, so the choice of the pad token matters. If the
+base's config names a special token as pad token, the exported tokenizer uses this token. Without a pad token in the
+config, stock transformers refuses batches, so the classifier gets a pad token that ends no text. It is the first
+available of:
 
-1. the tokenizer's own pad token, unless that also ends texts, begins texts or stands for unknown words;
-2. a new `<|pad|>`, in a row of the embedding that no token uses;
-3. where every row is used: a special token that the tokenizer has and that ends no text (a reserved one, or the one
-   that begins texts), so that the adapter opens on the base as it is;
-4. a new `<|pad|>` in one more row, where the tokenizer has no such token. PEFT adds the row when it opens the adapter.
+1. the tokenizer's own pad token, unless it is also its eos, bos or unk token;
+2. a new `<|pad|>` in an unused row of the embedding;
+3. an existing special token that ends no text: a reserved token, or bos. The adapter then opens on the unchanged base;
+4. a new `<|pad|>` in an additional row. PEFT adds the row when it opens the adapter.
 """
 
 from __future__ import annotations
@@ -66,28 +65,28 @@ def export(
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> Path:
-    """Write the players for stock PEFT and transformers; a reader sees the whole folder or nothing.
+    """Write the players for stock PEFT and transformers. The folder appears complete or not at all.
 
     Args:
-        state: whose players, as they are now, are written.
-        folder: what to write; it must not exist yet, be empty, or be a former export, which is then replaced.
-        parts: which of "generator", "generator-merged", "discriminator", "discriminator-merged".
-        dtype: of the merged weights: float32, bfloat16, float16; None: what the base is in here, so that the merged
-            models say what was trained. Merging is computed in float32 and rounded once.
-        evaluation: what gan.evaluate() returned, or several of these by name, for the cards. The means of one that has
-            no name, or the name "generator", stand in the metadata of the generator's cards too.
-        license: its id on the hub, such as "apache-2.0", for the cards; None: the cards name none.
-        push_to_hub: a name on the hub, "user/name": each part is uploaded as a model of its own, "user/name-PART".
-        private: whether repositories that are made for it are private.
+        state: the run; its current players are exported.
+        folder: a new or empty folder, or an earlier export, which is replaced.
+        parts: one or more of "generator", "generator-merged", "discriminator", "discriminator-merged".
+        dtype: dtype of the merged weights: float32, bfloat16 or float16; None: the dtype of the base. Merging is
+            computed in float32 and rounded once.
+        evaluation: for the cards: the result of gan.evaluate(), or several results by name. The means of an unnamed
+            result, or of the result "generator", also go into the metadata of the generator's cards.
+        license: for the cards: a licence id of the hub, such as "apache-2.0"; None: the cards name no licence.
+        push_to_hub: a name on the hub, "user/name": each part is uploaded as a separate model, "user/name-PART".
+        private: whether new repositories on the hub are private.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: an unknown part, dtype or licence, a folder that holds something else, a quantized base to be
-            merged, a base without a sequence classifier in transformers, no token for the hub; a part that could not be
-            made, by name.
-        OSError: a part that could not be written, by name. Whatever failed, the folder is as it was before.
+        ValueError: the part, dtype or licence is unknown, the folder has other content, or there is no token for the
+            hub. Merged parts: the base is quantized, or transformers has no sequence classifier for it. If one part
+            fails, the message names the part.
+        OSError: a part could not be written; the message names the part. After any error the folder is unchanged.
     """
     parts, dtype = _known_parts(parts), _dtype(dtype, state.players)
     license = None if license is None else licence_id(license)
@@ -114,39 +113,43 @@ def export(
 
 
 def push(folder: str | os.PathLike[str], name: str, *, private: bool = False) -> list[str]:
-    """Upload an export: each part is a model repository of its own, "user/name-PART"; returns their addresses.
+    """Upload an export. Each part becomes a separate model repository, "user/name-PART".
 
-    A repository each, not folders of one: a hub id is then all that from_pretrained, PEFT and TRL's reward_funcs need.
+    from_pretrained, PEFT and TRL's reward_funcs then need only the hub id, and no subfolder.
+
+    Returns:
+        The addresses of the repositories.
 
     Raises:
-        ValueError: the folder is no export, the name is none the hub accepts, there is no token, or the hub refused.
+        ValueError: the folder is not an export, the hub does not accept the name, there is no token, or the upload
+            failed.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of the HTTP library the hub's client happens to use
+    from huggingface_hub.errors import HTTPError  # the class depends on huggingface_hub's HTTP library
 
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is not an export: it has no {MANIFEST}; make one by gan.export(folder)")
+        raise ValueError(f"{folder} is not an export: it has no {MANIFEST}. Write one with gan.export(folder)")
     _require_hub(name)
     addresses, api = [], HfApi()
     for part in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parts"]:
         repo = f"{name}-{part}"
         try:
-            # What the hub names is what it has: a name without a user becomes the user's.
-            made = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+            # The hub adds the user to a name without one, so the repo id comes from its answer.
+            created = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
             api.upload_folder(
-                folder_path=folder / part, repo_id=made.repo_id, repo_type="model", commit_message=f"Upload {part}"
+                folder_path=folder / part, repo_id=created.repo_id, repo_type="model", commit_message=f"Upload {part}"
             )
         except (HTTPError, OSError) as error:
             raise ValueError(
-                f"{repo} could not be uploaded: {error}. The export is complete in {folder}; upload it again by "
+                f"{repo} could not be uploaded: {error}. The export is complete in {folder}; upload it again with "
                 f"lora_gan.export.exporting.push({str(folder)!r}, {name!r})"
             ) from error
-        addresses.append(str(made))
+        addresses.append(str(created))
     return addresses
 
 
-# --- what is asked of the arguments
+# --- checks of the arguments
 
 
 def _known_parts(parts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
@@ -167,38 +170,38 @@ def _dtype(dtype: str | torch.dtype | None, players: Players) -> torch.dtype:
 
 
 def _require_replaceable(folder: Path) -> None:
-    """Only what an export wrote is ever removed."""
+    """Refuse a folder with other files than those of an export, because exporting replaces the folder."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder to export to")
-    there = {path.name for path in folder.iterdir()}
-    foreign = sorted(there - {*PARTS, MANIFEST})
-    if foreign or (there and MANIFEST not in there):
-        what = f"{foreign[0]!r}, which no export wrote" if foreign else f"no {MANIFEST}, which every export has"
-        raise ValueError(f"{folder} is not empty, and holds {what}: give a folder that is new, empty or an export")
+    present = {path.name for path in folder.iterdir()}
+    foreign = sorted(present - {*PARTS, MANIFEST})
+    if foreign or (present and MANIFEST not in present):
+        found = f"{foreign[0]!r}, which no export wrote" if foreign else f"no {MANIFEST}, which every export has"
+        raise ValueError(f"{folder} is not empty, and holds {found}: give a new or empty folder, or an earlier export")
 
 
 def _require_mergeable(players: Players) -> None:
     if getattr(players.lm, "hf_quantizer", None) is not None:
         raise ValueError(
-            "a quantized base is not merged with an adapter, its weights would be rounded twice: export "
-            "parts=('generator', 'discriminator'), or open the checkpoint on the unquantized base first "
+            "a quantized base cannot be merged with an adapter, because its weights would be rounded twice: export "
+            "parts=('generator', 'discriminator'), or first open the checkpoint on the unquantized base "
             "(LoraGAN.from_checkpoint(path, model=...))"
         )
 
 
 def _require_hub(name: str) -> None:
-    """Asked before anything is computed."""
+    """Check the name and the token, before any part is computed."""
     from huggingface_hub import get_token
 
     if any(hub_id(f"{name}-{part}") is None for part in PARTS):
         raise ValueError(
-            f"push_to_hub={name!r} is not accepted: it must be USER/NAME, of letters, digits, '-', '_' and '.', short "
-            f"enough that the hub takes NAME-{PARTS[-1]}, of at most 96 characters"
+            f"push_to_hub={name!r} is not accepted: it must be USER/NAME with letters, digits, '-', '_' and '.', and "
+            f"NAME-{PARTS[-1]} may have at most 96 characters"
         )
     if not get_token():
-        raise ValueError("there is no token for the hub: log in by `hf auth login`, or set HF_TOKEN")
+        raise ValueError("there is no token for the hub: log in with `hf auth login`, or set HF_TOKEN")
 
 
 # --- the parts
@@ -206,7 +209,7 @@ def _require_hub(name: str) -> None:
 
 @contextmanager
 def _exporting(part: str) -> Iterator[None]:
-    """Errors inside the block name the part; a full disk stays an OSError, and memory that ran out what it was."""
+    """Errors inside the block name the part. OSError and out of memory keep their types; others become ValueError."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -214,13 +217,13 @@ def _exporting(part: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise OSError(f"the part {part!r} could not be exported: {error}") from error
-    except Exception as error:  # of transformers, PEFT, safetensors or tokenizers: no two are of one kind
+    except Exception as error:  # transformers, PEFT, safetensors and tokenizers raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the part {part!r} could not be exported: {reason}") from error
 
 
 def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> PreTrainedTokenizerBase:
-    """One part's weights, config and tokenizer; returns the tokenizer."""
+    """Write the weights, config and tokenizer of one part. Returns the tokenizer."""
     folder.mkdir(parents=True)
     player: Player = "generator" if part.startswith("generator") else "discriminator"
     tokenizer = players.base.tokenizer if player == "generator" else scoring_tokenizer(players.base)
@@ -238,42 +241,48 @@ def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> Pre
 
 @torch.no_grad()
 def merged_weights(players: Players, player: Player, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The base's weights with one player's adapter added, under the base's own names, on the CPU.
+    """The base's weights with one player's adapter merged in, under the base's own names, on the CPU.
 
-    Layer by layer on copies, so that at most one more base is in memory, and none on the GPU. PEFT's own merging works
-    in place, from which unmerging does not come back to the same bits.
+    Copies are merged layer by layer, so the CPU holds at most one more base, and the GPU none. PEFT's own merging works
+    in place, and unmerging would not restore the weights bitwise.
     """
     layers: dict[str, Any] = {
         name: module for name, module in players.lm.named_modules() if isinstance(module, BaseTunerLayer)
     }
     inside = tuple(f"{name}." for name in layers)
-    weights = {name: tensor for name, tensor in players.lm.state_dict().items() if not name.startswith(inside)}
-    weights = {name: _stored(tensor, dtype) for name, tensor in weights.items()}
+    weights = {
+        name: _stored(tensor, dtype) for name, tensor in players.lm.state_dict().items() if not name.startswith(inside)
+    }
     for name, layer in layers.items():
         if name.startswith(inside):
-            continue  # several adapters on one module, as on the fused weights of experts, wrap each other
-        part = copy.deepcopy(layer).float()
-        while isinstance(part, LoraLayer):
-            part.merge(adapter_names=[player])
-            part = part.base_layer
-        weights |= {f"{name}.{key}": _stored(tensor, dtype) for key, tensor in part.state_dict().items()}
+            continue  # PEFT nests the adapters of fused expert weights; the loop below merges the nested ones
+        merged = copy.deepcopy(layer).float()
+        while isinstance(merged, LoraLayer):
+            merged.merge(adapter_names=[player])
+            merged = merged.base_layer
+        weights |= {f"{name}.{key}": _stored(tensor, dtype) for key, tensor in merged.state_dict().items()}
     return weights
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU; floating-point tensors are cast to this dtype."""
     return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _causal_lm(players: Players, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """A stock causal language model with these weights. Its generation config has all stop ids."""
     config, generation = copy.deepcopy(players.lm.config), copy.deepcopy(players.lm.generation_config)
     rows = base_checks.embedding_rows(players.lm)
-    for holder in (config.get_text_config(), generation):  # stock opens no model whose pad id has no row
-        if holder is not None:
-            holder.pad_token_id = base_checks.pad_with_a_row(holder.pad_token_id, rows)
-    with torch.device("meta"):  # its weights are those given: none of its own is made first
+    for owner in (
+        config.get_text_config(),
+        generation,
+    ):  # stock clients cannot open a model with a pad id without a row
+        if owner is not None:
+            owner.pad_token_id = base_checks.pad_with_a_row(owner.pad_token_id, rows)
+    with torch.device("meta"):  # without memory: the weights are assigned below
         model = type(players.lm)(config)
     model.load_state_dict(weights, assign=True)
-    # Stock generate() asks nobody else where to stop.
+    # Stock generate() stops only at the ids of the generation config.
     stops = list(dict.fromkeys([*ids_of(generation.eos_token_id), *players.base.eos_ids]))
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     model.generation_config = generation
@@ -281,7 +290,7 @@ def _causal_lm(players: Players, weights: dict[str, Tensor]) -> PreTrainedModel:
     if model.config.tie_word_embeddings and head is not None:
         if torch.equal(head.weight, base_checks.embedding_weight(model)):
             model.tie_weights()
-        else:  # an adapter on one of the two has parted them
+        else:  # an adapter on one of the embeddings has made them different
             model.config.tie_word_embeddings = False
     return model
 
@@ -291,79 +300,87 @@ def _classifier(players: Players, weights: dict[str, Tensor], tokenizer: PreTrai
     config = copy.deepcopy(players.lm.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
-    config.problem_type = "regression"  # without it the text-classification pipeline would show a sigmoid
-    config.get_text_config().pad_token_id = None  # set below, when the embedding has a row for it
+    config.problem_type = "regression"  # without this the text-classification pipeline would apply a sigmoid
+    config.get_text_config().pad_token_id = None  # set below, after the embedding has a row for the pad id
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
     body = f"{players.lm.base_model_prefix}."
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
-        ours = {name.removeprefix(body): tensor for name, tensor in weights.items() if name.startswith(body)}
-        weights = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in ours.items()}
+        prefix = f"{model.base_model_prefix}."
+        weights = {prefix + name.removeprefix(body): w for name, w in weights.items() if name.startswith(body)}
         weights["score.weight"] = _stored(players.score_MH.mean(0, keepdim=True), dtype)
         model.load_state_dict(weights, assign=True)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"transformers has no sequence classifier that fits a base of the kind {config.model_type!r}: leave "
+            f"transformers has no sequence classifier that fits a base of type {config.model_type!r}: leave "
             f"'discriminator-merged' out of parts ({' '.join(str(error).split())[:200]})"
         ) from error
     if tokenizer.pad_token_id >= base_checks.embedding_rows(model):
-        # Its row is never read: padding is masked.
+        # The values of the new row do not matter, because padding is masked.
         model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
 
 
 def scoring_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, padding on the right with a token under which stock pools what the discriminator pools.
+    """The base's tokenizer, padding on the right, with a pad token under which stock clients and this library agree.
 
-    The module's docstring says which token that is.
+    Both then read the score at the same token. The module's docstring says which pad token is chosen.
+
+    Raises:
+        ValueError: no pad token is possible.
     """
     tokenizer = copy.deepcopy(base.tokenizer)
-    tokenizer.padding_side = "right"  # where positions are counted from the row's begin, left padding would shift them
+    tokenizer.padding_side = "right"  # left padding would shift positions that are counted from the start of the row
     if (token := _pad_of_the_config(base)) is not None:
         tokenizer.pad_token = token
         return tokenizer
-    taken = (None, *base.eos_ids, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    unsuitable = (None, *base.eos_ids, tokenizer.bos_token_id, tokenizer.unk_token_id)
     rows = base_checks.embedding_rows(base.model)
-    if tokenizer.pad_token_id not in taken and tokenizer.pad_token_id < rows:
+    if tokenizer.pad_token_id not in unsuitable and tokenizer.pad_token_id < rows:
         return tokenizer
-    known = set(tokenizer.get_vocab().values())
-    new = copy.deepcopy(tokenizer)
-    new.add_special_tokens({"pad_token": PAD_TOKEN})
-    is_there = new.pad_token_id in known  # under this name, or under another: the tokenizer's ids may have gaps
-    if new.pad_token_id < rows and (not is_there or PAD_TOKEN in tokenizer.get_vocab()):
-        return new
-    if (token := _token_that_closes_no_text(base)) is not None:
+    used_ids = set(tokenizer.get_vocab().values())
+    extended = copy.deepcopy(tokenizer)
+    extended.add_special_tokens({"pad_token": PAD_TOKEN})
+    is_used = extended.pad_token_id in used_ids  # by <|pad|>, or by another token if the tokenizer's ids have gaps
+    if extended.pad_token_id < rows and (not is_used or PAD_TOKEN in tokenizer.get_vocab()):
+        return extended
+    if (token := _token_that_ends_no_text(base)) is not None:
         tokenizer.pad_token = token
         return tokenizer
-    if is_there or len(new) != rows + 1:  # PEFT adds rows up to the tokenizer's length
+    if is_used or len(extended) != rows + 1:  # PEFT adds rows up to the tokenizer's length
         raise ValueError(
-            f"the tokenizer has no token to pad with, and its ids ({len(known):,}, up to {max(known):,}) leave no room "
-            f"for a new one beside the embedding's {rows:,} rows: set tokenizer.pad_token to a token that ends no text"
+            f"the tokenizer has no token to pad with, and its ids ({len(used_ids):,}, up to {max(used_ids):,}) leave "
+            f"no free row in the embedding ({rows:,} rows). Set tokenizer.pad_token to a token that ends no text"
         )
-    return new
+    return extended
 
 
 def _pad_of_the_config(base: Base) -> str | None:
-    """The pad token that the base's config names; None where it names none, or a word of the vocabulary, of which a
-    tokenizer that pads with it would make a special token."""
+    """The pad token in the base's config; None without one, or if it is an ordinary word of the vocabulary.
+
+    Padding with an ordinary word would turn it into a special token.
+    """
     if base.pad_on_disk is None:
         return None
     special = {*base_checks.special_tokens(base.tokenizer), *base.eos_ids}
     return base.tokenizer.convert_ids_to_tokens([base.pad_on_disk])[0] if base.pad_on_disk in special else None
 
 
-def _token_that_closes_no_text(base: Base) -> str | None:
-    """A special token of the tokenizer that ends no text and has a row: by choice one that is called a pad, then one
-    that no chat template writes, then any but the one that begins texts."""
+def _token_that_ends_no_text(base: Base) -> str | None:
+    """A special token of the tokenizer with a row that ends no text; None without one.
+
+    Preferred are, in this order: a token with "pad" in its name, a token that the chat template does not write, any
+    token other than bos.
+    """
     tokenizer, rows = base.tokenizer, base_checks.embedding_rows(base.model)
     special = base_checks.special_tokens(tokenizer)
     template = str(tokenizer.chat_template or "")
     ends = {*base.eos_ids, tokenizer.eos_token_id, tokenizer.unk_token_id}
     candidates = [id for id in special if id not in ends and 0 <= id < rows]
 
-    def unsuited(id: int) -> tuple[bool, bool, bool, int]:
+    def rank(id: int) -> tuple[bool, bool, bool, int]:
         return "pad" not in special[id].lower(), special[id] in template, id == tokenizer.bos_token_id, id
 
-    return special[min(candidates, key=unsuited)] if candidates else None
+    return special[min(candidates, key=rank)] if candidates else None

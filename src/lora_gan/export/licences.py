@@ -1,5 +1,7 @@
-"""Licence ids that a model card on the Hugging Face hub may name. huggingface_hub has no list of them; the hub checks
-an upload against this one and refuses others (docs/hub/repositories-licenses)."""
+"""The licence ids that model cards on the Hugging Face hub may have.
+
+The hub refuses uploads with other ids (docs/hub/repositories-licenses). The library huggingface_hub has no such list.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ IDS = (
 
 
 def licence_id(name: str) -> str:
-    """The id as the hub spells it, in lower case.
+    """The id in the hub's spelling, in lower case.
 
     Raises:
-        ValueError: the hub knows no such licence; with the nearest ids.
+        ValueError: the hub has no such licence id. The message suggests similar ids.
     """
     lowered = name.strip().lower() if isinstance(name, str) else ""
     if lowered in IDS:
@@ -34,6 +36,6 @@ def licence_id(name: str) -> str:
     nearest = difflib.get_close_matches(lowered, IDS, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(nearest)}?" if nearest else ", such as apache-2.0, mit, cc-by-4.0 or gemma."
     raise ValueError(
-        f"license={shown(name)} is no licence id of the hub{hint} Give 'other' for a licence that is not listed, and "
-        "add its text to the folder"
+        f"license={shown(name)} is not a licence id of the hub{hint} For a licence that is not listed, give 'other' "
+        "and add the licence text to the folder"
     )

@@ -1,4 +1,4 @@
-"""Adapters as files: what stock PEFT opens, and what is accepted of such files. Used by `run.snapshot` and `export`."""
+"""Saves adapters as files for stock PEFT, and checks such files before loading. Used by `run.snapshot` and `export`."""
 
 from __future__ import annotations
 
@@ -35,32 +35,36 @@ def adapter_content(players: Players, player: str) -> tuple[dict[str, Any], dict
     if player == "discriminator":
         config.task_type = TaskType.SEQ_CLS
         config.modules_to_save = ["classifier", "score"]
-        state[SCORE] = players.score_MH.detach().mean(0, keepdim=True)  # heads folded into the one that scores
+        state[SCORE] = players.score_MH.detach().mean(0, keepdim=True)  # stock PEFT reads one head: the mean
         if players.base.composite is not None:
             state = composite.stock_tensors(state)
             if not isinstance(config.target_modules, str):
                 config.target_modules = composite.targets_of_both(config.target_modules)
-    # A set's order would change with PYTHONHASHSEED.
+    # The order of a set depends on PYTHONHASHSEED.
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     return dict(sorted(values.items())), state
 
 
 def save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
-    """Adapter weights and config as stock PEFT reads them, into a folder."""
+    """Write the adapter's weights and config into a folder, as stock PEFT reads them."""
     config, weights = adapter_content(players, player)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"adapter_config.json": config, checkpoint.weights_name(weights_format): checkpoint.copied(weights)}
-    for name, value in content.items():
-        (folder / name).write_bytes(checkpoint.serialized(name, value))
+    file = checkpoint.weights_name(weights_format)
+    (folder / "adapter_config.json").write_bytes(checkpoint.serialized("adapter_config.json", config))
+    (folder / file).write_bytes(checkpoint.serialized(file, checkpoint.copied(weights)))
 
 
 def read_lora_config(folder: Folder) -> LoraConfig:
-    """The adapter a checkpoint holds, from what of its JSON is accepted; the base it names is never followed."""
+    """The settings of a saved adapter, from the accepted fields of its JSON. Its base is neither loaded nor fetched."""
     return lora_config_from(folder.read_json("adapter_config.json"), str(folder.path / "adapter_config.json"))
 
 
 def require_same_scaling(folder: Folder, ours: PeftConfig) -> None:
-    """The settings that tensors do not show: an adapter under another alpha is another adapter."""
+    """Compare the settings that the tensors do not show. The same tensors under another alpha are another adapter.
+
+    Raises:
+        ValueError: the first setting that differs, with both values.
+    """
     theirs, stock = folder.read_json("adapter_config.json"), LoraConfig()
     for name in (
         "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
@@ -69,7 +73,8 @@ def require_same_scaling(folder: Folder, ours: PeftConfig) -> None:
         saved, here = theirs.get(name, getattr(stock, name)), getattr(ours, name)
         if saved != here:
             raise ValueError(
-                f"{folder.path} does not fit: it was saved with {name}={repr(saved)[:60]}, this adapter has {here!r}"
+                f"{folder.path} does not fit: it was saved with {name}={repr(saved)[:60]}, this adapter has {here!r}. "
+                "Set the same value, or load another folder"
             )
 
 
@@ -83,7 +88,7 @@ def load_initial(start: InitAdapter, players: Players) -> None:
     """Copy the weights of `init_adapter=` into the generator, and into the reference where it is an adapter.
 
     Raises:
-        ValueError: a name, a shape, a type or a value that cannot be this adapter's on this base.
+        ValueError: the name, shape, dtype or values of a tensor do not fit this adapter on this base.
     """
     embeddings = _embeddings(players)
     try:
@@ -94,21 +99,23 @@ def load_initial(start: InitAdapter, players: Players) -> None:
         ours = embeddings[name].detach().cpu()
         if not torch.equal(weights[name].to(ours.dtype), ours):
             raise ValueError(
-                f"init_adapter={start.name} brings other embeddings than the base's ({name}), which both players "
-                "share: merge the adapter into its base, and give the result as model= instead"
+                f"init_adapter={start.name} has its own embeddings ({name}), but both players share the base's: "
+                "merge the adapter into its base, and give the result as model= instead"
             )
     for player in ("generator", *(["reference"] if players.has_reference else [])):
         copy_weights(weights, adapter_state(players, player))
 
 
-def _embeddings(players: Players) -> dict[str, torch.Tensor]:
-    """The base's input and output embeddings, by the names under which PEFT saves a copy beside an adapter that is on
-    one of them, or whose vocabulary was resized."""
-    found: dict[str, torch.Tensor] = {}
-    both = (players.lm.get_input_embeddings(), players.lm.get_output_embeddings())
+def _embeddings(players: Players) -> dict[str, Tensor]:
+    """The base's input and output embeddings, by the names that PEFT gives to copies in an adapter's file.
+
+    PEFT saves such copies if the adapter is on an embedding, or if the vocabulary was resized.
+    """
+    found: dict[str, Tensor] = {}
+    embeddings = (players.lm.get_input_embeddings(), players.lm.get_output_embeddings())
     for name, module in players.lm.named_modules():
-        if any(module is one for one in both):
+        if any(module is embedding for embedding in embeddings):
             inside = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            weight = cast(torch.Tensor, inside.weight)
+            weight = cast(Tensor, inside.weight)
             found |= {f"base_model.model.{name}.{inner}weight": weight for inner in ("", "base_layer.")}
     return found

@@ -1,7 +1,7 @@
-"""Opening the base: a causal language model with its tokenizer, and what both players must know of them.
+"""Opens the base: a causal language model with its tokenizer, and the facts about them that both players need.
 
-The library does not keep a list of models that work. It runs each base once, on a dozen tokens (base_trial.py), and
-refuses what cannot work by name, before anything is trained. `LoraGAN` opens its base here.
+The library has no list of models that work. It runs each base once on about ten tokens (base_trial.py). A base that
+cannot work is refused by name before training. Used by `LoraGAN`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from .opening import open_pretrained, require_supported
 
 @dataclass(frozen=True)
 class Base:
-    """A causal language model with its tokenizer, and what the two players must know of them."""
+    """A causal language model with its tokenizer, and the facts about them that both players need."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str  # what the user called it: "tiny", "smollm2", a hub id, a folder, a GGUF file; "" for one in memory
-    path: str  # what stock clients can load it by: a hub id or an absolute folder
-    # config.pad_token_id, by which stock sequence classification pools; None where the embedding has no row for it
+    name: str  # as the user gave it: "tiny", "smollm2", a hub id, a folder, a GGUF file; "" for a model in memory
+    path: str  # the hub id or absolute folder from which stock clients load it
+    # config.pad_token_id, by which stock sequence classification pools; None if the embedding has no row for it
     pad_on_disk: int | None
     endings: Endings  # the ids that end a response
     fingerprint: str
-    # The config that stock clients find under `path`, where it is not the model's own: of a multimodal base that is
-    # opened as its text model alone.
+    # For a multimodal base that is opened as its text model: the whole config, which stock clients find under `path`.
     composite: Any = None
 
     @property
@@ -48,8 +47,10 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills unused places, which are always masked. It has a row in the embedding table, which a pad
-        token that was added to the tokenizer alone has not."""
+        """The id that fills padded positions, which are always masked.
+
+        The embedding has a row for this id. A pad token that was added to the tokenizer alone has no row.
+        """
         rows = base_checks.embedding_rows(self.model)
         candidates = (self.pad_on_disk, self.tokenizer.pad_token_id, self.eos_ids[0])
         return next(id for id in candidates if id is not None and 0 <= id < rows)
@@ -59,13 +60,16 @@ class Base:
         return base_checks.token_ids(self.tokenizer)
 
     def words(self, ids: list[int]) -> list[int]:
-        """The ids that the tokenizer knows. An embedding may have more rows than the tokenizer has tokens, and sampling
-        may draw such a row: it stays in the response's ids, and is no part of its text."""
+        """The ids that the tokenizer knows.
+
+        An embedding may have more rows than the tokenizer has tokens, and sampling may draw such a row. The id stays in
+        the response's ids, but adds nothing to its text.
+        """
         return [id for id in ids if id in self._tokens] if self._tokens else ids
 
     @property
     def context(self) -> int:
-        """Tokens that fit in one row; `context.UNLIMITED` where the base names no limit."""
+        """The maximum tokens per row; `context.UNLIMITED` if the base sets no limit."""
         return context_of(self.model.config.get_text_config())
 
 
@@ -79,20 +83,17 @@ def load_base(
 ) -> Base:
     """Open the base by its own name ("tiny", "smollm2"), folder, GGUF file or hub id, or take a model in memory.
 
-    A model in memory needs its tokenizer too.
+    A model in memory needs its tokenizer, too.
 
     Raises:
-        ValueError: one line that names what could not be opened, or why it cannot serve as a base.
+        ValueError: one line that names the base, and says why it cannot be opened or cannot be a base.
     """
     device = _device(config)
     if tokenizer is not None:
         base_checks.require_tokenizer(tokenizer)
     if isinstance(model, Base):
         _require_bare(model.model)
-        tokenizer = tokenizer or model.tokenizer
-        rows, called = base_checks.embedding_rows(model.model), _called(model.model, model.name)
-        tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, called)
-        endings = Endings.of(model.model, tokenizer, config.chat_template_kwargs)
+        tokenizer, endings = _fitted(model.model, tokenizer or model.tokenizer, model.name, config)
         return replace(model, tokenizer=tokenizer, endings=endings)
     composite = None
     if isinstance(model, PreTrainedModel):
@@ -118,17 +119,24 @@ def load_base(
     base_checks.require_floating(lm)
     lm.eval().requires_grad_(False)
     _keep_differentiable(lm)
-    if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is there already
+    if any(parameter.device != device for parameter in lm.parameters()):  # a quantized base is already on its device
         lm.to(device)  # type: ignore[arg-type]  # a decorator of transformers hides its signature
-    rows, called = base_checks.embedding_rows(lm), _called(lm, name)
-    tokenizer = base_checks.fitted_tokenizer(tokenizer, rows, called)
-    endings = Endings.of(lm, tokenizer, config.chat_template_kwargs)
-    require_causal(lm, called)
-    pad_on_disk = base_checks.pad_with_a_row(lm.config.get_text_config().pad_token_id, rows)
+    tokenizer, endings = _fitted(lm, tokenizer, name, config)
+    require_causal(lm, _label(lm, name))
+    pad_on_disk = base_checks.pad_with_a_row(lm.config.get_text_config().pad_token_id, base_checks.embedding_rows(lm))
     return Base(lm, tokenizer, name, path, pad_on_disk, endings, _fingerprint(lm), composite)
 
 
-def _called(lm: PreTrainedModel, name: str) -> str:
+def _fitted(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, config: Config
+) -> tuple[PreTrainedTokenizerBase, Endings]:
+    """The tokenizer, reduced to tokens with an embedding row, and the ids that end a response."""
+    tokenizer = base_checks.fitted_tokenizer(tokenizer, base_checks.embedding_rows(lm), _label(lm, name))
+    return tokenizer, Endings.of(lm, tokenizer, config.chat_template_kwargs)
+
+
+def _label(lm: PreTrainedModel, name: str) -> str:
+    """The base's name in messages."""
     return f"{type(lm).__name__} of {name!r}" if name else type(lm).__name__
 
 
@@ -142,30 +150,29 @@ def _device(config: Config) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            there = f"the GPUs here are cuda:0 to cuda:{count - 1}" if count else "torch finds no CUDA GPU here"
-            raise ValueError(f"device={config.device!r} cannot be used, {there}: set device='auto' or 'cpu'")
+            gpus = f"the GPUs here are cuda:0 to cuda:{count - 1}" if count else "torch finds no CUDA GPU here"
+            raise ValueError(f"device={config.device!r} cannot be used, {gpus}: set device='auto' or 'cpu'")
         return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
     if device.type == "mps":
-        raise ValueError("device='mps' cannot be used: sampling counts in float64, which MPS lacks; set device='cpu'")
+        raise ValueError("device='mps' cannot be used: sampling needs float64, which MPS lacks; set device='cpu'")
     return device
-
-
-# --- opening ----------------------------------------------------------------------------------------------------------
 
 
 def _require_in_memory(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: Config, quantization_config: Any
 ) -> PreTrainedTokenizerBase:
-    """What a model that is loaded already can be asked for, and what it cannot; its tokenizer."""
+    """Check that no setting contradicts a model that is loaded already. Returns its tokenizer."""
     if tokenizer is None:
         raise ValueError("a model in memory comes without a tokenizer: pass processing_class=")
-    for name, value in (
-        ("quantization_config", quantization_config), ("model_init_kwargs", config.model_init_kwargs),
-    ):  # fmt: skip
-        if value:
-            raise ValueError(f"{name}= says how a base is loaded, and this one is loaded: pass its name, or drop it")
+    loading = {"quantization_config": quantization_config, "model_init_kwargs": config.model_init_kwargs}
+    for name in (name for name, value in loading.items() if value):
+        raise ValueError(
+            f"{name}= says how to load a base, but this model is loaded already: drop {name}=, or pass the base by name"
+        )
     if config.dtype != "auto" and lm.dtype != getattr(torch, config.dtype):
-        raise ValueError(f"dtype={config.dtype!r}, but the model in memory is {lm.dtype}: drop dtype=, or convert it")
+        raise ValueError(
+            f"dtype={config.dtype!r}, but the model in memory is {lm.dtype}: drop dtype=, or convert the model"
+        )
     require_supported(lm.config, type(lm))
     if not lm.can_generate():
         raise ValueError(
@@ -176,31 +183,27 @@ def _require_in_memory(
 
 
 def _keep_differentiable(lm: PreTrainedModel) -> None:
-    """Keep gradients through layers in 4 bits.
+    """Keep gradients through 4-bit layers.
 
-    On a CPU with AVX512-BF16, bitsandbytes packs the weights of a layer again when it first runs without gradients, and
-    its product with packed weights has no backward: after sampling, no gradient would reach the layers below.
+    On a CPU with AVX512-BF16, bitsandbytes repacks the weights of a layer when it first runs without gradients. The
+    product with repacked weights has no backward. After sampling, no gradient would reach the layers below.
     """
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # torch's stub: tensors and modules
 
 
-# --- what can be a base -----------------------------------------------------------------------------------------------
-
-
 def _require_bare(lm: PreTrainedModel) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in lm.modules()):
-        raise ValueError("this model has adapters already: pass the base as it was loaded, one object a LoraGAN")
-
-
-# --- what must be known of it -----------------------------------------------------------------------------------------
+        raise ValueError(
+            "this model has adapters already: pass the base as it was loaded, one model object per LoraGAN"
+        )
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Names, shapes and up to 4,096 evenly spaced numbers of every tensor: enough to tell one base from another.
+    """A hash of the name, the shape and up to 4,096 evenly spaced values of every tensor. It identifies the base.
 
-    Rounded to bfloat16, so that a base is the same in whatever dtype it was loaded; not so where it was quantized.
+    Values are rounded to bfloat16, so the hash does not depend on the dtype. It does depend on quantization.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

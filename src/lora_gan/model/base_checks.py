@@ -1,6 +1,6 @@
-"""Checks of a base when it is opened: weights, numbers, vocabulary, context. Each refusal is one line.
+"""Checks of a base when it is opened: weights, logits, vocabulary. Each error message is one line.
 
-`base.load_base` calls these on the loaded model and tokenizer, before any adapter is made.
+`base.load_base` runs the checks on the loaded model and tokenizer, before it creates adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..wording import error_line
 
 
 def require_weights_here(lm: PreTrainedModel) -> None:
-    """Refuse a model whose weights are on the meta device: made without memory, or offloaded.
+    """Refuse a model with weights on the meta device: created without memory, or offloaded.
 
     Raises:
         ValueError: it names the first such tensor.
@@ -30,17 +30,17 @@ def require_weights_here(lm: PreTrainedModel) -> None:
     for name, tensor in lm.named_parameters():
         if tensor.is_meta:
             raise ValueError(
-                f"this {type(lm).__name__} has no weights: {name} is on the meta device, so it was never loaded, or it "
-                "is offloaded; load the base with from_pretrained, on one device"
+                f"this {type(lm).__name__} has no weights: {name} is on the meta device, so it was not loaded or it "
+                "was offloaded. Load the base with from_pretrained on one device"
             )
 
 
 def require_matching(mismatched: Collection[Any], name: str) -> None:
-    """Refuse a base whose config asks for other shapes than its files hold: such tensors would be random.
+    """Refuse a base if its config and its files disagree about shapes: transformers fills such tensors randomly.
 
     Args:
-        mismatched: transformers' loading info, (name, shape in the file, shape by the config) of each such tensor.
-        name: what the user called the base.
+        mismatched: (name, shape in the file, shape by the config) of each such tensor, from transformers' loading info.
+        name: the base as the user named it.
 
     Raises:
         ValueError: it names the first such tensor and both shapes.
@@ -48,16 +48,16 @@ def require_matching(mismatched: Collection[Any], name: str) -> None:
     for tensor, stored, wanted in sorted(mismatched, key=lambda entry: str(entry[0])):
         raise ValueError(
             f"the files of the base {name!r} do not fit its config.json: {tensor} is {tuple(stored)} in the file and "
-            f"{tuple(wanted)} by the config ({len(mismatched)} tensors differ): get both from one source"
+            f"{tuple(wanted)} by the config ({len(mismatched)} tensors differ): take both from the same source"
         )
 
 
-def require_complete(lm: PreTrainedModel, missing: Collection[str], called: str, note: str = "") -> None:
-    """Refuse a base whose files lack tensors.
+def require_complete(lm: PreTrainedModel, missing: Collection[str], label: str, note: str = "") -> None:
+    """Refuse a base if its files lack tensors.
 
     Args:
-        missing: their names, as transformers' loading info has them.
-        called: what was opened, for the message.
+        missing: names of the missing tensors, from transformers' loading info.
+        label: the file or base in the message.
         note: the end of the message.
 
     Raises:
@@ -65,48 +65,48 @@ def require_complete(lm: PreTrainedModel, missing: Collection[str], called: str,
     """
     if missing:
         raise ValueError(
-            f"{called} does not hold all of a {type(lm).__name__}: {min(missing)} is missing "
+            f"{label} does not hold all of a {type(lm).__name__}: {min(missing)} is missing "
             f"({len(missing)} tensors in all){note}"
         )
 
 
 @contextmanager
-def explaining_failure(called: str) -> Iterator[None]:
-    """Errors inside the block, a forward on a few tokens, say that this base cannot be run; out of memory stays."""
+def explaining_failure(label: str) -> Iterator[None]:
+    """Errors of a forward inside the block become a ValueError: the base cannot be run. Out of memory stays as is."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of the model's own code
+    except Exception as error:  # the model's own code may raise anything
         remedy = "; its tensors must be on one device and of one dtype" if isinstance(error, RuntimeError) else ""
         raise ValueError(
-            f"{called} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: "
+            f"{label} cannot be the base: its forward fails on a few tokens ({type(error).__name__}: "
             f"{error_line(error)}){remedy}"
         ) from error
 
 
 def require_floating(lm: PreTrainedModel) -> None:
-    """Refuse float64, which the adapters and score heads are not computed in.
+    """Refuse float64: adapters and score heads do not support it.
 
     Raises:
         ValueError: it says how to convert the model.
     """
     if lm.dtype not in (torch.float32, torch.bfloat16, torch.float16) and getattr(lm, "hf_quantizer", None) is None:
         raise ValueError(
-            f"this {type(lm).__name__} is in {_name(lm.dtype)}, and a base is in float32, bfloat16 or float16: convert "
-            "it with model.to(torch.float32)"
+            f"this {type(lm).__name__} is in {_name(lm.dtype)}, but a base must be in float32, bfloat16 or float16: "
+            "convert it with model.to(torch.float32)"
         )
 
 
-def require_finite(lm: PreTrainedModel, logits: Tensor, called: str) -> None:
-    """Refuse a base whose logits hold NaN or +∞ on a few ordinary tokens. −∞ forbids a token, and passes.
+def require_finite(lm: PreTrainedModel, logits: Tensor, label: str) -> None:
+    """Refuse a base if its logits contain NaN or +∞. −∞ is accepted: it forbids a token.
 
     Args:
-        logits: of any shape, from a forward of the base alone.
-        called: the base's name, for the message.
+        logits: of any shape, from a forward of the base without adapters.
+        label: the base's name in the message.
 
     Raises:
-        ValueError: it names the dtype, and the first weight that is not finite.
+        ValueError: it names the dtype, and the first weight tensor that is not finite.
     """
     if not (logits.isnan() | (logits == torch.inf)).any():
         return
@@ -116,9 +116,9 @@ def require_finite(lm: PreTrainedModel, logits: Tensor, called: str) -> None:
     if broken:
         found = f"NaN or infinite numbers are in {len(broken)} of its {len(weights)} tensors, first in {broken[0]}"
     raise ValueError(
-        f"{called} cannot be the base in {_name(lm.dtype)}: its logits are not finite on a few tokens, and "
+        f"{label} cannot be the base in {_name(lm.dtype)}: its logits are not finite on a few tokens, and "
         f"{found}. Load it with dtype='bfloat16' or dtype='float32', which overflow "
-        "later than float16. If that does not help, the file is damaged: get it again"
+        "later than float16. If that does not help, the file is damaged: download it again"
     )
 
 
@@ -134,17 +134,17 @@ def embedding_weight(lm: PreTrainedModel) -> Tensor:
 
 
 def embedding_rows(lm: PreTrainedModel) -> int:
-    """Token ids that the base can read: 0 to this, exclusive."""
+    """Rows of the input embedding. The base can read the ids from 0 up to this number, exclusive."""
     return len(embedding_weight(lm))
 
 
 def pad_with_a_row(pad_id: int | None, rows: int) -> int | None:
-    """A config's pad id, None where the embedding has no row for it: then it stands in no text."""
+    """A config's pad id; None if the embedding has no row for it, because no text can contain such an id."""
     return pad_id if pad_id is not None and 0 <= pad_id < rows else None
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids by token; empty where the tokenizer has no list of its tokens, as one of bytes."""
+    """Ids by token; empty if the tokenizer has no list of its tokens, such as a byte tokenizer."""
     try:
         return tokenizer.get_vocab()
     except NotImplementedError:
@@ -152,19 +152,19 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All ids that the tokenizer has a token for; empty where it has no list of them."""
+    """All ids for which the tokenizer has a token; empty if it has no list of its tokens."""
     vocabulary = _vocabulary(tokenizer)
     return frozenset({*vocabulary.values(), *tokenizer.all_special_ids}) if vocabulary else frozenset()
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, AddedToken]:
-    """Tokens beside the vocabulary proper, by id; empty for backends that have a method that raises in its place."""
-    added = tokenizer.added_tokens_decoder
+    """Tokens that were added to the original vocabulary, by id."""
+    added = tokenizer.added_tokens_decoder  # in some backends a method that raises
     return added if isinstance(added, Mapping) else {}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Special tokens by id: those with a role, and those that were added as special."""
+    """Special tokens by id: tokens with a role (bos, eos, …), and tokens that were added as special."""
     tokens = {id: str(token) for id, token in added_tokens(tokenizer).items() if token.special}
     ids = cast(list[int | None], tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens))
     with_a_role = zip(ids, tokenizer.all_special_tokens, strict=True)
@@ -172,10 +172,10 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def require_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is no transformers tokenizer.
+    """Refuse an object that is not a transformers tokenizer.
 
     Raises:
-        ValueError: it names the type; for a processor, it says where its tokenizer is.
+        ValueError: it names the type. For a processor, it points to its tokenizer.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         inside = getattr(tokenizer, "tokenizer", None)
@@ -185,26 +185,26 @@ def require_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, called: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, if every token that it can make of a text has a row in the embedding.
+def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, label: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, limited to tokens with a row in the embedding.
 
-    A special token that no text needs may lack its row: one that was added to the tokenizer alone, that does not end,
-    begin or stand in for texts, and that neither the tokenizer nor the chat template writes. A pad token is the common
-    case. A copy of the tokenizer without these tokens is returned then, so that a text which happens to hold their
-    words is read as other text is.
+    A special token may lack a row if no text needs the token. Such a token was added to the tokenizer alone, is not
+    bos, eos or unk, and is written neither by the tokenizer nor by the chat template. The common case is a pad token.
+    The result is then a copy of the tokenizer without these tokens: in a text, their names are tokenized as ordinary
+    words.
 
     Args:
-        rows: of the base's input embedding.
-        called: the base's name, for the message.
+        rows: rows of the base's input embedding.
+        label: the base's name in the message.
 
     Raises:
-        ValueError: a token of the vocabulary has no row; it names both sizes and the first such token.
+        ValueError: a needed token has no row. The message names both sizes and the first such token.
     """
     vocabulary = _vocabulary(tokenizer)
     if vocabulary and set(vocabulary) <= set(tokenizer.all_special_tokens):
         raise ValueError(
-            f"the tokenizer of {called} knows no words, only special tokens: the files of its vocabulary are missing; "
-            "save it whole with tokenizer.save_pretrained()"
+            f"the tokenizer of {label} knows no words, only special tokens: the files of its vocabulary are missing. "
+            "Save the complete tokenizer with tokenizer.save_pretrained()"
         )
     outside = {token: id for token, id in vocabulary.items() if id >= rows}
     needed = _needed_ids(tokenizer, outside) if outside else {}
@@ -212,26 +212,26 @@ def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, called: str)
         first, size = min(needed), max(vocabulary.values()) + 1
         token = tokenizer.convert_ids_to_tokens(first)
         raise ValueError(
-            f"the tokenizer does not fit {called}: its ids go up to {size - 1:,} ({size:,} in all), the base's "
+            f"the tokenizer does not fit {label}: its ids go up to {size - 1:,} ({size:,} in all), the base's "
             f"embedding has {rows:,} rows, and {token!r} (id {first}, {needed[first]}) has none ({len(needed)} such "
-            f"tokens). Call model.resize_token_embeddings({size}) and save the base before it is "
-            "opened here, or give the tokenizer that belongs to the base"
+            f"tokens). Call model.resize_token_embeddings({size}) and save the base before you "
+            "open it here, or give the tokenizer that belongs to the base"
         )
     return _without(tokenizer, outside) if outside else tokenizer
 
 
 def _needed_ids(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> dict[int, str]:
-    """Ids that a text can be tokenized into or ends with, as far as they are outside, each with the reason."""
+    """The ids that tokenized texts can contain, among the ids without a row; each with the reason."""
     needed: dict[int, str] = {}
     added = added_tokens(tokenizer)
-    proper = _proper_vocabulary(tokenizer)
+    original = _original_vocabulary(tokenizer)
     templates = tokenizer.chat_template or ""
     template = "\n".join(map(str, templates.values())) if isinstance(templates, dict) else str(templates)
     role_of = {str(token): role for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     written = {id for text in ("", "a") for id in tokenizer(text, verbose=False)["input_ids"]}
     for token, id in outside.items():
         role = role_of.get(token)
-        if id not in added or token in proper:
+        if id not in added or token in original:
             needed[id] = "it is a word of the vocabulary"
         elif not added[id].special:
             needed[id] = "it was added as a word"
@@ -244,7 +244,7 @@ def _needed_ids(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> 
     return needed
 
 
-def _proper_vocabulary(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _original_vocabulary(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The vocabulary without added tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):
@@ -253,7 +253,7 @@ def _proper_vocabulary(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _without(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that does not know these added tokens; the tokenizer itself if it has no such copy."""
+    """A copy of the tokenizer without these added tokens. A tokenizer without a Rust backend is returned unchanged."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return tokenizer
@@ -261,7 +261,7 @@ def _without(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> Pre
     for role, token in tokenizer.special_tokens_map.items():
         if isinstance(token, str) and token in outside:
             setattr(kept, role, None)
-            kept.init_kwargs[role] = None  # what save_pretrained writes: without it some classes add their own again
+            kept.init_kwargs[role] = None  # saved by save_pretrained: otherwise some classes add their default again
     kept.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if token not in outside]
     for name in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
         kept.init_kwargs.pop(name, None)

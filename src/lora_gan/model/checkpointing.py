@@ -1,8 +1,11 @@
-"""Gradient checkpointing: a layer keeps only its inputs for the backward, and is recomputed there.
+"""Gradient checkpointing: each layer stores only its inputs for the backward, and is recomputed there.
 
-Chen et al. 2016, arXiv:1604.06174. Used by `Players` under `gradient_checkpointing`. It departs from transformers' own
-switch in two points: the base stays in eval mode, so that its dropout never draws; and each layer is recomputed as the
-player that first ran it, with the same attention, whichever player is active at the backward (peft#2832).
+Chen et al. 2016, arXiv:1604.06174. Used by `Players` under `gradient_checkpointing`. Two differences from transformers'
+own gradient checkpointing:
+
+- The base stays in eval mode, so its dropout stays off.
+- Each layer is recomputed as the player that first ran it, with the same attention. The player that is active at the
+  backward does not matter (peft#2832).
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ RecomputeContext = Callable[[], AbstractContextManager[None]]
 
 
 def checkpoint_layers(layers: nn.ModuleList, recompute_context: Callable[[], RecomputeContext]) -> None:
-    """Let each of the layers keep nothing but its inputs.
+    """Make each layer store only its inputs.
 
     Args:
-        recompute_context: called at each forward; returns what makes the context of the recomputation.
+        recompute_context: called at each forward; returns a function that makes the context of the recomputation.
     """
     for layer in layers:
         layer.forward = CheckpointedForward(layer.forward, recompute_context)
@@ -43,13 +46,13 @@ class CheckpointedForward:
             with context():  # in the first forward, this changes nothing
                 return self.forward(*arguments, **options)
 
-        # The random state is not kept: the base is in eval mode, and nothing draws.
+        # The random state need not be kept: in eval mode no layer draws random numbers.
         return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Inside the block layers keep all activations, as without gradient checkpointing."""
+    """Inside the block, layers store all activations, as without gradient checkpointing."""
     layers = [(module, module.forward) for module in model.modules() if isinstance(module.forward, CheckpointedForward)]
     try:
         for layer, checkpointed in layers:

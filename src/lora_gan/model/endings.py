@@ -1,14 +1,13 @@
 """How a response ends: the token ids that stop sampling, and the id that closes a text.
 
-A base names its end tokens in up to four places: the generation config, the model config, the tokenizer and the chat
-template. They often disagree. Llama-3-Instruct and Gemma-3-it list the end of a chat turn second, and Gemma's tokenizer
-names another token. So every named id stops sampling, and the kind of prompt decides which id closes a text:
+A base names its end tokens in up to four sources: the generation config, the model config, the tokenizer and the chat
+template. The sources often disagree. Llama-3-Instruct and Gemma-3-it list the end of a chat turn second, and Gemma's
+tokenizer names another token. So every named id stops sampling, and the kind of prompt decides which id closes a text:
 
     chat prompt    the id that the chat template writes after an assistant message
     plain prompt   the tokenizer's end token; without one, the first id of the generation config, then of the config
 
-This is the only place that decides how a response ends. Sampling, score(), imitation, rewards, model cards and export
-all ask here.
+Only this module decides how a response ends. Used by sampling, score(), imitation, rewards, model cards and export.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import base_checks
 
-# Texts that stand for a user's and an assistant's words while a template is tried: no template trims or escapes them.
+# Placeholder messages for trial renderings. Templates neither trim nor escape these words.
 USER, ANSWER = "Xquestionx", "Xanswerx"
-#: Options of apply_chat_template that say what to render, not how: a trial sets its own.
+#: Options of apply_chat_template that trial renderings set themselves.
 CALL_OPTIONS = ("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "tools")
 
 
@@ -48,10 +47,10 @@ class Endings:
         """Collect the ids of a base.
 
         Args:
-            template_options: the run's chat_template_kwargs, which may bring a template of their own.
+            template_options: the run's chat_template_kwargs, which may include a chat template.
 
         Raises:
-            ValueError: no place names an end token.
+            ValueError: no source names an end token.
         """
         rows = base_checks.embedding_rows(model)
         config = model.config
@@ -62,14 +61,14 @@ class Endings:
             *ids_of(getattr(config, "eos_token_id", None)),
         ]
         known = tuple(dict.fromkeys(id for id in named if 0 <= id < rows))  # an id without a row cannot be sampled
-        trial = cls(tokenizer, known)
-        chat = [trial.written_after_answers(options) for options in _templates(tokenizer, template_options or {})]
+        from_config = cls(tokenizer, known)
+        chat = [from_config.written_after_answers(options) for options in _templates(tokenizer, template_options or {})]
         stop_ids = tuple(dict.fromkeys([*known, *(id for id in chat if id is not None and 0 <= id < rows)]))
         if not stop_ids:
-            lost = f" that its embedding has a row for: it names {named}" if named else ""
+            outside = f" with a row in its embedding (it names {named})" if named else ""
             raise ValueError(
-                f"the base names no end-of-text token{lost}, and a response could never end: set "
-                "tokenizer.eos_token, or model.generation_config.eos_token_id"
+                f"the base names no end-of-text token{outside}, so no response could end: set "
+                "tokenizer.eos_token or model.generation_config.eos_token_id"
             )
         return cls(tokenizer, stop_ids)
 
@@ -79,22 +78,22 @@ class Endings:
         return self.stop_ids[0]
 
     def chat_id(self, options: Mapping[str, Any]) -> int:
-        """The id that closes a response to chat messages, rendered with these template options.
+        """The id that closes a response to chat messages, if they are rendered with these template options.
 
         Raises:
-            ValueError: the options bring a template that closes a message by an id that does not stop sampling.
+            ValueError: the options include a template that closes messages with an id that does not stop sampling.
         """
         id = self.written_after_answers(options)
         if id is not None and id not in self.stop_ids:
             token = self.tokenizer.convert_ids_to_tokens(id)
             raise ValueError(
-                f"this row's chat template closes a message by {token!r}, which the run's own template does not know "
-                "as an end: give the template in the setting chat_template_kwargs"
+                f"this row's chat template closes a message with {token!r}, which does not stop sampling in this run: "
+                "give the template in the setting chat_template_kwargs"
             )
         return self.text_id if id is None else id
 
     def written_after_answers(self, options: Mapping[str, Any]) -> int | None:
-        """The end token that the chat template writes after an assistant message; None where it writes none."""
+        """The id of the end token that the chat template writes after an assistant message; None without one."""
         template = _resolved(self.tokenizer, options)
         if template is None:
             return None
@@ -103,9 +102,9 @@ class Endings:
         return self._closing[template]
 
     def is_rendered(self, text: str, options: Mapping[str, Any]) -> bool:
-        """Whether a plain prompt is chat messages that a template has rendered already."""
+        """Whether a plain prompt is text that a chat template has rendered."""
         tails = {self._tail(options), self._tail({})} - {("", False)}
-        # Only rendered text has special tokens, so the tail may also stand in the middle: a response was begun.
+        # A tail with a special token may also be in the middle of the text: a prefix of the response follows.
         return any(text.rstrip().endswith(tail) or (is_special and tail in text) for tail, is_special in tails)
 
     def _find_closing(self, options: Mapping[str, Any]) -> int | None:
@@ -113,7 +112,7 @@ class Endings:
         written = self._render([question, answer], options)
         found = None if written is None else self._first_end(written.rpartition(ANSWER)[2])
         if found is None:
-            # Templates such as GLM's close a message by opening the next one.
+            # Some templates, such as GLM's, close a message with the opening of the next message.
             written = self._render([question, answer, {"role": "user", "content": USER}], options)
             between = "" if written is None else written.rpartition(ANSWER)[2].partition(USER)[0]
             found = self._first_end(between)
@@ -121,16 +120,18 @@ class Endings:
         return found
 
     def _first_end(self, text: str) -> int | None:
-        """The first special token of a text; else the added token that it begins with."""
+        """The id of the first special token in a text, else of the added token at its start; None without either."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         special, added = base_checks.special_tokens(self.tokenizer), base_checks.added_tokens(self.tokenizer)
         begins = (id for id, token in added.items() if text.strip().startswith(token.content))
         return next(chain((id for id in ids if id in special), begins), None)
 
     def _tail(self, options: Mapping[str, Any]) -> tuple[str, bool]:
-        """What the template writes after a user's last message, up to where the response begins, without space; and
-        whether a special token is in it. Those that only an added token's flag calls special count too: Gemma's
-        <end_of_turn> has no role in the tokenizer."""
+        """The text that the template writes between a user's last message and the response, stripped; and whether the
+        text contains a special token.
+
+        Added tokens with the flag `special` count, too: Gemma's <end_of_turn> has no role in the tokenizer.
+        """
         template = _resolved(self.tokenizer, options)
         if template is None:
             return "", False
@@ -138,7 +139,7 @@ class Endings:
         if key not in self._tails:
             written = self._render([{"role": "user", "content": USER}], options, add_generation_prompt=True)
             tail = "" if written is None else written.rpartition(USER)[2].strip()
-            tail = tail if len(tail) >= 5 else ""  # ": " would be found in any text
+            tail = tail if len(tail) >= 5 else ""  # a short tail such as ":" occurs in any text
             special = base_checks.special_tokens(self.tokenizer).values()
             self._tails[key] = tail, any(token in tail for token in special)
         return self._tails[key]
@@ -146,7 +147,7 @@ class Endings:
     def _render(
         self, messages: list[dict[str, str]], options: Mapping[str, Any], *, add_generation_prompt: bool = False
     ) -> str | None:
-        """What the template writes; None where it does not take these messages."""
+        """The rendered messages; None if the template rejects them."""
         options = {name: value for name, value in options.items() if name not in CALL_OPTIONS}
         try:
             return str(
@@ -154,25 +155,25 @@ class Endings:
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
                 )
             )
-        except Exception:  # a template may raise anything; the row that needs it gets the template's own words
+        except Exception:  # a template may raise anything; rows that need it report the template's own message
             return None
 
 
 def ids_of(value: int | Iterable[int] | None) -> list[int]:
-    """Ids as configs name them: none, one, or several."""
+    """A list of the ids in a config's value: None, one id, or several ids."""
     if value is None:
         return []
     return [value] if isinstance(value, int) else [int(id) for id in value]
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Options that reach each template of a run: the run's own, and those that the tokenizer holds by name."""
+    """Options for each chat template of a run: the selected template, and the tokenizer's named templates."""
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     return [options, *({**options, "chat_template": name} for name in named)]
 
 
 def _resolved(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str | None:
-    """The template that these options choose, None where there is none."""
+    """The chat template that these options select; None without one."""
     try:
         return tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     except ValueError:

@@ -1,8 +1,8 @@
-"""A linear layer with plain LoRA in three matrix products, and an activation in one pass. Used by `Players`.
+"""Faster forwards: plain LoRA layers in three matrix products, and GELU in one pass. Used by `Players`.
 
-On each call PEFT's layer looks up which kind of adapter is active, and adds the adapter's part in three passes over the
-output. For small bases, and in decoding, that is much of the time. For plain LoRA in the base's own dtype this module
-computes the same sum in one pass. In all other cases PEFT's forward runs.
+On each call, PEFT's layer checks which kind of adapter is active, and adds the adapter's output in three passes. With
+small bases, and in decoding, this is a large share of the time. This module computes the same sum in one pass for plain
+LoRA in the base's own dtype. In all other cases PEFT's forward runs.
 
 # N = tokens, I = inputs, O = outputs, R = rank
 """
@@ -21,21 +21,21 @@ from transformers.pytorch_utils import Conv1D
 
 
 def use_fast_forwards(model: nn.Module) -> None:
-    """Give plain LoRA layers and activations their faster forwards; numbers stay the same to rounding."""
+    """Replace the forwards of plain LoRA layers and of GELU. Outputs stay equal to rounding."""
     for module in list(model.modules()):
         if type(module) is Linear and type(module.base_layer) in (nn.Linear, Conv1D):
-            module.forward = PlainLoraForward(module)  # type: ignore[method-assign]  # that is the purpose
+            module.forward = PlainLoraForward(module)  # type: ignore[method-assign]  # replaced on purpose
         for name, child in module.named_children():
-            if type(child) is NewGELUActivation:  # the same formula, written out as eight passes
+            if type(child) is NewGELUActivation:  # the same formula, in eight passes
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 class PlainLoraForward:
-    """A LoRA layer's forward: base(x) + scaling · (x Aᵀ) Bᵀ, for the one adapter that is active, or none."""
+    """A LoRA layer's forward with at most one active adapter: base(x) + scaling · (x Aᵀ) Bᵀ."""
 
     def __init__(self, layer: Linear) -> None:
         self.layer = layer
-        self.merged: Tensor | None = None  # base weight + active adapter, inside `merged_adapter`
+        self.merged: Tensor | None = None  # base weight + active adapter; set inside `merged_adapter`
 
     @property
     def base(self) -> nn.Linear | Conv1D:
@@ -64,6 +64,7 @@ class PlainLoraForward:
         return wide_NO.view_as(result)
 
     def merge(self) -> None:
+        """Merge the active adapter into a copy of the base weight. Adapters that are not plain LoRA stay unmerged."""
         layer, active = self.layer, self.layer._active_adapter
         if len(active) != 1 or active[0] not in layer.lora_A or layer.merged or layer.disable_adapters:
             return
@@ -75,15 +76,15 @@ class PlainLoraForward:
             self.merged = torch.addmm(base_OI, b_OR, a_RI, alpha=layer.scaling[active[0]])
 
 
-MERGE_LIMIT = 2**24  # weights of the adapted layers up to which a base is merged: 64 MB in float32
+MERGE_LIMIT = 2**24  # the maximum number of weights in adapted layers that are copied: 64 MB in float32
 
 
 @contextmanager
 def merged_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the block a small base's layers use copies of their weights with the active adapter merged in.
+    """Inside the block, the layers of a small base use copies of their weights with the active adapter merged in.
 
-    For decoding, where the number of matrix products takes the time, not their size: a third of them remain. The base's
-    own weights stay untouched, so nothing has to be unmerged.
+    Used in decoding, where the number of matrix products takes the time, not their size. Merging leaves one product of
+    three. The base's own weights stay unchanged, so no unmerging is needed.
     """
     forwards = _fast_forwards(model)
     if torch.is_grad_enabled() or sum(forward.base.weight.numel() for forward in forwards) > MERGE_LIMIT:
@@ -99,7 +100,7 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def merged_bytes(model: nn.Module) -> int:
-    """Bytes of the copies that `merged_adapter` makes; 0 for a base that is too large for them."""
+    """Bytes of the copies that `merged_adapter` makes; 0 for a base above MERGE_LIMIT."""
     weights = [forward.base.weight for forward in _fast_forwards(model)]
     return sum(weight.nbytes for weight in weights) if sum(weight.numel() for weight in weights) <= MERGE_LIMIT else 0
 

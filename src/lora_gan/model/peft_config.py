@@ -1,7 +1,7 @@
-"""The adapters' settings as PEFT gets them: from the library's settings, or checked copies of the user's own.
+"""Builds the adapters' peft.LoraConfig: from the library's settings, or from a checked copy of the user's own.
 
-Two adapters share one base, so a setting that changes the base itself cannot be accepted. `Players` builds its adapters
-here. `initial_adapter` and checkpoints check the settings of saved adapters by the same lists.
+Two adapters share one base, so settings that change the base are refused. Used by `Players`. `initial_adapter` and
+checkpoints check saved adapters against the same lists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import composite
 from .base import Base
 from .layers import has_adapter, require_layer_list
 
-# The fields of peft.LoraConfig that may differ from its defaults. The library sets the last row itself.
+# The fields of peft.LoraConfig that may differ from PEFT's defaults: the user's, and those that the library sets.
 ACCEPTED = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "init_lora_weights",
@@ -38,12 +38,12 @@ SET_BY_LIBRARY = (
 INIT_METHODS = (True, False, "gaussian", "orthogonal")
 TASK_TYPES = {"generator": ("CAUSAL_LM",), "discriminator": ("SEQ_CLS", "CAUSAL_LM")}
 REFUSED_BECAUSE = {
-    "lora_dropout": "players run in eval mode, where it would do nothing",
-    "bias": "the biases are the base's, which both players share",
-    "modules_to_save": "copies of the base's modules would be trained; the score head is the library's own",
-    "target_parameters": "PEFT allows it to one adapter only",
-    "trainable_token_indices": "the embeddings are the base's, which both players share",
-    "layer_replication": "it would give the base another number of layers for both players",
+    "lora_dropout": "players run in eval mode, in which dropout is off",
+    "bias": "both players share the base's biases",
+    "modules_to_save": "it would train copies of the base's modules; the library has its own score head",
+    "target_parameters": "PEFT supports it for one adapter only",
+    "trainable_token_indices": "both players share the base's embeddings",
+    "layer_replication": "it would change the number of layers for both players",
 }
 
 
@@ -53,10 +53,13 @@ def lora_config(
     config: Config,
     model: PreTrainedModel,
 ) -> LoraConfig:
-    """The player's adapter as PEFT gets it: from the settings, or a checked copy of the user's own.
+    """The player's LoraConfig: from the settings, or a checked copy of the user's own.
+
+    Args:
+        given: the user's own; None: use the settings of `config`.
 
     Raises:
-        ValueError: a field that does not work on a base that two adapters share, by name; settings that contradict it.
+        ValueError: it names a field that does not work on a shared base, or a setting that contradicts `given`.
     """
     prefix = "disc_" if player == "discriminator" else ""
     name = f"{prefix}peft_config"
@@ -74,7 +77,7 @@ def lora_config(
             raise ValueError(f"{name} is a {type(given).__name__}: it must be a peft.LoraConfig")
         described = ["lora_r", "lora_alpha", "target_modules"] + ["layers"] * (player == "discriminator")
         if (changed := changed_setting(config, [prefix + field for field in described])) is not None:
-            raise ValueError(f"{changed} and {name}= both describe the adapter: give one of them")
+            raise ValueError(f"{changed} and {name}= both describe the adapter: give only one")
         _require_own_config(name, given)
         if given.task_type is not None and given.task_type not in TASK_TYPES[player]:
             raise ValueError(
@@ -82,15 +85,15 @@ def lora_config(
             )
         wanted = copy.deepcopy(given)
     _exclude_not_adapted(wanted, model)
-    wanted.task_type = TaskType.CAUSAL_LM  # both adapters stand on the causal LM; a checkpoint says SEQ_CLS
+    wanted.task_type = TaskType.CAUSAL_LM  # both adapters are on the causal LM; the discriminator's file has SEQ_CLS
     wanted.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's linear layers
     wanted.base_model_name_or_path, wanted.revision, wanted.inference_mode = None, None, False
     return wanted
 
 
-# Linear layers that "all-linear" leaves out, by model type. PEFT refuses `out_proj`, whose weight Mamba's kernels read
-# past the adapter; transformers reads the weight of `dt_proj` so, and an adapter there would never do anything.
-# Qwen4-Exp's `index_qk_proj` only ranks tokens for its sparse attention, which passes no gradient.
+# Linear layers that "all-linear" leaves out, by model type. Mamba's kernels use the weight of `out_proj` without the
+# layer's forward, so an adapter has no effect, and PEFT refuses the layer. The same holds for `dt_proj` in
+# transformers. Qwen4-Exp's `index_qk_proj` only ranks tokens for its sparse attention, which passes no gradient.
 NOT_ADAPTED = {
     "falcon_h1": ("out_proj",), "mamba2": ("out_proj",), "nemotron_h": ("out_proj",), "mamba": ("out_proj", "dt_proj"),
     "falcon_mamba": ("out_proj", "dt_proj"), "jamba": ("dt_proj",), "qwen4_exp_text": ("index_qk_proj",),
@@ -98,18 +101,18 @@ NOT_ADAPTED = {
 
 
 def _exclude_not_adapted(wanted: LoraConfig, model: PreTrainedModel) -> None:
-    """Let "all-linear" mean all linear layers that can be adapted. Modules that are named one by one stay named."""
+    """Exclude from "all-linear" the layers that cannot be adapted. Other values of target_modules stay unchanged."""
     left_out = NOT_ADAPTED.get(model.config.model_type, ())
     excluded = wanted.exclude_modules
-    if left_out and wanted.target_modules == "all-linear" and not isinstance(excluded, str):  # a pattern is the user's
+    if left_out and wanted.target_modules == "all-linear" and not isinstance(excluded, str):
         wanted.exclude_modules = {*(excluded or ()), *left_out}  # type: ignore[assignment]  # PEFT keeps a set
 
 
 def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
-    """The linear layers of the model's upper layers, by name: PEFT takes "all-linear" in all layers or none.
+    """The names of the linear modules in the model's upper layers. PEFT has "all-linear" for all layers only.
 
     Raises:
-        ValueError: the model has fewer layers, or not one list of them.
+        ValueError: the model has fewer layers, or no single list of layers.
     """
     count = model.config.get_text_config().num_hidden_layers
     if layers > count:
@@ -124,18 +127,26 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
     )
 
 
-def attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel:
-    """Put the adapters on the base. An error of PEFT is raised as one line that contains `said`."""
+def attach(base: Base, lora: dict[str, LoraConfig], source: str = "") -> PeftModel:
+    """Put the adapters on the base.
+
+    Args:
+        lora: LoraConfig by adapter name; "generator" is required.
+        source: where the adapter comes from, for the message.
+
+    Raises:
+        ValueError: one line: PEFT cannot put these adapters on this base.
+    """
     on_cpu = base.model.device.type == "cpu"
     if on_cpu and getattr(base.model, "is_loaded_in_8bit", False) and any(c.use_dora for c in lora.values()):
         raise ValueError(
-            "use_dora=True does not work on a base in 8 bits on the CPU, where PEFT loses the scales of its weights: "
-            "load it in 4 bits, or leave DoRA out"
+            "use_dora=True does not work on an 8-bit base on the CPU, because PEFT loses the scales of its weights: "
+            "load the base in 4 bits, or set use_dora=False"
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
-        # PEFT doubles the rank of fused expert weights by its own pattern. It applies the pattern, and warns that it
-        # did not.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # a mismatch of PEFT, transformers
+        # PEFT doubles the rank of fused expert weights by its own pattern, and wrongly warns that the pattern did not
+        # match.
         warnings.filterwarnings(
             "ignore", message=r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj"
         )
@@ -143,19 +154,19 @@ def attach(base: Base, lora: dict[str, LoraConfig], said: str = "") -> PeftModel
             peft = get_peft_model(base.model, lora["generator"], adapter_name="generator")
             for name in list(lora)[1:]:
                 peft.add_adapter(name, lora[name])
-        except Exception as error:  # PEFT's own kinds, and those of what quantizes
+        except Exception as error:  # PEFT and quantization libraries raise many kinds
             raise ValueError(
-                f"PEFT could not put these adapters{said} on the base, a {type(base.model).__name__}: "
+                f"PEFT could not put these adapters{source} on the base, a {type(base.model).__name__}: "
                 f"{error_line(error)}"
             ) from error
     return peft
 
 
 def lora_config_from(theirs: Mapping[str, Any], where: str, **settings: Any) -> LoraConfig:
-    """An adapter's config from what is accepted of its JSON; `settings` come before it.
+    """A LoraConfig from the accepted fields of an adapter's JSON. `settings` override these fields.
 
     Raises:
-        ValueError: it describes no LoRA adapter; `where` names the file.
+        ValueError: the JSON does not describe a LoRA adapter. `where` names the file.
     """
     kept = {name: copy.deepcopy(theirs[name]) for name in ACCEPTED if name in theirs}
     try:
@@ -172,11 +183,11 @@ def changed_setting(config: Config, settings: Iterable[str]) -> str | None:
 
 
 def require_shareable(settings: Iterable[tuple[str, Any]], name: str, *, accepted: Iterable[str], remedy: str) -> None:
-    """Refuse a value that is not PEFT's default in a field where only the default works.
+    """Refuse values other than PEFT's defaults, except in the accepted fields.
 
     Args:
         settings: (field, value) pairs of a LoRA adapter.
-        name: of the adapter, for the message.
+        name: the adapter's name in the message.
         accepted: the fields that may have any value.
         remedy: the end of the message.
 
@@ -192,69 +203,70 @@ def require_shareable(settings: Iterable[tuple[str, Any]], name: str, *, accepte
 
 def _require_own_config(name: str, given: LoraConfig) -> None:
     settings = ((field.name, getattr(given, field.name)) for field in fields(LoraConfig))
-    remedy = f". What may differ from PEFT's defaults: {', '.join(ACCEPTED)}"
+    remedy = f". These fields may differ from PEFT's defaults: {', '.join(ACCEPTED)}"
     require_shareable(settings, name, accepted=(*ACCEPTED, *SET_BY_LIBRARY), remedy=remedy)
     if given.init_lora_weights not in INIT_METHODS:
         raise ValueError(
-            f"{name} has init_lora_weights={given.init_lora_weights!r}, which is not accepted: the base stays as it "
-            f"is, and it must be one of {', '.join(map(repr, INIT_METHODS))}"
+            f"{name} has init_lora_weights={given.init_lora_weights!r}, which is not accepted: the base must not "
+            f"change. Set one of {', '.join(map(repr, INIT_METHODS))}"
         )
 
 
-# --- places of the adapters -------------------------------------------------------------------------------------------
+# --- checks of the adapted modules ------------------------------------------------------------------------------------
 
 
 def require_trainable(lm: PreTrainedModel) -> list[str]:
-    """The names of the modules with a discriminator's adapter, if both players can train every adapter.
+    """Check that gradients reach every adapter. Returns the names of the modules with a discriminator's adapter.
 
     Raises:
-        ValueError: an adapter on the input embeddings, or a discriminator's that no score passes through.
+        ValueError: an adapter is on the input embeddings, or a discriminator's adapter does not affect the score.
     """
     if isinstance(lm.get_input_embeddings(), BaseTunerLayer):
         raise ValueError(
-            "target_modules name the input embeddings, which both players share: leave them out (all-linear does)"
+            "target_modules name the input embeddings, which both players share: leave them out, or set all-linear"
         )
-    # An expert's adapter stands around the layer that PEFT made of it.
+    # PEFT nests the adapters of fused expert weights, and adds ".base_layer" to their names.
     modules = lm.named_modules()
-    places = [name.replace(".base_layer", "") for name, module in modules if has_adapter(module, "discriminator")]
-    outside = [name for name in places if not name.startswith(f"{lm.base_model_prefix}.")]
+    names = [name.replace(".base_layer", "") for name, module in modules if has_adapter(module, "discriminator")]
+    outside = [name for name in names if not name.startswith(f"{lm.base_model_prefix}.")]
     if outside:
         raise ValueError(
-            f"disc_target_modules name {outside[0]!r}, which no score passes through: leave it out "
+            f"disc_target_modules name {outside[0]!r}, which does not affect the score: leave it out "
             "(disc_peft_config= takes exclude_modules)"
         )
-    return places
+    return names
 
 
-def warn_of_stock_clients(base: Base, lm: PreTrainedModel, places: list[str], width: int) -> None:
-    """Warn where stock sequence classification lacks something that discriminator/ needs.
+def warn_of_stock_clients(base: Base, lm: PreTrainedModel, names: list[str], width: int) -> None:
+    """Warn if stock sequence classification cannot open a discriminator on this base.
 
     Args:
-        places: names of the modules with a discriminator's adapter.
-        width: of the score head.
+        names: names of the modules with a discriminator's adapter.
+        width: input width of the score head.
     """
-    if problem := _stock_classifier_lacks(base, lm, places, width):
+    if problem := _stock_classifier_lacks(base, lm, names, width):
         warnings.warn(
             f"stock transformers and PEFT cannot open a discriminator on {type(lm).__name__}: {problem}. This "
-            "library trains, saves, loads and scores with it all the same.",
+            "library can still train, save, load and score with it.",
             stacklevel=5,
         )
 
 
-def _stock_classifier_lacks(base: Base, lm: PreTrainedModel, places: list[str], width: int) -> str | None:
+def _stock_classifier_lacks(base: Base, lm: PreTrainedModel, names: list[str], width: int) -> str | None:
+    """The first thing that stock sequence classification lacks, for the warning; None if it lacks nothing."""
     config = copy.deepcopy(base.composite or lm.config)
     kind = cast("type[PreTrainedModel] | None", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None))
     if kind is None:
         return f"transformers has no sequence classification for the model type {config.model_type!r}"
     config.num_labels = 1
-    config.get_text_config().pad_token_id = None  # one that has no row would stop stock transformers here
-    with torch.device("meta"):  # shapes alone, no memory
+    config.get_text_config().pad_token_id = None  # a pad id without a row would raise in stock transformers
+    with torch.device("meta"):  # shapes only, without memory
         stock = kind(config)
     score = getattr(stock, "score", None)
     if not isinstance(score, nn.Linear) or score.in_features != width:
         return f"{kind.__name__} has no score head of width {width}"
-    there = dict(stock.named_modules())
+    present = dict(stock.named_modules())
     if base.composite is not None:
-        places = list(map(composite.stock_name, places))
-    lacking = [name for name in places if name not in there]
+        names = list(map(composite.stock_name, names))
+    lacking = [name for name in names if name not in present]
     return f"{kind.__name__} has no {lacking[0]}" if lacking else None

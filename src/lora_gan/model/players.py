@@ -1,19 +1,18 @@
-"""One frozen base, its two adapters, the reference, and the score heads. The only place that switches adapters.
+"""The frozen base, its two adapters, the reference and the score heads. Only this module switches adapters.
 
-The reference is what the KL is measured to: the base with all adapters off or, with `init_adapter=`, a third adapter
-that never trains. "base" always has all adapters off.
+The KL is measured to the reference. The reference is the base with all adapters off or, with `init_adapter=`, a third
+adapter that never trains. "base" always has all adapters off.
 
-# B = rows, L = tokens of a row (prompt left-padded, response right-padded), V = vocabulary, H = hidden size, M = heads,
-# R = some of a batch's tokens
+# B = rows, L = tokens of a row (prompt left-padded, response right-padded), N = tokens of a packed batch,
+# R = selected tokens of a batch, V = vocabulary, H = hidden size, M = score heads
 
-Two rules, each broken silently by stock PEFT:
+Two rules, which stock PEFT breaks silently:
 
-- Switching never touches `requires_grad`. PEFT's `set_adapter` clears it on the adapter that goes, and autograd then
-  drops every gradient of a graph that is still waiting for its backward.
-- Nothing is switched between a forward and its backward: blocks wrapped for gradient checkpointing from outside would
-  be recomputed with the wrong adapter (peft#2832). `playing` raises when a graph is still open. `defer_backward` is
-  the one exception: under gradient_checkpointing each layer is recomputed as the player that first ran it
-  (checkpointing.py).
+- Switching never changes `requires_grad`. PEFT's `set_adapter` clears it on the previous adapter, and autograd then
+  drops the gradients of graphs that still wait for their backward.
+- No switch between a forward and its backward. Layers under external gradient checkpointing would be recomputed with
+  the wrong adapter (peft#2832). `use_adapter` raises if a graph is still open. `defer_backward` is the only exception:
+  under `gradient_checkpointing` each layer is recomputed as the player that first ran it (checkpointing.py).
 """
 
 from __future__ import annotations
@@ -44,30 +43,20 @@ from .encoding import Encoder
 from .fast_lora import use_fast_forwards
 from .initial_adapter import InitAdapter
 from .kv_cache import cache_inputs, has_other_than_full_attention
-from .layers import (
-    FixedBody,
-    FixedOutput,
-    InputRecorder,
-    body_of,
-    has_adapter,
-    layer_list,
-    replaced,
-    require_layer_list,
-)
+from .layers import FixedBody, FixedOutput, InputRecorder, body_of, frozen_layers, replaced, require_layer_list
 from .packing import Batch, Rows, build_batch
 from .peft_config import attach, lora_config, require_trainable, warn_of_stock_clients
 from .tokens import positions
 
-__all__ = ["Base", "Player", "Players"]
-
 Player = Literal["generator", "discriminator", "reference", "base"]
-LOGITS_AT_ONCE = 2**22  # numbers: 16 MB in float32, which stays in a processor's cache
+LOGITS_AT_ONCE = 2**22  # the maximum number of logits in memory: 16 MB in float32, which fits in a processor's cache
 
 
 class Players:
-    """The base with its two LoRA adapters, and M score heads that stand outside the model.
+    """The base with its two LoRA adapters, and M score heads.
 
-    Outside, because "all-linear" would adapt a head inside, and `modules_to_save` would give the generator one too.
+    The score heads are not modules of the model: "all-linear" would put an adapter on them, and `modules_to_save` would
+    give the generator a copy.
     """
 
     def __init__(
@@ -80,7 +69,7 @@ class Players:
         init_adapter: InitAdapter | None = None,
     ) -> None:
         self.base = base
-        # Whether the reference is an adapter of its own: the one that the generator starts from.
+        # Whether the reference is an adapter: the adapter that the generator starts from.
         self.has_reference = init_adapter is not None and config.kl_reference != "base"
         if config.kl_reference == "init_adapter" and init_adapter is None:
             raise ValueError(
@@ -94,33 +83,32 @@ class Players:
         }
         if self.has_reference:
             lora["reference"] = copy.deepcopy(lora["generator"])
-        # Which adapters the settings do not describe: a checkpoint says so.
+        # Players with an adapter from a LoraConfig instead of the settings. Checkpoints record this.
         given = {"generator": own, "discriminator": disc_peft_config}
-        self.by_peft_config = [player for player, its in given.items() if its is not None]
+        self.by_peft_config = [player for player, own_config in given.items() if own_config is not None]
         layers = None
         if config.gradient_checkpointing:
             _, layers = require_layer_list(base.model, "gradient_checkpointing", "set micro_batch_size")
         with randomness.seeded_torch(config.seed, "lora"):
             self.peft = attach(base, lora, "" if init_adapter is None else f" (init_adapter={init_adapter.name})")
         self.peft.eval()  # train mode would switch on the base's own dropout
-        self.lm = base.model  # PEFT puts its layers into it
+        self.lm = base.model  # PEFT has replaced its layers in place
         use_fast_forwards(self.lm)
         self.body = body_of(self.lm)
-        # What comes out of the body, which the score head reads: OPT's may be narrower than its hidden size.
+        # Width of the body's output, which the score heads read. In some OPT models it is not the hidden size.
         hidden = getattr(self.lm.get_output_embeddings(), "in_features", self.lm.config.get_text_config().hidden_size)
         device = next(base.model.parameters()).device
         self.heads_MH = nn.Parameter(torch.zeros(config.disc_heads, hidden, device=device, dtype=torch.float32))
-        self.reward_unit = 1.0  # the heads count in it, so that their learning rate does not depend on the reward's
+        self.reward_unit = 1.0  # unit of the heads' outputs: their learning rate then fits rewards of any scale
         self._layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         self._takes = inspect.signature(self.lm.forward).parameters
-        self.active: Player = "base"  # whose forwards run now
+        self.active: Player = "base"  # the current player of all forwards
         self._open: dict[int, weakref.ref[_PendingGraph]] = {}
         for parameter in self.parameters("generator") + self.parameters("discriminator"):
             parameter.requires_grad_(True)
         for parameter in self.parameters("reference"):
             parameter.requires_grad_(False)
-        places = require_trainable(self.lm)
-        warn_of_stock_clients(base, self.lm, places, self.heads_MH.shape[1])
+        warn_of_stock_clients(base, self.lm, require_trainable(self.lm), self.heads_MH.shape[1])
         self._switch("base")
         if layers is not None:
             checkpoint_layers(layers, self._recompute_context)
@@ -130,17 +118,24 @@ class Players:
         return self.heads_MH.device
 
     def parameters(self, player: Literal["generator", "discriminator", "reference"]) -> list[nn.Parameter]:
-        """What this player trains, in a fixed order: its adapter, and for the discriminator its heads, last. Of the
-        reference, the adapter that never trains; empty where the reference is the base."""
-        mine = re.compile(rf"\.lora_\w+\.{player}(\.|$)")
-        adapter = [parameter for name, parameter in self.peft.named_parameters() if mine.search(name)]
+        """The player's parameters in a fixed order: its adapter, then the discriminator's score heads.
+
+        For "reference", the parameters of the fixed adapter; empty if the reference is the base.
+        """
+        own = re.compile(rf"\.lora_\w+\.{player}(\.|$)")
+        adapter = [parameter for name, parameter in self.peft.named_parameters() if own.search(name)]
         return adapter + ([self.heads_MH] if player == "discriminator" else [])
 
     # --- switching
 
     @contextmanager
     def use_adapter(self, player: Player) -> Iterator[None]:
-        """Forwards inside the block run as this player; the one before comes back at its end, on exceptions too."""
+        """Inside the block, forwards run as this player. The previous player is restored, after exceptions, too.
+
+        Raises:
+            ValueError: there is no such player.
+            RuntimeError: a graph still waits for its backward when the player changes.
+        """
         if player not in get_args(Player):
             raise ValueError(f"player={player!r} is not accepted: it must be one of {', '.join(get_args(Player))}")
         before = self.active
@@ -149,38 +144,33 @@ class Players:
         try:
             yield
         except BaseException:
-            self._open.clear()  # the graph is lost anyway; the cause must not be covered by a second error
-            self._switch(before)
+            self._open.clear()  # the graph is lost anyway, and a second error must not hide the cause
             raise
-        try:
+        else:
             self._require_no_open_graph(f"{player} → {before}")
         finally:
             self._switch(before)
 
     def _switch(self, player: Player) -> None:
-        # PEFT's public set_adapter would also rewrite requires_grad, which is the trap described above.
-        active = self._adapters_of(player)
+        # PEFT's public set_adapter would also change requires_grad; see the first rule above.
+        active: list[str] = [] if self._is_base(player) else [player]
         for layer in self._layers:
             layer._active_adapter = active
         self.active = player
-
-    def _adapters_of(self, player: Player) -> list[str]:
-        """The adapters, by PEFT's names, that are on while this player plays: one or none."""
-        return [] if self._is_base(player) else [player]
 
     def _is_base(self, player: Player) -> bool:
         """Whether this player is the base with all adapters off."""
         return player == "base" or (player == "reference" and not self.has_reference)
 
     def _recompute_context(self) -> RecomputeContext:
-        """For a recomputation: the player of now, and attention that reads the same kind of rows."""
+        """A function that makes the context of a recomputation: the current player and attention."""
         return partial(self._as_player, self.active, self.lm.config._attn_implementation)
 
     @contextmanager
     def _as_player(self, player: Player, attention: str) -> Iterator[None]:
         before = self.active
         with self._attention(attention):
-            if player != before:  # this runs per recomputed layer; mostly nothing changes
+            if player != before:  # called once per recomputed layer, mostly with the active player
                 self._switch(player)
             try:
                 yield
@@ -191,52 +181,58 @@ class Players:
     def _require_no_open_graph(self, switch: str) -> None:
         if any(graph() is not None for graph in self._open.values()):
             raise RuntimeError(
-                f"adapter switched ({switch}) between a forward and its backward: its gradients could land on the "
-                "wrong adapter. Call backward inside the same `playing` block, or run the forward under no_grad()."
+                f"adapter switched ({switch}) between a forward and its backward: gradients could reach the wrong "
+                "adapter. Call backward inside the same `use_adapter` block, or run the forward under no_grad()."
             )
         self._open.clear()
 
     def _track_graph(self, output: Tensor) -> Tensor:
-        """Remember a differentiable output until its backward has run, or its graph is gone."""
+        """Record a differentiable output as open until its backward has run, or its graph is freed."""
         if output.grad_fn is not None:
             graph = _PendingGraph()
             key = id(graph)
-            # Lives as long as the graph does. torch's stub takes the property for a method.
+            # The object lives as long as the graph. torch's stub declares the property as a method.
             output.grad_fn.metadata["lora_gan"] = graph  # type: ignore[index]
             self._open[key] = weakref.ref(graph)
             output.register_hook(lambda _: self._open.pop(key, None) and None)
         return output
 
     def defer_backward(self, output: Tensor) -> Tensor:
-        """Allow the backward of this output to come after other forwards, by other players too.
+        """Allow other forwards, also by other players, before the backward of this output.
 
-        The weights must not change before it. Any player may be active then: layers are recomputed as the player that
-        first ran them, and `requires_grad` is never touched.
+        The weights must not change before the backward. Any player may be active in the backward: layers are recomputed
+        as the player that first ran them, and `requires_grad` never changes.
         """
         self._open.clear()
         return output
 
     # --- forwards
 
-    def keep(self, places: int) -> dict[str, int]:
-        """Asks for the logits of the last places alone, of bases that can be asked: the others compute all."""
-        return {"logits_to_keep": places} if "logits_to_keep" in self._takes else {}
+    def keep(self, tokens: int) -> dict[str, int]:
+        """The argument that limits the logits to the last `tokens` positions; empty for bases without it."""
+        return {"logits_to_keep": tokens} if "logits_to_keep" in self._takes else {}
 
     def positions(self, mask_BL: Tensor) -> dict[str, Tensor]:
-        """Positions counted from the first real token, for bases that take them: rows are padded on the left."""
+        """The argument with the positions of left-padded rows; empty for bases without it."""
         return {"position_ids": positions(mask_BL)} if "position_ids" in self._takes else {}
 
     def cached(self, cache: DynamicCache, mask_BL: Tensor | None = None) -> dict[str, Any]:
-        """The cache under the name that this base takes it by, and the mask of a cached step, where it takes one."""
+        """The arguments that pass the cache and, for a cached step, the mask; see `cache_inputs`."""
         return cache_inputs(self._takes, cache, mask_BL)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The frozen input embeddings both players share, as the body receives them."""
+        """The frozen input embeddings of token ids, [..., H]. Both players share the embeddings."""
         return self.lm.get_input_embeddings()(ids)
 
     def batch(self, prompts: Rows, responses: Rows, prompt_of: np.ndarray, *, packs: bool | None = None) -> Batch:
-        """Responses and the prompts they answer, laid out as this base reads them: without padding where it can, or as
-        `packs` says."""
+        """The inputs for responses and their prompts, packed without padding if this base can read packed rows.
+
+        Args:
+            prompts: token ids of each prompt.
+            responses: token ids of each response.
+            prompt_of: [B], index of each response's prompt.
+            packs: True or False overrides the choice between packed and padded.
+        """
         batch = build_batch(
             prompts, responses, prompt_of, packs=self.packs if packs is None else packs,
             pad_id=self.base.pad_id, pad_on_disk=self.base.pad_on_disk, device=self.device,
@@ -247,11 +243,11 @@ class Players:
 
     @cached_property
     def packs(self) -> bool:
-        """Whether this base reads a packed row as it reads padded ones; found out by trying, once."""
+        """Whether packed and padded rows give this base equal hidden states. Found once, by a trial of a few tokens."""
         config = self.lm.config
         if "position_ids" not in self._takes or config.get_text_config() is not config:
             return False
-        # A trial of a few tokens cannot show a sliding window. A recurrent state runs along the row, over its texts.
+        # A short trial does not reveal a sliding window. A recurrent state would leak from one text into the next.
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         if any(windows) or has_other_than_full_attention(config):
             return False
@@ -265,58 +261,49 @@ class Players:
         with self.use_adapter("base"):
             return _agree(lambda: states(packs=True), lambda: states(packs=False))
 
-    def hidden(self, batch: Batch, places_R: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
-        """The active player's last hidden states at some places of a batch, [R, H].
+    def hidden(self, batch: Batch, index_R: Tensor, embeds_BLH: Tensor | None = None) -> Tensor:
+        """The active player's last hidden states at selected tokens of a batch, [R, H].
 
         Args:
-            places_R: among the tokens of `batch.ids`, flattened.
-            embeds_BLH: instead of the embeddings of `batch.ids`.
+            index_R: indices into the flattened `batch.ids`.
+            embeds_BLH: replaces the embeddings of `batch.ids`.
         """
-        is_base_below = self.active == "discriminator" or self._is_base(self.active)
-        if self._shares_frozen_layers and is_base_below and embeds_BLH is None:
+        is_frozen_below = self.active == "discriminator" or self._is_base(self.active)
+        if self._shares_frozen_layers and is_frozen_below and embeds_BLH is None:
             if "layers" not in batch.frozen_outputs:
                 batch.frozen_outputs["layers"] = self._frozen_output(batch)
             hidden_BLH = self._states_above(batch, batch.frozen_outputs["layers"])
         else:
             hidden_BLH = self._states(batch, embeds_BLH)
-        return self._track_graph(hidden_BLH.flatten(0, 1).index_select(0, places_R))
+        return self._track_graph(hidden_BLH.flatten(0, 1).index_select(0, index_R))
 
     def _states(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
-        """The body's last hidden states at all places of a batch, [1, N, H] or [B, L, H]."""
+        """The body's last hidden states of all tokens of a batch, [1, N, H] packed or [B, L, H] padded."""
         inputs: dict[str, Any] = {"input_ids": batch.ids}
         if embeds_BLH is not None:
-            inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales in place what it is given
+            inputs = {"inputs_embeds": embeds_BLH.clone()}  # CTRL scales its input in place
         with self._attention(packing.ATTENTION) if batch.packed else nullcontext():
             hidden_BLH: Tensor = self.body(**inputs, **batch.inputs, use_cache=False).last_hidden_state
         return hidden_BLH
 
-    # --- the frozen layers: those below the discriminator's first adapter, which compute the same for the base
+    # --- the frozen layers below the discriminator's first adapter: base and discriminator share their output
 
     @cached_property
     def _shares_frozen_layers(self) -> bool:
-        """Whether the output of the frozen lower layers can be shared; tried once."""
+        """Whether the output of the frozen layers can be shared. Found once, by a trial of a few tokens."""
         if self._frozen_layers is None:
             return False
         batch = self.batch([[1, 2], [3]], [[1, 3], [2]], np.arange(2))
-        # Layers may hand on more than hidden states.
+        # In some models, layers pass on more than hidden states.
         return _agree(lambda: self._states_above(batch, self._frozen_output(batch)), lambda: self._states(batch))
 
     @cached_property
     def _frozen_layers(self) -> tuple[nn.ModuleList, int] | None:
-        """The base's layers, and how many of them lie below the discriminator's first adapter; None where none does."""
-        named = layer_list(self.lm)
-        if named is None:
-            return None
-        _, layers = named
-        adapted = [any(has_adapter(m, "discriminator") for m in layer.modules()) for layer in layers]
-        inside = sum(has_adapter(m, "discriminator") for m in layers.modules())
-        outside = inside < sum(has_adapter(m, "discriminator") for m in self.body.modules())
-        below = adapted.index(True) if any(adapted) else len(layers)
-        return None if outside or not 0 < below < len(layers) else (layers, below)
+        return frozen_layers(self.lm, self.body)
 
     @torch.no_grad()
     def _frozen_output(self, batch: Batch) -> Tensor:
-        """What comes out of these layers, [1, N, H] or [B, L, H]."""
+        """The output of the frozen layers, [1, N, H] or [B, L, H]."""
         assert self._frozen_layers is not None
         layers, below = self._frozen_layers
         recorder = InputRecorder()
@@ -326,7 +313,7 @@ class Players:
         return recorder.input
 
     def _states_above(self, batch: Batch, hidden_BLH: Tensor) -> Tensor:
-        """`_states`, begun above these layers, from what comes out of them."""
+        """`_states` from the output of the frozen layers: only the layers above run."""
         assert self._frozen_layers is not None
         layers, below = self._frozen_layers
         with replaced(layers, dict.fromkeys(range(below), FixedOutput(hidden_BLH))):
@@ -334,7 +321,7 @@ class Players:
 
     @contextmanager
     def _attention(self, attention: str) -> Iterator[None]:
-        """Inside the block attention is the one of this name in transformers' attention interface."""
+        """Inside the block, the model uses the attention with this name in transformers' attention interface."""
         config = self.lm.config
         before = config._attn_implementation
         config._attn_implementation = attention
@@ -344,29 +331,33 @@ class Players:
             config._attn_implementation = before
 
     def head(self, hidden_RH: Tensor, *, reference: bool = False) -> Tensor:
-        """Logits of the active player, or of the reference, from its last hidden states, [R, V], float32.
+        """The vocabulary head: logits from last hidden states, [R, V], float32.
 
-        What a causal LM does behind its body (the head, a cap, a scale) is its own forward's business, which is
-        therefore run, with the hidden states in the body's place.
+        Some causal LMs cap or scale their logits. So the model's own forward runs, with the hidden states as the
+        output of its body.
+
+        Args:
+            hidden_RH: the body's last hidden states.
+            reference: use the reference's vocabulary head, not that of the active player. The head may be adapted.
         """
-        name, one = self.lm.base_model_prefix, torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
-        player: Player = "reference" if reference else self.active  # what stands behind the body may be adapted, too
+        name, dummy = self.lm.base_model_prefix, torch.ones(1, 1, dtype=torch.long, device=hidden_RH.device)
+        player: Player = "reference" if reference else self.active
         setattr(self.lm, name, FixedBody(hidden_RH[None], self.body))
         try:
             with self._as_player(player, self.lm.config._attn_implementation):
-                logits_1RV = self.lm(input_ids=one, attention_mask=one, use_cache=False).logits
+                logits_1RV = self.lm(input_ids=dummy, attention_mask=dummy, use_cache=False).logits
         finally:
             setattr(self.lm, name, self.body)
         return logits_1RV[0].float()
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the base can write."""
+        """Rows of the output embedding: the number of tokens that the base can generate."""
         return len(cast(Tensor, self.lm.get_output_embeddings().weight))
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens whose logits are held at one time: all of a response's would be most of the memory of an update."""
+        """Tokens per chunk of logits. The logits of all response tokens together would dominate memory."""
         return max(16, LOGITS_AT_ONCE // self.vocabulary)
 
     def pooled_hidden(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
@@ -375,31 +366,32 @@ class Players:
 
     @property
     def score_MH(self) -> Tensor:
-        """The heads in the reward's own units; their mean is the score head that is saved for stock clients."""
+        """The score heads in the units of the reward, [M, H]. Stock clients get their mean as the only head."""
         return self.heads_MH * self.reward_unit
 
     def predict(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
-        """Every head's predicted reward, in the reward's own units, [M, B]."""
+        """The predicted reward of each score head in the units of the reward, [M, B]."""
         return self.score_MH @ self.pooled_hidden(batch, embeds_BLH).T
 
 
 @torch.no_grad()
-def _agree(way: Callable[[], Tensor], usual: Callable[[], Tensor]) -> bool:
-    """Whether a base can be read in this way, and gives what the usual way gives.
+def _agree(fast: Callable[[], Tensor], usual: Callable[[], Tensor]) -> bool:
+    """Whether a faster computation works with this base, and gives the usual result.
 
-    The tolerance is far above rounding in bfloat16, far below what a layer left out does, or a token that sees one too
-    many. Bitwise equality cannot be asked: a product's rounding depends on where in memory its operands lie.
+    The tolerance is far above rounding in bfloat16. It is far below the effect of a missing layer, or of a token that
+    attends to one token too many. Bitwise equality is too strict: the rounding of a product depends on the alignment
+    of its operands in memory.
     """
     try:
-        one, other = way(), usual()
+        result, expected = fast(), usual()
     except torch.OutOfMemoryError:
-        raise  # it does not show that this way fails, and a resumed run must find the same
+        raise  # this says nothing about the base, and a resumed run must come to the same decision
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
         return False
-    return bool((one - other).norm() <= 0.02 * other.norm())
+    return bool((result - expected).norm() <= 0.02 * expected.norm())
 
 
 class _PendingGraph:
-    """Stands for an autograd graph that has not been used yet."""
+    """Marks an autograd graph that waits for its backward."""
 
     __slots__ = ("__weakref__",)

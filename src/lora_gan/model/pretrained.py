@@ -1,5 +1,6 @@
-"""transformers' from_pretrained for causal language models, without its progress bars; names on the hub. Used by
-`opening`, `gguf_files`, `initial_adapter` and the export.
+"""transformers' from_pretrained for causal language models without progress bars, and the check of hub ids.
+
+Used by `opening`, `gguf_files`, `initial_adapter` and the export.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers.utils import logging as hf_logging
 
 
 def load_causal_lm(source: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model that AutoModelForCausalLM makes of a folder or hub id, and transformers' loading info."""
+    """The model that AutoModelForCausalLM loads from a folder or hub id, and transformers' loading info."""
     with without_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     model, loading = loaded
@@ -23,18 +24,18 @@ def load_causal_lm(source: str, **options: Any) -> tuple[PreTrainedModel, dict[s
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """A small base loads before its bar is drawn; the user's own setting comes back."""
-    shown = hf_logging.is_progress_bar_enabled()
+    """Inside the block, transformers shows no progress bars. The user's setting is restored at the end."""
+    enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             hf_logging.enable_progress_bar()
 
 
 def hub_id(name: str) -> str | None:
-    """The name, if the hub accepts it: an absolute path is none."""
+    """The name if its form is that of a hub id, else None. An absolute path is not a hub id."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,10 +1,12 @@
-"""Sampling: the library's own decode loop over the model's forward and cache. `LoraGAN` samples every response here.
+"""Samples responses: the library's own decode loop over the model's forward and cache. Used by `LoraGAN`.
 
-# B = responses (P prompts × K), T = response places, V = vocabulary
+# B = responses (P prompts × K), T = maximum response length, L = tokens so far, V = vocabulary
 
-Not `generate()`: its draws come from one global stream, so that a response would change with what else is in the batch,
-and it lets neither ended rows leave the batch nor a group share its prompt's cache. Here every token of every response
-is the inverse of the model's distribution function at a keyed uniform number.
+Each token is drawn by inverse-transform sampling from a keyed uniform number. transformers' `generate()` is not used:
+
+- Its draws come from one global stream, so a response would depend on the rest of the batch.
+- It computes the prompt again for each response of a group.
+- It keeps ended rows in the batch.
 """
 
 from __future__ import annotations
@@ -29,25 +31,27 @@ from .tokens import pad
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """B responses and the P prompts that they answer; of K responses each, response i of prompt j is j·K + i."""
+    """B responses to P prompts. With K responses per prompt, response i of prompt j has the index j·K + i."""
 
-    players: Players  # on whose base they are read
-    prompts: list[list[int]]  # token ids, P in all; each has a response
-    responses: list[list[int]]  # token ids, the end-of-text token included
-    group_B: np.ndarray  # which prompt a response answers
-    texts: list[str]  # the responses, as rewards see them
+    players: Players  # used to build batches for this base
+    prompts: list[list[int]]  # token ids of the P prompts; each prompt has at least one response
+    responses: list[list[int]]  # token ids, with the end-of-text token
+    group_B: np.ndarray  # index of each response's prompt
+    texts: list[str]  # the decoded responses, as rewards get them
 
     def __len__(self) -> int:
         return len(self.responses)
 
     @property
     def lengths_B(self) -> np.ndarray:
-        """Tokens of each response, the end-of-text token included."""
+        """Tokens of each response, with the end-of-text token."""
         return np.array([len(ids) for ids in self.responses])
 
     def batch(self, rows: slice | None = None) -> Batch:
-        """The responses, or some of them, as the base reads them. All of them are laid out once, so that both players
-        share the cached outputs of the frozen layers."""
+        """The responses, or a slice of them, as inputs of the base.
+
+        The batch of all responses is built once, so both players share the cached outputs of the frozen layers.
+        """
         if rows is None or range(len(self))[rows] == range(len(self)):
             return self._whole
         return self.rows(rows)._whole
@@ -57,7 +61,7 @@ class Rollout:
         return self.players.batch(self.prompts, self.responses, self.group_B)
 
     def rows(self, index: np.ndarray | slice) -> Rollout:
-        """Some of the responses, and the prompts that they answer."""
+        """A rollout of the selected responses and their prompts."""
         chosen = np.arange(len(self))[index]
         answered, group_B = np.unique(self.group_B[chosen], return_inverse=True)
         return replace(
@@ -72,17 +76,22 @@ class Rollout:
 def keyed_uniforms(
     prompts: list[list[int]], responses: int, length: int, *, seed: int, step: int, purpose: str
 ) -> Tensor:
-    """The uniform numbers of every response, [P·K, T], float64.
+    """Uniform random numbers for all responses, [P·K, T], float64.
 
-    A row's key is its prompt's tokens, not its place: whatever else is in the batch, and however the batch is split
-    over processes, it draws the same. A prompt that stands in the batch twice is told apart by its count.
+    The key of a row contains the prompt's tokens, not its index in the batch. So the numbers depend neither on the rest
+    of the batch, nor on how the batch is split over processes. The key also counts repetitions of a prompt.
+
+    Args:
+        responses: K, responses per prompt.
+        length: T, numbers per response.
+        seed, step, purpose: further parts of the key; see `randomness`.
     """
-    seen: Counter[bytes] = Counter()
+    occurrences: Counter[bytes] = Counter()
     rows = []
     for prompt in prompts:
-        name = randomness.fingerprint(prompt)
-        rows += [randomness.uniforms(length, seed, step, purpose, name, seen[name], i) for i in range(responses)]
-        seen[name] += 1
+        key = randomness.fingerprint(prompt)
+        rows += [randomness.uniforms(length, seed, step, purpose, key, occurrences[key], i) for i in range(responses)]
+        occurrences[key] += 1
     return torch.from_numpy(np.stack(rows))
 
 
@@ -96,15 +105,19 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Rollout:
-    """Sample P·K responses of at most T tokens from the active player; K and T are read off `uniforms_BT`.
+    """Sample P·K responses of at most T tokens from the active player.
 
-    Temperature 0 is greedy decoding. A prompt is computed once for its group; ended rows leave the batch.
+    Each prompt is computed once for its group. Ended rows leave the batch.
 
     Args:
-        decode: makes a response's text of its ids.
+        prompts: token ids of the P prompts.
+        uniforms_BT: uniform random numbers, [P·K, T]. The shape sets K and T.
+        decode: returns the text of a response's ids.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_p: sample from the smallest set of tokens with at least this total probability.
 
     Raises:
-        FloatingPointError: logits that are not finite, from which any token could be read.
+        FloatingPointError: the logits are not finite, so sampled tokens would be meaningless.
     """
     per_prompt = len(uniforms_BT) // len(prompts)
     cache, mask_BL, logits_BV = _prefill(players, prompts, per_prompt)
@@ -114,7 +127,7 @@ def sample(
 
 
 def _prefill(players: Players, prompts: list[list[int]], per_prompt: int) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Read each prompt once; the cache, the mask and the next token's logits of its `per_prompt` rows."""
+    """Compute each prompt once. Returns cache, mask and the next token's logits, with `per_prompt` rows per prompt."""
     ids, mask = pad(prompts, players.base.pad_id, side="left")
     ids_BL = torch.from_numpy(ids).to(players.device)
     mask_BL = torch.from_numpy(mask.astype(np.int64)).to(players.device)
@@ -139,23 +152,23 @@ def _decode(
     temperature: float,
     top_p: float,
 ) -> list[list[int]]:
-    """Token ids of the responses, one token of all rows at a time."""
+    """Token ids of the responses. Each step of the loop samples one token for every row."""
     (rows, length), device = uniforms_BT.shape, players.device
     eos = torch.tensor(players.base.eos_ids, device=device)
     sampled_BT = torch.full((rows, length), -1, dtype=torch.long, device=device)
-    alive = torch.arange(rows, device=device)  # which row of the result each row of the batch is
+    alive = torch.arange(rows, device=device)  # index in the result of each row in the batch
     running = torch.ones(rows, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     with merged_adapter(players.lm):
         for t in range(length):
-            finite = finite & logits_BV.amax(-1).isfinite().all()  # −∞ forbids a token; NaN, +∞ are no distribution
+            finite = finite & logits_BV.amax(-1).isfinite().all()  # −∞ forbids a token; NaN and +∞ are errors
             token = choose(logits_BV, uniforms_BT[alive, t], temperature, top_p)
             sampled_BT[alive[running], t] = token[running]
             running = running & ~torch.isin(token, eos)
             left = int(running.sum())
             if left == 0 or t == length - 1:
                 break
-            if left <= len(alive) // 2:  # halving keeps the copies of the cache below one more forward in total
+            if left <= len(alive) // 2:  # only at halves, so that few copies of the cache are made
                 keep = running.nonzero().squeeze(-1)
                 select_rows(cache, keep)
                 alive, running, token, mask_BL = alive[keep], running[keep], token[keep], mask_BL[keep]
@@ -164,30 +177,30 @@ def _decode(
             logits_BV = players.lm(
                 input_ids=token[:, None], use_cache=True, **players.cached(cache, mask_BL), **position
             ).logits[:, -1]
-    if not finite:  # asked once: every question makes a GPU wait
+    if not finite:  # tested once, at the end: each test synchronizes a GPU
         raise FloatingPointError(
-            f"the {players.active}'s logits are not finite, so nothing can be sampled: its weights are broken (load an "
-            "earlier checkpoint) or its base overflows (try dtype='float32')"
+            f"the {players.active}'s logits are not finite, so it cannot sample: its weights are broken (load an "
+            "earlier checkpoint), or its base overflows (try dtype='float32')"
         )
     return [[i for i in row if i >= 0] for row in sampled_BT.tolist()]
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The token at which the distribution function passes the uniform number, [B]: inverse-transform sampling."""
+    """Inverse-transform sampling: the first token with a cumulative probability above the uniform number, [B]."""
     if temperature == 0:
         return logits_BV.argmax(-1)
     probs_BV = (logits_BV.float() / temperature).softmax(-1)
     if top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
-        beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # the token that passes top_p is still in
+        beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # the token that reaches top_p stays in the set
         probs_BV = probs_BV.masked_fill(torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV), 0.0)
     cdf_BV = probs_BV.double().cumsum(-1)
-    # right=True: the first token whose cumulated probability is above the number, so never one of probability 0.
+    # right=True: strictly above the number, so that tokens of probability 0 are never sampled.
     token_B1 = torch.searchsorted(cdf_BV, (uniform_B * cdf_BV[:, -1]).unsqueeze(-1), right=True)
     return token_B1.squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
 
 
 def chunks(total: int, size: int | None) -> Iterator[slice]:
-    """Micro-batches: slices of at most `size` rows; one of all where size is None."""
+    """Slices of at most `size` rows, which cover `total` rows. `size` None gives one slice."""
     size = size or total
     return (slice(first, min(first + size, total)) for first in range(0, total, size))

@@ -1,7 +1,6 @@
-"""Lists of token ids as padded arrays, and the positions of their tokens. Used by packing, sampling and the trial of a
-base.
+"""Pads lists of token ids to arrays, and computes positions. Used by packing, sampling and the trial of a base.
 
-# B = rows, L = places of a row
+# B = rows, L = padded length
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ def pad(rows: Sequence[list[int]], pad_id: int, *, side: Literal["left", "right"
 
     Args:
         rows: token ids, at least one row; a row may be empty.
-        pad_id: fills the places without a token.
-        side: where these places are.
+        pad_id: fills the padding.
+        side: side of the padding.
 
     Returns:
         The ids, int64 [B, L], and the mask, bool [B, L]: True on tokens. L is the longest row's length, at least 1.
@@ -34,5 +33,5 @@ def pad(rows: Sequence[list[int]], pad_id: int, *, side: Literal["left", "right"
 
 
 def positions(mask_BL: Tensor) -> Tensor:
-    """Positions counted from the first real token, [B, L]: rows are padded on the left."""
+    """Positions [B, L] of left-padded rows, counted from the first real token of each row."""
     return (mask_BL.cumsum(-1) - 1).clamp(min=0)

@@ -1,8 +1,8 @@
-"""The base model that ships with the package: small, made by this project, and usable without a network.
+"""The base model in this package: small, made by this project, and usable without a network.
 
-It knows a little English and French, and how to translate. It does not translate by itself: after "Translate English to
-French: ..." it writes the translation about one time in five. Teaching it to translate, by reward, is the library's
-first example. ``DATA_CARD.md`` says how the base was made.
+It was pretrained on simple English and French. After "Translate English to French: ..." it writes the translation about
+one time in five. The library's first example trains it to translate by reward. ``DATA_CARD.md`` says how the base was
+made.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ from pathlib import Path
 
 from . import drawing
 
-#: The folder of config, weights and tokenizer, as transformers' ``from_pretrained`` reads it.
+#: The folder of config, weights and tokenizer, for transformers' ``from_pretrained``.
 PATH = Path(__file__).parent / "base"
 INSTRUCTION = "Translate English to French: "
 
 
 def pairs(split: str = "train", n: int = 1024, seed: int = 0) -> list[dict[str, str]]:
-    """``n`` rows of prompt and target, with distinct prompts; equal arguments give equal rows.
+    """``n`` rows of prompt and target with distinct prompts. Equal arguments give equal rows.
 
-    ``train`` rows are of combinations that pretraining contained; the rows themselves may or may not be among them.
-    ``validation`` and ``heldout`` rows are of combinations that no pretraining text contains, and of different ones.
+    ``train`` rows use combinations of words that pretraining texts may contain, and may be pretraining texts
+    themselves. ``validation`` and ``heldout`` rows use combinations that no pretraining text contains. The two splits
+    share no combination.
+
+    Args:
+        split: ``train``, ``validation`` or ``heldout``.
+        n: number of rows.
+        seed: seed of the draws.
 
     Raises:
         ValueError: there is no such split.

@@ -1,9 +1,9 @@
-"""Random sentences of the tiny base's grammar, and which of them pretraining may read.
+"""Draws random sentences of the tiny base's grammar, and assigns them to splits.
 
-**Whole combinations are held out**, and tests hold this. A sentence has a signature such as ``("act", "cat", "see",
-"dog")``. A hash of the signature decides whether pretraining may contain this combination, whatever determiners,
-adjectives, number or mood stand around it. One signature has one pair of lemmas in both languages, so neither its
-English nor its French can be read in another way.
+**Whole combinations of words are held out**, and tests check this. Each sentence has a signature such as ``("act",
+"cat", "see", "dog")``. A hash of the signature decides whether pretraining may contain the combination. Determiners,
+adjectives, number and mood do not matter. A signature has the same lemmas in both languages, so the English and the
+French sentence are in the same split.
 
 Every draw comes from a Philox generator with an explicit seed.
 """
@@ -23,13 +23,13 @@ from .lexicon import ADJECTIVES, DITRANSITIVES, INTRANSITIVES, NOUNS, TRANSITIVE
 
 T = TypeVar("T")
 
-#: Determiners by number, as often as they are drawn.
+#: Determiners by number. Repeated entries are drawn more often.
 INDEFINITE_PLURALS = ("many", *grammar.NUMBERS)
 SINGULAR_DETERMINERS = ("the",) * 5 + ("a",) * 5 + ("my", "your", "his", "her", "our", "this", "this")
 PLURAL_DETERMINERS = ("the",) * 5 + ("my", "your", "his", "her", "our", "these", "these", *INDEFINITE_PLURALS)
 UNCOUNTED_DETERMINERS = ("the",) * 4 + ("my", "your", "his", "her", "our")
 
-# Looked up once: pretraining draws from these lists a few million times.
+# Precomputed, because pretraining draws from these lists a few million times.
 _NOUNS_BY_TAG = {tag: [n for n in NOUNS if tag in n.tags] for tag in {tag for n in NOUNS for tag in n.tags}}
 _ADJECTIVES_FOR = {
     tags: [a for a in ADJECTIVES if a.nouns & tags] for tags in {frozenset(["person"]), *(n.tags for n in NOUNS)}
@@ -44,7 +44,7 @@ _VOCATIVES = {
 
 
 class Draws:
-    """Uniform draws from a Philox generator, taken in blocks because single draws would be most of the time."""
+    """Uniform draws from a Philox generator, in blocks, because single draws are slow."""
 
     def __init__(self, seed: int, stream: str) -> None:
         key = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=16).digest()
@@ -74,7 +74,7 @@ class Draws:
 
 
 def draw_phrase(draws: Draws, noun: Noun, indefinite: bool = True, many: bool = True, adjective: float = 0.3) -> Phrase:
-    """A noun phrase around ``noun`` with a fitting determiner, number and, sometimes, adjective."""
+    """A noun phrase with a random determiner and number and, sometimes, an adjective."""
     plural = noun.countable and draws.chance(0.3)
     if noun.kind == "nature":
         determiner = "the"
@@ -89,7 +89,7 @@ def draw_phrase(draws: Draws, noun: Noun, indefinite: bool = True, many: bool = 
 
 
 def draw_subject(draws: Draws) -> Phrase:
-    """Mostly somebody who can act; sometimes a thing, which can only be somehow or somewhere."""
+    """Mostly a person or an animal, which can act. Sometimes a thing, which can only have a property or a location."""
     who = draws.weighted((("pronoun", 20), ("name", 12), ("person", 28), ("animal", 22), ("other", 18)))
     if who == "pronoun":
         return draws.choose(grammar.PRONOUNS)
@@ -101,7 +101,7 @@ def draw_subject(draws: Draws) -> Phrase:
 
 
 def draw_place(draws: Draws) -> Place:
-    """A preposition and a noun it goes with."""
+    """A preposition with a suitable noun."""
     preposition, tag = draws.choose(lexicon.PLACES)
     noun = draws.choose(_NOUNS_BY_TAG[tag])
     determiner = "the" if draws.chance(0.8) else draws.choose(("my", "your", "our", "this"))
@@ -109,9 +109,11 @@ def draw_place(draws: Draws) -> Place:
 
 
 def draw_manner(draws: Draws, acting: bool) -> Manner:
-    """A manner in which an adverb and an opening never meet.
+    """A manner with an adverb, an opening, or neither.
 
-    Being is neither wanted nor planned here, and not "also" (est aussi heureux would be "is as happy").
+    Args:
+        acting: False for the verb "be", which has the present tense only, and not the adverb "also" ("est aussi
+            heureux" would mean "is as happy").
     """
     mood = "present"
     if acting:
@@ -135,7 +137,7 @@ def _draw_does(draws: Draws, subject: Phrase) -> Sentence:
 
 
 def _draw_acts(draws: Draws, subject: Phrase) -> Sentence:
-    """Nobody here does anything to themselves."""
+    """Subject and object have different lemmas, so no reflexive verbs are needed."""
     verb = draws.choose([v for v in TRANSITIVES if v.subjects & subject.tags])
     if "person" in verb.objects and draws.chance(0.2):
         target = draws.choose([name for name in grammar.NAMES if name.lemma != subject.lemma])
@@ -153,7 +155,7 @@ def _draw_gives(draws: Draws, subject: Phrase) -> Sentence:
     else:
         others = [noun for noun in _NOUNS_BY_TAG["person"] if noun.en != subject.lemma]
         receiver = draw_phrase(draws, draws.choose(others), many=False, adjective=0.1)
-    # No adverb: these sentences are long enough.
+    # Without an adverb, because these sentences are long already.
     return grammar.gives(subject, verb, gift, receiver, replace(draw_manner(draws, acting=True), adverb=""))
 
 
@@ -186,7 +188,7 @@ def _draw_greets(draws: Draws) -> Sentence:
     return grammar.greets(greeting, noun_phrase(noun, "my" if who == "mine" else "the", plural, None))
 
 
-#: Shares of the sentences that have no subject to keep: greetings must be common enough to be learned well.
+#: Shares of the kinds of sentences without a given subject. Greetings are frequent, so that the base learns them well.
 _OPENERS = (("greet", 8.0), ("there", 8.0), ("about", 84.0))
 
 
@@ -216,15 +218,15 @@ def _draw(draws: Draws, subject: Phrase | None) -> Sentence:
 
 SPLITS = ("train", "validation", "heldout")
 
-#: Chosen (the first number that does it) so that ("greet", "Hello", "world") falls among the held out: the library's
-#: first example is to be a prompt the base has never seen. Nothing else about it is special.
+#: The first number for which ("greet", "Hello", "world") is held out: the prompt of the library's first example must
+#: not be in the pretraining texts.
 SALT = "lora-gan tiny 18"
 HELDOUT_SHARE = 0.04
 VALIDATION_SHARE = 0.04
 
 
 def split_of(signature: tuple[str, ...]) -> str:
-    """Which split a combination belongs to, by a hash: the same for ever and for every seed."""
+    """The split of a combination, from a hash of its signature. It does not depend on a seed."""
     digest = hashlib.blake2b("|".join(signature).encode(), digest_size=8, key=SALT.encode()).digest()
     position = int.from_bytes(digest, "big") / 2**64
     if position < HELDOUT_SHARE:
@@ -233,18 +235,21 @@ def split_of(signature: tuple[str, ...]) -> str:
 
 
 def draw_sentence(draws: Draws, split: str = "train", subject: Phrase | None = None) -> Sentence:
-    """A sentence whose combination belongs to ``split``; with ``subject``, one that begins with that phrase."""
+    """A sentence of ``split``. If ``subject`` is given, the sentence starts with this phrase."""
     while True:
         sentence = _draw(draws, subject)
-        if split_of(sentence.signature) != split:
-            continue
-        if subject is not None and not sentence.en.startswith(grammar.capitalized(subject.en)):
-            continue  # an adverbial came first; the caller wants the subject's words at the start
-        return sentence
+        # A sentence about `subject` may start with an adverbial instead.
+        starts = subject is None or sentence.en.startswith(grammar.capitalized(subject.en))
+        if starts and split_of(sentence.signature) == split:
+            return sentence
 
 
 def sentences(split: str, seed: int) -> Iterator[Sentence]:
-    """Endless sentences of one split."""
+    """An endless stream of sentences of one split.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     draws = Draws(seed, f"sentences/{split}")

@@ -1,14 +1,15 @@
-"""An English/French grammar: sentences that say the same in both languages, with agreement and elision.
+"""An English/French grammar: pairs of sentences with the same meaning, with agreement and elision.
 
-A sentence is built from a plan (who does what to whom, in which mood, where, when). An English and a French lineariser
-each write the plan down. Translation is a function of the English sentence: no English sentence of this grammar has
-two translations (``you`` is always ``tu``, ``they`` always ``ils``, a speaker is masculine). The words come from
-:mod:`lora_gan.tiny.lexicon`; :mod:`lora_gan.tiny.drawing` draws the plans.
+A sentence is generated from a plan: subject, verb, objects, mood, place, time. One function writes the plan in English,
+another in French. Each English sentence has exactly one translation: ``you`` is always ``tu``, ``they`` always ``ils``,
+a speaker is masculine. The words come from :mod:`lora_gan.tiny.lexicon`. :mod:`lora_gan.tiny.drawing` draws the plans.
 
-**English is prefix-free**, and tests hold this. Sentences carry no full stop, so that "Hello world" may become
-"Bonjour le monde". If one sentence were the beginning of another, a model could not know where such a prompt ends.
-Therefore adverbials stand in front, adjectives stand before their noun, transitive verbs always have their object, and
-intransitive verbs never have one.
+**English is prefix-free**, and tests check this. Sentences have no full stop, so "Hello world" becomes "Bonjour le
+monde". If one sentence were a prefix of another, a model could not know where such a prompt ends. Therefore:
+
+- adverbials are at the start of the sentence;
+- adjectives are before their noun;
+- transitive verbs always have an object, intransitive verbs never have one.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ from .lexicon import BE, Adjective, Noun, Verb
 
 POSSESSIVES = {"my": "m", "your": "t", "his": "s", "her": "s"}
 NUMBERS = {"two": "deux", "three": "trois", "four": "quatre", "five": "cinq"}
+_PLURAL_DETERMINERS = NUMBERS | {"the": "les", "our": "nos", "these": "ces"}
+_PLURAL_DETERMINERS |= {en: f"{fr}es" for en, fr in POSSESSIVES.items()}
 
-# --------------------------------------------------------------------------------------------------------------
-# French forms
-# --------------------------------------------------------------------------------------------------------------
+# --- French forms
 
 _VOWELS = "aeiouâàéèêëîïôûùœ"
 
 
 def elides(word: str) -> bool:
-    """Whether le, je, ne, de … lose their vowel before ``word``. Every h in this lexicon is mute; y is a consonant."""
+    """Whether le, je, ne, de … lose their vowel before ``word``. In this lexicon, h is always mute, y a consonant."""
     return word[0].lower() in _VOWELS + "h"
 
 
 def conjugate(infinitive: str) -> Sequence[str]:
-    """Present tense for je, tu, il, nous, ils."""
+    """The present tense for je, tu, il, nous, ils.
+
+    Raises:
+        ValueError: the infinitive is irregular and not in the lexicon's table.
+    """
     if infinitive in lexicon.IRREGULAR_PRESENT:
         return lexicon.IRREGULAR_PRESENT[infinitive]
     stem = infinitive[:-2]
@@ -51,34 +56,26 @@ def conjugate(infinitive: str) -> Sequence[str]:
 
 
 def french_determiner(determiner: str, gender: str, plural: bool, following: str) -> str:
-    """The French for an English determiner, agreeing with its noun and with the word that follows it."""
+    """The French form of an English determiner. It depends on the noun and on the next word."""
     vowel, feminine = elides(following), gender == "f"
-    if determiner == "the":
-        if plural:
-            return "les"
-        return "l'" if vowel else ("la" if feminine else "le")
-    if determiner == "a":
-        return "une" if feminine else "un"
+    if plural and determiner in _PLURAL_DETERMINERS:
+        return _PLURAL_DETERMINERS[determiner]
     if determiner in POSSESSIVES:
-        if plural:
-            return POSSESSIVES[determiner] + "es"
         return POSSESSIVES[determiner] + ("a" if feminine and not vowel else "on")  # mon école
-    if determiner == "our":
-        return "nos" if plural else "notre"
-    if determiner in ("this", "these"):
-        if plural:
-            return "ces"
-        return "cette" if feminine else ("cet" if vowel else "ce")
-    if determiner == "many":
-        return "beaucoup d'" if vowel else "beaucoup de"
-    if determiner == "no":
-        return "d'" if vowel else "de"
-    return NUMBERS[determiner]
+    de = "d'" if vowel else "de"
+    return {
+        "the": "l'" if vowel else "la" if feminine else "le",
+        "a": "une" if feminine else "un",
+        "our": "notre",
+        "this": "cette" if feminine else "cet" if vowel else "ce",
+        "many": f"beaucoup {de}",
+        "no": de,
+    }[determiner]
 
 
 def french_preposition(preposition: str, phrase: str) -> str:
-    """A preposition before a noun phrase, with du, des, au, aux and d'."""
-    head, _, last = preposition.rpartition(" ")
+    """A preposition and a noun phrase, contracted to du, des, au, aux or d'."""
+    start, _, last = preposition.rpartition(" ")
     first, _, rest = phrase.partition(" ")
     contraction = {"de": {"le": "du", "les": "des"}, "à": {"le": "au", "les": "aux"}}.get(last, {}).get(first)
     if contraction:
@@ -87,28 +84,29 @@ def french_preposition(preposition: str, phrase: str) -> str:
         joined = f"d'{phrase}"
     else:
         joined = f"{last} {phrase}"
-    return f"{head} {joined}" if head else joined
+    return f"{start} {joined}" if start else joined
 
 
 def join_french(*words: str) -> str:
-    """Words with single spaces, none after an apostrophe, none for an empty word."""
+    """The words joined by spaces, without a space after an apostrophe. Empty words are left out."""
     return " ".join(word for word in words if word).replace("' ", "'")
 
 
 def english_article(following: str) -> str:
-    """a or an, by sound: a useful book, an honest man."""
+    """a or an, by pronunciation: a useful book, an honest man."""
     vowel = following[0] in "aeiou" and not following.startswith("use") or following.startswith("honest")
     return "an" if vowel else "a"
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Phrases
-# --------------------------------------------------------------------------------------------------------------
+# --- phrases
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A subject or an object. ``person`` indexes French conjugations; ``noun`` is None for pronouns and names."""
+    """A subject or an object.
+
+    ``person`` is the index in French conjugations (see `conjugate`). ``noun`` is None for pronouns and names.
+    """
 
     lemma: str
     en: str
@@ -124,7 +122,7 @@ class Phrase:
 
 
 def noun_phrase(noun: Noun, determiner: str, plural: bool, adjective: Adjective | None) -> Phrase:
-    """Determiner, adjective and noun, agreeing in both languages."""
+    """Determiner, adjective and noun with agreement in both languages."""
     en_noun = (plural and noun.en_plural) or noun.en
     fr_noun = (plural and noun.fr_plural) or noun.fr
     en_words, fr_words = [en_noun], [fr_noun]
@@ -158,18 +156,16 @@ PRONOUNS = [
 ]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Verb phrases
-# --------------------------------------------------------------------------------------------------------------
+# --- verb phrases
 
-#: Mood -> the French verb that carries it.
+#: The French modal verb of each mood.
 MODALS = {"future": "aller", "want": "vouloir", "can": "pouvoir", "must": "devoir"}
 _BE_ENGLISH = ("am", "are", "is", "are", "are")
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How a verb is said: mood, polarity, adverb, and an adverbial of time or place in front (English, French)."""
+    """Mood, negation and adverb of a verb, and an opening adverbial of time or place (English, French)."""
 
     mood: str = "present"
     negative: bool = False
@@ -183,15 +179,15 @@ class Manner:
 
 
 def _direct_object(phrase: Phrase, manner: Manner) -> str:
-    """French of a direct object, also under negation: je mange une pomme, je ne mange pas de pomme."""
+    """A direct object in French, also with negation: je mange une pomme, je ne mange pas de pomme."""
     if not manner.denies or phrase.determiner != "a" or phrase.noun is None:
         return phrase.fr
     return noun_phrase(phrase.noun, "no", phrase.plural, phrase.adjective).fr
 
 
 def english_verb(verb: Verb, subject: Phrase, manner: Manner) -> str:
-    """The English verb with its auxiliaries; an adverb is said in the present only."""
-    third = subject.person == 2  # the verb takes its -s
+    """The English verb with its auxiliaries. Adverbs occur in the present tense only."""
+    third = subject.person == 2  # third person singular
     be = _BE_ENGLISH[subject.person]
     do = "does" if third else "do"
     not_ = "not " if manner.negative else ""
@@ -213,7 +209,7 @@ def english_verb(verb: Verb, subject: Phrase, manner: Manner) -> str:
 
 
 def french_verb(verb: Verb, subject: Phrase, manner: Manner) -> str:
-    """Subject and verb in French: they meet in j', and ne ... pas goes around the finite verb."""
+    """Subject and verb in French. Handled together because of j', and of ne ... pas around the finite verb."""
     finite = conjugate(MODALS.get(manner.mood, verb.fr))[subject.person]
     infinitive = verb.fr if manner.mood in MODALS else ""
     ne = ("n'" if elides(finite) else "ne") if manner.denies else ""
@@ -227,14 +223,12 @@ def french_verb(verb: Verb, subject: Phrase, manner: Manner) -> str:
     return join_french(who, ne, finite, after, infinitive)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Sentences
-# --------------------------------------------------------------------------------------------------------------
+# --- sentences
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where: "in the garden"."""
+    """A place in both languages, such as "in the garden"."""
 
     lemma: str
     en: str
@@ -243,7 +237,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence in both languages, its signature, and its subject, so that another can go on about it."""
+    """A sentence in both languages, its signature, and its subject, which the next sentence may reuse."""
 
     en: str
     fr: str
@@ -264,7 +258,7 @@ def capitalized(text: str) -> str:
 def _finish(
     en: str, fr: str, signature: tuple[str, ...], subject: Phrase, opening: tuple[str, str] = ("", "")
 ) -> Sentence:
-    """Put the optional adverbial in front and a capital at the start."""
+    """Add the opening adverbial, if any, and capitalize the first letter."""
     en, fr = f"{opening[0]} {en}".strip(), f"{opening[1]} {fr}".strip()
     return Sentence(capitalized(en), capitalized(fr), signature, subject)
 
@@ -272,7 +266,7 @@ def _finish(
 def _says(
     kind: str, subject: Phrase, verb: Verb, manner: Manner, about: tuple[str, str], *, en: str = "", fr: str = ""
 ) -> Sentence:
-    """Subject and verb, then what follows the verb in each language. ``about`` completes the signature."""
+    """A sentence of subject, verb, and the words after the verb in each language. ``about`` completes the signature."""
     return _finish(
         f"{subject.en} {english_verb(verb, subject, manner)} {en}".rstrip(),
         f"{french_verb(verb, subject, manner)} {fr}".rstrip(),
@@ -314,7 +308,7 @@ def is_somewhere(subject: Phrase, where: Place, manner: Manner) -> Sentence:
 def there_is(
     noun: Noun, determiner: str, plural: bool, adjective: Adjective | None, where: Place, opening: tuple[str, str]
 ) -> Sentence:
-    """There is a red house near the river; the place always stands there. The determiner "no" denies it."""
+    """There is a red house near the river. The place is always given. The determiner "no" makes it a negation."""
     phrase = noun_phrase(noun, determiner, plural, adjective)
     existence = "il n'y a pas" if determiner == "no" else "il y a"
     return _finish(
@@ -327,7 +321,7 @@ def there_is(
 
 
 def greets(greeting: tuple[str, str], subject: Phrase) -> Sentence:
-    """Hello world: English leaves out the article that French has."""
+    """Hello world. French has an article here, English has none."""
     return _finish(
         f"{greeting[0]} {subject.en.removeprefix('the ')}",
         f"{greeting[1]} {subject.fr}",

@@ -1,8 +1,8 @@
 """The words of the tiny base's grammar, read from ``lexicon.json``.
 
-Each table of the file becomes a list in the file's order. Draws are indices into these lists, so a word that is added,
-removed or moved changes every later text. Tags say which words go together: a verb names the tags of its subjects and
-objects, an adjective and a preposition the tags of their nouns. A noun's own English word is one of its tags.
+Each table of the file becomes a list in the same order. Draws are indices into these lists: adding, removing or moving
+a word changes all later texts. Tags define which words can be combined: a verb lists the tags of its subjects and
+objects, an adjective or a preposition lists the tags of its nouns. A noun's own English word is one of its tags.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _TABLES = json.loads((Path(__file__).parent / "lexicon.json").read_text(encoding
 class Noun:
     """A noun in both languages. ``kind`` is its semantic class, and one of its tags.
 
-    Nouns with the tag ``single`` name something unique (kings, mothers, the moon), and those with the tag ``mass`` name
-    something uncountable (bread, water). These have no plural, and no "a".
+    Nouns with the tag ``single`` are unique (king, mother, moon), nouns with the tag ``mass`` are uncountable (bread,
+    water). Both have no plural, and no "a".
     """
 
     en: str
@@ -37,9 +37,9 @@ class Noun:
 
 @dataclass(frozen=True)
 class Adjective:
-    """An adjective; ``fr`` holds the forms by (gender, plural).
+    """An adjective. ``fr`` has the French forms by (gender, plural).
 
-    ``position`` is its place beside a French noun: ``before``, ``after``, or ``predicate`` (only after être).
+    ``position`` is the position relative to a French noun: ``before``, ``after``, or ``predicate`` (only after être).
     """
 
     en: str
@@ -50,10 +50,10 @@ class Adjective:
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb. ``objects`` is empty for an intransitive verb; ``preposition`` is what French puts before the object.
+    """A verb. A transitive verb always has an object.
 
-    A transitive verb always has its object. ``indefinite_object`` is false where "a" makes a strange object: in French
-    one likes things that are known.
+    ``objects`` is empty for an intransitive verb. ``preposition`` is the French preposition before the object.
+    ``indefinite_object`` is False for verbs that need a definite object in French, such as "aimer".
     """
 
     en: str
@@ -82,12 +82,12 @@ ADJECTIVES = [
 ]
 INTRANSITIVES = _verbs("intransitive_verbs")
 TRANSITIVES = _verbs("transitive_verbs")
-#: As in "gives the book to the child". Subjects and receivers are persons, objects are small things.
+#: For example "gives the book to the child". Subjects and receivers are persons, objects are small things.
 DITRANSITIVES = _verbs("ditransitive_verbs")
 BE = Verb("be", "is", "être")
-#: Present tense for je, tu, il, nous, ils. Verbs that are not listed follow `grammar.conjugate`.
+#: The present tense for je, tu, il, nous, ils. Verbs that are not listed are regular; see `grammar.conjugate`.
 IRREGULAR_PRESENT: dict[str, list[str]] = _TABLES["irregular_present"]
-#: The masculine singular before a vowel, where it differs: un vieil ami, un bel arbre.
+#: Special masculine singular forms before a vowel: un vieil ami, un bel arbre.
 LIAISON_ADJECTIVES: dict[str, str] = _TABLES["liaison_adjectives"]
 #: English, French, gender.
 NAMES: list[tuple[str, str, str]] = [(row["en"], row["fr"], row["gender"]) for row in _TABLES["names"]]
@@ -97,9 +97,9 @@ PRONOUNS: list[tuple[str, str, str, int]] = [
 ]
 #: English, French.
 GREETINGS: list[tuple[str, str]] = [(en, fr) for en, fr in _TABLES["greetings"]]
-#: English, French, and the moods that suit the adverbial.
+#: English, French, and the moods that the adverbial can have.
 TIMES: list[tuple[str, str, list[str]]] = [(row["en"], row["fr"], row["moods"]) for row in _TABLES["times"]]
-#: English to French, for adverbs that stand beside "pas"; "never" takes its place.
+#: English to French, for adverbs that may occur with "pas". "never" replaces "pas" and is not in this table.
 ADVERBS: dict[str, str] = _TABLES["adverbs"]
 #: English to French.
 PREPOSITIONS: dict[str, str] = {row["en"]: row["fr"] for row in _TABLES["prepositions"]}
