@@ -25,9 +25,8 @@ SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", 
 class Config:
     """The settings of a run."""
 
-    # Mark.FIRST marks the most important settings. These decide the cost of a run (steps, responses per step, length of
-    # a response, share and number of queries), the learning signal, the distance from the base (learning_rate, beta),
-    # and the folder of the run.
+    # Mark.FIRST marks the most important settings. They decide the cost of a run (steps, responses per step, length of
+    # a response, number of queries), the learning signal, the distance from the base, and the folder of the run.
 
     seed: Annotated[int, Group.RUN, Ge(0)] = 0
     """Every random draw is a function of (seed, step, purpose, index)."""

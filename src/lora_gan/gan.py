@@ -634,7 +634,7 @@ class LoraGAN:
         progress: bool = True,
         apply_chat_template: bool | None = None,
     ) -> list[Row] | data.Stream:
-        """Read and check the rows of a data set, as fit() does before its first step. Rows of a stream are checked when read.
+        """Read a data set and check its rows, as fit() does before its first step. A stream checks rows on reading.
 
         Args:
             dataset: rows, in any form of `data.read_rows`.

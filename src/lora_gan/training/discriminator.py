@@ -7,8 +7,6 @@ arXiv:2511.10643, found ranking better than classification). Half of each update
 The gate weights the predictions for the generator. `gan` uses the discriminator in each step, in score() and best_of.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -5,8 +5,6 @@ silently leaves the second adapter unsynchronized. Random draws are keyed by con
 `step()` supports several processes; `fit()` reads rows and writes files as a single process does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

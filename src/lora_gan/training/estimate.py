@@ -5,8 +5,6 @@
 All arrays are float64 NumPy arrays of a few dozen numbers. NaN means "not queried" or "not answered".
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@
 `LoraGAN` makes one `Experience` per step. Both trainers, the monitor and the step's record read it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -5,8 +5,6 @@
 The step's record holds these metrics. The discriminator's gate uses the rank correlation within groups.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.stats import rankdata
 

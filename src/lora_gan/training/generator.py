@@ -9,8 +9,6 @@ Differences from REINFORCE leave-one-out (Ahmadian et al. 2024):
 - The discriminator's gradient may flow into the generator through the sampled tokens (straight-through).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

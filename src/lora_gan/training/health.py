@@ -6,8 +6,6 @@ metrics.jsonl. The monitor is separate: it detects exploitation of the discrimin
 Each threshold is a constant with its reason. A healthy run of `tiny` gets no notice (tests/training/test_health.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence

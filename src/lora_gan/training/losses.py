@@ -6,8 +6,6 @@ The generator's losses are sums over tokens, so these functions take the tokens 
 All functions raise ValueError if shapes do not match.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Micro-batches only split a sum, so the update stays equal to rounding. The playe
 and saves it in checkpoints, so a resumed run sums in the same order. Both trainers run their forward passes this way.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import TypeVar

@@ -6,8 +6,6 @@ Signs of exploitation: on responses with a true reward, the predicted reward ris
 true rewards: repetition, length and KL. `gan` calls the monitor in each step in which the generator learns from reward.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

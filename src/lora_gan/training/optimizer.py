@@ -4,8 +4,6 @@ Two differences from plain AdamW: all processes skip an update if the loss or a 
 processes. The learning rate can be scaled down in a run that returned to a checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The plan of one step: who learns, and from which signal. `gan` makes it before it samples responses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..config import Config, RewardSignal

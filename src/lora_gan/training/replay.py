@@ -3,8 +3,6 @@
 The generator never learns from replay.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any

@@ -3,8 +3,6 @@
 # B = responses in one forward pass, R = tokens of these responses, V = vocabulary, H = hidden size
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
