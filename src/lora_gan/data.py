@@ -100,20 +100,16 @@ def read_rows(
     """Read rows from a file, a folder, a hub data set, a `datasets` object, or any iterable of mappings.
 
     A row's prompt is a text or a list of messages. Its target is a text, or messages that begin and end with the
-    assistant's messages. A row may have TRL's `messages` instead of a prompt. If the last message is the assistant's,
-    this message is the target. All other values are columns, which rewards receive as keyword arguments. Rewards
-    receive the target as `target`, and also under the name `target_column`. The chat template receives the columns
-    `tools` and `chat_template_kwargs`.
+    assistant's messages. With TRL's `messages` instead of a prompt, a last message of the assistant is the target. All
+    other values are columns, which rewards receive as keyword arguments. Rewards receive the target as `target`, and
+    under the name `target_column`. The chat template receives the columns `tools` and `chat_template_kwargs`.
 
     Args:
         dataset: one of these sources:
-
             - a file: .jsonl, .json (a list, or an object per line), .csv, .tsv, .txt (a prompt per line) or .parquet.
               Text is UTF-8. An empty cell of a CSV file is a missing value.
-            - a folder with files named after the split (train.jsonl, train-*.parquet), or written by
-              `datasets.save_to_disk`
-            - "OWNER/NAME" or "OWNER/NAME:CONFIG" on the hub
-            - a `datasets.Dataset`, `IterableDataset` or `DatasetDict`
+            - a folder of `datasets.save_to_disk`, or with files named after the split (train.jsonl, train-*.parquet)
+            - "OWNER/NAME" or "OWNER/NAME:CONFIG" on the hub, or a `datasets` object
             - a data frame of pandas or polars. NaN, NaT and NA are missing values.
             - an iterable of mappings, or a function that returns one
             - a `Stream`, which is returned unchanged

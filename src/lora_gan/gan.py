@@ -434,12 +434,10 @@ class LoraGAN:
         """Train on a dataset for `steps` more steps, with `config.prompts_per_step` rows per step, in shuffled epochs.
 
         fit() writes metrics.jsonl and completions.jsonl to output_dir, and checkpoints step-N every `config.save_steps`
-        and at the end. After load_checkpoint(), fit() continues with the next rows. `self.ending` holds the reason for
-        the end of the run (`run.ending.Ending`).
+        and at the end. After load_checkpoint() it continues with the next rows. `self.ending` says why the run ended.
 
         Args:
-            dataset: rows of prompt / target in any form of `data.read_rows`: mappings, a file, a `datasets.Dataset`, a
-                pandas data frame.
+            dataset: rows in any form of `data.read_rows`, such as mappings, a file, a `datasets.Dataset`.
             steps: number of further steps. None: until `config.max_steps`, or for `config.num_train_epochs`.
             eval_dataset: held-out rows. fit() evaluates before the first step (`config.eval_on_start`), every
                 `config.eval_steps`, and at the end.
@@ -454,8 +452,8 @@ class LoraGAN:
             KeyboardInterrupt: after Ctrl-C, when the current step is finished and saved.
             SystemExit: with code 143 after SIGTERM, when the current step is finished and saved.
             ValueError: another run writes to output_dir, or an argument is not accepted.
-            FloatingPointError: as in `step()`, if `config.on_nonfinite` is "stop" or there is no checkpoint to return
-                to. The failed state is not saved.
+            FloatingPointError: as in `step()`, unless `config.on_nonfinite` is "rollback" and there is a checkpoint.
+                The failed state is not saved.
         """
         signal = self.config.signal(self.config.adversarial)
         plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
