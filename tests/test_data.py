@@ -160,8 +160,8 @@ def test_core_formats_need_no_datasets(tmp_path, monkeypatch):
         ("a.jsonl", b'{"prompt": ["a", "b"]}\n', r"a.jsonl, line 1: prompt must be a text"),
         ("a.json", b'[{"prompt": "a"}, {"prompt": "a", "target": 3}]', r"a.json, row 2: the target must be a text.*3"),
         ("a.json", b'["a"]', r"a.json, row 1 is not a mapping"),
-        ("a.csv", b'prompt,target\n"a\nb",c\nd,e,f\n', r"a.csv, line 4: 3 fields, and the header has 2"),
-        ("a.csv", b'prompt,target\n"a\nb",c\n"d\n"\n', r"a.csv, line 4: 1 fields, and the header has 2"),
+        ("a.csv", b'prompt,target\n"a\nb",c\nd,e,f\n', r"a.csv, line 4: 3 fields, but the header has 2"),
+        ("a.csv", b'prompt,target\n"a\nb",c\n"d\n"\n', r"a.csv, line 4: 1 fields, but the header has 2"),
         ("a.csv", b'prompt,target\na,b\n"a,b\nc,d\n', r"a.csv, line 3: not CSV"),
         ("a.csv", b"prompt,target\n,b\n", r"a.csv, line 2: prompt is empty"),
         ("a.csv", b"prompt,prompt\na,b\n", r"a.csv, line 1: two columns are called 'prompt'"),
@@ -184,9 +184,9 @@ def test_a_broken_file_is_named_with_its_line(name, content, said, streaming, tm
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("none.jsonl", r"no file or folder '.*none\.jsonl'; data is a file \(\.jsonl, "),
-        ("", r"the folder .* has no data of the split 'train'.*data files there: none"),
-        ("other.csv", r"the folder .* has no data of the split 'train'.*there: rows\.csv"),
+        ("none.jsonl", r"no file or folder '.*none\.jsonl'; give a file \(\.jsonl, "),
+        ("", r"the folder .* has no data of the split 'train'.*its data files: none"),
+        ("other.csv", r"the folder .* has no data of the split 'train'.*its data files: rows\.csv"),
     ],
 )
 def test_what_is_not_there(name, said, tmp_path):
@@ -234,7 +234,7 @@ def test_columns_are_named_by_option():
         ),
         ({"prompt": "a", "solution": "b"}, {"target_column": "solutoin"}, r"'solutoin' \(did you mean 'solution'\?\)"),
         ({"prompt": "a"}, {"prompt_column": "x", "target_column": "x"}, "both 'x'"),
-        ({"prompt": "a", "target": "b", "s": "c"}, {"target_column": "s"}, "'target' beside target_column='s'"),
+        ({"prompt": "a", "target": "b", "s": "c"}, {"target_column": "s"}, "'target' in addition to target_column='s'"),
         ({"prompt": "a", "completions": "b"}, {}, "row 1: a column cannot be called 'completions'"),
         ({"prompt": "a", "trainer_state": "b"}, {}, "row 1: a column cannot be called 'trainer_state'"),
         ({"prompt": "a", 3: "b"}, {}, "row 1: a column cannot be called 3"),
@@ -316,9 +316,9 @@ def test_conversations_are_rows_as_in_trl(tmp_path):
         ({"prompt": [{"role": "user"}]}, "row 1: a message has a 'role' and a 'content'"),
         ({"prompt": [{"from": "human", "value": "a"}]}, "row 1: a message has a 'role'"),
         ({"prompt": []}, "row 1: prompt is empty"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "row 1: before the assistant's answer"),
-        ({"prompt": "a", "completion": CHATS[0]}, "row 1: a target of messages begins and ends with the assistant's"),
-        ({"prompt": "a", "completion": CHATS[2]}, "row 1: a target of messages begins and ends with the assistant's"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "row 1: messages has no message before the"),
+        ({"prompt": "a", "completion": CHATS[0]}, "row 1: the first and the last message of a target must be"),
+        ({"prompt": "a", "completion": CHATS[2]}, "row 1: the first and the last message of a target must be"),
     ],
 )
 def test_conversations_that_are_not_understood(row, said):
@@ -609,7 +609,7 @@ def test_messages_in_a_data_frame(tmp_path):
 @pytest.mark.parametrize(
     ("frame", "said"),
     [
-        (pandas.DataFrame([["a", "b"]]), "a column called 0, a int: names of columns must be texts.*rename"),
+        (pandas.DataFrame([["a", "b"]]), "a column called 0, a int: column names must be texts.*rename"),
         (pandas.DataFrame([["a", "b"]], columns=["prompt", ("x", 1)]), r"a column called \('x', 1\), a tuple"),
         (pandas.DataFrame([["a", "b"]], columns=["prompt", None]), "a column called (None|nan)"),
         (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "two columns called 'prompt'"),
@@ -652,7 +652,7 @@ print([name for name in ("pandas", "polars") if name in sys.modules])
 # --- half a surrogate pair ------------------------------------------------------------------------------------------
 
 HALF = "cat \ud83d"
-SAID = r"'\\ud83d' in .* is half a surrogate pair, and no character"
+SAID = r"'\\ud83d' in .* is half a surrogate pair, not a character"
 NESTED = {
     "content": [{"role": "user", "content": HALF}],
     "a part of the content": [
@@ -686,7 +686,7 @@ def test_half_a_surrogate_pair_in_a_prompt_is_refused_everywhere(gan, prompt):
         lambda: read_rows([{"prompt": prompt}], columns=False),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="is half a surrogate pair, and no character") as caught:
+        with pytest.raises(ValueError, match="is half a surrogate pair, not a character") as caught:
             call()
         assert "\n" not in str(caught.value) and str(caught.value).isascii(), "what can be printed"
     assert differences(before, player_state(gan, "generator")) == []

@@ -72,10 +72,10 @@ def test_an_error_says_the_value_and_what_is_accepted(settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"disc_layers": 2, "disc_target_modules": "q_proj"}, "give one of them"),
+        ({"disc_layers": 2, "disc_target_modules": "q_proj"}, "set only one"),
         ({"kl_target": 1.0, "beta": 0}, "set beta above 0"),
         ({"disc_objective": "real_vs_generated"}, "set adversarial=True"),
-        ({"adversarial": True, "reward_signal": "true"}, "drop one"),
+        ({"adversarial": True, "reward_signal": "true"}, "set one of the two"),
         ({"reward_signal": "true", "query_rate": 0.5}, "set query_rate=1"),
     ],
 )

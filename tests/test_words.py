@@ -139,7 +139,7 @@ def test_steps_of_fit_are_its_end_where_max_steps_is_none(tmp_path):
 def test_step_by_hand_needs_max_steps_and_says_so_before_anything_is_sampled():
     asked = []
     gan = small_gan(lr_scheduler_type="cosine", max_steps=None, reward=lambda response, target: asked.append(1) or 0.0)
-    with pytest.raises(ValueError, match="lr_scheduler_type='cosine' has to know where it ends.*set max_steps"):
+    with pytest.raises(ValueError, match="lr_scheduler_type='cosine' needs the number of steps.*set max_steps"):
         gan.step(PROMPTS[0], TARGETS[0])
     assert asked == [] and gan.global_step == 0
     gan.step(PROMPTS[0], TARGETS[0], train_gen=False, train_disc=False)  # no update, no schedule

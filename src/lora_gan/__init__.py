@@ -1,4 +1,4 @@
-"""LoRA-GAN: two LoRA adapters on one frozen base, a generator and a discriminator, trained against any reward."""
+"""LoRA-GAN: a generator and a discriminator as two LoRA adapters on one frozen base, trained against any reward."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ __all__ = ["Config", "LoraGAN"]
 
 
 def __getattr__(name: str) -> Any:
-    """What is slow to import: LoraGAN needs torch, which takes seconds, and `lora-gan --help` must not wait for it."""
+    """Import slow names on first use: LoraGAN imports torch, which takes seconds, and `lora-gan --help` stays fast."""
     if name == "LoraGAN":
         from .gan import LoraGAN
 

@@ -1,4 +1,4 @@
-"""`python -m lora_gan` is the command `lora-gan`."""
+"""`python -m lora_gan` runs the command `lora-gan`."""
 
 import sys
 

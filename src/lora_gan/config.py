@@ -1,9 +1,8 @@
-"""Every setting. Names are those of TRL and transformers where those have one; the discriminator's start with `disc_`.
+"""Every setting. Names follow TRL and transformers if these have one. The discriminator's names start with `disc_`.
 
-A setting is declared once: its type, group, bounds, unit and default in the annotation, its help in the text below.
-Editors and `lora-gan train --help` show that text, and `settings.py` derives the checks and the error messages from the
-annotation. Only rules that concern several settings are code. `Config` is frozen; `dataclasses.replace` makes a changed
-one.
+A setting is declared once: type, group, bounds, unit and default in the annotation, help in the text below it. Editors
+and `lora-gan train --help` show this text. `settings.py` derives checks and error messages from the annotation. Only
+rules about several settings are code. `Config` is frozen; `dataclasses.replace` returns a changed copy.
 """
 # No `from __future__ import annotations`: the annotations are read when a Config is made.
 
@@ -26,52 +25,51 @@ SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", 
 class Config:
     """The settings of a run."""
 
-    # Ten have Mark.FIRST. They decide the cost of a run (steps, responses per step, length of a response, and how many
-    # responses are rewarded), what the generator learns from and how far it may leave the base (reward_signal,
-    # learning_rate, beta), and where the run is saved. A run that disappoints is most often mended by one of these.
+    # Mark.FIRST marks the most important settings. They decide the cost of a run (steps, responses per step, length of
+    # a response, number of queries), the learning signal, the distance from the base, and the folder of the run.
 
     seed: Annotated[int, Group.RUN, Ge(0)] = 0
     """Every random draw is a function of (seed, step, purpose, index)."""
     output_dir: Annotated[str, Group.RUN, MinLen(1), Mark.FIRST, Mark.SILENT, Mark.UNLISTED] = "checkpoints"
-    """Folder for the step-N/ folders, metrics.jsonl and completions.jsonl."""
+    """Folder of the run: checkpoints step-N/, metrics.jsonl and completions.jsonl."""
     max_steps: Annotated[int | None, Group.RUN, Ge(1), Unit("steps"), Mark.FIRST, Mark.SILENT] = None
-    """Steps of the whole run, counted from the first one. None: num_train_epochs decides."""
+    """Steps of the whole run, counted from its first step. None: num_train_epochs decides."""
     num_train_epochs: Annotated[float, Group.RUN, Gt(0), Unit("epochs"), Mark.SILENT] = 3.0
     """Passes over the data when max_steps is None."""
     save_steps: Annotated[int | None, Group.RUN, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 100
     """Steps between checkpoints in fit(). None: fit() saves at the end only."""
     save_total_limit: Annotated[int | None, Group.RUN, Ge(1), Unit("checkpoints"), Mark.SILENT, Mark.UNLISTED] = 3
-    """Number of newest checkpoints of fit() that are kept. None: all. save_checkpoint() called by hand deletes none,
-    and its checkpoints are never deleted."""
+    """Checkpoints of fit() that are kept, the newest ones. None: all. fit() never deletes the checkpoints of
+    save_checkpoint()."""
     save_best: Annotated[bool, Group.RUN, Mark.SILENT] = False
-    """Whether to save each evaluation that is the best so far by metric_for_best_model, and to keep the best
-    checkpoint beside the newest ones."""
+    """Whether to save a checkpoint at each new best evaluation by metric_for_best_model, and to keep the best
+    checkpoint in addition to the newest ones."""
     weights_format: Annotated[Literal["bin", "safetensors"], Group.RUN, Mark.SILENT, Mark.UNLISTED] = "bin"
-    """Write adapter_model.bin or adapter_model.safetensors. Stock PEFT reads both."""
+    """File format of the adapters: adapter_model.bin or adapter_model.safetensors. Stock PEFT reads both."""
 
     logging_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 1
-    """Steps between lines of metrics.jsonl and of the trackers."""
+    """Steps between records in metrics.jsonl and in trackers."""
     eval_steps: Annotated[int | None, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT] = None
     """Steps between evaluations on fit()'s eval_dataset. None: fit() evaluates at the end only."""
     eval_on_start: Annotated[bool, Group.LOGS, Mark.SILENT] = True
-    """Whether fit() also evaluates on its eval_dataset before the first step, logged as step 0. This asks for one true
+    """Whether fit() also evaluates on its eval_dataset before the first step, logged as step 0. This queries one true
     reward per row."""
     metric_for_best_model: Annotated[str, Group.LOGS, MinLen(1), Mark.SILENT] = "true_reward"
-    """The metric that early stopping and save_best watch: a metric of the evaluation, as `lora-gan eval` prints it."""
+    """Evaluation metric that early stopping and save_best use, by its name in the output of `lora-gan eval`."""
     greater_is_better: Annotated[bool, Group.LOGS, Mark.SILENT] = True
     """Whether a greater metric_for_best_model is better."""
     log_completions: Annotated[bool, Group.LOGS, Mark.SILENT, Mark.UNLISTED] = True
-    """Whether sampled responses are displayed, and written to completions.jsonl with true and predicted reward."""
+    """Whether to display sampled responses, and write them to completions.jsonl with true and predicted reward."""
     log_completions_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 1
-    """Steps between the steps whose responses are all written to completions.jsonl. The first and the last step of a
-    run are always written. The dry run prints how large the logs become."""
+    """Steps between writes to completions.jsonl. A write holds all responses of its step. The first and the last step
+    are always written. The dry run prints the expected size of the logs."""
     completions_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 25
     """Steps between samples on the display and in trackers. The display also shows the first and the last step."""
     num_completions_to_print: Annotated[int, Group.LOGS, Ge(0), Unit("responses"), Mark.SILENT, Mark.UNLISTED] = 2
-    """Responses of a step that the display shows."""
+    """Responses per displayed step."""
     report_to: Annotated[str | tuple[str, ...], Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "none"
-    """Trackers beside metrics.jsonl: "tensorboard", "wandb", "trackio", a list of these, "all" that are installed, or
-    "none"."""
+    """Trackers in addition to metrics.jsonl: "tensorboard", "wandb", "trackio", a list of these, "all" (the installed
+    ones), or "none"."""
     run_name: Annotated[str | None, Group.LOGS, Mark.SILENT, Mark.UNLISTED] = None
     """The run's name in trackers. None: the name of output_dir."""
     project: Annotated[str, Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "lora-gan"
@@ -82,44 +80,44 @@ class Config:
     device: Annotated[str, Group.BASE, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "auto"
     """"cpu", "cuda" or "cuda:1". auto: the GPU if there is one, else the CPU."""
     micro_batch_size: Annotated[int | None, Group.BASE, Ge(1), Unit("responses"), Mark.SILENT] = None
-    """Responses in one forward and backward pass of an update. Fewer need less memory, and the update is the same.
-    None: all. The discriminator's update reads a group twice if the group is larger than this."""
+    """Responses in one forward and backward pass of an update. A smaller size needs less memory and gives the same
+    update. None: all. The discriminator computes a group twice if the group is larger than this."""
     gradient_checkpointing: Annotated[bool, Group.BASE, Mark.SILENT] = False
-    """Whether the backward pass computes each layer again instead of keeping all activations: less memory, more time,
-    the same update."""
+    """Whether the backward pass recomputes each layer instead of keeping all activations: less memory, more time, the
+    same update."""
     model_init_kwargs: Annotated[dict[str, Any] | None, Group.BASE, Mark.SILENT, Mark.UNLISTED] = None
-    """Passed on to from_pretrained: revision, attn_implementation, ..."""
+    """Keyword arguments for from_pretrained: revision, attn_implementation, ..."""
     trust_remote_code: Annotated[bool, Group.BASE, Mark.SILENT] = False
-    """Whether a base may bring its own Python code, which then runs on this machine."""
+    """Whether Python code that comes with the base may run on this machine."""
 
     prompt_column: Annotated[str, Group.DATA, MinLen(1), Mark.SILENT] = "prompt"
     """The column that holds the prompt: a text, or chat messages."""
     target_column: Annotated[str | None, Group.DATA, Mark.SILENT] = None
     """The column that holds the target text. None: target, target_text or completion, whichever exists."""
     chat_template_kwargs: Annotated[dict[str, Any] | None, Group.DATA] = None
-    """Passed on to the chat template of chat prompts, such as {"enable_thinking": false}."""
+    """Options for the chat template of chat prompts, such as {"enable_thinking": false}."""
     apply_chat_template: Annotated[bool | None, Group.DATA] = None
-    """True: a plain-text prompt becomes one user message, which the base's chat template renders. False: it reaches the
-    model unchanged. None: unchanged in training, with a notice if the base has a template; generate, score and eval
-    then treat prompts as the run did."""
+    """True: a plain-text prompt becomes one user message, which the base's chat template renders. False: the prompt
+    reaches the model unchanged. None: unchanged in training, with a notice if the base has a template; generate, score
+    and eval then treat prompts as the run did."""
     skip_special_tokens: Annotated[bool, Group.DATA] = True
-    """Whether special tokens, such as a <think> that the tokenizer counts as special, are removed from the text of a
-    response before rewards see it. The token that ends the response is always removed."""
+    """Whether to remove special tokens from the text of a response before rewards receive it, for example a special
+    <think>. The token that ends the response is always removed."""
     on_long_prompt: Annotated[Literal["raise", "drop", "truncate_left"], Group.DATA] = "raise"
-    """When a prompt leaves no room for max_completion_length tokens in the base's context: raise an error before the
-    first step, drop the row, or cut the prompt's beginning (truncate_left)."""
+    """If prompt and max_completion_length tokens exceed the base's context: raise an error before the first step
+    (raise), drop the row (drop), or cut the prompt's beginning (truncate_left)."""
 
     prompts_per_step: Annotated[int, Group.SAMPLING, Ge(1), Unit("prompts per step"), Mark.FIRST] = 4
-    """Prompts that fit() takes per step."""
+    """Prompts per step of fit()."""
     num_generations: Annotated[int, Group.SAMPLING, Ge(1), Unit("responses per prompt"), Mark.FIRST] = 8
-    """Responses sampled for each prompt: the group. 1 leaves no group to compare with, so the baseline is then a
+    """Responses sampled for each prompt: the group. At 1 there is no group to compare with, so the baseline is a
     running mean of rewards."""
     max_completion_length: Annotated[int, Group.SAMPLING, Ge(1), Unit("tokens"), Mark.FIRST] = 64
-    """Most tokens of a response, the end-of-text token included."""
+    """Most tokens of a response, with the end-of-text token."""
     temperature: Annotated[float, Group.SAMPLING, Gt(0)] = 1.0
     """Temperature of sampling, and of the policy that learns."""
     top_p: Annotated[float, Group.SAMPLING, Gt(0), Le(1), Unit("share of probability")] = 1.0
-    """Share of probability kept when sampling. Below 1 the policy gradient is biased."""
+    """Nucleus sampling: share of the probability kept. Below 1 the policy gradient is biased."""
 
     learning_rate: Annotated[float, Group.GENERATOR, Gt(0), Unit("per update"), Mark.FIRST] = 2e-4
     """Learning rate of the generator's AdamW. LoRA needs about ten times the rate of full fine-tuning."""
@@ -137,17 +135,17 @@ class Config:
     target_modules: Annotated[str | tuple[str, ...], Group.GENERATOR, MinLen(1), Mark.UNLISTED] = "all-linear"
     """Layers that get an adapter, as in peft.LoraConfig: "all-linear", a regular expression, or a list of names."""
     num_iterations: Annotated[int, Group.GENERATOR, Ge(1), Unit("updates per step")] = 1
-    """Updates per roll-out. From 2 on the probability ratio is clipped (PPO's surrogate)."""
+    """Updates on the responses of a step. With 2 or more the probability ratio is clipped (PPO's surrogate)."""
     epsilon: Annotated[float, Group.GENERATOR, Gt(0), Unit("probability ratio")] = 0.2
-    """Where num_iterations is above 1: a token's probability ratio is clipped to 1 ± epsilon."""
+    """If num_iterations is above 1, a token's probability ratio is clipped to 1 ± epsilon."""
     beta: Annotated[float, Group.GENERATOR, Ge(0), Unit("reward units per nat"), Mark.FIRST] = 0.03
     """Weight of the KL to the reference. The KL is summed over a response."""
     kl_reference: Annotated[Literal["base", "init_adapter"] | None, Group.GENERATOR] = None
     """Reference of the KL: the base with all adapters off (base), or the adapter that the generator starts from
-    (init_adapter), a copy of which is then kept and saved in each checkpoint. None: init_adapter if one is given, else
-    base."""
+    (init_adapter). The run then keeps a copy of this adapter, and saves the copy in each checkpoint. None: init_adapter
+    if one is given, else base."""
     kl_target: Annotated[float | None, Group.GENERATOR, Gt(0), Unit("nats per response")] = None
-    """KL that the run aims at: beta moves from its start value towards it. None: beta is fixed."""
+    """Desired KL. After each step beta is raised or lowered by up to 10 % to reach it. None: beta is fixed."""
     entropy_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("reward units per nat")] = 0.0
     """Weight of the policy's entropy, summed over a response's tokens."""
     reward_weight: Annotated[float, Group.GENERATOR, Ge(0)] = 1.0
@@ -155,49 +153,53 @@ class Config:
     imitation_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("reward units per nat per token")] = 0.0
     """Weight of the cross-entropy on the target text (SFT)."""
     imitation_warmup_steps: Annotated[int, Group.GENERATOR, Ge(0), Unit("steps")] = 0
-    """First steps, in which the generator learns by imitation alone."""
+    """Steps at the start in which the generator learns by imitation alone."""
     imitation_decay_steps: Annotated[int | None, Group.GENERATOR, Ge(1), Unit("steps")] = None
-    """Steps after the warm-up over which imitation_weight falls to zero, linearly. None: it stays."""
+    """Steps after the warm-up over which imitation_weight falls linearly to zero. None: it does not fall."""
 
     adversarial: Annotated[bool | None, Group.REWARD] = None
-    """True: the generator learns from the predicted reward. False: from the true one. None: reward_signal decides."""
+    """True: the generator learns from the predicted reward. False: from the true reward. None: reward_signal
+    decides."""
     reward_signal: Annotated[RewardSignal, Group.REWARD, Mark.FIRST] = "corrected"
-    """What the generator learns from. corrected: predicted + asked/query_rate · (true − predicted), unbiased; at
+    """Reward that the generator learns from. corrected: predicted + asked/query_rate · (true − predicted), unbiased; at
     query_rate 1 it is the true reward."""
     query_rate: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of responses"), Mark.FIRST] = 1.0
-    """Share of the responses for which the true reward is asked."""
+    """Share of the responses for which the true reward is queried."""
     query_design: Annotated[QueryDesign, Group.REWARD] = "groups"
-    """Which responses are asked for: uniform (a share of each group), groups (whole groups, so that a prompt's
+    """How the queried responses are drawn: uniform (a share of each group), groups (whole groups, so that a prompt's
     responses can be compared), uncertain (more where the heads disagree). Each design has known probabilities."""
     query_floor: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of query_rate")] = 0.25
-    """Least probability of being asked in the uncertain design. It bounds the correction."""
+    """Least probability of a query in the uncertain design. It bounds the correction."""
     reward_budget: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls"), Mark.FIRST] = None
     """Most true-reward calls of training in the whole run, one per response. None: no limit."""
     reward_budget_total: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls")] = None
-    """Most true-reward calls of the whole run, with evaluations and retries. None: no limit. Training leaves enough for
-    the evaluation at the end; other evaluations are left out when too few calls are left."""
+    """Most true-reward calls of the whole run, with evaluations and retries. None: no limit. Training leaves enough
+    calls for the final evaluation. Other evaluations are skipped if too few calls remain."""
     after_budget: Annotated[Literal["predicted", "stop"], Group.REWARD] = "predicted"
-    """When the budget is spent: continue with the predicted reward alone, or stop (fit() ends, step() raises)."""
+    """When the budget is spent: continue with the predicted reward alone (predicted), or stop (fit() ends, step()
+    raises)."""
     gradient_path: Annotated[Literal["policy_gradient", "straight_through"], Group.REWARD] = "policy_gradient"
     """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
     straight_through_weight: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of the predicted reward")] = 1.0
-    """Where gradient_path is straight_through: the share that takes this path; the rest takes the policy gradient."""
+    """If gradient_path is straight_through: share of the predicted reward that takes this path. The policy gradient
+    takes the rest."""
     reward_timeout: Annotated[float | None, Group.REWARD, Gt(0), Unit("seconds"), Mark.SILENT] = None
-    """Most time that one call of a reward may take. None: no limit."""
+    """Time limit for one call of a reward. None: no limit."""
     reward_retries: Annotated[int, Group.REWARD, Ge(0), Unit("tries"), Mark.SILENT] = 0
-    """Further tries after a call of a reward that raised or took too long."""
+    """Retries after a call of a reward that raised an error or exceeded reward_timeout."""
     reward_backoff: Annotated[float, Group.REWARD, Ge(0), Unit("seconds"), Mark.SILENT] = 1.0
-    """Wait before the first further try. It doubles before each next try, up to 60 seconds."""
-    reward_workers: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls at once"), Mark.SILENT] = None
-    """Calls of a reward f(response, target) at once, in threads; an async one is awaited. The numbers are the same.
+    """Wait before the first retry. The wait doubles before each further retry, up to 60 seconds."""
+    reward_workers: Annotated[int | None, Group.REWARD, Ge(1), Unit("parallel calls"), Mark.SILENT] = None
+    """Parallel calls of a reward f(response, target), in threads; an async reward is awaited. The values are the same.
     None: 1, and 16 for an `async def` reward."""
     on_reward_error: Annotated[Literal["raise", "skip"], Group.REWARD] = "raise"
-    """When the last try has failed: end the run, saved (raise), or learn nothing from the true reward of this response
-    in this step (skip). skip assumes that failures do not depend on the response; otherwise it biases the learning."""
+    """When the last retry has failed: save and end the run (raise), or ignore the true reward of this response in this
+    step (skip). skip biases the learning if failures depend on the response."""
     reuse_answers: Annotated[bool, Group.REWARD, Mark.SILENT] = False
-    """Whether a run that broke off takes answers from answers.jsonl although the reward's source has changed since."""
+    """Whether a resumed run reuses the answers in answers.jsonl even if the reward's source code has changed."""
     multi_objective_aggregation: Annotated[Literal["sum", "normalize_then_sum"], Group.REWARD] = "sum"
-    """Several rewards: sum (weighted, as they are), or normalize_then_sum (each in units of its own spread first)."""
+    """How several rewards are combined: sum (weighted), or normalize_then_sum (each reward is first divided by its own
+    spread)."""
 
     disc_learning_rate: Annotated[float, Group.DISCRIMINATOR, Gt(0), Unit("per update")] = 5e-4
     """Learning rate of AdamW for the discriminator's adapter and heads."""
@@ -206,45 +208,45 @@ class Config:
     disc_lora_alpha: Annotated[int, Group.DISCRIMINATOR, Ge(1), Mark.UNLISTED] = 32
     """The discriminator's adapter is scaled by disc_lora_alpha / disc_lora_r."""
     disc_target_modules: Annotated[str | tuple[str, ...], Group.DISCRIMINATOR, MinLen(1), Mark.UNLISTED] = "all-linear"
-    """Layers that get the discriminator's adapter, as target_modules."""
+    """Layers that get the discriminator's adapter, in the form of target_modules."""
     disc_layers: Annotated[int | None, Group.DISCRIMINATOR, Ge(1), Unit("layers")] = None
     """Number of upper layers that get the discriminator's adapter, if disc_target_modules is "all-linear". None: all.
-    The layers below are then computed once for the discriminator and the base, if the base is the KL's reference, and
-    the discriminator's update stops there."""
+    The discriminator's update skips the layers below. If the base is the KL's reference, the discriminator shares the
+    outputs of these layers with the base."""
     disc_heads: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("heads")] = 4
-    """Score heads. Their mean is the prediction, and their spread is an uncertainty."""
+    """Score heads. Their mean is the prediction, and their spread estimates its uncertainty."""
     disc_updates: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("updates per step")] = 2
-    """Optimizer updates per step."""
+    """Optimizer updates of the discriminator per step."""
     disc_replay_groups: Annotated[int, Group.DISCRIMINATOR, Ge(0), Unit("groups")] = 256
-    """Groups kept for replay. Half of a batch is fresh, half is replay. 0: none."""
+    """Groups kept for replay. Half of a batch is fresh, half is replay. 0: no replay."""
     disc_mean_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.25
     """Weight of the group's mean in the regression, relative to 1 for differences within the group."""
     disc_rank_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.5
     """Weight of the ranking loss within the group, relative to 1 for the regression."""
     disc_objective: Annotated[Literal["regression", "real_vs_generated"], Group.DISCRIMINATOR] = "regression"
-    """regression: learns the true reward. real_vs_generated: learns to tell target texts from responses, and asks for
-    no true reward."""
+    """regression: learns the true reward. real_vs_generated: learns to distinguish target texts from responses, without
+    true rewards."""
     disc_average: Annotated[float, Group.DISCRIMINATOR, Ge(0), Lt(1), Unit("decay per update")] = 0.0
-    """Decay of a moving average of the discriminator's weights, which then scores. 0: the weights themselves score."""
+    """Decay of a moving average of the discriminator's weights. The average makes the predictions. 0: no average."""
     disc_replay_policy: Annotated[Literal["fifo", "reservoir"], Group.DISCRIMINATOR] = "fifo"
-    """Which groups replay keeps: the last ones (fifo), or an even sample of all (reservoir)."""
+    """Which groups replay keeps: the latest groups (fifo), or a uniform sample of all groups (reservoir)."""
     disc_anchor_reward: Annotated[float | None, Group.DISCRIMINATOR, Unit("reward units")] = None
-    """The true reward of a target text, if it is known (1 for the default reward). The target is then one more answer
-    in its prompt's group, without a call. None: it is not."""
+    """True reward of a target text (1 for the default reward). Each target then joins its prompt's answered group,
+    without a call. None: unknown."""
 
     uncertainty_penalty: Annotated[float, Group.GUARD, Ge(0), Unit("standard deviations of the heads")] = 0.0
-    """The generator sees the mean of the heads minus this many of their standard deviations."""
+    """The generator learns from the mean of the heads minus this number of their standard deviations."""
     gate_correlation: Annotated[float, Group.GUARD, Ge(0), Lt(1), Unit("rank correlation")] = 0.0
     """Predictions get full weight at or above this fresh rank correlation within groups, proportional weight below it,
     none at 0 or less. 0: no gate. The gate saved some runs from exploitation and stalled others (docs/learning/)."""
     on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
     """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator
-    to the step where the true reward was best (rollback)."""
+    to the step with the best true reward (rollback)."""
     monitor_window: Annotated[int, Group.GUARD, Ge(1), Unit("steps")] = 10
-    """Steps that the monitor averages over. It compares this average with the best one so far."""
+    """Steps in the monitor's moving average. The monitor compares the average with the best average so far."""
     max_skipped_updates: Annotated[int, Group.GUARD, Ge(1), Unit("updates")] = 10
-    """Updates in a row, of either player, that are skipped because a loss or gradient is not finite, before
-    on_nonfinite acts."""
+    """Consecutive updates of a player that are skipped because a loss or gradient is not finite, before on_nonfinite
+    acts."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
     """After max_skipped_updates: stop, or return to the newest checkpoint of a healthy run and continue with both
     learning rates halved (rollback; fit() only, step() raises)."""
@@ -258,7 +260,7 @@ class Config:
         self._require_consistent()
 
     def _unify_forms(self) -> None:
-        """One form for what may be given in several: paths become texts, lists of YAML tuples, 0 and 1 flags."""
+        """Convert equivalent forms: paths to texts, comma-separated report_to and lists to tuples, 0 and 1 to flags."""
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         if isinstance(self.report_to, str) and "," in self.report_to:
@@ -271,27 +273,31 @@ class Config:
                 object.__setattr__(self, field.name, bool(value))
 
     def _require_consistent(self) -> None:
-        """The rules that concern several settings; those of the reward signal stand in `signal`."""
+        """Check the rules about several settings. `signal` checks those about the reward signal."""
         if self.disc_layers is not None and self.disc_target_modules != "all-linear":
-            raise ValueError("disc_layers and disc_target_modules both say what gets an adapter: give one of them")
+            raise ValueError("disc_layers and disc_target_modules both select layers for the adapter: set only one")
         if self.kl_target is not None and not self.beta:
-            raise ValueError("kl_target moves beta, and beta=0 has nowhere to start from: set beta above 0")
+            raise ValueError("kl_target scales beta, which has no effect at beta=0: set beta above 0")
         signal = self.signal(self.adversarial)
         if self.disc_objective == "real_vs_generated" and signal != "predicted":
             raise ValueError(
-                "disc_objective='real_vs_generated' asks for no true reward, so the generator can only learn from "
-                "the predicted one: set adversarial=True"
+                "disc_objective='real_vs_generated' queries no true rewards, so the generator can only learn from "
+                "predicted rewards: set adversarial=True"
             )
 
     def signal(self, adversarial: bool | None) -> RewardSignal:
-        """What the advantage is made of; raises where the settings contradict each other."""
+        """The reward from which the advantage is computed; `adversarial` overrides reward_signal unless None.
+
+        Raises:
+            ValueError: the settings contradict each other.
+        """
         if adversarial not in (True, False, None):
             raise ValueError(f"adversarial={shown(adversarial)} is not accepted: it must be True, False or None")
         signal = {True: "predicted", False: "true", None: self.reward_signal}[adversarial]
         if self.reward_signal not in (signal, "corrected"):
             raise ValueError(
-                f"adversarial={adversarial} learns from the {signal} reward, and reward_signal={self.reward_signal!r} "
-                "says otherwise: drop one"
+                f"adversarial={adversarial} selects the {signal} reward, but reward_signal={self.reward_signal!r}: "
+                "set one of the two settings"
             )
         if signal == "true" and self.query_rate < 1:
             raise ValueError(
@@ -300,14 +306,18 @@ class Config:
             )
         if signal == "true" and self.gradient_path == "straight_through":
             raise ValueError(
-                "gradient_path='straight_through' leads the discriminator's gradient into the generator: it needs "
-                "reward_signal 'predicted' or 'corrected', not the true reward"
+                "gradient_path='straight_through' passes the discriminator's gradient to the generator, so the reward "
+                "signal cannot be 'true': set reward_signal to 'predicted' or 'corrected'"
             )
         return signal
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """A config from plain values; an unknown key raises, with the nearest name."""
+        """Make a Config from plain values.
+
+        Raises:
+            ValueError: an unknown setting, with the nearest known name, or a value that is not accepted.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"settings are a mapping of names to values, not {shown(values)}")
         known = [field.name for field in fields(cls)]
@@ -318,10 +328,10 @@ class Config:
         return cls(**values)
 
     def to_file(self) -> dict[str, Any]:
-        """Plain values for files that others may read: without the hub token that model_init_kwargs may hold."""
-        hidden = {name: value for name, value in (self.model_init_kwargs or {}).items() if name != "token"}
-        return self.to_dict() | {"model_init_kwargs": hidden or None}
+        """`to_dict` without the hub token that model_init_kwargs may hold, for files that other people may read."""
+        public = {name: value for name, value in (self.model_init_kwargs or {}).items() if name != "token"}
+        return self.to_dict() | {"model_init_kwargs": public or None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON can hold them."""
+        """The settings as plain values for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

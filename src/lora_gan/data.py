@@ -1,7 +1,7 @@
-"""Rows of prompt and target, where they come from, and the order in which they are taken.
+"""Rows of prompt and target: reading them from files, hub data sets and Python objects, and their order in a run.
 
 A prompt is a text, or a conversation: a list of messages {"role", "content"}, as in TRL. The order is a function of
-(seed, epoch), or a stream's own, so that the position in it is one number, and a resumed run takes the very next row.
+(seed, epoch), or the order of a stream. A single number is the position, and a resumed run continues with the next row.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from .wording import did_you_mean, shortened, shown
 
 Conversation = list[dict[str, Any]]  # messages, each with a role and a content
 Prompt = str | Conversation
-Numbered = Iterator[tuple[str, Any]]  # where a row stands, for messages, and the row
+Numbered = Iterator[tuple[str, Any]]  # (location for error messages, values of the row)
 
 TARGET_NAMES = ("target", "target_text", "completion")
-# Rewards get something else by these names (rewards.signatures.GIVEN).
+# Rewards receive other values under these names (rewards.signatures.GIVEN).
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # reach the chat template of their row, as in TRL's SFTTrainer
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # passed to the chat template of the row, as in TRL's SFTTrainer
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with what belongs to it.
+    """One prompt with its target and further columns.
 
     Attributes:
-        target: what a response is compared with, or imitates; of chat messages, what the assistant says in them.
-        columns: whatever else the row has; rewards get it by keyword.
-        target_messages: the target's messages, where it is more than one message with a text.
-        where: the file and line, or the number of the row, for messages.
+        prompt: a text, or chat messages.
+        target: the text for imitation, and for rewards that compare; for chat messages the assistant's text.
+        columns: further values by name. Rewards receive them as keyword arguments.
+        target_messages: the target's messages, if they hold more than a single text.
+        where: the row's location for error messages: file and line, or number of the row.
     """
 
     prompt: Prompt
@@ -51,13 +52,15 @@ class Row:
 
     @property
     def template_options(self) -> dict[str, Any]:
-        """What the columns `tools` and `chat_template_kwargs` say to the chat template; either may be JSON text.
+        """Keyword arguments for the chat template from the columns `tools` and `chat_template_kwargs`.
+
+        Both columns may be JSON text. A plain prompt has no options.
 
         Raises:
-            ValueError: a column is not what the template needs.
+            ValueError: `tools` is no list, or `chat_template_kwargs` is no mapping.
         """
         if isinstance(self.prompt, str):
-            return {}  # a plain prompt reaches no template: its columns may hold anything
+            return {}  # no template renders a plain prompt, so any values are allowed
         tools, options = (self._json(name) for name in TEMPLATE_COLUMNS)
         if not isinstance(tools, list | None):
             raise RowError(self, f"the column 'tools' must be a list of tools, or None, not {shown(tools)}")
@@ -76,7 +79,7 @@ class Row:
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message begins with where it stands."""
+    """A row cannot be used. The message begins with the row's location."""
 
     def __init__(self, row: Row, message: str) -> None:
         super().__init__(f"{row.where}: {message}" if row.where else message)
@@ -94,36 +97,36 @@ def read_rows(
     streaming: bool = False,
     columns: bool = True,
 ) -> list[Row] | Stream:
-    """Rows of a file, a folder, a data set of the hub, a `datasets` object, or anything that yields mappings.
+    """Read rows from a file, a folder, a hub data set, a `datasets` object, or any iterable of mappings.
 
     A row's prompt is a text or a list of messages. Its target is a text, or messages that begin and end with the
-    assistant's. A row may have TRL's `messages` instead of a prompt: the last one, where it is the assistant's, is the
-    target. Everything else in a row is a column. Rewards get columns by keyword. They get the target as `target`, and
-    also under the name that `target_column` gives it. The columns `tools` and `chat_template_kwargs` reach the chat
-    template.
+    assistant's messages. With TRL's `messages` instead of a prompt, a last message of the assistant is the target. All
+    other values are columns, which rewards receive as keyword arguments. Rewards receive the target as `target`, and
+    under the name `target_column`. The chat template receives the columns `tools` and `chat_template_kwargs`.
 
     Args:
-        dataset: a file (.jsonl, .json with a list or lines, .csv, .tsv, .txt with a prompt a line, .parquet; text is
-            UTF-8, an empty cell of a CSV file a missing value); a folder of such files called as the split
-            (train.jsonl, train-*.parquet), or written by `datasets.save_to_disk`; "OWNER/NAME" or "OWNER/NAME:CONFIG"
-            on the hub; a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a data frame of pandas or polars, in
-            which NaN, NaT and NA are missing values; a list or other iterable of mappings; a function that returns one.
-            What was read already is returned as it is.
+        dataset: one of these sources:
+            - a file: .jsonl, .json (a list, or an object per line), .csv, .tsv, .txt (a prompt per line) or .parquet.
+              Text is UTF-8. An empty cell of a CSV file is a missing value.
+            - a folder of `datasets.save_to_disk`, or with files named after the split (train.jsonl, train-*.parquet)
+            - "OWNER/NAME" or "OWNER/NAME:CONFIG" on the hub, or a `datasets` object
+            - a data frame of pandas or polars. NaN, NaT and NA are missing values.
+            - an iterable of mappings, or a function that returns one
+            - a `Stream`, which is returned unchanged
         prompt_column: the column that holds the prompt.
-        target_column: the column that holds the target, in every row; None: target, target_text or completion, the
-            first of them that a row has.
-        split: which one, where there are several; files and lists have none.
-        streaming: read as rows are needed, in the source's own order, instead of whole and shuffled. A
-            `datasets.IterableDataset` always is.
-        columns: whether the rows keep their other columns; False where no reward is asked. Those for the chat template
-            stay.
+        target_column: the column that holds the target in every row. None: the first of target, target_text and
+            completion that a row has.
+        split: the split to read from a source with several splits.
+        streaming: read rows when they are needed, in the order of the source, instead of reading all rows and
+            shuffling. A `datasets.IterableDataset` is always streamed.
+        columns: whether rows keep their columns. False keeps only those for the chat template.
 
     Returns:
-        The rows: a list, or a `Stream`, which has no length.
+        A list of rows, or a `Stream`, which has no length.
 
     Raises:
-        ValueError: what cannot be read; it names the file, and the line or row.
-        ImportError: `datasets` is needed and not installed.
+        ValueError: a source or row that cannot be read. The message names the file, and the line or row.
+        ImportError: `datasets` or `pyarrow` is needed and not installed.
     """
     if isinstance(dataset, Stream):
         return dataset
@@ -139,7 +142,7 @@ def read_rows(
 
     if streaming or _is_iterable_dataset(dataset):
         stream = Stream(name, source, to_row)
-        stream.take(1, 0)  # a wrong column, or no rows, are said now and not at the first step
+        stream.take(1, 0)  # report a wrong column or missing rows now, not at the first step
         return stream
     rows = [to_row(where, values) for where, values in source(0)]
     if not rows:
@@ -148,7 +151,7 @@ def read_rows(
 
 
 def _with_rows(dataset: Any, name: str, split: str, streaming: bool, prompt_column: str) -> Any:
-    """What yields rows: a name is opened, and of several splits one is taken."""
+    """The data set opened, if it is a name, and reduced to one split, if it has several."""
     if isinstance(dataset, (str, os.PathLike)):
         dataset = _opened(name, split, streaming, prompt_column)
     if isinstance(dataset, Mapping):
@@ -163,17 +166,17 @@ def _no_rows(name: str) -> str:
 
 
 def _source(dataset: Any, streaming: bool) -> Callable[[int], Numbered]:
-    """The rows of one epoch, numbered, by the number of the epoch."""
+    """A function from the number of an epoch to the epoch's rows, each with its location."""
     if isinstance(dataset, _Files):
         return lambda epoch: dataset.read()
     if isinstance(dataset, Iterator) and streaming:
-        raise ValueError("streaming begins again after an epoch, and an iterator cannot: give a function that makes it")
+        raise ValueError("streaming repeats the data each epoch, but an iterator ends: give a function that returns it")
     if not (callable(dataset) or hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         raise ValueError(f"a data set is a file, a name, or rows to iterate over, not {shown(dataset)}")
 
     def rows(epoch: int) -> Numbered:
         if _is_iterable_dataset(dataset):
-            dataset.set_epoch(epoch)  # a shuffled one has an order of its own each epoch, by its seed
+            dataset.set_epoch(epoch)  # gives a shuffled data set a new order per epoch, from its seed
         for number, values in enumerate(frames.records(dataset() if callable(dataset) else dataset), 1):
             yield f"row {number}", values
 
@@ -181,15 +184,13 @@ def _source(dataset: Any, streaming: bool) -> Callable[[int], Numbered]:
 
 
 def _is_iterable_dataset(dataset: Any) -> bool:
-    datasets = sys.modules.get("datasets")  # who holds such an object has imported it
+    datasets = sys.modules.get("datasets")  # imported already if such an object exists
     return datasets is not None and isinstance(dataset, datasets.IterableDataset)
 
 
 def _fills_with_none(dataset: Any) -> bool:
-    """Whether this is a table in which every message, and every mapping in it, has the keys of all of them.
-
-    Arrow keeps mappings so. In what comes out of it, a key that is None was most likely never written.
-    """
+    """Whether this is an Arrow table. Arrow gives all mappings of a column the same keys, and fills missing ones with
+    None. So a key with the value None was most likely not in the original data."""
     if isinstance(dataset, _Files):
         return any(path.suffix.lower() == ".parquet" for path in dataset.paths)
     return type(dataset).__module__.partition(".")[0] == "datasets"
@@ -206,11 +207,11 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
         prompt_column = "messages"
     prompt = _popped(rest, prompt_column, where, "prompt_column")
     if target_column is not None:
-        target = _popped(rest, target_column, where, "target_column", beside=prompt_column)
+        target = _popped(rest, target_column, where, "target_column", known=(prompt_column,))
         if columns and target_column != "target" and "target" in rest:
             raise ValueError(
-                f"{where} has a column 'target' beside target_column={target_column!r}, and rewards get the target "
-                "under that name: rename or remove one of them"
+                f"{where} has a column 'target' in addition to target_column={target_column!r}, but rewards receive "
+                "the target under the name 'target': rename or remove a column"
             )
     else:
         names = [name for name in TARGET_NAMES if name in rest]
@@ -218,7 +219,7 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
         target = rest.pop(target_name) if target_name else None
 
     if prompt is None or (isinstance(prompt, (str, list, tuple)) and not prompt):
-        raise ValueError(f"{where}: {prompt_column} is empty, and a response needs something to begin from")
+        raise ValueError(f"{where}: {prompt_column} is empty: give at least one character, or one message")
     if fills:
         prompt, target = _without_none(prompt), _without_none(target)
         rest |= {name: _without_none(rest[name]) for name in TEMPLATE_COLUMNS if name in rest}
@@ -227,7 +228,7 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
         if prompt_column == "messages" and target is None and prompt[-1]["role"] == "assistant":
             prompt, target = prompt[:-1], prompt[-1:]
             if not prompt:
-                raise ValueError(f"{where}: before the assistant's answer {prompt_column} has nothing to answer")
+                raise ValueError(f"{where}: {prompt_column} has no message before the assistant's answer: add a prompt")
     elif not isinstance(prompt, str):
         raise ValueError(f"{where}: {prompt_column} must be a text, or a list of messages, not {shown(prompt)}")
     target, target_messages = _target(target, where)
@@ -239,47 +240,49 @@ def _row(where: str, values: Any, prompt_column: str, target_column: str | None,
         rest[target_column] = target
     _require_free_names(rest, where)
     row = Row(prompt, target, rest, target_messages, where)
-    _ = row.template_options  # wrong ones are said where they stand
+    _ = row.template_options  # raises an error for invalid options
     return row
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value: of messages, their contents' parts, lists and mappings of any depth, with their keys."""
-    left = [value]
-    while left:  # not recursive: a stranger's nesting may be deep
-        entry = left.pop()
+    """All texts in a value, at any depth of its lists and mappings, keys included."""
+    stack = [value]
+    while stack:  # not recursive, because user data may be nested too deep for Python's stack
+        entry = stack.pop()
         if isinstance(entry, str):
             yield entry
         elif isinstance(entry, Mapping):
-            left += [*entry.values(), *entry.keys()]
+            stack += [*entry.values(), *entry.keys()]
         elif isinstance(entry, (list, tuple)):
-            left += entry
+            stack += entry
 
 
 def require_unicode(value: Any, where: str) -> None:
-    """Refuse half a surrogate pair in any text of a value, at any depth: tokenizers and files fail on it, after hours.
+    """Check that no text in a value, at any depth, holds half a surrogate pair.
 
-    It is no character, but JSON and Python can write it.
+    JSON and Python strings may hold such halves, but tokenizers and UTF-8 files fail on them, possibly late in a run.
 
     Raises:
-        ValueError: it names the half and the text that holds it.
+        ValueError: the message names the half and its text.
     """
     for text in _texts(value):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{where}: {ascii(text[error.start])} in {excerpt(text)} is half a surrogate pair, and no character"
+                f"{where}: {ascii(text[error.start])} in {excerpt(text)} is half a surrogate pair, not a character: "
+                "replace or remove it"
             ) from error
 
 
-def _popped(rest: dict[str, Any], name: str, where: str, setting: str, *, beside: str | None = None) -> Any:
+def _popped(rest: dict[str, Any], name: str, where: str, setting: str, *, known: tuple[str, ...] = ()) -> Any:
+    """Remove a column from `rest` and return its value; `known` are columns that are removed already."""
     if name not in rest:
-        there = [*filter(None, [beside]), *map(str, rest)]
-        columns = ", ".join(map(repr, there)) or "none"
+        names = [*known, *map(str, rest)]
+        columns = ", ".join(map(repr, names)) or "none"
         raise ValueError(
-            f"{where} has no column {name!r}{did_you_mean(name, there)}; its columns: {columns}. {setting} names "
-            "another"
+            f"{where} has no column {name!r}{did_you_mean(name, names)}; its columns: {columns}. Set {setting} to "
+            "another name"
         )
     return rest.pop(name)
 
@@ -288,8 +291,8 @@ def _require_free_names(columns: Mapping[str, Any], where: str) -> None:
     for name in columns:
         if not isinstance(name, str) or name in RESERVED:
             raise ValueError(
-                f"{where}: a column cannot be called {name!r}: rewards get columns by keyword, and "
-                f"{', '.join(RESERVED)} are taken; rename or remove it"
+                f"{where}: a column cannot be called {name!r}: rewards receive columns as keyword arguments, and "
+                f"{', '.join(RESERVED)} are reserved; rename or remove the column"
             )
 
 
@@ -307,14 +310,22 @@ def is_prompt(value: Any) -> TypeGuard[Prompt]:
 
 
 def require_targets(rows: list[Row], need: str, remedy: str = "") -> None:
-    """Name a row without a target where one is needed, before anything is sampled or any true reward is paid for."""
+    """Check that each row has a target, before responses are sampled or true rewards are queried.
+
+    Args:
+        need: the purpose of the target, which begins the message.
+        remedy: advice at the end of the message.
+
+    Raises:
+        RowError: a row without a target.
+    """
     for row in rows:
         if row.target is None:
             raise RowError(row, f"{need}, and the prompt {excerpt(row.prompt)} has none{remedy}")
 
 
 def excerpt(prompt: Prompt) -> str:
-    """How a prompt begins, for messages; of a conversation its last message."""
+    """The beginning of a prompt, or of a conversation's last message, quoted for messages."""
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
     return repr(shortened(text, 60))
 
@@ -322,7 +333,7 @@ def excerpt(prompt: Prompt) -> str:
 def as_rows(
     prompts: Any, tools: list[Any] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[Row]:
-    """One prompt or several as rows; tools and template options are those of every prompt. Rows stay as they are."""
+    """Convert one or several prompts to rows. All prompts get the same tools and options. Rows stay unchanged."""
     if isinstance(prompts, Mapping) or not (is_prompt(prompts) or isinstance(prompts, Iterable)):
         remedy = ": give a prompt of one message as [message]" if isinstance(prompts, Mapping) else ""
         raise ValueError(f"prompts must be texts or chat messages, not {shown(prompts)}{remedy}")
@@ -340,7 +351,7 @@ def as_rows(
 
 
 def as_user_message(row: Row) -> Row:
-    """The row with its plain prompt as what a user says."""
+    """The row with its plain prompt as one user message."""
     return replace(row, prompt=[{"role": "user", "content": row.prompt}])
 
 
@@ -348,12 +359,12 @@ def _messages(messages: Iterable[Mapping[str, Any]], where: str) -> list[dict[st
     for message in messages:
         if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
             raise ValueError(f"{where}: a message has a 'role' and a 'content', not {shown(dict(message))}")
-    # Tables give every message every key that any has; to a template a key that is None is not the same as none.
+    # Tables fill missing keys with None, but chat templates distinguish None from a missing key.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _without_none(value: Any) -> Any:
-    """Messages and tools without the keys that a table has filled with None, at any depth."""
+    """Messages and tools without the keys that an Arrow table has filled with None, at any depth."""
     if isinstance(value, Mapping):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, (list, tuple)):
@@ -362,18 +373,18 @@ def _without_none(value: Any) -> Any:
 
 
 def _target(target: Any, where: str) -> tuple[str | None, Conversation | None]:
-    """A target's text, and its messages where they say more than the text."""
+    """A target's text, and its messages if they hold more than the text."""
     if not is_conversation(target):
         if not (target is None or isinstance(target, str)):
             raise ValueError(
-                f"{where}: the target must be a text, messages of the assistant's, or None, not {shown(target)}"
+                f"{where}: the target must be a text, messages of the assistant, or None, not {shown(target)}"
             )
         return target, None
     messages = _messages(target, where)
-    if any(messages[place]["role"] != "assistant" for place in (0, -1)):
+    if any(messages[i]["role"] != "assistant" for i in (0, -1)):
         raise ValueError(
-            f"{where}: a target of messages begins and ends with the assistant's, not {shown(messages)}; what comes "
-            "before the answer belongs to the prompt"
+            f"{where}: the first and the last message of a target must be the assistant's, not {shown(messages)}; move "
+            "messages before the answer to the prompt"
         )
     text = completion_text(
         [message for message in messages if message["role"] == "assistant" and message.get("content")]
@@ -388,7 +399,7 @@ def _target(target: Any, where: str) -> tuple[str | None, Conversation | None]:
 @dataclass(frozen=True)
 class _Files:
     paths: list[Path]
-    prompt_column: str  # what the lines of a .txt file are
+    prompt_column: str  # column name for the lines of a .txt file
 
     def read(self) -> Numbered:
         for path in self.paths:
@@ -401,12 +412,12 @@ class _Files:
 
 
 def _opened(name: str, split: str, streaming: bool, prompt_column: str) -> Any:
-    """The file or files, or what `datasets` makes of a name or of a folder it wrote."""
+    """The file, the folder's files, or the `datasets` object of a hub name or of a folder written by `datasets`."""
     suffixes = ", ".join(READERS)
     try:
         path = Path(name).expanduser()
         is_file = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed to us, ~nobody
+    except (OSError, RuntimeError) as error:  # name too long, permission denied, unknown user in ~user
         raise ValueError(f"{name!r:.80} cannot be opened: {error!s:.80}") from error
     if is_file:
         if path.suffix.lower() not in READERS:
@@ -417,37 +428,39 @@ def _opened(name: str, split: str, streaming: bool, prompt_column: str) -> Any:
         return _Files(_files_of_split(path, split), prompt_column)
     on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", name) and path.suffix.lower() not in READERS
     if not (written_by_datasets or on_hub):
-        raise ValueError(f"there is no file or folder {name!r}; data is a file ({suffixes}), a folder, or OWNER/NAME")
-    why = f"{name!r} is not a file ({suffixes}) or a folder of such; data sets of the hub, and folders written by "
-    datasets = need("datasets", f"{why}datasets, need", "data")
+        raise ValueError(
+            f"there is no file or folder {name!r}; give a file ({suffixes}), a folder, or OWNER/NAME on the hub"
+        )
+    why = f"{name!r} is not a file ({suffixes}) or a folder of such files; data sets of the hub, and folders written by"
+    datasets = need("datasets", f"{why} datasets, need the library datasets", "data")
     try:
         if written_by_datasets:
             return datasets.load_from_disk(str(path))
         hub_name, _, config = name.partition(":")
         return datasets.load_dataset(hub_name, config or None, split=split, streaming=streaming)
-    except Exception as error:  # of the hub, the network, a file's format: no two are of one kind
-        what = "the folder" if written_by_datasets else "there is no such file or folder, and the data set"
-        raise ValueError(f"{what} {name!r} could not be opened by datasets, split {split!r}: {error}") from error
+    except Exception as error:  # hub, network and file formats raise many types of errors
+        source = "the folder" if written_by_datasets else "there is no such file or folder, and the data set"
+        raise ValueError(f"{source} {name!r} could not be opened by datasets, split {split!r}: {error}") from error
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Data files in a folder or its data/ that are called as a split is, as in the hub's repositories: train.csv,
+    """The split's data files in a folder or its data/, named as in hub repositories: train.csv,
     train-00000-of-00002.parquet."""
-    places = [place for place in (folder, folder / "data") if place.is_dir()]
-    found = (file for place in places for file in place.iterdir())
+    folders = [path for path in (folder, folder / "data") if path.is_dir()]
+    found = (file for path in folders for file in path.iterdir())
     files = sorted(file for file in found if file.suffix.lower() in READERS and file.is_file())
     chosen = [file for file in files if re.split(r"[-_.]", file.name)[0] == split]
     if not chosen:
-        there = ", ".join(file.name for file in files[:10]) or "none"
+        names = ", ".join(file.name for file in files[:10]) or "none"
         raise ValueError(
-            f"the folder {folder} has no data of the split {split!r}: a file {split}.SUFFIX or {split}-*.SUFFIX, where "
-            f"SUFFIX is one of {', '.join(READERS)}; data files there: {there}"
+            f"the folder {folder} has no data of the split {split!r}: add a file {split}.SUFFIX or {split}-*.SUFFIX, "
+            f"where SUFFIX is one of {', '.join(READERS)}; its data files: {names}"
         )
     return chosen
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file with their ends, cut at \\n alone: JSON allows U+2028 inside a text."""
+    """Lines of a UTF-8 file with their line ends. Only \\n ends a line, because JSON texts may contain U+2028."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -471,25 +484,25 @@ def _json_lines(path: Path) -> Numbered:
 
 
 def _parsed(text: str, path: Path, line: int = 1) -> Any:
-    """The JSON of a text that begins at this line of a file."""
+    """Parse JSON text that begins at the given line of a file."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
-        what = f"not JSON ({error}); an object a line is expected, or in a .json file a list of objects"
-        raise ValueError(f"{path}, line {line}: {what}") from error
+        advice = "write one object per line, or in a .json file a list of objects"
+        raise ValueError(f"{path}, line {line}: not JSON ({error}); {advice}") from error
     except RecursionError as error:
-        raise ValueError(f"{path}, line {line}: nested too deep to be read") from error
+        raise ValueError(f"{path}, line {line}: the JSON is nested too deep; flatten it") from error
     except ValueError as error:  # NaN, or a whole number of thousands of digits
         raise ValueError(f"{path}, line {line}: {error}") from error
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no value of JSON's: write null where there is none")
+    raise ValueError(f"{name} is not a JSON value: write null for a missing number")
 
 
 def _json(path: Path) -> Numbered:
-    """One list of objects; or, as many a .json file is, an object a line."""
+    """A list of objects, or one object per line, as in many .json files."""
     if not next((line for line in _lines(path) if not line.isspace()), "").lstrip().startswith("["):
         yield from _json_lines(path)
         return
@@ -499,29 +512,29 @@ def _json(path: Path) -> Numbered:
 
 
 def _csv(path: Path) -> Numbered:
-    csv.field_size_limit(2**31 - 1)  # of the process; its default, 128 KiB, is less than a long context
+    csv.field_size_limit(2**31 - 1)  # for the whole process; the default of 128 KiB is less than a long context
     header_line = next(_lines(path), "")
-    semicolons = ";" in header_line and "," not in header_line  # as spreadsheets write where the comma is decimal
+    semicolons = ";" in header_line and "," not in header_line  # as in locales with a decimal comma
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolons else ","
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     header: list[str] = []
-    line = 1  # where the row begins: a quoted field may have several
+    line = 1  # the row's first line; a quoted field may span several lines
     try:
         for cells in reader:
             where, line = f"{path}, line {line}", reader.line_num + 1
             if not header:
                 header = cells
                 if twice := [name for name in header if header.count(name) > 1]:
-                    raise ValueError(f"{where}: two columns are called {twice[0]!r}")
+                    raise ValueError(f"{where}: two columns are called {twice[0]!r}: rename or remove a column")
             elif len(cells) == len(header):
                 yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
             elif cells:
                 raise ValueError(
-                    f"{where}: {len(cells)} fields, and the header has {len(header)}; a field with {delimiter!r} in it "
-                    "stands in quotes"
+                    f"{where}: {len(cells)} fields, but the header has {len(header)}; put quotes around a field that "
+                    f"contains {delimiter!r}"
                 )
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: not CSV ({error}); a field is closed by its quote") from error
+        raise ValueError(f"{path}, line {line}: not CSV ({error}); close each quoted field with a quote") from error
 
 
 def _text(path: Path) -> Numbered:
@@ -537,10 +550,10 @@ def _parquet(path: Path) -> Numbered:
     numbers = itertools.count(1)
     try:
         with ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1000):  # rows in memory at once, beside one row group
+            for batch in table.iter_batches(batch_size=1000):  # memory: this number of rows, plus one row group
                 for values in batch.to_pylist():
                     yield f"{path}, row {next(numbers)}", values
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, odd dates
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also invalid UTF-8, invalid dates
         raise ValueError(f"{path} could not be read as Parquet: {error}") from error
 
 
@@ -553,15 +566,15 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
 
 
 class Stream:
-    """Rows read as they are needed, in the source's own order, epoch after epoch. No length; iterating is one epoch.
+    """Rows that are read when needed, in the order of the source, epoch after epoch. Iterating yields one epoch.
 
-    Elsewhere than onwards is reached by reading the rows before again, from the first epoch on. That costs their
-    reading, and is exact for every source that yields the same again: also for a shuffled `IterableDataset` (with a
-    seed), whose own state_dict() is not, since it holds no shuffling buffer.
+    A stream only reads forward. To reach an earlier position, or to resume, it reads again from the first row of the
+    first epoch. This is exact for every source that repeats its rows, including a shuffled `IterableDataset` with a
+    seed. The state_dict() of an `IterableDataset` is not exact: it lacks the shuffling buffer.
 
     Attributes:
-        columns: names of the columns of all rows read so far, also of those that were passed over on the way to a
-            position: a resumed run knows what the uninterrupted one knew.
+        columns: column names of all rows read so far, including rows that were skipped to reach a position. So a
+            resumed run knows the same names as an uninterrupted run.
     """
 
     def __init__(self, name: str, source: Callable[[int], Numbered], to_row: Callable[[str, Any], Row]) -> None:
@@ -572,16 +585,16 @@ class Stream:
 
     def _seek(self, position: int) -> None:
         self._position = position
-        self._read: list[Row] = []  # rows from the position on: a step that failed takes them again
+        self._read: list[Row] = []  # buffered rows from the position on, for a repeat of a failed step
         self._unread = itertools.islice(self._endless(), position, None)
 
     def only(self, keep: Callable[[Row], bool]) -> None:
-        """Pass over the rows that `keep` refuses, from here on. Positions count the rows that it takes."""
+        """Skip the rows for which `keep` returns False. Positions then count only the rows that are kept."""
         self._keep = keep
         self._seek(self._position)
 
     def take(self, count: int, position: int) -> list[Row]:
-        """The `count` rows from `position` on, the number of rows before over all epochs."""
+        """`count` rows from `position` on. The position counts rows over all epochs, from 0."""
         if not self._position <= position <= self._position + len(self._read):
             self._seek(position)
         del self._read[: position - self._position]
@@ -589,7 +602,7 @@ class Stream:
         try:
             while len(self._read) < count:
                 self._read.append(next(self._unread))
-        except BaseException:  # the place is lost: a row that is broken stays so, and none is passed over
+        except BaseException:  # the generator has ended; start over, so that a retry meets the same row
             self._seek(position)
             raise
         return self._read[:count]
@@ -611,30 +624,40 @@ class Stream:
 
 
 def take(rows: list[Row] | Stream, count: int, *, seed: int, position: int) -> list[Row]:
-    """The `count` rows from `position` on in the endless sequence of epochs: shuffled ones, or a stream's own."""
+    """`count` rows from `position` on in the endless sequence of epochs. A list is shuffled in each epoch.
+
+    Args:
+        rows: a list, or a stream, which keeps its own order.
+        seed: seed of the shuffling.
+        position: number of rows before the first one, over all epochs.
+    """
     if isinstance(rows, Stream):
         return rows.take(count, position)
     taken: list[Row] = []
-    for place in range(position, position + count):
-        epoch, offset = divmod(place, len(rows))
+    for index in range(position, position + count):
+        epoch, offset = divmod(index, len(rows))
         if not taken or offset == 0:
             order = randomness.generator(seed, epoch, "data").permutation(len(rows))
         taken.append(rows[int(order[offset])])
     return taken
 
 
-# --- what step() is given -------------------------------------------------------------------------------------------
+# --- arguments of step() --------------------------------------------------------------------------------------------
 
 
 def rows_of(
     prompt: Prompt | list[Prompt], target: str | list[str | None] | None, columns: Mapping[str, Any]
 ) -> list[Row]:
-    """Rows from step()'s arguments: one of each, or lists of equal length."""
+    """Rows from step()'s arguments: single values, or lists of equal length.
+
+    Raises:
+        ValueError: lists of different lengths, or a value that is not accepted.
+    """
     _require_free_names(columns, "step()")
     single = is_prompt(prompt)
     prompts = [prompt] if single else list(prompt) if isinstance(prompt, (list, tuple)) else []
     if not prompts or not all(map(is_prompt, prompts)):
-        raise ValueError("prompt must be a text or chat messages, or a list of at least one of them")
+        raise ValueError("prompt must be a text or chat messages, or a non-empty list of prompts")
     given: dict[str, Any] = {"target_text": target, **columns}
     if single:
         given = {name: [value] for name, value in given.items()}
@@ -660,10 +683,10 @@ def _given(prompt: Any) -> Prompt:
 
 
 def column_names(rows: list[Row] | Stream) -> set[str]:
-    """Names of the columns that some row has; of a stream the live set of those seen so far."""
+    """Names of all rows' columns. For a stream this is the live set of the names read so far."""
     return rows.columns if isinstance(rows, Stream) else set().union(*(row.columns for row in rows))
 
 
 def columns_of(rows: list[Row], names: Iterable[str] = ()) -> dict[str, list[Any]]:
-    """Further columns of some rows, by name, and those called `names`; None where a row lacks one."""
+    """Values of the rows' columns, by name, including the columns `names`. None: the row lacks the column."""
     return {name: [row.columns.get(name) for row in rows] for name in sorted(column_names(rows).union(names))}

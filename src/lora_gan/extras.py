@@ -1,21 +1,19 @@
-"""Libraries that only an extra installs: imported where they are used, and named with their extra where they lack."""
-
-from __future__ import annotations
+"""Optional libraries, which an extra installs. They are imported on use, with an error message that names the extra."""
 
 import importlib
 from typing import Any
 
 
 def need(module: str, why: str, extra: str) -> Any:
-    """The module.
+    """Import a module of an optional library and return it.
 
     Args:
-        module: its dotted name.
-        why: what needs it, as the begin of a message.
-        extra: the extra of this package that installs it.
+        module: the module's dotted name.
+        why: the reason for the import. It begins the error message.
+        extra: the extra of this package that installs the library.
 
     Raises:
-        ImportError: it is not installed; the message says how to install it.
+        ImportError: the library is not installed. The message gives the pip command.
     """
     try:
         return importlib.import_module(module)

@@ -1,6 +1,4 @@
-"""Rows of a data frame, without importing the library that made it: it is imported already if a frame exists."""
-
-from __future__ import annotations
+"""Rows of a data frame. pandas and polars are never imported here: the user of a data frame has imported them."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,18 +8,18 @@ import numpy as np
 
 
 def records(dataset: Any) -> Iterable[Any]:
-    """The rows of a pandas or polars data frame as mappings of Python values; anything else as it is.
+    """The rows of a pandas or polars data frame as mappings of Python values. Other data sets are returned unchanged.
 
-    NaN, NaT and NA become None at any depth, numpy's numbers and arrays become Python's numbers and lists, and pandas'
-    times become datetime's. The index is no column.
+    At any depth NaN, NaT and NA become None, NumPy numbers and arrays become Python numbers and lists, and pandas times
+    become datetime objects. The index is not a column.
 
     Raises:
-        ValueError: a column whose name is not a text, or a name that two columns have.
+        ValueError: a column name that is not a text, or two columns with the same name.
     """
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(dataset, pandas.DataFrame):
         return _of_pandas(dataset, pandas)
-    to_dicts = getattr(dataset, "to_dicts", None)  # polars: its values are Python's already
+    to_dicts = getattr(dataset, "to_dicts", None)  # polars returns Python values
     return to_dicts() if callable(to_dicts) and not isinstance(dataset, Mapping) else dataset
 
 
@@ -29,11 +27,11 @@ def _of_pandas(frame: Any, pandas: Any) -> Iterator[dict[str, Any]]:
     names = list(frame.columns)
     if strange := [name for name in names if not isinstance(name, str)]:
         raise ValueError(
-            f"the data frame has a column called {strange[0]!r}, a {type(strange[0]).__name__}: names of columns must "
-            "be texts; rename it with df.rename(columns=...)"
+            f"the data frame has a column called {strange[0]!r}, a {type(strange[0]).__name__}: column names must be "
+            "texts; rename it with df.rename(columns=...)"
         )
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the data frame has two columns called {twice[0]!r}: rename or drop one of them")
+        raise ValueError(f"the data frame has two columns called {twice[0]!r}: rename or drop a column")
     for values in frame.itertuples(index=False, name=None):
         yield {name: _plain(value, pandas) for name, value in zip(names, values, strict=True)}
 

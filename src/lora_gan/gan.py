@@ -1,6 +1,6 @@
-"""LoraGAN: the two players and their step. Reads like the algorithm; every idea has a file of its own.
+"""LoraGAN: the public class. `_step` and `_play` read as the algorithm; other files hold the details.
 
-# P = prompts, K = responses a prompt, B = P·K responses in group order
+# P = prompts, K = responses per prompt, B = P·K responses in group order
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Row] | Callable[
 
 #: Warning for plain prompts that are sent without the base's chat template.
 PLAIN_PROMPTS = (
-    "the base has a chat template, and the prompts are plain texts: they reach the model as they are. Set "
-    "apply_chat_template=True to send each as a user message, or False to keep them plain without this notice"
+    "the base has a chat template, but plain prompts reach the model unchanged. Set apply_chat_template=True to send "
+    "each prompt as a user message, or False to keep prompts plain without this notice"
 )
 
 #: Warning for num_generations=1.
 NO_GROUP = (
-    "num_generations=1: a prompt's one response has no group to be compared with, so the baseline is a running mean of "
-    "rewards, and the discriminator learns no ranking within groups; set num_generations to 2 or more"
+    "num_generations=1: a single response per prompt has no group to be compared with. The baseline is a running mean "
+    "of rewards, and the discriminator learns no ranking within groups. Set num_generations to 2 or more"
 )
 
 
 class Responses(list[str]):
-    """Texts that were generated: a list, with the token ids that were sampled, the end token included."""
+    """Generated texts as a list. `token_ids` holds the sampled token ids of each text, with the end token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,26 +74,27 @@ class LoraGAN:
     """A generator and a discriminator as two LoRA adapters on one frozen base, trained against any reward.
 
     Args:
-        model: a hub id, a local folder, a GGUF file, "tiny" (the base that ships), "smollm2" (after `lora-gan
-            fetch smollm2`), or a model in memory with `processing_class`.
-        config: settings; or give them by name: `LoraGAN("tiny", learning_rate=1e-3)`.
-        reward: f(response, target) or f(prompt, response, target) -> float, higher is better, matched by these names;
-            or a function of TRL's form, f(prompts, completions, **columns) -> list[float | None].
-            docs/reference/rewards.md lists what each form receives. Default: cosine by all-MiniLM-L6-v2.
-        reward_funcs: instead of `reward`, several functions of either form; their weighted sum is the true reward.
-        reward_weights: one weight a function of `reward_funcs`; default 1 each.
-        processing_class: the tokenizer, where it is not the base's own.
-        peft_config: the generator's adapter as a peft.LoraConfig, where lora_r, lora_alpha and target_modules do not
-            say enough (rank patterns, rsLoRA, DoRA).
-        disc_peft_config: the same for the discriminator's.
-        init_adapter: a folder with a saved LoRA adapter, such as TRL's SFTTrainer writes, or one of this library's: the
-            generator starts as this adapter and has its settings. config.kl_reference says what the KL is measured to.
-        quantization_config: how the base is quantized when it is loaded, as in transformers.
+        model: a hub id, a local folder, a GGUF file, "tiny" (the base in this package), "smollm2" (after `lora-gan
+            fetch smollm2`), or a loaded model together with `processing_class`.
+        config: the settings. They can also be given by name: `LoraGAN("tiny", learning_rate=1e-3)`.
+        reward: f(response, target) or f(prompt, response, target) -> float with these argument names; higher is better.
+            Also a function in TRL's form, f(prompts, completions, **columns) -> list[float | None]. See
+            docs/reference/rewards.md for the arguments of each form. Default: cosine by all-MiniLM-L6-v2.
+        reward_funcs: instead of `reward`, several functions of either form. The true reward is their weighted sum.
+        reward_weights: one weight per function of `reward_funcs`. Default: 1 each.
+        processing_class: the tokenizer, if the base's own tokenizer is not used.
+        peft_config: the generator's adapter as a peft.LoraConfig, for options other than lora_r, lora_alpha and
+            target_modules (rank patterns, rsLoRA, DoRA).
+        disc_peft_config: the discriminator's adapter as a peft.LoraConfig.
+        init_adapter: a folder with a saved LoRA adapter, from this library or for example from TRL's SFTTrainer. The
+            generator starts from this adapter and takes its LoRA settings. config.kl_reference selects the KL's
+            reference.
+        quantization_config: quantization of the base at loading, as in transformers.
         callbacks: transformers.TrainerCallback objects or classes, which fit() calls.
 
     Raises:
-        ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other, a reward
-            whose signature does not say how to call it.
+        ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other, or a reward
+            with an unsupported signature.
     """
 
     def __init__(
@@ -136,20 +137,20 @@ class LoraGAN:
             true_reward=TrueReward(config, self._active_rewards, players.encoder.response),
             init_adapter=None if start is None else start.name,
         )
-        self._loop: FitLoop | None = None  # of the last fit()
-        self._told_of_no_group = False
+        self._loop: FitLoop | None = None  # loop of the last fit()
+        self._warned_of_no_group = False
         self._interrupts = Interrupts()
         self._cosine = rewards.CosineReward()
         if reward is not None and rewards.takes_completions(reward):
             reward_funcs = [reward]
         elif reward is not None:
-            self.__setattr__("compute_reward", reward)  # in place of the method
+            self.__setattr__("compute_reward", reward)  # replaces the method
         self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
         for func in reward_funcs or ([] if reward is None else [reward]):
-            if hasattr(func, "bind"):  # one that asks the base itself, as Perplexity does
+            if hasattr(func, "bind"):  # a reward that needs the base, such as Perplexity
                 func.bind(self)
 
-    # What the state carries, as attributes of the LoraGAN.
+    # Attributes of the state, also accessible on the LoraGAN.
     config = Carried[Config]("state.config")
     players = Carried[Players]("state.players")
     generator = Carried[Generator]("state.generator")
@@ -168,11 +169,11 @@ class LoraGAN:
 
     @property
     def ending(self) -> Ending | None:
-        """How the last fit() ended; None before, and while it runs."""
+        """How the last fit() ended. None before the first fit(), and while fit() runs."""
         return None if self._loop is None else self._loop.ending
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check a reward assigned to compute_reward as the constructor does."""
+        """Check a reward that is assigned to compute_reward, as the constructor does."""
         if name == "compute_reward" and callable(value):
             rewards.check_reward(value)
         super().__setattr__(name, value)
@@ -189,26 +190,26 @@ class LoraGAN:
         adversarial: bool | None = None,
         **columns: Any,
     ) -> dict[str, Any]:
-        """One cycle: sample K responses a prompt, predict their reward, ask for the true one, update the players.
+        """One cycle: sample K responses per prompt, predict rewards, query true rewards, update the players.
 
         Args:
-            prompt: one prompt, or P prompts: texts, or lists of chat messages.
-            target_text: the target of each prompt, where the reward or imitation needs one.
-            train_gen: whether the generator learns in this step; if not, it stays bitwise as it was.
+            prompt: one prompt, or a list of P prompts. A prompt is a text, or a list of chat messages.
+            target_text: one target per prompt, if the reward or imitation needs targets.
+            train_gen: whether the generator learns in this step. If not, its weights stay bitwise equal.
             train_disc: the same for the discriminator.
-            adversarial: overrides the config's for this step.
-            columns: further values by name (one, or P in a list), passed on to `reward_funcs`.
+            adversarial: overrides config.adversarial in this step.
+            columns: further values by name (one, or a list of P) for the rewards.
 
         Returns:
-            A dict that begins with prompt, response, true_reward, disc_loss, pred_reward, gen_loss: of the first
-            sampled response; P prompts give lists of P; None for what did not run or was not asked. Then responses,
-            true_rewards and pred_rewards hold all K, and metrics follow. Rewards and metrics are fresh: measured before
-            this step's updates.
+            A dict. Its first keys are prompt, response, true_reward, disc_loss, pred_reward, gen_loss. They describe
+            the first response of each prompt: plain values for one prompt, lists of P for P prompts. None: not
+            computed. Then responses, true_rewards and pred_rewards hold all K values per prompt, and metrics follow.
+            Rewards and metrics are fresh: measured before this step's updates.
 
         Raises:
-            ValueError: a prompt that is empty or too long, a target that is missing where it is needed, settings that
-                contradict each other; `rewards.RewardError` for a reward function that does not answer as it should.
-            FloatingPointError: nothing could be sampled, or `config.max_skipped_updates` updates in a row were skipped,
+            ValueError: a prompt that is empty or too long, a required target that is missing, or settings that
+                contradict each other. `rewards.RewardError`: a reward function failed or returned invalid values.
+            FloatingPointError: sampling failed, or `config.max_skipped_updates` consecutive updates were skipped,
                 because numbers are not finite.
         """
         rows = self.as_meant(data.rows_of(prompt, target_text, columns))
@@ -223,18 +224,18 @@ class LoraGAN:
         *,
         single: bool = False,
     ) -> dict[str, Any]:
-        """The step on rows, as step() and fit() both take it: play, then one update of each player that learns."""
-        for player, learns in ((self.generator, train_gen), (self.discriminator, train_disc)):
+        """The step on rows, for step() and fit(): play, then update each player that learns."""
+        for trainer, learns in ((self.generator, train_gen), (self.discriminator, train_disc)):
             if learns:
-                player.optimizer.require_end()
+                trainer.optimizer.require_end()
         kinds = self._kinds(rows)
         self._notice_plain_prompts(kinds)
         signal = self.config.signal(self.config.adversarial if adversarial is None else adversarial)
         plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
         if plan.imitates:
             data.require_targets(rows, "imitation needs target_text")
-        if plan.reinforces and self.config.num_generations == 1 and not self._told_of_no_group:
-            self._told_of_no_group = True
+        if plan.reinforces and self.config.num_generations == 1 and not self._warned_of_no_group:
+            self._warned_of_no_group = True
             warnings.warn(NO_GROUP, stacklevel=3)
 
         failures = self.true_reward.failures
@@ -253,8 +254,8 @@ class LoraGAN:
         alarms: list[str] = []
         if experience is not None and plan.reinforces:
             alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
-            for words in alarms:  # at once: what follows may raise
-                warnings.warn(f"step {self.global_step + 1}: {words}", stacklevel=3)
+            for alarm in alarms:  # warn now, because require_progress may raise
+                warnings.warn(f"step {self.global_step + 1}: {alarm}", stacklevel=3)
         self.global_step += 1
         self.prompt_kinds |= kinds
         recovery.require_progress(self.state, gen, disc)
@@ -270,30 +271,32 @@ class LoraGAN:
             single=single,
             alarms=alarms,
         )
-        self._tell(record, plan)
+        self._add_notices(record, plan)
         return record
 
-    def _tell(self, record: dict[str, Any], plan: StepPlan) -> None:
-        """Warn of what is wrong with the run; the notices go into the record."""
+    def _add_notices(self, record: dict[str, Any], plan: StepPlan) -> None:
+        """Add this step's notices about problems of the run to the record, and warn about each."""
         record["notices"] += self.health.watch(record, learns_to_predict=plan.learns_to_predict)
         if plan.samples:
             measured = self.discriminator.fresh_correlation
             record["notices"] += self.true_reward.notice_of_spent_budget(plan.signal, measured)
-        for words in record["notices"]:
-            warnings.warn(f"step {self.global_step}: {words}", stacklevel=4)
-        record["notices"] += self.true_reward.drain_causes()  # warned of when they occurred
+        for notice in record["notices"]:
+            warnings.warn(f"step {self.global_step}: {notice}", stacklevel=4)
+        record["notices"] += self.true_reward.drain_causes()  # the true reward has warned about these already
 
     def _play(self, rows: list[Row], plan: StepPlan) -> Experience:
-        """Sample K responses per prompt, predict each one's reward, and ask for the true one at the query rate."""
+        """Sample K responses per prompt, predict their rewards, and query true rewards at the query rate."""
         if plan.asks:
             if self.true_reward.is_over(plan.signal):
                 raise BudgetSpent(
-                    f"{self.budget.spent_setting}: raise it, or learn on by prediction alone "
+                    f"{self.budget.spent_setting}: raise it, or continue with predictions alone "
                     "(after_budget='predicted', and a reward_signal other than 'true')"
                 )
             self.true_reward.require_answerable(rows)
             if self.config.multi_objective_aggregation == "normalize_then_sum" and distributed.processes() > 1:
-                raise ValueError("normalize_then_sum keeps scales of its own in each process: use sum with several")
+                raise ValueError(
+                    "multi_objective_aggregation='normalize_then_sum' supports a single process: set 'sum'"
+                )
         prompts = self.players.encoder.prompts(rows)
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         features = RetainedFeatures()
@@ -343,14 +346,14 @@ class LoraGAN:
 
     @property
     def reward_calls(self) -> int:
-        """Responses whose true reward was asked in training so far. `budget` has the calls of other purposes."""
+        """Number of responses with a queried true reward in training so far. `budget` counts the other calls."""
         return self.budget.counts["training"]
 
     # --- the true reward --------------------------------------------------------------------------------------------
 
     def compute_reward(self, response: str, target: str | None) -> float:
-        """The true reward of one response, the cosine by default. Assign a function, or override the method, to change
-        it; where `reward_funcs`, or a reward of TRL's form, were given, those are asked instead."""
+        """The true reward of one response, by default the cosine. Assign a function or override this method to change
+        the reward. `reward_funcs`, or a reward in TRL's form, replaces this method."""
         return self._cosine(response, target)
 
     def ask(
@@ -364,24 +367,26 @@ class LoraGAN:
         notes: rewards.Notes | None = None,
         purpose: Purpose = "other",
     ) -> tuple[list[float | None], rewards.Parts]:
-        """The true reward of one response to each row, and its parts by name; None = the reward gave no answer.
+        """Query the true reward of one response to each row.
 
-        It is asked as in a step: with reward_workers, reward_timeout and reward_retries. A failure leaves None where
-        on_reward_error is "skip".
+        The settings of queries apply as in a step: reward_workers, reward_timeout, reward_retries, on_reward_error.
 
         Args:
             rows: the row that each response answers.
             responses: texts.
-            completion_ids: the token ids of the responses as they were generated, the end token included. None: the
-                texts are tokenized and closed as score() closes them, which can differ from the ids that a text was
-                generated with.
-            columns: names of columns beside those of the rows; rewards get None for them.
-            max_steps: of the run, for a trainer_state outside fit(); None: the config's, 0 where it has none.
-            notes: takes what rewards log by log_metric and log_extra.
-            purpose: what the calls are counted as, see `rewards.budget.Budget`.
+            completion_ids: the responses' token ids as generated, with the end token. None: the texts are tokenized,
+                and the end token is appended as in score(). These ids can differ from the generated ones.
+            columns: names of columns in addition to those of the rows. Rewards receive None for these columns.
+            max_steps: steps of the run for the trainer_state of rewards outside fit(). None: config.max_steps, or 0.
+            notes: collects the values that rewards log with log_metric and log_extra.
+            purpose: the budget's counter for these calls, see `rewards.budget.Budget`.
+
+        Returns:
+            One true reward per response, and the components by name. None: the reward gave no answer, or the call
+            failed and on_reward_error is "skip".
 
         Raises:
-            BudgetSpent: reward_budget_total does not allow so many calls.
+            BudgetSpent: reward_budget_total is less than the necessary calls.
         """
         with aside_for(self.true_reward.funcs):
             return self.true_reward.ask(
@@ -397,16 +402,16 @@ class LoraGAN:
 
     @property
     def reward_names(self) -> list[str]:
-        """What logs call the parts of the true reward."""
+        """Names of the true reward's components in logs."""
         return self.true_reward.names
 
     @property
     def reward_sources(self) -> dict[str, str]:
-        """{name: digest of the reward's source}; answers are taken up again only where it is the same."""
+        """{name: digest of the reward's source code}. A resumed run reuses answers only if the digest is equal."""
         return self.true_reward.sources
 
     def _active_rewards(self) -> tuple[list[Callable[..., Any]], list[float] | None]:
-        """The functions whose weighted sum is the true reward, and their weights. The latest assignment wins."""
+        """The functions of the true reward and their weights. The latest assignment counts."""
         assigned = "compute_reward" in vars(self)
         if self.reward_funcs and not assigned:
             return list(self.reward_funcs), self.reward_weights
@@ -426,29 +431,29 @@ class LoraGAN:
         progress: bool = True,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Run `steps` further steps over a dataset's rows, `config.prompts_per_step` a step, in shuffled epochs.
+        """Train on a dataset for `steps` more steps, with `config.prompts_per_step` rows per step, in shuffled epochs.
+
+        fit() writes metrics.jsonl and completions.jsonl to output_dir, and checkpoints step-N every `config.save_steps`
+        and at the end. After load_checkpoint() it continues with the next rows. `self.ending` says why the run ended.
 
         Args:
-            dataset: rows of prompt / target, as `data.read_rows` takes them: mappings, a file, a `datasets.Dataset`, a
-                pandas data frame.
-            steps: how many more steps; None: up to `config.max_steps` in all, or for `config.num_train_epochs`.
-            eval_dataset: held-out rows, judged before the first step (`config.eval_on_start`), every
+            dataset: rows in any form of `data.read_rows`, such as mappings, a file, a `datasets.Dataset`.
+            steps: number of further steps. None: until `config.max_steps`, or for `config.num_train_epochs`.
+            eval_dataset: held-out rows. fit() evaluates before the first step (`config.eval_on_start`), every
                 `config.eval_steps`, and at the end.
             train_gen, train_disc: as in `step()`.
-            progress: a live display on a terminal, plain lines elsewhere.
-            on_step: called with every step's record.
+            progress: whether to show a live display on a terminal, or plain lines elsewhere.
+            on_step: called with the record of each step.
 
         Returns:
-            The steps' records, the last 500 where there are more. In output_dir stand metrics.jsonl,
-            completions.jsonl, and checkpoints step-N: every `config.save_steps`, and at the end. After loading a
-            checkpoint, fit() goes on with the next rows. `self.ending` says why the run ended (`run.ending.Ending`).
+            The records of the steps, at most the last 500.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, once the step under way is finished and saved.
-            SystemExit: after SIGTERM, likewise; its code is 143.
-            ValueError: another run writes to output_dir.
-            FloatingPointError: as in `step()`, where `config.on_nonfinite` is "stop" or there is nothing to go back to.
-                Nothing is saved then: the newest checkpoint is from before.
+            KeyboardInterrupt: after Ctrl-C, when the current step is finished and saved.
+            SystemExit: with code 143 after SIGTERM, when the current step is finished and saved.
+            ValueError: another run writes to output_dir, or an argument is not accepted.
+            FloatingPointError: as in `step()`, unless `config.on_nonfinite` is "rollback" and there is a checkpoint.
+                The failed state is not saved.
         """
         signal = self.config.signal(self.config.adversarial)
         plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
@@ -458,10 +463,10 @@ class LoraGAN:
         if steps < 0:
             raise ValueError(f"steps={steps} is not accepted: it must be 0 or more")
         if self.config.save_best and held_out is None:
-            raise ValueError("save_best=True keeps the best evaluation's checkpoint: give fit() an eval_dataset")
+            raise ValueError("save_best=True needs evaluations: give fit() an eval_dataset")
         if steps:
-            for player in (self.generator, self.discriminator):
-                player.optimizer.plan(self.config.max_steps or self.global_step + steps)
+            for trainer in (self.generator, self.discriminator):
+                trainer.optimizer.plan(self.config.max_steps or self.global_step + steps)
         self._loop = FitLoop(
             self.state,
             rows,
@@ -477,11 +482,15 @@ class LoraGAN:
         return self._loop.run()
 
     def steps_left(self, rows: list[Row] | data.Stream) -> int:
-        """Steps that fit() runs over these rows when it is not told how many."""
+        """Number of steps that fit() runs on these rows if its `steps` is None.
+
+        Raises:
+            ValueError: the rows are a stream, and max_steps is None.
+        """
         steps = self.config.max_steps
         if steps is None:
             if isinstance(rows, data.Stream):
-                raise ValueError("streamed rows have no length that num_train_epochs could count: set max_steps")
+                raise ValueError("streamed rows have no length, so num_train_epochs does not apply: set max_steps")
             steps = math.ceil(self.config.num_train_epochs * len(rows) / self.config.prompts_per_step)
         return max(0, steps - self.global_step)
 
@@ -502,21 +511,25 @@ class LoraGAN:
         tools: list[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """One response a prompt, always a list; the same for the same seed and step, whatever the batch.
+        """Generate one response per prompt. Equal seed and step give equal responses, independent of the batch.
 
         Args:
-            prompts: one prompt, or several: texts, or lists of chat messages.
-            apply_chat_template: True sends a text as a user message, False sends it as it is; None: use the
-                setting; where it is not set, do as in training.
-            tools, chat_template_kwargs: for the chat template of every prompt; they override the config's.
-            best_of: how many to sample; the discriminator picks the one it predicts the highest reward for.
-            temperature, top_p, max_completion_length: the config's where not given; temperature 0 is greedy.
-            seed: another seed gives other responses; the config's where not given.
-            player: "reference" answers with what the KL is measured to, "base" with the untouched base.
-            batch_size: prompts answered at once; None = all.
+            prompts: one prompt, or a list of prompts. A prompt is a text, or a list of chat messages.
+            best_of: responses sampled per prompt. The discriminator picks the one with the highest predicted reward.
+            temperature, top_p, max_completion_length: None: the config's values. Temperature 0 is greedy decoding.
+            seed: seed of the sampling. None: config.seed.
+            player: "generator"; "reference", the KL's reference; or "base", with both adapters off.
+            batch_size: prompts in one batch. None: all.
+            apply_chat_template: True sends a text as a user message, False sends it unchanged. None: as
+                config.apply_chat_template; if this is None, too, as in training.
+            tools, chat_template_kwargs: options for the chat template of all prompts. They override the config's.
 
         Returns:
-            The texts. The list's `token_ids` holds the ids that each one was sampled as, the end token included.
+            A list of texts, also for a single prompt. Its `token_ids` holds the sampled ids of each text, with the end
+            token.
+
+        Raises:
+            ValueError: a prompt that is empty or too long, or an argument that is not accepted.
         """
         rows = self.as_meant(data.as_rows(prompts, tools, chat_template_kwargs), apply_chat_template, follow=True)
         if not isinstance(best_of, int) or best_of < 1:
@@ -529,12 +542,11 @@ class LoraGAN:
         for part in sampling.chunks(len(rows), batch_size):
             draws = slice(part.start * best_of, part.stop * best_of)
             sampled = self._sample(encoded[part], uniforms[draws], temperature=temperature, top_p=top_p, player=player)
-            best = np.zeros(len(encoded[part]), dtype=int)
-            if best_of > 1:
-                best = self.discriminator.predict(sampled).mean(0).reshape(-1, best_of).argmax(-1)
+            predicted_B = self.discriminator.predict(sampled).mean(0) if best_of > 1 else np.zeros(len(sampled))
+            best = predicted_B.reshape(-1, best_of).argmax(-1)
             chosen = [j * best_of + int(i) for j, i in enumerate(best)]
-            responses += [sampled.texts[row] for row in chosen]
-            responses.token_ids += [sampled.responses[row] for row in chosen]
+            responses += [sampled.texts[i] for i in chosen]
+            responses.token_ids += [sampled.responses[i] for i in chosen]
         return responses
 
     def score(
@@ -547,14 +559,22 @@ class LoraGAN:
         tools: list[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float]:
-        """The discriminator's predicted reward of one response to each prompt, always a list.
+        """Predict the reward of one response to each prompt with the discriminator.
 
         Prompt and response are tokenized separately and concatenated, and the end token for this kind of prompt is
-        appended. This equals training for a response that was sampled as these tokens and ended.
+        appended. So the prediction equals that of training for a sampled response with the same tokens.
 
         Args:
-            batch_size: pairs read at once; None = all.
+            prompts: one prompt, or a list of prompts.
+            responses: one text per prompt.
+            batch_size: pairs in one batch. None: all.
             apply_chat_template, tools, chat_template_kwargs: as in `generate()`.
+
+        Returns:
+            A list of predicted rewards, also for a single prompt.
+
+        Raises:
+            ValueError: different numbers of prompts and responses, or a pair that exceeds the base's context.
         """
         rows = self.as_meant(data.as_rows(prompts, tools, chat_template_kwargs), apply_chat_template, follow=True)
         responses = [responses] if isinstance(responses, str) else list(responses)
@@ -574,23 +594,28 @@ class LoraGAN:
         return predicted
 
     def base_logprobs(self, rows: list[Row], texts: list[str], *, batch_size: int = 16) -> list[float | None]:
-        """Mean log-probability per token of each text as the response to its row, under the untouched base, in nats;
-        see `training.scoring.mean_logprobs`. The reward `Perplexity` asks it."""
+        """Mean log-probability per token of each text under the base, in nats. The reward `Perplexity` calls this.
+
+        See `training.scoring.mean_logprobs`.
+        """
         return scoring.mean_logprobs(self.players, rows, texts, batch_size=batch_size)
 
     @property
     def base_name(self) -> str:
+        """Hub id or path of the base."""
         return self.players.base.name
 
     @property
     def base_fingerprint(self) -> str:
-        """Of the base's weights."""
+        """Fingerprint of the base's weights. Checkpoints record it."""
         return self.players.base.fingerprint
 
     def evaluate(self, dataset: Dataset, **options: Any) -> dict[str, Any]:
-        """Held-out true and predicted reward, other metrics with 95 % intervals over prompts, and samples.
+        """Evaluate on held-out rows: true and predicted reward, other metrics (95 % intervals over prompts), samples.
 
-        See `evaluation.evaluate` for the options (temperature, player, best_of, seed, batch_size, apply_chat_template).
+        Args:
+            dataset: rows, in any form of `data.read_rows`.
+            options: temperature, player, best_of, seed, batch_size, apply_chat_template; see `evaluation.evaluate`.
         """
         chats = options.pop("apply_chat_template", None)
         checked = self.check_rows(dataset, split="test", train_gen=False, apply_chat_template=chats)
@@ -607,25 +632,26 @@ class LoraGAN:
         progress: bool = True,
         apply_chat_template: bool | None = None,
     ) -> list[Row] | data.Stream:
-        """The rows of a data set, checked as fit() does before its first step; rows of a stream when they are read.
+        """Read a data set and check its rows, as fit() does before its first step. A stream checks rows on reading.
 
         Args:
-            split: which one, where the data set has several.
-            train_gen: whether the generator learns from these rows, which imitation needs targets for.
-            asks: whether the true reward is asked, which may need targets.
-            progress: show a bar where the check takes long.
+            dataset: rows, in any form of `data.read_rows`.
+            split: the split to read from a data set with several splits.
+            train_gen: whether the generator learns from these rows. Imitation then needs targets.
+            asks: whether true rewards are queried. Rewards may need targets and columns.
+            progress: whether to show a progress bar if the check takes long.
             apply_chat_template: as in `generate()`.
 
         Raises:
-            ValueError: a prompt that is empty, that the chat template does not take, or that leaves no room for a
-                response (see `config.on_long_prompt`); a target that is missing. The message names the row.
+            ValueError: a prompt that is empty, rejected by the chat template, or too long (see
+                `config.on_long_prompt`), or a missing target. The message names the row.
         """
         if isinstance(dataset, row_checks.CheckedRows):
             return dataset
         encoder, held_out = self.players.encoder, split != "train"
         rows = self._rows(dataset, split=split)
         if held_out:
-            rows = list(rows)  # an evaluation reads all of them anyway
+            rows = list(rows)  # an evaluation reads all rows anyway
         imitates = train_gen and bool(self.config.imitation_weight or self.config.imitation_warmup_steps)
         compares = self.config.disc_objective == "real_vs_generated" or self.config.disc_anchor_reward is not None
 
@@ -649,7 +675,7 @@ class LoraGAN:
     def check_held_out(
         self, dataset: Dataset, training: list[Row] | data.Stream, *, progress: bool = True
     ) -> list[Row]:
-        """Held-out rows, checked in the form in which fit() on these training rows will send their prompts.
+        """Read and check held-out rows. Plain prompts are checked in the form that fit() on `training` will send.
 
         Raises:
             ValueError: as `check_rows`.
@@ -657,7 +683,7 @@ class LoraGAN:
         first = training.take(1, self.position) if isinstance(training, data.Stream) else training
         chats = self._plain_as_messages(self.prompt_kinds | self._kinds(first))
         rows = self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
-        assert isinstance(rows, list), "held-out rows are read whole"
+        assert isinstance(rows, list), "check_rows returns held-out rows as a list"
         return rows
 
     def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
@@ -665,19 +691,19 @@ class LoraGAN:
         return data.read_rows(dataset, split=split, prompt_column=prompts, target_column=targets)
 
     def as_meant(self, rows: list[Row], apply_chat_template: bool | None = None, *, follow: bool = False) -> list[Row]:
-        """Rows whose plain prompts are user messages, where that is wanted.
+        """Convert plain prompts to user messages, if apply_chat_template is True.
 
         Args:
-            apply_chat_template: whether it is wanted; None: as the setting says.
-            follow: where the setting does not say, do as the prompts were that the generator was trained on.
+            apply_chat_template: overrides config.apply_chat_template, unless None.
+            follow: if both are None, whether to use the form of the prompts that the generator was trained on.
         """
-        wanted = self.config.apply_chat_template if apply_chat_template is None else apply_chat_template
-        if wanted is None and follow:
-            wanted = self._plain_as_messages(self.prompt_kinds)
-        return self.players.encoder.as_chat(rows) if wanted else rows
+        as_chat = self.config.apply_chat_template if apply_chat_template is None else apply_chat_template
+        if as_chat is None and follow:
+            as_chat = self._plain_as_messages(self.prompt_kinds)
+        return self.players.encoder.as_chat(rows) if as_chat else rows
 
     def _plain_as_messages(self, kinds: set[str]) -> bool | None:
-        """Whether plain prompts are sent as messages, given the kinds seen in training. None: the setting decides."""
+        """Whether plain prompts are sent as messages, given the kinds of trained prompts. None: the setting decides."""
         if self.config.apply_chat_template is not None:
             return None
         return kinds == {"messages"} and self.players.encoder.has_template
@@ -686,7 +712,7 @@ class LoraGAN:
         return {"messages" if self.players.encoder.is_chat(row) else "texts" for row in rows}
 
     def _notice_plain_prompts(self, kinds: set[str]) -> None:
-        """Tell once of plain prompts that bypass a chat template."""
+        """Warn about plain prompts that bypass the base's chat template, in the first step that has such prompts."""
         bypasses = self.players.encoder.has_template and self.config.apply_chat_template is None
         if bypasses and "texts" in kinds - self.prompt_kinds:
             warnings.warn(PLAIN_PROMPTS, stacklevel=4)
@@ -699,7 +725,7 @@ class LoraGAN:
     def _uniforms(
         self, prompts: list[list[int]], count: int, purpose: str, *, length: int | None = None, seed: int | None = None
     ) -> Tensor:
-        """The numbers that `count` responses to each prompt are sampled with, at this step."""
+        """Uniform random numbers for `count` responses to each prompt at this step, [B, T]."""
         return sampling.keyed_uniforms(
             prompts,
             count,
@@ -722,7 +748,8 @@ class LoraGAN:
         top_p = self.config.top_p if top_p is None else top_p
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
-                f"temperature={temperature}, top_p={top_p} is not accepted: 0 or more (0 is greedy), a share above 0"
+                f"temperature={temperature}, top_p={top_p} is not accepted: temperature must be 0 or more (0 is "
+                "greedy), top_p above 0 and at most 1"
             )
         with self.players.use_adapter(player):
             return sampling.sample(
@@ -737,26 +764,43 @@ class LoraGAN:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> Path:
-        """Write everything to ckpt_dir/step-N (default: output_dir, and the number of steps taken).
+        """Save a checkpoint to ckpt_dir/step-N, and return its folder.
 
-        Nothing is deleted, whatever save_total_limit says, and fit() never deletes this checkpoint."""
+        This deletes no earlier checkpoint (save_total_limit is ignored), and fit() never deletes this one.
+
+        Args:
+            step: N. None: the number of steps taken.
+            ckpt_dir: None: config.output_dir.
+        """
         folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
         with lock.writing_alone(folder, self.state):
             content = snapshot.take(self.state, by_hand=True)
             return checkpoint.write(content, folder, self.global_step if step is None else step)
 
     def load_checkpoint(self, step: int | None = None, ckpt_dir: str | os.PathLike[str] | None = None) -> None:
-        """Continue exactly where ckpt_dir/step-N was saved; without a step, from the newest complete one."""
+        """Load ckpt_dir/step-N, and continue exactly from there.
+
+        Args:
+            step: N. None: the newest complete checkpoint.
+            ckpt_dir: None: config.output_dir.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or it does not match this base or these settings.
+        """
         folder = Path(self.config.output_dir if ckpt_dir is None else ckpt_dir)
         snapshot.restore(self.state, checkpoint.find(folder, step))
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], model: Any = None, **arguments: Any) -> LoraGAN:
-        """A LoraGAN as it was saved: `path` is a step's folder, or a run's, whose newest complete step is taken.
+        """Make a LoraGAN from a checkpoint.
 
-        The settings come from the checkpoint (`arguments` override them); the reward must be given again. The base is
-        `model`, or the one recorded, if that is on this machine already and its fingerprint matches: nothing is ever
-        fetched because a checkpoint names it.
+        The reward is not saved: give it again. A recorded base is never downloaded: without `model`, it must be on this
+        machine already, and its fingerprint must match.
+
+        Args:
+            path: the folder of one step, or of a run, of which the newest complete step is loaded.
+            model: the base, as in the constructor. None: the base recorded in the checkpoint.
+            arguments: constructor arguments and settings. They override the settings of the checkpoint.
         """
         step_folder, arguments = snapshot.arguments_of(Path(path), model, arguments)
         gan = cls(**arguments)
@@ -764,20 +808,31 @@ class LoraGAN:
         return gan
 
     def load_generator(self, path: str | os.PathLike[str]) -> None:
-        """Swap the generator for a saved one (a step's folder or its generator/), its optimizer included where it is
-        there; the discriminator and its optimizer stay bitwise as they were. Where the checkpoint says whether the
-        generator was trained on messages, plain prompts are sent accordingly from now on."""
+        """Replace the generator by a saved one, with its optimizer if saved.
+
+        The discriminator and its optimizer stay bitwise equal. If the checkpoint records the kind of training prompts,
+        plain prompts are sent in this form from now on.
+
+        Args:
+            path: a step's folder, or its generator/.
+        """
         snapshot.load_generator(self.state, Path(path))
 
     def load_discriminator(self, path: str | os.PathLike[str]) -> None:
-        """Swap the discriminator for a saved one (a step's folder or its discriminator/), with its optimizer and
-        replay where they are there; the generator and its optimizer stay bitwise as they were."""
+        """Replace the discriminator by a saved one, with its optimizer and replay if saved.
+
+        The generator and its optimizer stay bitwise equal.
+
+        Args:
+            path: a step's folder, or its discriminator/.
+        """
         snapshot.load_discriminator(self.state, Path(path))
 
-    # --- what a run leaves
+    # --- export -----------------------------------------------------------------------------------------------------
 
     def export(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
-        """Write both players, as adapters and merged, as safetensors for stock PEFT and transformers, with model cards.
+        """Write both players as safetensors for stock PEFT and transformers, adapters and merged models, with model
+        cards.
 
         See `exporting.export` for the options (parts, dtype, evaluation, license, push_to_hub, private).
         """
@@ -789,16 +844,16 @@ def _check_rewards(
     reward_funcs: Sequence[RewardFunction | BatchedRewardFunction] | None,
     reward_weights: Sequence[float] | None,
 ) -> None:
-    """Raise ValueError where the reward arguments contradict each other, or one is no function that can be asked."""
+    """Raise ValueError if the reward arguments contradict each other, or a reward cannot be called."""
     if reward is not None and reward_funcs:
-        raise ValueError("reward= and reward_funcs= both say what the true reward is: give one of them")
+        raise ValueError("reward= and reward_funcs= both set the true reward: give only one")
     if reward_funcs is not None and not isinstance(reward_funcs, (list, tuple)):
-        raise ValueError("reward_funcs must be a list of functions; one alone is reward=")
+        raise ValueError("reward_funcs must be a list of functions; give a single function as reward=")
     if reward_weights is not None and len(reward_weights) != len(reward_funcs or []):
         raise ValueError(
             f"{len(reward_weights)} reward_weights for {len(reward_funcs or [])} reward_funcs: give one weight each"
         )
     for func in reward_funcs or ([] if reward is None else [reward]):
         if not callable(func):
-            raise ValueError(f"the reward {func!r} is not a function: give one, or rewards.from_spec({func!r})")
+            raise ValueError(f"the reward {func!r} is not a function: give a function, or rewards.from_spec({func!r})")
         rewards.check_reward(func)

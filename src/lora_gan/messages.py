@@ -1,20 +1,23 @@
-"""Prompts and completions may be chat messages, {"role", "content"}: what they say, as text."""
+"""Text of prompts and completions, which may be chat messages, {"role", "content"}."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion that is text, or chat messages: what they say, joined by newlines."""
+    """The text of a completion. The contents of chat messages are joined by newlines."""
     if isinstance(completion, str):
         return completion
     return "\n".join(_content(message.get("content")) for message in completion)
 
 
 def as_text(value: Any) -> str:
-    """A prompt or completion as one text: a text as it is, one chat message as its content, more with their roles.
+    """A prompt or completion as one text. A single chat message becomes its content, several get their roles as labels.
 
-    Content in parts ({"type": "text", "text": ...}) is joined; parts that are no text are named.
+    Content items ({"type": "text", "text": ...}) are joined. Items without text become their type, such as "[image]".
+
+    Raises:
+        ValueError: neither a text nor a list of messages.
     """
     if isinstance(value, str):
         return value
@@ -30,5 +33,5 @@ def as_text(value: Any) -> str:
 
 def _content(content: Any) -> str:
     if isinstance(content, list | tuple):
-        return "".join(str(part["text"]) if "text" in part else f"[{part.get('type', 'unknown')}]" for part in content)
+        return "".join(str(item["text"]) if "text" in item else f"[{item.get('type', 'unknown')}]" for item in content)
     return "" if content is None else str(content)

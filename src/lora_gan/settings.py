@@ -1,11 +1,11 @@
-"""How a setting is declared, checked and described. `config.py` declares every setting; the command line describes it.
+"""Declaration, checks and descriptions of settings. `config.py` declares them; the command line shows descriptions.
 
-A declaration is one annotation, `name: Annotated[TYPE, MARKERS...] = DEFAULT`, with the help text under it. The markers
-are a `Group`, bounds and a `Unit` of annotated-types, and `Mark`s. Bounds hold for values other than None.
-pydantic would check such annotations too, but its import costs more than all of `import lora_gan`.
+A declaration is one annotation, `name: Annotated[TYPE, MARKERS...] = DEFAULT`, with the help text below. The markers
+are a `Group`, bounds and a `Unit` of annotated-types, and `Mark`s. Bounds apply to values other than None.
+pydantic also checks such annotations, but importing it takes longer than all of `import lora_gan`.
 """
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from enum import Enum
@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen, Unit
 
 
 class Group(Enum):
-    """The part of a run that a setting belongs to; its value is a heading of `lora-gan train --help`."""
+    """The topic of a setting. The value is a heading of `lora-gan train --help`."""
 
     RUN = "the run and its checkpoints"
     LOGS = "evaluation and logs"
@@ -30,18 +30,18 @@ class Group(Enum):
 
 
 class Mark(Enum):
-    """A property of a setting that code elsewhere asks for."""
+    """A property of a setting that other modules use."""
 
-    FIRST = "`lora-gan train --help` shows it before the groups"
-    SILENT = "changes neither what is learned nor what is asked for, so a resumed run does not report a change"
-    UNLISTED = "a model card leaves it out: it says nothing about the weights, may hold a token, or is in the adapter"
+    FIRST = "`lora-gan train --help` shows this setting before the groups"
+    SILENT = "no effect on learning or queries, so a resumed run does not report a change"
+    UNLISTED = "not in model cards: no effect on the weights, may hold a token, or is part of the adapter's config"
 
 
 KINDS = {
     int: "a whole number", float: "a number", str: "a text", bool: "True or False", dict: "a mapping",
     tuple: "a list of texts", NoneType: "None",
 }  # fmt: skip
-#: Of each bound: whether a value is within it, and how messages say it.
+#: For each bound: the check of a value, and the text for messages.
 RANGE: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (lambda value, bound: value >= bound.ge, "{.ge} or more"),
     Gt: (lambda value, bound: value > bound.gt, "above {.gt}"),
@@ -70,19 +70,19 @@ def plain_type(field: Field[Any]) -> Any:
 
 
 def bounds(field: Field[Any]) -> list[str]:
-    """The range in words, such as ["above 0", "at most 1"]; empty where every value of the type is accepted."""
+    """The range in words, such as ["above 0", "at most 1"]; empty if the setting has no bounds."""
     return [RANGE[type(marker)][1].format(marker) for marker in markers(field) if type(marker) in RANGE]
 
 
 def units(field: Field[Any]) -> list[str]:
-    """The unit in words; "none" for a pure number, and an empty list for a setting that is not a number."""
+    """The unit in words: ["none"] for a number without unit, an empty list for a setting that is not a number."""
     if not {int, float} & set(_alternatives(plain_type(field))):
         return []
     return [marker.unit for marker in markers(field) if isinstance(marker, Unit)] or ["none"]
 
 
 def accepted(field: Field[Any]) -> str:
-    """What the setting accepts, such as "a whole number, 1 or more, or None"."""
+    """The accepted values in words, such as "a whole number, 1 or more, or None"."""
     kinds = kinds_of(plain_type(field), KINDS)
     none = [kinds.pop()] if kinds[-1] == KINDS[NoneType] else []
     return ", or ".join([", ".join([", or ".join(kinds), *bounds(field)]), *none])
@@ -108,20 +108,13 @@ def fits(declared: Any, value: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in get_args(declared)
     if origin is tuple:
-        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-    if declared is float:  # 1 is accepted as well as 1.0
-        return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
-    if declared is int:  # True is an int to Python
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool) and declared in (int, float):  # True is an int in Python
+        return False
+    if declared is float:  # a finite number; 1 is accepted, too, but no whole number beyond the largest float
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, origin or declared)
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-
-
-def is_finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False

@@ -1,9 +1,7 @@
-"""What a run carries from step to step: the players, both trainers, the monitor, the true reward, and counters.
+"""The state of a run: the players, both trainers, the monitor, the true reward, and counters.
 
-`LoraGAN` holds one `RunState`; checkpoints, saving, recovery and callbacks receive it.
+`LoraGAN` holds one `RunState`. Checkpoints, recovery and callbacks receive the state instead of the `LoraGAN`.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -22,18 +20,18 @@ T = TypeVar("T")
 
 @dataclass
 class RunState:
-    """A run as it stands.
+    """The current state of a run.
 
     Attributes:
-        config: every setting.
+        config: all settings.
         players: base, adapters and heads.
-        generator, discriminator: what trains them, with their optimizers.
-        monitor: watches for a reward that is being exploited.
-        health: finds what is wrong with a run and gives notices.
-        true_reward: asks the true reward; holds the budget.
-        init_adapter: the folder of the adapter that the generator started from.
-        global_step: steps taken; every random draw is keyed by it.
-        position: rows that fit() has taken of its dataset.
+        generator, discriminator: the two trainers, with their optimizers.
+        monitor: detects exploitation of the discriminator.
+        health: gives notices about problems of the run.
+        true_reward: queries the true reward, and holds the budget.
+        init_adapter: the folder of the adapter that the generator started from; None: a new adapter.
+        global_step: steps taken. Random draws are keyed by this number.
+        position: rows that fit() has taken from its dataset, over all epochs.
         prompt_kinds: kinds of the prompts trained on: "messages", "texts".
     """
 
@@ -51,7 +49,7 @@ class RunState:
 
 
 class Carried(Generic[T]):
-    """Delegates an attribute: `global_step = Carried[int]("state.global_step")` reads and sets that one of `self`."""
+    """Delegates an attribute: `x = Carried[int]("state.x")` in a class reads and sets `self.state.x`."""
 
     def __init__(self, path: str) -> None:
         self.holder, _, self.name = path.rpartition(".")

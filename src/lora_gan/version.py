@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("lora-gan")
-except PackageNotFoundError:  # imported from a source tree that was never installed
+except PackageNotFoundError:  # imported from a source tree without installation
     __version__ = "0+unknown"

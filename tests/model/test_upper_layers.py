@@ -71,7 +71,7 @@ def test_a_checkpoint_resumes_and_opens(tmp_path):
     [
         ({"disc_layers": 0}, "disc_layers=0 is not accepted"),
         ({"disc_layers": 3}, "disc_layers=3 is not accepted: GPT2LMHeadModel has 2 layers"),
-        ({"disc_layers": 1, "disc_target_modules": "c_attn"}, "both say what gets an adapter"),
+        ({"disc_layers": 1, "disc_target_modules": "c_attn"}, "both select layers for the adapter"),
     ],
     ids=str,
 )

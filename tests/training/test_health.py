@@ -103,7 +103,7 @@ def test_responses_that_are_cut_are_said_with_their_share():
     assert told(steps, max_completion_length=24) == [
         (
             4,  # the mean of 0.2, 0.7 and 0.8
-            "57% of the responses of the last 3 steps were cut at max_completion_length=24, so their reward is that of "
+            "57% of the responses of the last 3 steps were cut at max_completion_length=24, so the reward judges "
             "unfinished texts: raise max_completion_length, or ask for shorter answers in the prompts",
         )
     ]
@@ -143,8 +143,8 @@ def test_a_kl_that_runs_away_is_said():
     ((step, words),) = told([record(i, kl=float(kl)) for i, kl in enumerate(kls)])
     assert step == 9  # (18 + 24 + 30) / 3 / 10 tokens = 2.4 nats a token; before, 1.8
     assert words == (
-        "the KL to the reference is 24 nats a response (2.4 a token) and rises: responses leave what the reference "
-        "would write; raise beta (now 0.03), set kl_target, or lower learning_rate (now 0.0002)"
+        "the KL to the reference is 24 nats per response (2.4 per token) and rises: responses drift away from the "
+        "reference's texts; raise beta (now 0.03), set kl_target, or lower learning_rate (now 0.0002)"
     )
     assert told([record(i, kl=float(kl), completion_length=100.0) for i, kl in enumerate(kls)]) == []
     assert told([record(i, kl=float(kl)) for i, kl in enumerate(kls)], kl_target=5.0) == [], "kl_target steers it"
@@ -161,8 +161,8 @@ def test_a_kl_that_costs_more_than_the_reward_has_gained_is_said():
 
     ((step, words),) = told(steps(0.1))
     assert step == 20 and words.startswith(
-        "the KL to the reference, 10 nats a response, costs more than the reward has gained: beta·KL rose by 0.3 since "
-        "the first 10 steps, the reward by 0.1; raise beta (now 0.03), set kl_target"
+        "the KL to the reference, 10 nats per response, costs more than the reward has gained: beta·KL rose by 0.3 "
+        "since the first 10 steps, the reward by 0.1; raise beta (now 0.03), set kl_target"
     )
     assert told(steps(0.35)) == [], "the reward is worth it"
     assert told(steps(0.1), beta=0.015) == [], "0.15 is less than the rewards of a step differ"
@@ -188,7 +188,7 @@ def test_a_discriminator_at_chance_is_said_with_its_figures():
     assert step == 18  # 8 steps for 64 labels, then 10 correlations: 0 ± 0.07
     assert words.startswith(
         "the discriminator is no better than chance: rank_correlation_within is 0.00 ± 0.07 over 10 steps, after 144 "
-        "labels, so its predictions only add noise: raise query_rate (now 0.25), num_generations (now 4)"
+        "labels. Its predictions only add noise: raise query_rate (now 0.25), num_generations (now 4)"
     )
     assert "gate_correlation (now 0)" in words
     assert told(steps, learns_to_predict=False) == []

@@ -82,7 +82,7 @@ def test_what_was_done_before_memory_ran_out_is_done_again_and_not_twice(monkeyp
 
 
 @pytest.mark.parametrize("objective", [{}, {"disc_objective": "real_vs_generated", "adversarial": True}], ids=str)
-@pytest.mark.filterwarnings("ignore:out of memory. going on with micro_batch_size=[24];")
+@pytest.mark.filterwarnings("ignore:out of memory. continuing with micro_batch_size=[24];")
 def test_the_discriminator_goes_down_to_one_response_at_a_time(monkeypatch, objective):
     """A group's too, whose loss compares them all; where nothing learns, before the first update, no less."""
     gan, oracle = (small_gan(**SETTINGS, **objective, micro_batch_size=size) for size in (None, 1))

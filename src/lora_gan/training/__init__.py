@@ -1,1 +1,1 @@
-"""What is learned from a step: experience, estimates, losses, both trainers, monitor."""
+"""Learning from a step: experience, reward estimates, losses, both trainers, monitor."""

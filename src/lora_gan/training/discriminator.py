@@ -1,13 +1,11 @@
-"""The discriminator's training: heads begun by ridge regression, updates on fresh groups and replay, the gate.
+"""The discriminator's training: heads initialized by ridge regression, updates on fresh groups and replay, the gate.
 
 # B = responses, M = heads, H = hidden size
 
-It regresses on the true reward with each group's mean split off, plus a within-group ranking loss (GAD,
-arXiv:2511.10643, found ranking better than classification), half on this step's responses, half on replay. The gate
-says how far the generator trusts its predictions. `LoraGAN` calls it in every step, and for score() and best_of.
+The loss is a regression on the true reward, with each group's mean split off, plus a ranking loss within groups (GAD,
+arXiv:2511.10643, found ranking better than classification). Half of each update is this step's responses, half replay.
+The gate weights the predictions for the generator. `gan` uses the discriminator in each step, in score() and best_of.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -32,12 +30,12 @@ from .fresh_metrics import fresh_metrics
 from .optimizer import PlayerOptimizer
 from .replay import Group, Replay, answered_groups, micro_batches
 
-# The query rate from which one forward for prediction and update takes less time than two.
+# At or above this query rate, one forward pass for prediction and update is faster than two.
 RETAIN_FROM_QUERY_RATE = 0.75
 
 
 def _answered_features(experience: Experience) -> RetainedFeatures:
-    """Of the experience's features, which are taken, those of the responses in `answered_groups`."""
+    """Take the experience's features, and keep those of answered responses, in the order of `answered_groups`."""
     features_BH = experience.features.take()
     answered = np.flatnonzero(~np.isnan(experience.true_B))
     if features_BH is None or not len(answered):
@@ -47,7 +45,7 @@ def _answered_features(experience: Experience) -> RetainedFeatures:
 
 
 class Discriminator:
-    """What the discriminator carries from step to step beside its weights: optimizer, replay, the reward's scale."""
+    """Trains the discriminator. Holds the optimizer, replay, the reward's unit and the gate from step to step."""
 
     def __init__(self, players: Players, config: Config) -> None:
         self.players, self.config = players, config
@@ -57,30 +55,32 @@ class Discriminator:
         self.replay = Replay(
             config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
         )
-        self.correlation = DecayedMean()  # fresh rank correlation within groups, by the differences it was measured on
+        self.correlation = DecayedMean()  # fresh rank correlation within groups, weighted by the number of differences
         self.ema_weights: list[Tensor] | None = None
-        self.knows_unit = False  # whether the reward's unit has been read off the first rewards
+        self.knows_unit = False  # whether the reward's unit is set from rewards
 
     @property
     def gate(self) -> float:
-        """How far the generator trusts predictions, 0 to 1, by the fresh rank correlation within groups so far."""
+        """Weight of the predictions for the generator, 0 to 1, from the fresh rank correlation within groups so far."""
         if not self.config.gate_correlation or self.config.disc_objective == "real_vs_generated":
-            return 1.0  # this objective has no true reward to measure predictions by
+            return 1.0  # real_vs_generated has no true rewards to compare predictions with
         if not self.correlation.weight:
-            # One that learned in this run has no weight before it is measured. A loaded one may never be measured.
+            # A discriminator trained in this run is closed until measured. A loaded one may never be measured.
             return 0.0 if self.knows_unit else 1.0
         return min(max(self.correlation.value / self.config.gate_correlation, 0.0), 1.0)
 
     @property
     def fresh_correlation(self) -> tuple[float, float] | None:
-        """The fresh rank correlation within groups over the last steps, and its standard error were it zero; None where
-        it was never measured. Older steps count less, as in `gate`."""
+        """The fresh rank correlation within groups, and its standard error under a true correlation of zero.
+
+        Older steps count less, as in `gate`. None: never measured.
+        """
         measured = self.correlation
         return (measured.value, measured.weight**-0.5) if measured.weight > 0 else None
 
     @contextmanager
     def ema_scope(self) -> Iterator[None]:
-        """Inside the block the players hold the weights that score: the averaged ones, where there is an average."""
+        """Within the block the players hold the moving average of the weights, if disc_average is set."""
         if self.ema_weights is None:
             yield
             return
@@ -100,25 +100,24 @@ class Discriminator:
 
         def predicted() -> Tensor:
             with torch.no_grad(), self.ema_scope(), self.players.use_adapter("discriminator"):
-                parts = chunks(total, self.optimizer.micro_batch_size)
-                return torch.cat([self.players.predict(rollout.batch(part)) for part in parts], dim=1)
+                slices = chunks(total, self.optimizer.micro_batch_size)
+                return torch.cat([self.players.predict(rollout.batch(chunk)) for chunk in slices], dim=1)
 
         return micro_batch.within_memory(predicted, self.optimizer, total).double().cpu().numpy()
 
     def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, RetainedFeatures]:
-        """`predict`, and the features [B, H] with the graph that the next update begins from.
+        """`predict`, and the features [B, H] with their graph, from which the next update starts.
 
-        None are retained if the update uses other weights (a moving average), other rows (targets) or smaller batches,
-        or if few responses are asked about.
+        No features are retained if the update uses other weights (a moving average), other rows (targets) or smaller
+        batches, if few responses are queried, or if the graph does not fit into memory.
         """
         size = self.optimizer.micro_batch_size
-        whole = self.config.query_rate >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
-        scores = self.ema_weights is None and not self.config.disc_average
-        plain = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
+        same_rows = self.config.query_rate >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
+        same_weights = self.ema_weights is None and not self.config.disc_average
+        no_targets = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
-        if whole and scores and plain:
+        if same_rows and same_weights and no_targets:
             with suppress(torch.OutOfMemoryError), self.players.use_adapter("discriminator"):
-                # A graph takes more than a prediction does.
                 features_BH = self.players.defer_backward(self.players.pooled_hidden(rollout.batch()))
         if features_BH is None:
             return self.predict(rollout), RetainedFeatures()
@@ -127,10 +126,13 @@ class Discriminator:
         return predicted_MB.double().cpu().numpy(), RetainedFeatures(features_BH)
 
     def update(self, experience: Experience) -> dict[str, float | None]:
-        """Learn from this step's answered responses and as many of replay; returns the mean loss of the updates.
+        """Make the step's `disc_updates` updates, on the answered groups and as many groups from replay.
 
-        The mean is over the updates whose loss was finite; those skipped for want of that are counted.
-        With several processes, one whose prompts got no answer takes part with zero gradients.
+        With several processes, a process without answers takes part with zero gradients.
+
+        Returns:
+            The metrics: the mean loss of the updates with a finite loss, the last update's learning rate and gradient
+            norm, the number of skipped updates, and the fresh quality. Empty if no process has answers.
         """
         features = _answered_features(experience)
         relative = self.config.disc_objective == "real_vs_generated"
@@ -150,12 +152,12 @@ class Discriminator:
             old = self.replay.draw(len(fresh), seed=self.config.seed, step=experience.step, update=update)
             loss = self._learn_within_memory(fresh, old, features) if fresh or old else 0.0
             learning_rate = self.optimizer.learning_rate
-            taken = self.optimizer.step(loss)
+            update_norm = self.optimizer.step(loss)
             finite += [loss] if math.isfinite(loss) else []
-            if taken is None:
+            if update_norm is None:
                 skipped += 1
             else:
-                norm = taken
+                norm = update_norm
                 self._update_average()
         self.replay.extend(fresh)
         return {
@@ -167,21 +169,21 @@ class Discriminator:
         }
 
     def _update_gate(self, experience: Experience) -> dict[str, float]:
-        """What this step's answers say of the predictions made before them: how far to trust the next ones."""
+        """Update the gate's correlation from this step's answers; returns the gate that this step's generator used."""
         answered_B = ~np.isnan(experience.true_B)
         metrics = fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B)
         within = metrics["rank_correlation_within"]
         differences = int(answered_B.sum()) - len(np.unique(experience.group_B[answered_B]))
         weight = 0.0 if within is None else float(differences)
-        # With several processes the sums are over all of them: one without answers brings zeros, and none waits.
-        seen = torch.tensor([weight * (within or 0.0), weight], dtype=torch.float64, device=self.players.device)
-        total, weight = distributed.total(seen).tolist()
+        # The sums are over all processes. A process without answers must take part, too: it adds zeros.
+        sums = torch.tensor([weight * (within or 0.0), weight], dtype=torch.float64, device=self.players.device)
+        total, weight = distributed.total(sums).tolist()
         if weight:
             self.correlation.add(total, weight)
         return {"gate": experience.gate}
 
     def _update_average(self) -> None:
-        """The moving average of the weights, begun at the first update."""
+        """Update the moving average of the weights. It starts as the weights after the first update."""
         if not self.config.disc_average:
             return
         weights = [parameter.detach() for parameter in self.players.parameters("discriminator")]
@@ -190,10 +192,10 @@ class Discriminator:
         for mean, weight in zip(self.ema_weights, weights, strict=True):
             mean.lerp_(weight, 1 - self.config.disc_average)
 
-    # --- targets as data
+    # --- groups with targets
 
     def _answered(self, experience: Experience) -> list[Group]:
-        """The step's answered groups, each with its prompt's target in it if disc_anchor_reward is set."""
+        """The step's answered groups. If disc_anchor_reward is set, each group also holds its prompt's target."""
         groups = answered_groups(experience, self.config)
         if self.config.disc_anchor_reward is not None:
             for j, group in groups.items():
@@ -206,7 +208,7 @@ class Discriminator:
         return list(groups.values())
 
     def _real_and_generated(self, experience: Experience) -> list[Group]:
-        """Every group with its target: 1 for what is real, 0 for what was generated."""
+        """Each prompt's responses with reward 0, and its target with reward 1, for prompts with a target."""
         groups = []
         for j, (prompt, row) in enumerate(zip(experience.prompts, experience.rows, strict=True)):
             if row.target is not None:
@@ -217,16 +219,16 @@ class Discriminator:
         return groups
 
     def _pairwise_accuracy(self, groups: list[Group]) -> dict[str, float]:
-        """Share of (target, response) pairs that the discriminator orders rightly, before it learns from them."""
-        right: list[float] = []
+        """Fresh share of (target, response) pairs in which the target has the higher prediction."""
+        correct: list[float] = []
         for group in groups:
             with torch.no_grad(), self.ema_scope():
                 predicted_B = (self.players.score_MH @ self._features([group]).T).mean(0)
-            right += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
-        return {"disc_accuracy": float(np.mean(right))} if right else {}
+            correct += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
+        return {"disc_accuracy": float(np.mean(correct))} if correct else {}
 
     def _init_heads_randomly(self) -> None:
-        """Heads that are not all alike: with no rewards there is no closed form to begin from."""
+        """Initialize the heads with different small random values: without rewards there is no ridge regression."""
         draws = randomness.generator(self.config.seed, 0, "heads").normal(size=tuple(self.players.heads_MH.shape))
         with torch.no_grad():
             scale = 0.1 / self.players.heads_MH.shape[1] ** 0.5
@@ -235,16 +237,16 @@ class Discriminator:
     # --- learning
 
     def _update_reward_unit(self, fresh: list[Group]) -> None:
-        """Set the reward's unit from the first answers, and again when their standard deviation has doubled.
+        """Set the reward's unit from the first answers, and again if the rewards' standard deviation has doubled.
 
-        The first answers may happen to be all alike. Predictions stay as they were: the heads are rescaled. With
-        several processes the unit is the mean over those with answers.
+        The second case is needed because the first answers may be equal by chance. The heads are rescaled, so that
+        predictions stay the same. With several processes the unit is the mean over processes with answers.
         """
         rewards = [reward for group in (*self.replay.groups, *fresh) for reward in group.rewards]
         spread = float(np.std(rewards)) if rewards else 0.0
         first = reward_unit(rewards) if rewards else 0.0
-        seen = torch.tensor([spread, first, float(bool(rewards))], device=self.players.device, dtype=torch.float64)
-        spread, first, count = distributed.total(seen).tolist()
+        sums = torch.tensor([spread, first, float(bool(rewards))], device=self.players.device, dtype=torch.float64)
+        spread, first, count = distributed.total(sums).tolist()
         before, unit = self.players.reward_unit, None
         if not self.knows_unit:
             unit = first / count
@@ -258,116 +260,116 @@ class Discriminator:
                     self.ema_weights[-1].mul_(before / unit)
 
     def _init_heads(self, fresh: list[Group]) -> None:
-        """Begin the heads, which are zero, in closed form; with several processes, the mean of those with answers."""
+        """Initialize the heads by ridge regression, with the mean over all processes that have answers."""
         ridge_MH = self._ridge_heads(fresh) if fresh else torch.zeros_like(self.players.heads_MH)
         count = distributed.total(torch.tensor([float(bool(fresh))], device=self.players.device))
         heads_MH = distributed.total(ridge_MH) / count
-        if torch.isfinite(heads_MH).all():  # else they stay zero, and the next step begins them
+        if torch.isfinite(heads_MH).all():  # else the heads stay zero, and the next step initializes them
             with torch.no_grad():
                 self.players.heads_MH.copy_(heads_MH)
 
     def _ridge_heads(self, groups: list[Group]) -> Tensor:
         """Heads by ridge regression on the pooled features, [M, H], in the reward's unit.
 
-        Without intercept (stock sequence classification ignores a bias), in its dual form, since responses are fewer
-        than features: w = Fᵀ (F Fᵀ + λ I)⁻¹ r, each head on the groups it learns from.
+        There is no intercept, because stock sequence classification ignores a bias. The dual form is used, because
+        there are fewer responses than features: w = Fᵀ (F Fᵀ + λ I)⁻¹ r. Each head uses the groups it learns from.
         """
-        true_B, _, seen_MB = self._labels(groups)
+        true_B, _, learns_MB = self._labels(groups)
         features_BH = self._features(groups).double()
-        if not torch.isfinite(features_BH).all():  # there is nothing to solve, and no process may raise alone
+        if not torch.isfinite(features_BH).all():  # the solver would raise, and the other processes would wait
             return torch.full_like(self.players.heads_MH, math.nan)
         target_B = true_B.double() / self.players.reward_unit
         gram_BB = features_BH @ features_BH.T
-        # A tenth of a feature vector's size: a few dozen rows, hundreds of weights.
+        # A tenth of a feature vector's squared norm, because a few dozen rows determine hundreds of weights.
         ridge = 0.1 * gram_BB.diagonal().mean()
         heads = []
-        for seen_B in seen_MB.bool():
-            kept_B = seen_B if seen_B.any() else torch.ones_like(seen_B)
+        for learns_B in learns_MB.bool():
+            kept_B = learns_B if learns_B.any() else torch.ones_like(learns_B)
             gram = gram_BB[kept_B][:, kept_B]
             dual = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device), target_B[kept_B])
             heads.append(dual @ features_BH[kept_B])
         return torch.stack(heads).float()
 
     def _learn_within_memory(self, fresh: list[Group], old: list[Group], features: RetainedFeatures) -> float:
-        """`_learn`, in smaller micro-batches where memory runs out. `features` are those of `fresh`, or none."""
+        """`_learn`, with smaller micro-batches if memory runs out. `features` are those of `fresh`, or empty."""
 
         def learn() -> float:
             features_BH, size = features.take(), self.optimizer.micro_batch_size
             if features_BH is None:
-                return self._learn([(part, None) for part in micro_batches(fresh + old, size)])
-            return self._learn([(fresh, features_BH), *((part, None) for part in micro_batches(old, size))])
+                return self._learn([(groups, None) for groups in micro_batches(fresh + old, size)])
+            return self._learn([(fresh, features_BH), *((groups, None) for groups in micro_batches(old, size))])
 
         return micro_batch.within_memory(learn, self.optimizer, _count(fresh + old))
 
-    def _learn(self, parts: list[tuple[list[Group], Tensor | None]]) -> float:
-        """Backward of regression and ranking within groups; returns the loss, a mean over heads and responses.
+    def _learn(self, batches: list[tuple[list[Group], Tensor | None]]) -> float:
+        """Accumulate the gradients of regression and ranking; return the loss, a mean over heads and responses.
 
-        The loss compares all responses of a group. Where a group has more than a micro-batch, the gradient with respect
-        to each one's features comes first, without a graph of the base; then each micro-batch has its forward and
-        backward (GradCache, Gao et al. 2021, arXiv:2101.06983).
+        The loss compares all responses of a group, but a group may exceed the micro-batch size. Then a first pass
+        without a graph gives the gradient with respect to each response's features. A second pass runs forward and
+        backward per micro-batch (GradCache, Gao et al. 2021, arXiv:2101.06983).
 
         Args:
-            parts: micro-batches, each with its features where they are known.
+            batches: whole groups, each list with its features if they are known.
         """
-        total = sum(sum(group.heads) * len(group.responses) for groups, _ in parts for group in groups)
+        total = sum(sum(group.heads) * len(group.responses) for groups, _ in batches for group in groups)
         loss = 0.0
-        for groups, features_BH in parts:
+        for groups, features_BH in batches:
             with self.players.use_adapter("discriminator"):
-                pieces = [] if features_BH is not None else self._batches(groups)
-                with torch.set_grad_enabled(len(pieces) == 1):
-                    leaves = [self.players.pooled_hidden(piece) for piece in pieces]
-                if len(pieces) > 1:
+                micro = [] if features_BH is not None else self._batches(groups)
+                with torch.set_grad_enabled(len(micro) == 1):
+                    leaves = [self.players.pooled_hidden(batch) for batch in micro]
+                if len(micro) > 1:
                     leaves = [leaf.requires_grad_(True) for leaf in leaves]
                 share = self._loss(groups, torch.cat(leaves) if features_BH is None else features_BH) / total
                 share.backward()
-                if len(pieces) > 1:
-                    for piece, leaf in zip(pieces, leaves, strict=True):
-                        self.players.pooled_hidden(piece).backward(leaf.grad)
+                if len(micro) > 1:
+                    for batch, leaf in zip(micro, leaves, strict=True):
+                        self.players.pooled_hidden(batch).backward(leaf.grad)
             loss += float(share.detach())
         return loss
 
     def _loss(self, groups: list[Group], features_BH: Tensor) -> Tensor:
-        """Regression and ranking within groups, summed over their responses and the heads that learn from them."""
-        true_B, group_B, seen_MB = self._labels(groups)
+        """Regression and ranking loss, summed over the responses and over the heads that learn from each response."""
+        true_B, group_B, learns_MB = self._labels(groups)
         predicted_MB = self.players.score_MH @ features_BH.T / self.players.reward_unit
         true_B = true_B / self.players.reward_unit
         ranking_MB = losses.ranking_by_group(predicted_MB, true_B, group_B)
         if self.config.disc_objective == "real_vs_generated":
-            # Targets hold 1, responses 0: ranking is the relativistic pairing loss (arXiv:1807.00734).
+            # With rewards 1 and 0, the ranking loss is the relativistic pairing loss (arXiv:1807.00734).
             loss_MB = ranking_MB
         else:
             regression_MB = losses.regression_by_group(
                 predicted_MB, true_B, group_B, mean_weight=self.config.disc_mean_weight
             )
             loss_MB = regression_MB + self.config.disc_rank_weight * ranking_MB
-        return (loss_MB * seen_MB).sum()
+        return (loss_MB * learns_MB).sum()
 
     def _features(self, groups: list[Group]) -> Tensor:
-        """What the heads read of the groups' responses, [B, H], without a graph."""
+        """Pooled features of the groups' responses, [B, H], without a graph. The heads read these."""
 
         def features() -> Tensor:
             with torch.no_grad(), self.players.use_adapter("discriminator"):
-                return torch.cat([self.players.pooled_hidden(piece) for piece in self._batches(groups)])
+                return torch.cat([self.players.pooled_hidden(batch) for batch in self._batches(groups)])
 
         return micro_batch.within_memory(features, self.optimizer, _count(groups))
 
     def _batches(self, groups: list[Group]) -> list[Batch]:
-        """The groups' responses, laid out in micro-batches; a group that is larger, in parts of much the same size."""
-        size, pieces = self.optimizer.micro_batch_size, []
-        for part in micro_batches(groups, size):
-            if size is None or _count(part) <= size:
-                pieces.append(self._batch(part))
+        """The groups' responses in micro-batches. A group larger than a micro-batch is split evenly."""
+        size, batches = self.optimizer.micro_batch_size, []
+        for together in micro_batches(groups, size):
+            if size is None or _count(together) <= size:
+                batches.append(self._batch(together))
                 continue
-            (group,) = part
+            (group,) = together
             rows, count = len(group.responses), math.ceil(len(group.responses) / size)
             edges = [rows * i // count for i in range(count + 1)]
-            pieces += [
+            batches += [
                 self._batch([replace(group, responses=group.responses[first:last])]) for first, last in pairwise(edges)
             ]
-        return pieces
+        return batches
 
     def _batch(self, groups: list[Group]) -> Batch:
-        """The groups' responses, laid out for a forward."""
+        """The groups' responses as one batch for a forward pass."""
         return self.players.batch(
             [group.prompt for group in groups],
             [response for group in groups for response in group.responses],
@@ -375,23 +377,22 @@ class Discriminator:
         )
 
     def _labels(self, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
-        """The responses' true rewards [B], group labels [B], and which head learns from which of them [M, B]."""
+        """True rewards [B], group labels [B], and 1.0 for each response that a head learns from, else 0.0, [M, B]."""
         device = self.players.device
         sizes = torch.tensor([len(group.responses) for group in groups], device=device)
         group_B = torch.arange(len(groups), device=device).repeat_interleave(sizes)
         true_B = torch.tensor([r for group in groups for r in group.rewards], device=device, dtype=torch.float32)
-        seen_MB = torch.tensor([group.heads for group in groups], device=device, dtype=torch.float32).T[:, group_B]
-        return true_B, group_B, seen_MB
+        learns_MB = torch.tensor([group.heads for group in groups], device=device, dtype=torch.float32).T[:, group_B]
+        return true_B, group_B, learns_MB
 
     def restart(self, score_1H: Tensor) -> None:
-        """Take over the score of a discriminator that came without heads and replay: every head begins with it."""
+        """Start over with the score layer of a loaded adapter that has no heads or replay. Each head becomes a copy."""
         self.replay.groups.clear()
         self.knows_unit, self.players.reward_unit = False, 1.0
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
-        # The predictions of a loaded adapter were never measured.
         self.ema_weights = None
-        self.correlation = DecayedMean()
+        self.correlation = DecayedMean()  # a loaded adapter's predictions are not measured yet
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -407,8 +408,8 @@ class Discriminator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.players.reward_unit, self.knows_unit = state["reward_unit"], state["knows_unit"]
         self.replay.load_state_dict(state["replay"])
-        with torch.no_grad():  # the heads are the last parameter
-            saved = [*state["raw"], state["heads_MH"]]
+        with torch.no_grad():
+            saved = [*state["raw"], state["heads_MH"]]  # the heads are the last parameter
             for parameter, weight in zip(self.players.parameters("discriminator"), saved, strict=True):
                 parameter.copy_(weight)
         device = self.players.device
@@ -421,5 +422,5 @@ def _count(groups: list[Group]) -> int:
 
 
 def reward_unit(rewards: list[float]) -> float:
-    """The spread of the first rewards; where they are all alike, their size is the best guess at their unit."""
+    """The rewards' standard deviation; if it is zero, the absolute mean; if that is zero, too, 1."""
     return next(value for value in (float(np.std(rewards)), abs(float(np.mean(rewards))), 1.0) if value > 1e-6)

@@ -1,11 +1,9 @@
-"""Several processes: each steps on its own prompts, and the players' gradients are averaged by hand.
+"""Data parallelism: each process steps on its own prompts, and the players' gradients are averaged explicitly.
 
-Never DistributedDataParallel: around a model with two adapters that train in turn it raises, or silently never
-synchronises the second. Randomness is keyed by content, so nothing else needs to be shared. This covers `step()`;
-`fit()` takes rows and writes files as one process does.
+DistributedDataParallel does not work here. Around a model with two adapters that train in turn it raises an error, or
+silently leaves the second adapter unsynchronized. Random draws are keyed by content, so only gradients are shared.
+`step()` supports several processes; `fit()` reads rows and writes files as a single process does.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 
@@ -14,21 +12,21 @@ from torch import Tensor, nn
 
 
 def processes() -> int:
-    """How many processes step together; 1 where torch.distributed was not initialised."""
+    """Number of processes that train together; 1 if torch.distributed is not initialized."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return 1
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The tensor, replaced by its sum over all processes. All of them must call it, in the same order."""
+    """Sum the tensor over all processes, in place, and return it. All processes must call this in the same order."""
     if processes() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over all processes. A parameter without one counts as zero: all processes must take part."""
+    """Average gradients over all processes, in place. A missing gradient counts as zero. All processes must call it."""
     if processes() > 1:
         for parameter in parameters:
             if parameter.grad is None:

@@ -1,11 +1,9 @@
-"""Which responses to ask the true reward for, and what the generator then learns from. `LoraGAN` draws the queries;
-the generator's update computes rewards and advantages.
+"""Query designs, the corrected reward and advantages. `gan` draws the queries; the generator uses the rest.
 
-# B = responses, in group order; plain float64 NumPy, since all of it is bookkeeping on a few dozen numbers
-NaN stands for "not asked" or "not answered".
+# B = responses, in group order
+
+All arrays are float64 NumPy arrays of a few dozen numbers. NaN means "not queried" or "not answered".
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -19,10 +17,10 @@ DECAY = 0.9  # per step, of `DecayedMean`
 
 @dataclass(frozen=True)
 class Queries:
-    """Whom to ask: a draw, and the probability each response had of being in it."""
+    """The responses drawn for a query of the true reward, and each response's inclusion probability."""
 
-    asked_B: np.ndarray  # bool
-    inclusion_B: np.ndarray  # float64, in [0, 1]
+    asked_B: np.ndarray  # bool: drawn
+    inclusion_B: np.ndarray  # float64: probability of being drawn, 0 to 1
 
 
 def choose_queries(
@@ -36,19 +34,20 @@ def choose_queries(
     floor: float = 0.25,
     left: int | None = None,
 ) -> Queries:
-    """Draw which responses the true reward is asked for, before anything is scored.
+    """Draw the responses for which the true reward is queried, before any true reward is known.
 
-    Every design is a systematic sample of known inclusion probabilities over a random order (Madow 1949): the total is
-    their sum rounded down or up, and where only `left` calls are left, never more than these.
+    Each design is a systematic sample with known inclusion probabilities over a random order (Madow 1949). The number
+    of draws is the probabilities' sum, rounded down or up, and at most `left`.
 
     Args:
-        group_B: which prompt a response answers.
-        rate: share of all responses that is asked for.
-        design: uniform: each response with probability `rate`, each group its share to within one. groups: whole
-            groups. uncertain: in proportion to `spread_B`, not below floor · rate, not above 1.
-        spread_B: how far the heads disagree, where the design is uncertain; all zero, or not finite, is as uniform.
-        floor: least probability under the uncertain design, as a share of `rate`: 1/p is bounded by 1 / (floor · rate).
-        left: true-reward calls that may still be made; None: no limit.
+        group_B: the prompt's index of each response.
+        rate: share of all responses to query.
+        design: uniform: each response with probability `rate`; the draws per group differ by at most one. groups: whole
+            groups. uncertain: in proportion to `spread_B`, from floor · rate to 1.
+        spread_B: standard deviation over the heads, for the uncertain design. If all are zero, or one is not finite,
+            the design is uniform.
+        floor: least probability of the uncertain design, as a share of `rate`. It bounds 1/p by 1 / (floor · rate).
+        left: remaining true-reward calls; None: no limit.
     """
     size = len(group_B)
     if left is not None and left < np.ceil(rate * size - 1e-9):
@@ -64,22 +63,22 @@ def choose_queries(
         inclusion_B = _proportional(spread_B, rate, floor)
     else:
         inclusion_B = np.full(size, rate)
-    order = np.lexsort((rng.random(size), group_B))  # group by group, shuffled inside each
+    order = np.lexsort((rng.random(size), group_B))  # group by group, shuffled within each group
     return Queries(_systematic(inclusion_B, order, rng.random()), inclusion_B)
 
 
 def _systematic(inclusion: np.ndarray, order: np.ndarray, start: float) -> np.ndarray:
-    """A fixed-size draw with these probabilities: one in every unit of their running sum along `order`."""
+    """A systematic sample: one draw per unit of the probabilities' running sum along `order`, from offset `start`."""
     edges = np.concatenate([[0.0], np.cumsum(inclusion[order])])
     if abs(edges[-1] - round(edges[-1])) < 1e-9 * len(order):
-        edges *= round(edges[-1]) / edges[-1]  # a whole number stays one, or a budget could be passed by one
+        edges *= round(edges[-1]) / edges[-1]  # remove rounding from a whole sum: one draw more could exceed the budget
     drawn = np.zeros(len(inclusion), dtype=bool)
     drawn[order] = np.diff(np.floor(np.round(edges + start, 9))) > 0
     return drawn
 
 
 def _whole_groups(group_B: np.ndarray, rate: float, left: int | None, rng: np.random.Generator) -> Queries:
-    """Groups drawn whole. Where the calls left do not pay for one, part of a single one is asked for."""
+    """Draw whole groups. If `left` is less than one group, draw that many responses of a single group."""
     labels, index_B, sizes = np.unique(group_B, return_inverse=True, return_counts=True)
     count, largest = len(labels), int(sizes.max())
     order, start = rng.permutation(count), rng.random()
@@ -89,14 +88,13 @@ def _whole_groups(group_B: np.ndarray, rate: float, left: int | None, rng: np.ra
         drawn = _systematic(np.full(count, rate), order, start)
         return Queries(drawn[index_B], np.full(len(group_B), rate))
     members = np.flatnonzero(index_B == order[0])
-    some = rng.permutation(members)[: min(left or 0, len(members))]
     asked_B = np.zeros(len(group_B), dtype=bool)
-    asked_B[some] = True
+    asked_B[rng.permutation(members)[: left or 0]] = True
     return Queries(asked_B, np.minimum((left or 0) / sizes[index_B], 1.0) / count)
 
 
 def _proportional(spread_B: np.ndarray, rate: float, floor: float) -> np.ndarray:
-    """Probabilities that sum to rate · B: the floor for all, the rest in proportion to the spread, none above 1."""
+    """Probabilities that sum to rate · B: at least floor · rate, otherwise in proportion to the spread, at most 1."""
     total, least = rate * len(spread_B), floor * rate
     inclusion_B = np.full(len(spread_B), least)
     open_B = np.ones(len(spread_B), dtype=bool)
@@ -112,11 +110,10 @@ def _proportional(spread_B: np.ndarray, rate: float, floor: float) -> np.ndarray
 
 
 def corrected_reward(predicted_B: np.ndarray, true_B: np.ndarray, inclusion_B: np.ndarray | float) -> np.ndarray:
-    """predicted + asked/p · (true − predicted): the doubly robust estimate (Dudík et al. 2011, arXiv:1103.4601).
+    """predicted + asked/p · (true − predicted), [B]: the doubly robust estimate (Dudík et al. 2011, arXiv:1103.4601).
 
-    Unbiased for the true reward however wrong the predictions are, when they have not seen this response's reward, and
-    every response had a probability above zero. Where it was 1, an answered response's value is the true reward to
-    the last bit, so that plain RLOO is reached exactly.
+    The estimate is unbiased for any predictions that were made without this response's reward, if every p is above 0.
+    At p = 1 an answered response gets bitwise its true reward, so the update equals plain RLOO.
     """
     answered_B = ~np.isnan(true_B)
     inclusion_B = np.broadcast_to(np.asarray(inclusion_B, dtype=np.float64), true_B.shape)
@@ -126,11 +123,16 @@ def corrected_reward(predicted_B: np.ndarray, true_B: np.ndarray, inclusion_B: n
 
 
 def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: np.ndarray) -> np.ndarray:
-    """Probabilities with which each response was asked for and answered, where calls failed, [B].
+    """Probability that each response was queried and answered, [B]: the inclusion probability, corrected for failures.
 
-    Assumption: whether a call fails does not depend on the response. The probability of an answer is then estimated by
-    the share of this step's calls that were answered. Probabilities of 1 stay 1: there `corrected_reward` is the true
-    reward, and a failed response has no reward at all (`Experience.dropped_B`), which needs no weight.
+    Assumption: failures do not depend on the response. The share of answered calls in this step then estimates the
+    probability of an answer. Probabilities of 1 stay 1: there `corrected_reward` returns the true reward, and
+    `Experience.dropped_B` excludes failed responses.
+
+    Args:
+        inclusion_B: probability that the response was queried.
+        asked_B: bool: queried.
+        failed_B: bool: queried without an answer.
     """
     if not failed_B.any():
         return inclusion_B
@@ -139,28 +141,33 @@ def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: n
 
 
 def gated_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
-    """The predictions that the generator learns from, [B]: a lower confidence bound over the heads, moved to its
-    group's mean by the share 1 − gate. Only differences within a group reach the generator; a gate of zero leaves
-    none."""
+    """The predictions that the generator learns from, [B]: a lower confidence bound over the heads, then gated.
+
+    The bound is the heads' mean minus `penalty` standard deviations. The gate (0 to 1) scales the differences from the
+    group's mean. Only these differences reach the generator, so at gate 0 it learns nothing from predictions.
+    """
     bound_B = predicted_MB.mean(0)
     if penalty:
         bound_B = bound_B - penalty * predicted_MB.std(0)
     if gate >= 1:
         return bound_B
-    left_B = centered_within_groups(bound_B, group_B)
-    return bound_B - left_B + gate * left_B
+    centered_B = centered_within_groups(bound_B, group_B)
+    return bound_B - centered_B + gate * centered_B
 
 
 def centered_within_groups(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
-    """Values minus their group's mean, [B]: all that reaches the generator."""
+    """Values minus their group's mean, [B]. Only these differences reach the generator."""
     _, index_B = np.unique(group_B, return_inverse=True)
     return values_B - (np.bincount(index_B, values_B) / np.bincount(index_B))[index_B]
 
 
 @dataclass
 class DecayedMean:
-    """A weighted mean in which older values count less. As the baseline of groups of one, an exponential mean of past
-    rewards with bias correction (Kingma and Ba 2015)."""
+    """A weighted mean in which older values decay by `DECAY` per step.
+
+    As the baseline for groups of one response, it is an exponential mean of past rewards with bias correction (Kingma
+    and Ba 2015).
+    """
 
     total: float = 0.0
     weight: float = 0.0
@@ -170,13 +177,17 @@ class DecayedMean:
         return self.total / self.weight if self.weight else 0.0
 
     def add(self, total: float, weight: float) -> None:
-        """Add a weighted sum of values, and their weight."""
+        """Add one step: the weighted sum of its values, and the sum of their weights."""
         self.total, self.weight = DECAY * self.total + total, DECAY * self.weight + weight
 
 
 def advantages(reward_B: np.ndarray, group_B: np.ndarray, baseline: float) -> np.ndarray:
-    """Reward minus the mean reward of the rest of its group (leave-one-out: RLOO, Kool et al. 2019, Ahmadian et al.
-    2024); where the rest is empty, minus `baseline`. A NaN reward has no part in its group, and advantage 0."""
+    """Reward minus the mean reward of the rest of its group, [B] (leave-one-out, RLOO: Kool et al. 2019, Ahmadian et
+    al. 2024).
+
+    A response without others in its group gets reward − `baseline`. A NaN reward is left out of its group, and its
+    advantage is 0.
+    """
     known_B = ~np.isnan(reward_B)
     advantage_B = np.zeros_like(reward_B)
     for group in np.unique(group_B):

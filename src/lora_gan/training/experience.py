@@ -1,11 +1,9 @@
-"""One step's responses, and all that is known of them before anything is learned from them.
+"""The responses of one step, with their predicted and true rewards, before any player learns from them.
 
 # B = responses, M = heads, H = hidden size
 
 `LoraGAN` makes one `Experience` per step. Both trainers, the monitor and the step's record read it.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 
@@ -18,36 +16,38 @@ from ..rewards.notes import Notes
 
 
 class RetainedFeatures:
-    """The features that predictions were made from, [B, H], with their autograd graph. They serve once.
+    """The discriminator's pooled features behind the predictions, [B, H], with their autograd graph. Usable once.
 
     Args:
-        features_BH: None where no graph was retained.
+        features_BH: None if no graph was retained.
     """
 
     def __init__(self, features_BH: Tensor | None = None) -> None:
         self._features_BH = features_BH
 
     def take(self) -> Tensor | None:
-        """Return the features and clear them: the caller's reference is then the only one."""
+        """Return the features and clear them, so that the caller holds the only reference to the graph."""
         features_BH, self._features_BH = self._features_BH, None
         return features_BH
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
+    """One step's responses and rewards."""
+
     step: int
     rows: list[Row]  # the P prompts
-    prompts: list[list[int]]  # their token ids
-    rollout: Rollout  # K responses each
+    prompts: list[list[int]]  # token ids of the prompts
+    rollout: Rollout  # K responses per prompt
     predicted_MB: np.ndarray  # fresh predictions of every head, float64; NaN = not predicted
-    asked_B: np.ndarray  # bool: which responses the true reward was asked for, drawn before scoring
-    true_B: np.ndarray  # true rewards; NaN = not asked, or not answered
-    inclusion_B: np.ndarray  # probability with which each response was asked for and answered; 0 = none was asked for
-    parts: dict[str, np.ndarray] = field(default_factory=dict)  # the true reward's parts by name, if it has several
-    gate: float = 1.0  # how far predictions are trusted, from earlier steps alone
-    failed_B: np.ndarray | None = None  # bool: asked responses on which a reward failed to the last try; None = none
-    features: RetainedFeatures = field(default_factory=RetainedFeatures)  # the discriminator's first update takes them
-    notes: Notes = field(default_factory=Notes)  # what rewards logged about the asked responses
+    asked_B: np.ndarray  # bool: whether the true reward was queried, drawn before scoring
+    true_B: np.ndarray  # true rewards; NaN = not queried, or not answered
+    inclusion_B: np.ndarray  # probability that a response was queried and answered; 0 = no response was queried
+    parts: dict[str, np.ndarray] = field(default_factory=dict)  # components of the true reward by name, if several
+    gate: float = 1.0  # weight of the predictions, 0 to 1, from earlier steps alone
+    failed_B: np.ndarray | None = None  # bool: queried, but without an answer after the last try; None = no failures
+    features: RetainedFeatures = field(default_factory=RetainedFeatures)  # for the discriminator's first update
+    notes: Notes = field(default_factory=Notes)  # what reward functions logged about the queried responses
 
     @property
     def predicted_B(self) -> np.ndarray:
@@ -55,7 +55,7 @@ class Experience:
 
     @property
     def dropped_B(self) -> np.ndarray:
-        """Failed responses with inclusion probability 1, bool. They are excluded, because nothing would correct their
+        """Failed responses with inclusion probability 1, bool [B]. They are excluded: no true reward corrects their
         prediction."""
         return (self.failed_B if self.failed_B is not None else False) & (self.inclusion_B >= 1)
 

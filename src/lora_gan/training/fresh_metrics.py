@@ -1,11 +1,9 @@
-"""How good predictions are, measured fresh: on responses that the discriminator has not learned from yet.
+"""Fresh quality of the predictions: measured on responses before the discriminator learns from them.
 
 # B = responses, M = heads
 
-The step's record holds these numbers; the discriminator's gate uses the rank correlation within groups.
+The step's record holds these metrics. The discriminator's gate uses the rank correlation within groups.
 """
-
-from __future__ import annotations
 
 import numpy as np
 from scipy.stats import rankdata
@@ -14,14 +12,22 @@ from . import estimate
 
 
 def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndarray) -> dict[str, float | None]:
-    """How well predictions made before this step's training meet the true rewards that were then asked for.
+    """Compare predictions made before this step's training with the true rewards that were queried afterwards.
 
-    rank_correlation is Spearman's over all answered responses; rank_correlation_within over what is left of the ranks
-    when each group's mean rank is taken off (ranks are taken within the group): only this reaches the generator.
-    Responses whose prediction is not finite do not count. None where there are too few answers, or no spread, to say.
+    Responses without a true reward or a finite prediction are left out.
+
+    Args:
+        predicted_MB: predictions of every head.
+        true_B: true rewards; NaN where unknown.
+        group_B: the prompt's index of each response.
+
+    Returns:
+        Metrics by name. None: too few answers, or no spread. rank_correlation is Spearman's over all answered
+        responses. rank_correlation_within takes ranks within each group and subtracts the group's mean rank. Only
+        differences within a group reach the generator.
     """
     answered_B = ~np.isnan(true_B) & np.isfinite(predicted_MB).all(0)
-    predicted_MB = np.where(answered_B, predicted_MB, 0.0)  # NumPy warns of arithmetic with infinities
+    predicted_MB = np.where(answered_B, predicted_MB, 0.0)  # NumPy warns about arithmetic with infinities
     spread_B = predicted_MB.std(0)[answered_B]
     predicted_B, true_B, group_B = predicted_MB.mean(0)[answered_B], true_B[answered_B], group_B[answered_B]
     compared_B = np.array([(group_B == group).sum() > 1 for group in group_B], dtype=bool)
@@ -36,7 +42,7 @@ def fresh_metrics(predicted_MB: np.ndarray, true_B: np.ndarray, group_B: np.ndar
 
 
 def _ranks_within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
-    """Each value's rank in its group, less the group's mean rank."""
+    """Each value's rank within its group, minus the group's mean rank, [B]."""
     ranks_B = np.zeros(len(values_B))
     for group in np.unique(group_B):
         ranks_B[group_B == group] = rankdata(values_B[group_B == group])
@@ -45,9 +51,9 @@ def _ranks_within(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
 
 def _slope_within(predicted_B: np.ndarray, true_B: np.ndarray, group_B: np.ndarray) -> float | None:
     """Least-squares slope of true on predicted reward within groups: 1 is calibrated, below 1 overconfident."""
-    left_B = estimate.centered_within_groups(predicted_B, group_B)
-    square = float(left_B @ left_B)
-    return float(left_B @ estimate.centered_within_groups(true_B, group_B)) / square if square > 1e-12 else None
+    centered_B = estimate.centered_within_groups(predicted_B, group_B)
+    square = float(centered_B @ centered_B)
+    return float(centered_B @ estimate.centered_within_groups(true_B, group_B)) / square if square > 1e-12 else None
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -1,13 +1,13 @@
 """The generator's update: policy gradient or straight-through, KL to the reference, imitation.
 
-# B = responses, R = tokens of all responses, L = places of a row, V = vocabulary, H = hidden size, M = heads
+# B = responses, R = tokens of all responses, L = positions of a row, V = vocabulary, H = hidden size, M = heads
 
-Departs from REINFORCE leave-one-out (Ahmadian et al. 2024) in three points: the reward may be a prediction, corrected
-by the true rewards that were asked for; the KL is exact over the vocabulary at each sampled place, and part of the loss
-instead of the reward; the discriminator's gradient may come straight through the sampled tokens.
+Differences from REINFORCE leave-one-out (Ahmadian et al. 2024):
+
+- The reward may be a prediction, corrected by the queried true rewards.
+- The KL is exact over the vocabulary at each sampled position, and part of the loss instead of the reward.
+- The discriminator's gradient may flow into the generator through the sampled tokens (straight-through).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ Number = TypeVar("Number", float, Tensor)
 
 @dataclass(frozen=True)
 class PolicyLosses:
-    """Means over responses, and the log-probabilities of all response tokens before the update, [R]."""
+    """The loss terms as means over responses, and all response tokens' log-probabilities before the update, [R]."""
 
     policy: float
     kl: float
@@ -42,7 +42,7 @@ class PolicyLosses:
 
 
 class Generator:
-    """What the generator carries from step to step beside its weights: optimizer, baseline, the KL's weight."""
+    """Trains the generator. Holds the optimizer, the baseline and the KL's weight from step to step."""
 
     def __init__(self, players: Players, config: Config) -> None:
         self.players, self.config = players, config
@@ -50,11 +50,11 @@ class Generator:
             players.parameters("generator"), config.learning_rate, config, config.num_iterations
         )
         self.baseline = estimate.DecayedMean()
-        self.beta_scale = 1.0  # moves where there is a kl_target
+        self.beta_scale = 1.0  # changes only if kl_target is set
 
     @property
     def beta(self) -> float:
-        """The weight of the KL as it stands."""
+        """The current weight of the KL, in reward units per nat."""
         return self.config.beta * self.beta_scale
 
     def update(
@@ -64,42 +64,49 @@ class Generator:
         signal: RewardSignal,
         imitation_weight: float,
     ) -> dict[str, float | None]:
-        """The step's updates, the first of them on-policy. Without experience imitation alone teaches.
+        """Make the step's `num_iterations` updates. The first update is on-policy.
 
-        Returns the first update's loss and its parts (None if not finite), and the number of skipped updates.
+        Args:
+            rows: the step's prompts and targets, for imitation.
+            experience: the step's responses and rewards; None: the generator learns by imitation alone.
+            signal: the reward from which the advantage is computed.
+            imitation_weight: weight of the cross-entropy on the target texts.
+
+        Returns:
+            The first update's loss and loss terms (None if not finite), and the number of skipped updates.
         """
         metrics: dict[str, float | None] = {}
         reward_B = advantage_B = None
         if experience is not None:
             if signal == "predicted":
-                experience = replace(experience, failed_B=None)  # no true reward is missed here
+                experience = replace(experience, failed_B=None)  # failed queries do not matter for this signal
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
             kept_B = ~experience.dropped_B
-        old_logprobs_R: Tensor | None = None  # log-probabilities of all response tokens, in order, as they were sampled
-        most, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
+        old_logprobs_R: Tensor | None = None  # log-probabilities of all response tokens under the sampling policy
+        most_rows, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
             backward = partial(self._backward, rows, experience, advantage_B, imitation_weight, old_logprobs_R)
-            loss, parts, logprobs_R = micro_batch.within_memory(backward, self.optimizer, most)
+            loss, terms, logprobs_R = micro_batch.within_memory(backward, self.optimizer, most_rows)
             old_logprobs_R = logprobs_R if old_logprobs_R is None else old_logprobs_R
             if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
-                loss = math.nan  # NaN means unknown in reward_B, so a NaN prediction must fail the update
+                loss = math.nan  # a NaN in reward_B would count as unknown, so a NaN prediction must skip the update
             rate, norm = self.optimizer.learning_rate, self.optimizer.step(loss)
             skipped += norm is None
             if iteration == 0:
-                metrics = {"gen_loss": loss, **parts, "gen_learning_rate": rate, "gen_grad_norm": norm}
+                metrics = {"gen_loss": loss, **terms, "gen_learning_rate": rate, "gen_grad_norm": norm}
                 metrics = {
                     name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()
                 }
         metrics["gen_skipped"] = skipped
         if skipped == self.config.num_iterations:
-            return metrics  # nothing was updated, so nothing that goes with an update moves
+            return metrics  # without an update, baseline and beta stay, too
         if reward_B is not None and not np.isnan(reward_B).all():
-            # Last: an update that raised leaves no trace.
+            # After the updates, so that an update that raises does not change the baseline.
             self.baseline.add((1 - estimate.DECAY) * float(np.nanmean(reward_B)), 1 - estimate.DECAY)
         kl = metrics.get("kl")
         if self.config.kl_target is not None and kl is not None:
-            # The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593), a tenth a step at most.
+            # The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593): at most 10 % per step.
             error = min(max(kl / self.config.kl_target - 1, -1.0), 1.0)
             self.beta_scale *= 1 + 0.1 * error
         return metrics
@@ -112,26 +119,26 @@ class Generator:
         imitation_weight: float,
         old_logprobs_R: Tensor | None,
     ) -> tuple[float, dict[str, float | None], Tensor | None]:
-        """Backward of one update's whole loss; returns it, its parts, and the response tokens' log-probabilities."""
+        """Accumulate the gradients of one update; return the loss, its terms and the tokens' log-probabilities, [R]."""
         loss, logprobs_R = 0.0, None
-        parts: dict[str, float | None] = {}
+        terms: dict[str, float | None] = {}
         if experience is not None and advantage_B is not None:
             policy = self._reinforce(experience, advantage_B, old_logprobs_R)
             loss = self._weighted(policy.policy, policy.kl, policy.entropy)
             logprobs_R = policy.logprobs_R
-            parts["kl"] = policy.kl if self.beta else None  # not measured where it has no weight
+            terms["kl"] = policy.kl if self.beta else None  # not measured at beta 0
             if self.config.entropy_weight:
-                parts["entropy"] = policy.entropy
+                terms["entropy"] = policy.entropy
             if self.config.kl_target is not None:
-                parts["beta"] = self.beta
+                terms["beta"] = self.beta
         if imitation_weight:
             imitation = self._imitate(rows, imitation_weight)
-            parts["imitation_loss"] = imitation
+            terms["imitation_loss"] = imitation
             loss += imitation_weight * imitation
-        return loss, parts, logprobs_R
+        return loss, terms, logprobs_R
 
     def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
-        """What the advantage is made of, float64 [B]; NaN where nothing is known."""
+        """The rewards from which the advantage is computed, float64 [B]; NaN = unknown."""
         predicted_B = estimate.gated_lower_bound(
             experience.predicted_MB,
             experience.group_B,
@@ -147,17 +154,18 @@ class Generator:
         if signal != "predicted":
             reward_B = np.where(experience.dropped_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
-            # Subtract the share that the discriminator's gradient carries.
+            # The discriminator's gradient carries this share of the predicted reward.
             reward_B = reward_B - self.config.straight_through_weight * predicted_B
         return reward_B
 
     def _reinforce(
         self, experience: Experience, advantage_B: np.ndarray, old_logprobs_R: Tensor | None = None
     ) -> PolicyLosses:
-        """Backward of the reward's loss, the KL and the entropy.
+        """Accumulate the gradients of the reward's loss, the KL and the entropy.
 
-        `old_logprobs_R` are those of the policy that sampled; None at the first update of a roll-out,
-        which is made with that policy.
+        Args:
+            old_logprobs_R: log-probabilities under the policy that sampled the responses. None: the current policy
+                sampled them, as in the first update.
         """
         total = len(experience.rollout)
         advantages_B = torch.as_tensor(advantage_B, device=self.players.device, dtype=torch.float32)
@@ -193,37 +201,37 @@ class Generator:
         *,
         scale: float,
     ) -> tuple[np.ndarray, Tensor]:
-        """One forward, and backward of these responses' summed losses times `scale`.
+        """Forward pass on a batch, and backward of its responses' summed losses times `scale`.
 
         Args:
             through: the gradient of the predicted reward with respect to each response token's embedding, [R, H], and
-                the embedding of every token, [V, H]; None: the discriminator is not differentiated.
+                the embedding of every token, [V, H]. None: policy gradient alone.
 
         Returns:
-            The sums of the policy losses, the KLs and the entropies, and the tokens' log-probabilities, [R].
+            The summed policy loss, KL and entropy, [3], and the tokens' log-probabilities, [R].
         """
         reference_RH, advantage_R = self._reference_hidden(batch), advantage_B[batch.row_R]
         sums, logprobs = np.zeros(3), []
         with self.players.use_adapter("generator"):
-            for logits_RV, part in self._logits_in_chunks(batch):
-                logits_RV = self._tempered(logits_RV)  # the policy that learns is the one that sampled
-                ids_R = batch.response_ids_R[part]
+            for logits_RV, chunk in self._logits_in_chunks(batch):
+                logits_RV = self._tempered(logits_RV)  # the temperature of sampling: the same policy learns
+                ids_R = batch.response_ids_R[chunk]
                 if reference_RH is None:
                     logprobs_R = losses.token_logprobs(logits_RV, ids_R)
                     kl_R = torch.zeros_like(logprobs_R)
                 else:
                     with torch.no_grad():
-                        reference_RV = self._tempered(self.players.head(reference_RH[part], reference=True))
+                        reference_RV = self._tempered(self.players.head(reference_RH[chunk], reference=True))
                     logprobs_R, kl_R = losses.logprobs_and_kl(logits_RV, ids_R, reference_RV)
                 if old_logprobs_R is None:
-                    policy_R = losses.policy_gradient(logprobs_R, advantage_R[part])
+                    policy_R = losses.policy_gradient(logprobs_R, advantage_R[chunk])
                 else:
                     policy_R = losses.clipped_policy_gradient(
-                        logprobs_R, old_logprobs_R[part], advantage_R[part], epsilon=self.config.epsilon
+                        logprobs_R, old_logprobs_R[chunk], advantage_R[chunk], epsilon=self.config.epsilon
                     )
                 if through is not None:
                     gradient_RH, embeddings_VH = through
-                    policy_R = policy_R + losses.straight_through(logits_RV, gradient_RH[part], embeddings_VH)
+                    policy_R = policy_R + losses.straight_through(logits_RV, gradient_RH[chunk], embeddings_VH)
                 entropy_R = losses.entropy(logits_RV) if self.config.entropy_weight else torch.zeros_like(policy_R)
                 (self._weighted(policy_R, kl_R, entropy_R).sum() * scale).backward()
                 sums += [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
@@ -231,11 +239,11 @@ class Generator:
         return sums, torch.cat(logprobs)
 
     def _weighted(self, policy: Number, kl: Number, entropy: Number) -> Number:
-        """The loss that its parts make, of a token or as a mean."""
+        """The weighted sum of the loss terms, per token or as means."""
         return self.config.reward_weight * policy + self.beta * kl - self.config.entropy_weight * entropy
 
     def _reference_hidden(self, batch: Batch) -> Tensor | None:
-        """The reference's hidden states that predict the response tokens, [R, H]; None where the KL has no weight."""
+        """The reference's hidden states that predict the response tokens, [R, H]; None at beta 0."""
         if self.beta and "reference" not in batch.frozen_outputs:
             with torch.no_grad(), self.players.use_adapter("reference"):
                 batch.frozen_outputs["reference"] = self.players.hidden(batch, batch.predicting_R)
@@ -245,23 +253,23 @@ class Generator:
         return logits if self.config.temperature == 1 else logits / self.config.temperature
 
     def _logits_in_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, slice]]:
-        """The generator's logits [R, V] of some response tokens at a time, and which of the batch's tokens these are.
+        """Yield the generator's logits [R, V] for chunks of response tokens, each with its slice of the batch's tokens.
 
-        Calls backward through the body at the end: the caller plays the generator, and calls backward on a loss of
-        each chunk before it takes the next. The body runs once, the head on some tokens at a time, so that no more
-        logits than these tokens' are in memory.
+        The layers run once, and the vocabulary head once per chunk, so that only one chunk's logits are in memory. The
+        last chunk is followed by the backward pass through the layers. The caller holds `use_adapter("generator")`, and
+        calls backward on a loss of each chunk before it takes the next one.
         """
         hidden_RH = self.players.hidden(batch, batch.predicting_R)
         leaf_RH = hidden_RH.detach().requires_grad_(True)
-        for part in chunks(len(leaf_RH), self.players.tokens_at_once):
-            yield self.players.head(leaf_RH[part]), part
+        for chunk in chunks(len(leaf_RH), self.players.tokens_at_once):
+            yield self.players.head(leaf_RH[chunk]), chunk
         hidden_RH.backward(leaf_RH.grad)
 
     def _predicted_reward_gradient(self, batch: Batch) -> Tensor:
-        """∂ predicted reward / ∂ embedding of each response token, [R, H]; of its lower bound, if so set.
+        """∂ predicted reward / ∂ embedding of each response token, [R, H].
 
-        By autograd.grad with respect to detached embeddings: the discriminator's own gradients stay untouched, and no
-        adapter switch falls between a forward and its backward.
+        With uncertainty_penalty this is the gradient of the lower bound over the heads. `autograd.grad` on detached
+        embeddings leaves the discriminator's own gradients unchanged, and runs before the next adapter switch.
         """
         embeds_BLH = self.players.embed(batch.ids).detach().requires_grad_(True)
         with self.players.use_adapter("discriminator"):
@@ -273,21 +281,21 @@ class Generator:
         return gradient_BLH.flatten(0, 1)[batch.response_R].float()
 
     def _embedding_table(self) -> Tensor:
-        """The embedding of every token the base can write, [V, H]."""
+        """The embedding of every token in the base's vocabulary, [V, H]."""
         return self.players.embed(torch.arange(self.players.vocabulary, device=self.players.device)).float()
 
     def _imitate(self, rows: list[Row], weight: float) -> float:
-        """Backward of the cross-entropy on the target texts, their end included; returns its mean over rows."""
-        targets = [self.players.encoder.target(row) for row in rows]  # step() has refused a row without a target
+        """Accumulate the gradients of the cross-entropy on targets and end tokens; return the mean loss over rows."""
+        targets = [self.players.encoder.target(row) for row in rows]  # step() has checked that each row has a target
         prompts = self.players.encoder.prompts(rows)
         total = 0.0
         for chunk in chunks(len(rows), self.optimizer.micro_batch_size):
             batch = self.players.batch(prompts[chunk], targets[chunk], np.arange(len(targets[chunk])))
             length_B = torch.bincount(batch.row_R, minlength=len(batch))
             with self.players.use_adapter("generator"):
-                for logits_RV, part in self._logits_in_chunks(batch):
-                    logprobs_R = losses.token_logprobs(logits_RV, batch.response_ids_R[part])
-                    share = -(logprobs_R / length_B[batch.row_R[part]]).sum() / len(rows)
+                for logits_RV, tokens in self._logits_in_chunks(batch):
+                    logprobs_R = losses.token_logprobs(logits_RV, batch.response_ids_R[tokens])
+                    share = -(logprobs_R / length_B[batch.row_R[tokens]]).sum() / len(rows)
                     (weight * share).backward()
                     total += float(share.detach())
         return total

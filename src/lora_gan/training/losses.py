@@ -1,11 +1,10 @@
-"""The losses, as pure functions: tensors in, one number per row out; the caller reduces. Both trainers use them.
+"""The losses as pure functions: tensors in, one number per row out. The caller reduces. Both trainers use them.
 
 # R = response tokens, V = vocabulary, H = hidden size, B = responses, M = heads of the discriminator
-Every loss of the generator is a sum over tokens, so its functions work on the tokens of several responses at once.
-Shapes that do not match raise.
-"""
 
-from __future__ import annotations
+The generator's losses are sums over tokens, so these functions take the tokens of several responses together.
+All functions raise ValueError if shapes do not match.
+"""
 
 from typing import Any
 
@@ -20,16 +19,16 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def token_logprobs(logits_RV: Tensor, ids_R: Tensor) -> Tensor:
-    """Log-probability of each given token, [R]."""
+    """Log-probability of each given token in nats, [R]."""
     _check("ids_R", ids_R, tuple(logits_RV.shape[:1]))
     return logits_RV.log_softmax(-1).gather(-1, ids_R.unsqueeze(-1)).squeeze(-1)
 
 
 def policy_gradient(logprobs_R: Tensor, advantage_R: Tensor) -> Tensor:
-    """REINFORCE on whole responses, [R]: −advantage · log π(token), the advantage that of the token's response.
+    """REINFORCE on whole responses, [R]: −advantage · log π(token), with the advantage of the token's response.
 
-    Summed over a response's tokens, not averaged: the response is the action (Ahmadian et al. 2024, arXiv:2402.14740,
-    section 3).
+    The caller sums over a response's tokens instead of averaging: the response is the action (Ahmadian et al. 2024,
+    arXiv:2402.14740, section 3).
     """
     _check("advantage_R", advantage_R, tuple(logprobs_R.shape))
     return -advantage_R.detach() * logprobs_R
@@ -38,8 +37,11 @@ def policy_gradient(logprobs_R: Tensor, advantage_R: Tensor) -> Tensor:
 def clipped_policy_gradient(
     logprobs_R: Tensor, old_logprobs_R: Tensor, advantage_R: Tensor, *, epsilon: float
 ) -> Tensor:
-    """PPO's clipped surrogate, [R]: −min(ρ A, clip(ρ, 1 ± ε) A), ρ the token's probability ratio to the policy that
-    sampled it (Schulman et al. 2017, arXiv:1707.06347). At ρ = 1 its gradient is `policy_gradient`'s."""
+    """PPO's clipped surrogate, [R]: −min(ρ A, clip(ρ, 1 ± ε) A) (Schulman et al. 2017, arXiv:1707.06347).
+
+    ρ is the token's probability divided by its probability under the policy that sampled it. At ρ = 1 the gradient
+    equals that of `policy_gradient`.
+    """
     _check("old_logprobs_R", old_logprobs_R, tuple(logprobs_R.shape))
     _check("advantage_R", advantage_R, tuple(logprobs_R.shape))
     ratio_R, advantage_R = (logprobs_R - old_logprobs_R.detach()).exp(), advantage_R.detach()
@@ -47,16 +49,15 @@ def clipped_policy_gradient(
 
 
 def entropy(logits_RV: Tensor) -> Tensor:
-    """Entropy in nats, [R]: exact over the vocabulary at each sampled position."""
+    """Entropy of the policy in nats, [R], exact over the vocabulary at each sampled position."""
     logprobs_RV = logits_RV.log_softmax(-1)
     return -(logprobs_RV.exp() * logprobs_RV).sum(-1)
 
 
 def logprobs_and_kl(logits_RV: Tensor, ids_R: Tensor, reference_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` and KL(π ‖ reference) in nats, each [R]; the KL is exact over the vocabulary at each sampled
-    position.
+    """`token_logprobs` and KL(π ‖ reference) in nats, each [R]. The KL is exact over the vocabulary at each position.
 
-    Not the k3 sample estimate: used as a loss, its gradient is that of the other KL, from reference to policy.
+    The k3 sample estimate is not used: as a loss, its gradient is that of the reverse KL, from reference to policy.
     """
     _check("ids_R", ids_R, tuple(logits_RV.shape[:1]))
     _check("reference_RV", reference_RV, tuple(logits_RV.shape))
@@ -65,7 +66,7 @@ def logprobs_and_kl(logits_RV: Tensor, ids_R: Tensor, reference_RV: Tensor) -> t
 
 
 class _LogprobsAndKL(torch.autograd.Function):
-    """Both at each position. Passes over the vocabulary take much of an update; autograd would make twice as many."""
+    """Log-probability and KL in one function. Autograd would pass over the vocabulary twice as often, which is slow."""
 
     @staticmethod
     def forward(ctx: Any, logits_RV: Tensor, ids_R: Tensor, reference_RV: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ class _LogprobsAndKL(torch.autograd.Function):
         surplus_RV = logprobs_RV - reference_RV.log_softmax(-1)
         probs_RV = logprobs_RV.exp_()
         kl_R = (probs_RV * surplus_RV).sum(-1)
-        if kl_R.isnan().any():  # 0 · log 0 is 0: a base may forbid tokens
+        if kl_R.isnan().any():  # a base may give a token probability 0, and 0 · log 0 counts as 0
             surplus_RV.masked_fill_((probs_RV == 0) & ~surplus_RV.isfinite(), 0.0)
             kl_R = (probs_RV * surplus_RV).sum(-1)
         ctx.save_for_backward(probs_RV, surplus_RV, kl_R, ids_R)
@@ -91,11 +92,16 @@ class _LogprobsAndKL(torch.autograd.Function):
 
 
 def straight_through(logits_RV: Tensor, gradient_RH: Tensor, embeddings_VH: Tensor) -> Tensor:
-    """The discriminator's gradient with respect to the sampled tokens' embeddings, led into the generator, [R].
+    """Loss that carries the discriminator's gradient into the generator, [R]: −Σ_v p(v) · (g · E_v).
 
-    −Σ_v p(v) · (g · E_v): the discriminator is taken as linear in the embedding of each sampled token, and the
-    token's one-hot vector is replaced by the probabilities it was sampled from (straight-through estimator, Bengio et
-    al. 2013, arXiv:1308.3432). Exact for one token and a linear discriminator; biased elsewhere, which is reported.
+    The discriminator is treated as linear in the embedding of each sampled token. The token's one-hot vector is
+    replaced by the sampling probabilities (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
+    This is exact for a single token and a linear discriminator, and biased otherwise.
+
+    Args:
+        logits_RV: the generator's logits.
+        gradient_RH: gradient of the predicted reward with respect to each token's embedding, g above.
+        embeddings_VH: embedding of every token, E above.
     """
     _check("gradient_RH", gradient_RH, (len(logits_RV), embeddings_VH.shape[-1]))
     _check("embeddings_VH", embeddings_VH, (logits_RV.shape[-1], gradient_RH.shape[-1]))
@@ -104,11 +110,11 @@ def straight_through(logits_RV: Tensor, gradient_RH: Tensor, embeddings_VH: Tens
 
 
 def regression_by_group(predicted_MB: Tensor, true_B: Tensor, group_B: Tensor, *, mean_weight: float) -> Tensor:
-    """Squared error split into what is left within a group, and the group's mean, [M, B].
+    """Squared error, split into differences within a group and the group's mean, [M, B].
 
-    The generator consumes only differences within a group, and the spread between prompts is several times larger: an
-    unsplit squared error spends the discriminator on telling easy prompts from hard ones. So
-    (error − group's mean error)² + mean_weight · (group's mean error)².
+    The loss is (error − group's mean error)² + mean_weight · (group's mean error)². The generator uses only
+    differences within a group, but rewards differ several times more between prompts. With an unsplit squared error
+    the discriminator would mainly learn which prompts are easy.
     """
     _check("true_B", true_B, (predicted_MB.shape[1],))
     _check("group_B", group_B, (predicted_MB.shape[1],))
@@ -118,11 +124,11 @@ def regression_by_group(predicted_MB: Tensor, true_B: Tensor, group_B: Tensor, *
 
 
 def ranking_by_group(predicted_MB: Tensor, true_B: Tensor, group_B: Tensor) -> Tensor:
-    """Within-group pairwise logistic loss, [M, B]: each response against those of its group with a lower true reward.
+    """Pairwise logistic loss within groups, [M, B]: each response against the lower-rewarded ones of its group.
 
-    log(1 + exp(−(predicted_i − predicted_j))), rewards in units of their spread, weighted by the true difference, so
-    that ties and near-ties ask for nothing (RankNet, Burges et al. 2005; Bradley–Terry). A response that beats none of
-    its group scores 0.
+    Per pair log(1 + exp(−(predicted_i − predicted_j))), with rewards in units of their spread (RankNet, Burges et al.
+    2005; Bradley–Terry). Each pair is weighted by its true difference, so ties have no effect. The loss is 0 for a
+    response with the lowest true reward of its group.
     """
     _check("true_B", true_B, (predicted_MB.shape[1],))
     _check("group_B", group_B, (predicted_MB.shape[1],))
@@ -134,7 +140,7 @@ def ranking_by_group(predicted_MB: Tensor, true_B: Tensor, group_B: Tensor) -> T
 
 
 def group_mean(values_B: Tensor, group_B: Tensor) -> Tensor:
-    """Each row's mean over its group; the last axis is B. Group labels may be any integers."""
+    """Mean over each row's group, in the shape of `values_B`. The last axis is B. Group labels may be any integers."""
     _check("group_B", group_B, (values_B.shape[-1],))
     _, index_B = torch.unique(group_B, return_inverse=True)
     index = index_B.expand(values_B.shape)

@@ -1,10 +1,8 @@
-"""Out of memory in the middle of an update: the micro-batch is halved, and the update made again.
+"""Recovery from out-of-memory errors: halve the micro-batch and repeat the update.
 
-The update is the same to rounding, since micro-batches only split a sum. The player's optimizer remembers the smaller
-size, and a checkpoint holds it: a run that goes on sums in the same order. Both trainers run their forwards this way.
+Micro-batches only split a sum, so the update stays equal to rounding. The player's optimizer stores the smaller size
+and saves it in checkpoints, so a resumed run sums in the same order. Both trainers run their forward passes this way.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
@@ -18,29 +16,29 @@ Result = TypeVar("Result")
 
 
 def within_memory(compute: Callable[[], Result], optimizer: PlayerOptimizer, rows: int) -> Result:
-    """Call `compute` and return its result; where memory runs out, halve the micro-batch and call it again.
+    """Call `compute` and return its result. If memory runs out, halve the micro-batch and call `compute` again.
 
     Args:
-        compute: forward and backward of one update over its `rows` responses, in `optimizer.micro_batch_size` at most.
-        optimizer: the player's; its gradients are cleared before another try.
-        rows: responses of the update.
+        compute: runs forward and backward of one update, with at most `optimizer.micro_batch_size` responses per pass.
+        optimizer: the player's optimizer. Its gradients are cleared before each retry.
+        rows: number of responses in the update.
 
     Raises:
-        torch.OutOfMemoryError: the smallest micro-batch does not fit either.
+        torch.OutOfMemoryError: a micro-batch of one response does not fit into memory.
     """
     while True:
         try:
             return compute()
         except torch.OutOfMemoryError:
-            together = min(optimizer.micro_batch_size or rows, rows)
-            if together <= 1:
+            size = min(optimizer.micro_batch_size or rows, rows)
+            if size <= 1:
                 raise
-        # Out here the error is gone, and with its traceback the graph that filled the memory.
+        # Outside the except block, the error's traceback is freed, and with it the graph that filled the memory.
         optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        optimizer.largest_micro_batch = together // 2
+        optimizer.largest_micro_batch = size // 2
         warnings.warn(
-            f"out of memory: going on with micro_batch_size={optimizer.largest_micro_batch}; set it to begin with that",
+            f"out of memory: continuing with micro_batch_size={size // 2}; set this value to start with it",
             stacklevel=3,
         )

@@ -1,12 +1,10 @@
-"""The guard's monitor: says in words when the generator is exploiting the discriminator, and can take it back.
+"""The monitor: raises an alarm when the generator exploits the discriminator, and can roll the generator back.
 
 # B = responses
 
-Signals of exploitation: the predicted reward rises while the true one falls, on responses that were asked about;
-without true rewards, repetition, length and KL. The gate is the discriminator's (`Discriminator.gate`).
+Signs of exploitation: on responses with a true reward, the predicted reward rises while the true reward falls. Without
+true rewards: repetition, length and KL. `gan` calls the monitor in each step in which the generator learns from reward.
 """
-
-from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
@@ -19,14 +17,14 @@ from ..storage.checkpoint import copied
 from .experience import Experience
 from .generator import Generator
 
-# Standard errors that the true reward must have fallen by. The best of many windows lies well above its own mean by
-# chance, and ten steps give a rough error: with 2 nine in ten runs of 200 steps of pure noise set the alarm off, with 4
-# a fifth, with 5 one in twenty.
+# Number of standard errors by which the true reward must fall. The best of many windows is above its expected value by
+# chance, and ten steps give a rough error. In 200 steps of pure noise, a limit of 2 gave an alarm in 90 % of the runs.
+# A limit of 4 gave one in 20 %, and 5 in 5 %.
 ALARM_STANDARD_ERRORS = 5.0
 
 
 def repetition(experience: Experience) -> float:
-    """Share of a response's token pairs that it has written before, mean over responses."""
+    """Share of repeated token pairs in a response, 0 to 1, mean over responses."""
     shares = []
     for ids in experience.rollout.responses:
         pairs = list(pairwise(ids))
@@ -35,21 +33,26 @@ def repetition(experience: Experience) -> float:
 
 
 class Monitor:
-    """Windows of the last steps against the first and the best ones; the generator as it was at the best."""
+    """Compares the window of the last steps with the first and the best window; keeps the best window's generator."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # A step: true and predicted reward (on asked responses), repetition, length, KL; None = not measured.
+        # Per step: true and predicted reward (on answered responses), repetition, length, KL; None = not measured.
         self.window: list[list[float | None]] = []
-        self.first: list[float] | None = None  # the first window's repetition and length
-        self.best: list[float] | None = None  # true mean, its standard error, predicted mean
-        self.kept: dict[str, Any] | None = None  # the generator at the best window's end
-        self.told: list[str] = []  # alarms that still stand: each is told once
+        self.first: list[float] | None = None  # repetition and length of the first window
+        self.best: list[float] | None = None  # best window: mean true reward, its standard error, mean predicted reward
+        self.kept: dict[str, Any] | None = None  # weights and optimizer of the generator at the best window's end
+        self.told: list[str] = []  # kinds of active alarms; each is reported when it begins
 
     def watch(self, experience: Experience, kl: float | None, generator: Generator) -> list[str]:
-        """Take in a step, before which these responses were sampled; the alarms it sets off, in words.
+        """Add one step, and return the alarms that begin with this step, as messages.
 
-        With on_exploit="rollback" an alarm puts the generator and its optimizer back to the best window's end.
+        With on_exploit="rollback" an alarm returns the generator and its optimizer to the end of the best window.
+
+        Args:
+            experience: the step's responses, sampled before its updates.
+            kl: KL to the reference in nats per response; None if not measured.
+            generator: the generator's trainer.
         """
         asked_B = ~np.isnan(experience.true_B)
         true = predicted = None
@@ -67,25 +70,27 @@ class Monitor:
             self.first = mean[2:4]
         alarms = self._alarms(mean, self._error(steps[:, 0]))
         if not alarms and not np.isnan(mean[0]) and (self.best is None or mean[0] > self.best[0]):
-            predicted = mean[0] if np.isnan(mean[1]) else mean[1]  # plain RL predicts nothing
+            predicted = mean[0] if np.isnan(mean[1]) else mean[1]  # plain RL has no predictions
             self.best = [mean[0], self._error(steps[:, 0]), predicted]
             if self.config.on_exploit == "rollback":
                 weights = generator.players.parameters("generator")
                 self.kept = copied({"weights": weights, "optimizer": generator.optimizer.state_dict()})
-        fresh = [words for kind, words in alarms.items() if kind not in self.told]
+        new = [message for kind, message in alarms.items() if kind not in self.told]
         self.told = list(alarms)
-        if fresh and self.config.on_exploit == "rollback" and self.kept is not None:
+        if new and self.config.on_exploit == "rollback" and self.kept is not None:
             self._restore(generator)
             self.window, self.told = [], []
-            fresh = [f"{words}; the generator is back where the true reward was best" for words in fresh]
-        return fresh
+            new = [f"{message}; the generator is back where the true reward was best" for message in new]
+        return new
 
     @staticmethod
     def _error(values: np.ndarray) -> float:
+        """Standard error of the mean of the known values; 0 if fewer than two are known."""
         known = values[~np.isnan(values)]
         return float(known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else 0.0
 
     def _alarms(self, now: list[float], error: float) -> dict[str, str]:
+        """Messages by kind of alarm, for the window's means in the order of `window` and its true reward's error."""
         alarms = {}
         true, predicted, repeats, length, kl = now
         if self.best is not None and true < self.best[0] - ALARM_STANDARD_ERRORS * float(np.hypot(error, self.best[1])):
@@ -98,9 +103,9 @@ class Monitor:
             if repeats > self.first[0] + 0.2:
                 alarms["repetition"] = f"responses repeat themselves: {repeats:.0%} of their token pairs"
             if length > 2 * self.first[1] or length < self.first[1] / 3:
-                alarms["length"] = f"responses went from {self.first[1]:.1f} to {length:.1f} tokens"
+                alarms["length"] = f"the mean length of responses went from {self.first[1]:.1f} to {length:.1f} tokens"
         if self.config.kl_target is not None and kl > 3 * self.config.kl_target:
-            alarms["kl"] = f"the KL to the reference is {kl:.3g} nats a response, over three times kl_target"
+            alarms["kl"] = f"the KL to the reference is {kl:.3g} nats per response, over three times kl_target"
         return alarms
 
     def _restore(self, generator: Generator) -> None:
@@ -110,11 +115,10 @@ class Monitor:
                 parameter.copy_(kept)
         scale = generator.optimizer.scale
         generator.optimizer.restart(copied(self.kept["optimizer"]))
-        generator.optimizer.rescale(scale)  # a run that went back for numbers that were not finite stays slower
+        generator.optimizer.rescale(scale)  # a learning rate that recovery has lowered stays low
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("window", "first", "best", "kept", "told")
-        return {name: copied(getattr(self, name)) for name in names}
+        return {name: copied(getattr(self, name)) for name in ("window", "first", "best", "kept", "told")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

@@ -1,11 +1,10 @@
-"""Groups of answered responses, and the replay of earlier ones. The discriminator learns from both.
+"""Groups of answered responses, and the replay buffer of earlier groups. The discriminator learns from both.
 
-Replay is the discriminator's alone: it never reaches the generator's gradient.
+The generator never learns from replay.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,30 +17,37 @@ from .experience import Experience
 
 @dataclass(frozen=True)
 class Group:
-    """The answered responses of one prompt at one step, as they were generated."""
+    """The answered responses of one prompt at one step."""
 
     prompt: list[int]  # token ids
-    responses: list[list[int]]  # token ids, the end-of-text token included where it was generated
+    responses: list[list[int]]  # token ids as generated, with the end token if one was generated
     rewards: list[float]  # true rewards
-    heads: list[bool]  # which heads learn from it: their spread is an uncertainty only if they saw different data
+    heads: list[bool]  # which heads learn from this group; only heads with different data estimate an uncertainty
 
 
 class Replay:
-    """The last groups, or an even sample of all there have been (reservoir sampling, Vitter 1985)."""
+    """The latest groups, or a uniform sample of all groups so far (reservoir sampling, Vitter 1985).
+
+    Args:
+        capacity: number of groups kept; 0 keeps no groups.
+        reservoir: keep a uniform sample of all groups instead of the latest ones.
+        seed: seed of the reservoir's draws.
+    """
 
     def __init__(self, capacity: int, *, reservoir: bool = False, seed: int = 0) -> None:
         self.capacity, self.reservoir, self.seed = capacity, reservoir, seed
         self.groups: list[Group] = []
-        self.seen = 0  # groups that ever came
+        self.seen = 0  # groups added so far
 
     def extend(self, groups: list[Group]) -> None:
+        """Add groups. A full buffer replaces earlier groups."""
         for group in groups:
             if len(self.groups) < self.capacity:
                 self.groups.append(group)
             elif self.reservoir and self.capacity:
-                place = int(randomness.generator(self.seed, self.seen, "reservoir").integers(self.seen + 1))
-                if place < self.capacity:
-                    self.groups[place] = group
+                index = int(randomness.generator(self.seed, self.seen, "reservoir").integers(self.seen + 1))
+                if index < self.capacity:
+                    self.groups[index] = group
             elif self.capacity:
                 self.groups = [*self.groups[1:], group]
             self.seen += 1
@@ -50,13 +56,12 @@ class Replay:
         return len(self.groups)
 
     def draw(self, count: int, *, seed: int, step: int, update: int) -> list[Group]:
-        """`count` different groups at most, uniformly."""
-        count = min(count, len(self.groups))
+        """Draw up to `count` different groups, uniformly."""
         order = randomness.generator(seed, step, "replay", update).permutation(len(self.groups))[:count]
         return [self.groups[int(i)] for i in order]
 
     def state_dict(self) -> dict[str, Any]:
-        """Flat tensors and plain numbers only, so that it loads without executing anything."""
+        """The groups as flat tensors and plain numbers. Loading them executes no code."""
         responses = [response for group in self.groups for response in group.responses]
         return {
             "prompt_tokens": torch.tensor([i for group in self.groups for i in group.prompt], dtype=torch.int64),
@@ -74,16 +79,17 @@ class Replay:
         prompts = [x.tolist() for x in state["prompt_tokens"].split(state["prompt_lengths"].tolist())]
         responses = [x.tolist() for x in state["response_tokens"].split(state["response_lengths"].tolist())]
         rewards, heads = state["rewards"].split(sizes), state["heads"].tolist()
-        self.groups, first = [], 0
-        for i, size in enumerate(sizes):
-            self.groups.append(Group(prompts[i], responses[first : first + size], rewards[i].tolist(), heads[i]))
-            first += size
+        rest = iter(responses)
+        self.groups = [
+            Group(prompt, list(islice(rest, size)), rewards_B.tolist(), learns)
+            for prompt, size, rewards_B, learns in zip(prompts, sizes, rewards, heads, strict=True)
+        ]
         self.groups = self.groups[-self.capacity :] if self.capacity else []
         self.seen = state["seen"]
 
 
 def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
-    """This step's responses whose true reward is known, by their prompt's place in the step."""
+    """Groups of this step's responses with a known true reward, by the prompt's index in the step."""
     answered_B = ~np.isnan(experience.true_B)
     groups = {}
     for j, prompt in enumerate(experience.prompts):
@@ -93,7 +99,7 @@ def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
         draws = randomness.uniforms(
             config.disc_heads, config.seed, experience.step, "heads", randomness.fingerprint(prompt)
         )
-        heads = (draws < 0.75).tolist()  # each head learns from three groups in four: apart enough to disagree
+        heads = (draws < 0.75).tolist()  # each head learns from about 75 % of the groups, so that the heads differ
         if not any(heads):
             heads[int(draws.argmin())] = True
         responses = [experience.rollout.responses[i] for i in members]
@@ -102,7 +108,8 @@ def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
 
 
 def micro_batches(groups: list[Group], size: int | None) -> list[list[Group]]:
-    """Whole groups, at most `size` responses together; a group of more stands alone: its mean needs all of it."""
+    """Split groups into batches of at most `size` responses. A larger group forms a batch of its own: its mean needs
+    all of its responses. None: no limit."""
     batches: list[list[Group]] = []
     for group in groups:
         if batches and (size is None or sum(len(g.responses) for g in [*batches[-1], group]) <= size):
