@@ -33,7 +33,7 @@ class Task:
     score: Judge  # the true reward, without noise
     judges: dict[str, Judge]  # tables call the first one "second metric"
     sigma: float  # noise of about three times the spread within a group
-    samples: int = 1  # responses per held-out prompt, whose metrics are averaged
+    samples: int = 1  # responses per held-out prompt; their metrics are averaged
     base_logprob: bool = False  # whether the log-probability under the base is one of the metrics
 
 

@@ -649,7 +649,8 @@ class LoraGAN:
         if isinstance(dataset, row_checks.CheckedRows):
             return dataset
         encoder, held_out = self.players.encoder, split != "train"
-        rows = self._rows(dataset, split=split)
+        prompts, targets = self.config.prompt_column, self.config.target_column
+        rows = data.read_rows(dataset, split=split, prompt_column=prompts, target_column=targets)
         if held_out:
             rows = list(rows)  # an evaluation reads all rows anyway
         imitates = train_gen and bool(self.config.imitation_weight or self.config.imitation_warmup_steps)
@@ -685,10 +686,6 @@ class LoraGAN:
         rows = self.check_rows(dataset, split="test", train_gen=False, progress=progress, apply_chat_template=chats)
         assert isinstance(rows, list), "check_rows returns held-out rows as a list"
         return rows
-
-    def _rows(self, dataset: Dataset, *, split: str = "train") -> list[Row] | data.Stream:
-        prompts, targets = self.config.prompt_column, self.config.target_column
-        return data.read_rows(dataset, split=split, prompt_column=prompts, target_column=targets)
 
     def as_meant(self, rows: list[Row], apply_chat_template: bool | None = None, *, follow: bool = False) -> list[Row]:
         """Convert plain prompts to user messages, if apply_chat_template is True.

@@ -318,7 +318,7 @@ def test_export_and_perplexity_do_not_see_the_reference(plain, tmp_path):
     ask = {"base": base_folder(), "adapter": plain}
     with_it = LoraGAN(ask["base"], reward_funcs=[Perplexity()], init_adapter=plain, **REST)
     without = LoraGAN(ask["base"], reward_funcs=[Perplexity()], **REST)
-    rows = without._rows([{"prompt": p} for p in PROMPTS])
+    rows = without.check_rows([{"prompt": p} for p in PROMPTS], asks=False)
     answers = ["red cat", "a tree", "old", "the dog sat"]
     assert with_it.ask(rows, answers)[0] == without.ask(rows, answers)[0]
     gan = gan_of(plain)

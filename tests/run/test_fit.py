@@ -225,7 +225,7 @@ def test_steps_below_nought_are_refused_and_a_run_past_its_end_has_none_left(tmp
     with pytest.raises(ValueError, match="steps=-1"):
         gan.fit(ROWS, steps=-1, progress=False)
     gan.fit(ROWS, steps=2, progress=False)
-    assert gan.steps_left(gan._rows(ROWS)) == 0 and gan.fit(ROWS, progress=False) == []
+    assert gan.steps_left(gan.check_rows(ROWS, asks=False)) == 0 and gan.fit(ROWS, progress=False) == []
 
 
 def test_a_reward_that_cannot_run_any_more_leaves_the_last_whole_step(tmp_path):
