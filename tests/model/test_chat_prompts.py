@@ -410,7 +410,7 @@ def test_messages_as_step_takes_them_for_a_target():
     gan.step(USER, [{"role": "assistant", "content": "the rain"}])
     oracle.step(USER, "the rain")
     assert differences(player_state(oracle, "generator"), player_state(gan, "generator")) == []
-    with pytest.raises(ValueError, match="begins and ends with the assistant's"):
+    with pytest.raises(ValueError, match="must be the assistant's"):
         gan.step(USER, [{"role": "user", "content": "the rain"}])
 
 
