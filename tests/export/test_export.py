@@ -477,7 +477,7 @@ def test_the_card_tells_the_run(tmp_path):
         assert "| true reward | `worth` |" in text and "| seed | 7 |" in text
         assert "query rate 0.5" in text
         assert f"| disc_loss | {records[-1]['disc_loss']:.6g} |" in text
-        assert f"{judged['metrics']['true_reward']['mean']:.3f} [" in text and "On 4 rows" in text
+        assert f"{judged['metrics']['true_reward']['mean']:.3f} [" in text and "over 4 rows" in text
         assert "no evaluation" not in text and str(tmp_path) not in text, part
         assert '"query_rate": 0.5' in text and '"num_generations": 4' in text
 

@@ -250,9 +250,8 @@ def merged_weights(players: Players, player: Player, dtype: torch.dtype) -> dict
         name: module for name, module in players.lm.named_modules() if isinstance(module, BaseTunerLayer)
     }
     inside = tuple(f"{name}." for name in layers)
-    weights = {
-        name: _stored(tensor, dtype) for name, tensor in players.lm.state_dict().items() if not name.startswith(inside)
-    }
+    outside = {key: value for key, value in players.lm.state_dict().items() if not key.startswith(inside)}
+    weights = {key: _stored(value, dtype) for key, value in outside.items()}
     for name, layer in layers.items():
         if name.startswith(inside):
             continue  # PEFT nests the adapters of fused expert weights; the loop below merges the nested ones
