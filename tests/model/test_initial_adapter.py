@@ -538,7 +538,7 @@ def test_what_a_resume_does_not_read_is_said(there, capsys):
 def test_an_adapter_cannot_join_a_run(there, capsys):
     assert train(max_steps=1, init_adapter=None) == 0
     assert train("--resume", max_steps=2) == 2
-    assert "started without one: leave it out" in capsys.readouterr().err
+    assert "started without one: leave init_adapter out" in capsys.readouterr().err
     assert train(max_steps=1, kl_reference="base", output_dir="other") == 0
     assert train("--resume", max_steps=2, output_dir="other", kl_reference="init_adapter") == 2
     assert "its KL is to the base" in capsys.readouterr().err
