@@ -291,7 +291,7 @@ def test_a_signal_says_that_the_final_evaluation_was_left_out(tmp_path):
 
     def stop(record):
         if record["step"] == 2:
-            gan._interrupts._came = signal.SIGINT
+            gan._interrupts._pending = signal.SIGINT
 
     with pytest.raises(KeyboardInterrupt, match="after 2 of 4 steps, without the final evaluation: step 2 is saved"):
         gan.fit(ROWS, steps=4, eval_dataset=HELD_OUT, progress=False, on_step=stop)

@@ -258,7 +258,7 @@ def test_the_state_stays_small():
         (lambda state: state.update(labels=-1), "labels"),
         (lambda state: state["first"][0].__setitem__(0, None), "first, entry 0, entry 0 is 'None'"),
         (lambda state: state.update(correlation=[1, 0.5]), "correlation"),
-        (lambda state: state.update(recent=[[1.0]]), "recent, entry 0 is a list, where a list of 11"),
+        (lambda state: state.update(recent=[[1.0]]), "recent, entry 0 is a list, but must be a list of 11"),
         (lambda state: state["recent"][0].__setitem__(7, float("nan")), "recent, entry 0, entry 7 is 'nan'"),
     ],
 )
