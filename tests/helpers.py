@@ -7,6 +7,7 @@ enough that logits differ clearly; nothing is fetched.
 import atexit
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -84,6 +86,15 @@ def _folders() -> Path:
 
 
 @functools.cache
+def load_script(path: Path) -> ModuleType:
+    """A script outside the package, such as one of benchmarks/, as a module."""
+    specification = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up here
+    specification.loader.exec_module(module)
+    return module
+
+
 def base_folder(
     architecture: str = "gpt2", pad: str = "own", *, words: bool = False, eos_ids: int = 1, seed: int = 0
 ) -> Path:
@@ -123,7 +134,7 @@ def random_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind(config)
-        with torch.no_grad():  # biases and norms too: a base whose biases are nought would hide a bias that is lost
+        with torch.no_grad():  # biases and norms too: a base with zero biases would hide a bias that is lost
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)

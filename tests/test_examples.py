@@ -1,6 +1,5 @@
 """Every file in examples/ runs offline, on the base that ships or on its chat model, and does what it says."""
 
-import importlib.util
 import io
 import json
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from counting_server import CountingServer, chat_completion
 from families import family_folder
-from helpers import PROMPTS, ROOT, TARGETS, base_folder, small_gan
+from helpers import PROMPTS, ROOT, TARGETS, base_folder, load_script, small_gan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_gan.data import Row
@@ -21,10 +20,7 @@ EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "examples" / f"{name}.py")
 
 
 def test_each_example_is_run_here():

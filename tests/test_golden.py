@@ -5,7 +5,7 @@ change them writes them anew, and says in the CHANGELOG why:
 
     python tests/test_golden.py
 
-Rates are small, so that rounding stays rounding over 50 steps: AdamW turns a gradient near nought into a step of full
+Rates are small, so that rounding stays rounding over 50 steps: AdamW turns a gradient near zero into a step of full
 size either way, and a token that falls on the other side of a uniform number changes all that follows. For the same
 reason no mode has the gate: equal responses of a group are ranked by the rounding of their predictions; and one has a
 seed of its own, since with the others' a uniform number lay 3e-9 beside the edge of a token.

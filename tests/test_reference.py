@@ -1,10 +1,10 @@
 """docs/reference/: the pages that tools/reference.py writes are those of the code as it is."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 
 from lora_gan.cli import main as cli
 
@@ -14,10 +14,7 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="tools/ is not part 
 
 
 def _script():
-    specification = importlib.util.spec_from_file_location("reference", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.parametrize("page", ["settings.md", "api.md"])

@@ -26,7 +26,7 @@ def test_score_equals_the_training_view(architecture, pad):
             if response_ids(gan, sampled.texts[i]) == ids:
                 assert ids[-1] == base.eos_ids[0]
                 assert scores[i] == pytest.approx(out["pred_rewards"][i // 12][i % 12], abs=1e-5)
-                compared += gan.global_step > 1  # before the first update all scores are nought
+                compared += gan.global_step > 1  # before the first update all scores are zero
     assert compared > 5
 
 

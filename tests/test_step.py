@@ -2,7 +2,7 @@
 
 Oracles: the interface as documented; copies of both players taken before a step (bitwise); predictions recomputed
 before the step; plain RLOO by a run without discriminator, and supervised fine-tuning by a loop written here on stock
-PEFT, AdamW and clipping (equal to the bit).
+PEFT, AdamW and clipping (bitwise equal).
 """
 
 import dataclasses
@@ -398,7 +398,7 @@ def test_query_rate_one_is_exactly_plain_rloo(settings):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_reward_weight_nought_is_exactly_supervised_fine_tuning(architecture):
+def test_reward_weight_zero_is_exactly_supervised_fine_tuning(architecture):
     """Against a loop on stock PEFT: cross-entropy on target and end, mean over tokens, AdamW, clipping at 1."""
     base, rate = base_folder(architecture, "own"), 5e-3
     gan = small_gan(base, reward_weight=0.0, imitation_weight=1.0, learning_rate=rate, max_completion_length=24)

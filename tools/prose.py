@@ -67,7 +67,7 @@ OPENINGS = [
     ),
     (r"(Nor|Neither|Never|Only then|Not until|Nothing but)\b", "start with the subject"),
     (r"Of (a|an|the|each|every|several|these|those|all|what|its)\b", "start with the subject"),
-    (r"Whoever|Whatever|Wherever", "start with the subject"),
+    (r"Whatever|Wherever", "start with the subject"),
     (r"(To|From|By|With|In|On) (that|this|these|which) (belongs?|comes?|goes|go|is|are)\b", "start with the subject"),
 ]
 PRONOUNS = re.compile(r"\b(it|its|what|them|whose)\b", re.IGNORECASE)

@@ -1,11 +1,10 @@
 """The demo on SmolLM2: its tables by hand, its help, and (slow) two steps on the real base."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 
 from lora_gan.cli import demo_chat
 from lora_gan.cli import main as cli
@@ -55,11 +54,7 @@ def test_answers_side_by_side_are_marked_by_what_they_meet():
 
 
 def script():
-    spec = importlib.util.spec_from_file_location("demo_chat_table", ROOT / "benchmarks" / "demo_chat_table.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo_chat_table"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "demo_chat_table.py")
 
 
 def line(seed: int, base: list[float], trained: list[float]) -> dict:

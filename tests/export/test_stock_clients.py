@@ -114,7 +114,7 @@ def test_both_formats_hold_the_same_tensors_and_only_one_file(weights_format, tm
         assert files == {f"adapter_model.{weights_format}"}
         file = folder / player / f"adapter_model.{weights_format}"
         saved = load_file(file) if weights_format == "safetensors" else torch.load(file, weights_only=True)
-        assert all(tensor.any() for tensor in saved.values()), "a trained adapter has no tensor of nought"
+        assert all(tensor.any() for tensor in saved.values()), "a trained adapter has no tensor of zeros"
         heads = [name for name in saved if "lora_" not in name]
         assert heads == ([] if player == "generator" else ["base_model.model.score.weight"])
     ours = gan.score(PROMPTS[0], "text")

@@ -323,7 +323,7 @@ def test_straight_through_reads_the_embeddings_that_the_ids_have(trained):
         by_embeds = gan.players.predict(batch, gan.players.embed(batch.ids))
     assert by_ids.std() > 1e-2 and (by_ids - by_embeds).abs().max() < 1e-5
     through = gan_of(name, gradient_path="straight_through", reward_signal="predicted", beta=0.0)
-    for _ in range(2):  # the first teaches the discriminator, whose heads were nought; then lora_B, which was
+    for _ in range(2):  # the first step moves the discriminator's heads away from zero, the second one lora_B
         through.step(MANY[:2])
     before = copies(through.players.parameters("generator"))
     through.step(MANY[:2], train_disc=False)

@@ -142,7 +142,7 @@ def test_cosine_cache_drops_the_least_recently_used():
     assert fake._target.cache_info().currsize == 2
 
 
-def test_cosine_scores_blank_texts_as_nought_without_the_model():
+def test_cosine_scores_blank_texts_as_zero_without_the_model():
     fake, asked = counting()
     assert fake.batch(["", " \n", "a"], ["b", "b", "\t"]) == [0.0, 0.0, 0.0]
     assert fake.batch([], []) == []

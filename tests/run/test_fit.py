@@ -220,7 +220,7 @@ def test_evaluation_names_a_missing_target_before_it_samples(monkeypatch):
         gan.evaluate([{"prompt": "x"}])
 
 
-def test_steps_below_nought_are_refused_and_a_run_past_its_end_has_none_left(tmp_path):
+def test_steps_below_zero_are_refused_and_a_run_past_its_end_has_none_left(tmp_path):
     gan = small_gan(output_dir=str(tmp_path), max_steps=1)
     with pytest.raises(ValueError, match="steps=-1"):
         gan.fit(ROWS, steps=-1, progress=False)

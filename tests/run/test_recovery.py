@@ -1,7 +1,7 @@
 """A loss or gradient that is not finite: the update is skipped and counted; too many in a row stop the run or take it
 back.
 
-Oracle: the same run whose poisoned update is left out by hand, equal to the bit.
+Oracle: the same run whose poisoned update is left out by hand, bitwise equal.
 """
 
 import json

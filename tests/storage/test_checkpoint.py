@@ -1,7 +1,7 @@
-"""Checkpoints: the layout, continuing to the bit, and what is refused.
+"""Checkpoints: the layout, bitwise resume, and what is refused.
 
 Oracle: a run that was never interrupted. The other run is saved half-way and continued in a new process, with another
-PYTHONHASHSEED and other global random states; weights, optimizers, replay and every output must be equal to the bit.
+PYTHONHASHSEED and other global random states; weights, optimizers, replay and every output must be bitwise equal.
 """
 
 import os

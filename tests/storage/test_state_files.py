@@ -21,7 +21,7 @@ def write(folder, value):
 
 
 def same(one, other) -> bool:
-    """Equal in type and to the bit, at every level."""
+    """Equal in type and bitwise equal, at every level."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):

@@ -33,7 +33,7 @@ def toy_model():
 
 
 def toy(length=2, **settings) -> LoraGAN:
-    """Five tokens, the first of which ends a text; adapters and heads at random, so that nothing is nought."""
+    """Five tokens, the first of which ends a text; adapters and heads at random, so that nothing is zero."""
     vocabulary = Tokenizer(models.WordLevel({"<|end|>": 0, "a": 1, "b": 2, "c": 3, "d": 4}, unk_token="a"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|end|>")

@@ -135,7 +135,7 @@ def test_regression_with_mean_weight_one_is_plain_squared_error_summed_over_each
         assert ours[:, GROUP == label].sum(-1) == pytest.approx(plain[:, GROUP == label].sum(-1))
 
 
-def test_regression_with_mean_weight_nought_forgives_an_offset_of_a_whole_group():
+def test_regression_with_mean_weight_zero_forgives_an_offset_of_a_whole_group():
     shifted = TRUE + np.where(GROUP == 4, 5.0, -3.0)
     ours = losses.regression_by_group(tensor(shifted[None]), tensor(TRUE), tensor(GROUP), mean_weight=0.0)
     assert ours.abs().max() < 1e-20
