@@ -85,7 +85,6 @@ def _folders() -> Path:
     return folder
 
 
-@functools.cache
 def load_script(path: Path) -> ModuleType:
     """A script outside the package, such as one of benchmarks/, as a module."""
     specification = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
@@ -95,6 +94,7 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+@functools.cache
 def base_folder(
     architecture: str = "gpt2", pad: str = "own", *, words: bool = False, eos_ids: int = 1, seed: int = 0
 ) -> Path:
