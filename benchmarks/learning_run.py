@@ -248,7 +248,7 @@ def best_of(gan: LoraGAN, task: Task, count: int = CANDIDATES) -> dict[str, Any]
     parts = respond(gan, task, count)
     texts = [text for part in parts for text in part.texts]
     true_PK = np.array(task.score(texts, [row.target for row in task.heldout for _ in range(count)]))
-    predicted_PK = np.concatenate([gan.discriminator.predict(part).mean(0) for part in parts])
+    predicted_PK = np.concatenate([gan.discriminator.rank(part) for part in parts])
     true_PK, predicted_PK = true_PK.reshape(-1, count), predicted_PK.reshape(-1, count)
     picked_P = true_PK[np.arange(len(true_PK)), predicted_PK.argmax(-1)]
     named = {"first": true_PK[:, 0], "mean": true_PK.mean(-1), "picked": picked_P, "oracle": true_PK.max(-1)}
@@ -317,7 +317,7 @@ def _run_trl(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
         for row in data.take(task.train, steps * config.prompts_per_step, seed=planned.seed, position=0)
     ]
     trainer = GRPOTrainer(
-        model=str(tiny.PATH) if task.model == "tiny" else task.model,
+        model=str(tiny.PATH) if task.model == "tiny" else gan.players.base.path,
         reward_funcs=true,
         args=GRPOConfig(
             output_dir=f"{folder}/grpo", max_steps=steps, per_device_train_batch_size=batch, seed=planned.seed,

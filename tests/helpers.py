@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -261,7 +262,7 @@ def player_state(gan: LoraGAN, player: str) -> dict:
     if player == "discriminator":
         state["rest"] = _copied(gan.discriminator.state_dict())
     else:
-        state["rest"] = {"total": gan.generator.baseline.total, "weight": gan.generator.baseline.weight}
+        state["rest"] = [asdict(kept) for kept in (gan.generator.baseline, gan.generator.spread)]
     return state
 
 

@@ -208,7 +208,7 @@ def test_the_signal_is_what_was_asked_for():
         gan = small_gan(beta=0.0, num_generations=8)
         gan.step(PROMPTS[:2], train_gen=False)
         sampled = rollout_of(gan, PROMPTS[:1], 8)
-        opposed = dict(zip(sampled.texts, -gan.discriminator.predict(sampled).mean(0), strict=True))
+        opposed = dict(zip(sampled.texts, -gan.discriminator.rank(sampled), strict=True))
         assert len(opposed) == 8
         gan.compute_reward = lambda response, target: opposed[response]
         before = copies(gan.players.parameters("generator"))

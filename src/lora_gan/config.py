@@ -16,9 +16,18 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen, Unit
 from .settings import Group, Mark, accepted, fits
 from .wording import did_you_mean, shown
 
-RewardSignal = Literal["true", "predicted", "corrected"]
+RewardSignal = Literal["true", "predicted", "corrected", "mixed"]
 QueryDesign = Literal["uniform", "groups", "uncertain"]
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
+
+
+#: Settings of earlier versions: their default then, which is accepted from old checkpoints, and what to do now.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "gate_correlation": (
+        0.0,
+        "predictions are weighted by their measured worth with reward_signal='corrected' or 'mixed'",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -138,20 +147,22 @@ class Config:
     """Updates on the responses of a step. With 2 or more the probability ratio is clipped (PPO's surrogate)."""
     epsilon: Annotated[float, Group.GENERATOR, Gt(0), Unit("probability ratio")] = 0.2
     """If num_iterations is above 1, a token's probability ratio is clipped to 1 ± epsilon."""
-    beta: Annotated[float, Group.GENERATOR, Ge(0), Unit("reward units per nat"), Mark.FIRST] = 0.03
-    """Weight of the KL to the reference. The KL is summed over a response."""
+    beta: Annotated[float, Group.GENERATOR, Ge(0), Unit("spreads per nat"), Mark.FIRST] = 0.03
+    """Weight of the KL to the reference, in units of the true reward's standard deviation within groups. The library
+    measures this spread over the first answers and then holds it, so beta means the same for a reward of any scale. The
+    KL is summed over a response."""
     kl_reference: Annotated[Literal["base", "init_adapter"] | None, Group.GENERATOR] = None
     """Reference of the KL: the base with all adapters off (base), or the adapter that the generator starts from
     (init_adapter). The run then keeps a copy of this adapter, and saves the copy in each checkpoint. None: init_adapter
     if one is given, else base."""
     kl_target: Annotated[float | None, Group.GENERATOR, Gt(0), Unit("nats per response")] = None
     """Desired KL. After each step beta is raised or lowered by up to 10 % to reach it. None: beta is fixed."""
-    entropy_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("reward units per nat")] = 0.0
-    """Weight of the policy's entropy, summed over a response's tokens."""
+    entropy_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("spreads per nat")] = 0.0
+    """Weight of the policy's entropy, summed over a response's tokens, in the unit of beta."""
     reward_weight: Annotated[float, Group.GENERATOR, Ge(0)] = 1.0
     """Weight of the policy gradient. 0: imitation alone."""
-    imitation_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("reward units per nat per token")] = 0.0
-    """Weight of the cross-entropy on the target text (SFT)."""
+    imitation_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("spreads per nat per token")] = 0.0
+    """Weight of the cross-entropy on the target text (SFT), in the unit of beta."""
     imitation_warmup_steps: Annotated[int, Group.GENERATOR, Ge(0), Unit("steps")] = 0
     """Steps at the start in which the generator learns by imitation alone."""
     imitation_decay_steps: Annotated[int | None, Group.GENERATOR, Ge(1), Unit("steps")] = None
@@ -160,11 +171,14 @@ class Config:
     adversarial: Annotated[bool | None, Group.REWARD] = None
     """True: the generator learns from the predicted reward. False: from the true reward. None: reward_signal
     decides."""
-    reward_signal: Annotated[RewardSignal, Group.REWARD, Mark.FIRST] = "corrected"
-    """Reward that the generator learns from. corrected: predicted + asked/query_rate · (true − predicted), unbiased; at
-    query_rate 1 it is the true reward."""
-    query_rate: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of responses"), Mark.FIRST] = 1.0
-    """Share of the responses for which the true reward is queried."""
+    reward_signal: Annotated[RewardSignal | None, Group.REWARD, Mark.FIRST] = None
+    """Reward that the generator learns from: true, predicted, corrected or mixed. corrected is predicted +
+    asked/query_rate · (true − predicted). It is unbiased, and at query_rate 1 it is the true reward. mixed is the true
+    reward where it is known, else the prediction, both weighted by the trust in predictions. None: mixed if
+    reward_budget is set, else corrected."""
+    query_rate: Annotated[float | None, Group.REWARD, Gt(0), Le(1), Unit("share of responses"), Mark.FIRST] = None
+    """Share of the responses for which the true reward is queried. None: all; if reward_budget is set, one group per
+    step."""
     query_design: Annotated[QueryDesign, Group.REWARD] = "groups"
     """How the queried responses are drawn: uniform (a share of each group), groups (whole groups, so that a prompt's
     responses can be compared), uncertain (more where the heads disagree). Each design has known probabilities."""
@@ -236,9 +250,6 @@ class Config:
 
     uncertainty_penalty: Annotated[float, Group.GUARD, Ge(0), Unit("standard deviations of the heads")] = 0.0
     """The generator learns from the mean of the heads minus this number of their standard deviations."""
-    gate_correlation: Annotated[float, Group.GUARD, Ge(0), Lt(1), Unit("rank correlation")] = 0.0
-    """Predictions get full weight at or above this fresh rank correlation within groups, proportional weight below it,
-    none at 0 or less. 0: no gate. The gate saved some runs from exploitation and stalled others (docs/learning/)."""
     on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
     """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator
     to the step with the best true reward (rollback)."""
@@ -285,6 +296,14 @@ class Config:
                 "predicted rewards: set adversarial=True"
             )
 
+    @property
+    def asked_share(self) -> float:
+        """Share of the responses for which the true reward is queried: query_rate, or the choice if it is None."""
+        if self.query_rate is not None:
+            return self.query_rate
+        learns_from_all = self.signal(self.adversarial) == "true"
+        return 1.0 if self.reward_budget is None or learns_from_all else 1 / self.prompts_per_step
+
     def signal(self, adversarial: bool | None) -> RewardSignal:
         """The reward from which the advantage is computed; `adversarial` overrides reward_signal unless None.
 
@@ -293,13 +312,14 @@ class Config:
         """
         if adversarial not in (True, False, None):
             raise ValueError(f"adversarial={shown(adversarial)} is not accepted: it must be True, False or None")
-        signal = {True: "predicted", False: "true", None: self.reward_signal}[adversarial]
-        if self.reward_signal not in (signal, "corrected"):
+        default: RewardSignal = "corrected" if self.reward_budget is None else "mixed"
+        signal = {True: "predicted", False: "true", None: self.reward_signal or default}[adversarial]
+        if self.reward_signal not in (signal, "corrected", None):
             raise ValueError(
                 f"adversarial={adversarial} selects the {signal} reward, but reward_signal={self.reward_signal!r}: "
                 "set one of the two settings"
             )
-        if signal == "true" and self.query_rate < 1:
+        if signal == "true" and self.query_rate is not None and self.query_rate < 1:
             raise ValueError(
                 f"learning from the true reward needs it for every response, but query_rate={self.query_rate}: "
                 "set query_rate=1, or reward_signal='corrected'"
@@ -321,7 +341,10 @@ class Config:
         if not isinstance(values, Mapping):
             raise ValueError(f"settings are a mapping of names to values, not {shown(values)}")
         known = [field.name for field in fields(cls)]
+        values = {name: value for name, value in values.items() if name not in REMOVED or value != REMOVED[name][0]}
         for name in values:
+            if name in REMOVED:
+                raise ValueError(f"the setting {name} is gone: {REMOVED[name][1]}")
             if name not in known:
                 hint = did_you_mean(name, known)
                 raise ValueError(f"there is no setting {shown(name)}{hint}. The settings: {', '.join(known)}")

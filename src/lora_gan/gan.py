@@ -244,6 +244,7 @@ class LoraGAN:
         disc: dict[str, Any] = {}
         if experience is not None and plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
+            experience = self.discriminator.updated(experience)
         if plan.train_gen:
             with self.discriminator.ema_scope():
                 gen = self.generator.update(
@@ -309,7 +310,7 @@ class LoraGAN:
             predicted_MB = np.full((self.config.disc_heads, len(sampled)), np.nan)
         queries = estimate.choose_queries(
             sampled.group_B,
-            self.config.query_rate if plan.asks else 0.0,
+            (1.0 if plan.signal == "true" else self.config.asked_share) if plan.asks else 0.0,
             seed=self.config.seed,
             step=self.global_step,
             design=self.config.query_design,
@@ -338,7 +339,8 @@ class LoraGAN:
             true_B=answered.true_B,
             inclusion_B=estimate.answered_inclusion(queries.inclusion_B, queries.asked_B, answered.failed_B),
             parts=answered.parts,
-            gate=self.discriminator.gate,
+            probed=self.discriminator.probed(sampled, predicted_MB) if plan.predicts else None,
+            trust=self.discriminator.trust,
             failed_B=answered.failed_B,
             features=features,
             notes=notes,
@@ -542,7 +544,7 @@ class LoraGAN:
         for part in sampling.chunks(len(rows), batch_size):
             draws = slice(part.start * best_of, part.stop * best_of)
             sampled = self._sample(encoded[part], uniforms[draws], temperature=temperature, top_p=top_p, player=player)
-            predicted_B = self.discriminator.predict(sampled).mean(0) if best_of > 1 else np.zeros(len(sampled))
+            predicted_B = self.discriminator.rank(sampled) if best_of > 1 else np.zeros(len(sampled))
             best = predicted_B.reshape(-1, best_of).argmax(-1)
             chosen = [j * best_of + int(i) for j, i in enumerate(best)]
             responses += [sampled.texts[i] for i in chosen]

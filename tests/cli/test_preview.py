@@ -151,7 +151,7 @@ def test_the_whole_run_is_the_sum_of_its_parts():
 
 def test_after_the_budget_neither_the_reward_nor_the_discriminator_take_time():
     """10 steps × (1 + 2 + 0.5) s + 2 steps with calls × (1.5 + 0.8) s."""
-    _, second, _ = time_of(small_gan(reward_budget=16), plan.Plan(16))
+    _, second, _ = time_of(small_gan(reward_budget=16, query_rate=1.0), plan.Plan(16))
     assert second.startswith("about 40 s for 10 steps, 1.6 s of that")
 
 
@@ -237,7 +237,7 @@ def described(*arguments, dry_run=False, **run):
 
 
 def test_a_description_fits_a_terminal():
-    gan = small_gan(reward_budget=30, reward_retries=2)
+    gan = small_gan(reward_budget=30, query_rate=1.0, reward_retries=2)
     run = Preview(gan, [Row(prompt) for prompt in PROMPTS], total=4, steps=10, held_out=5)
     lines = run.describe().splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) > 9
@@ -246,7 +246,7 @@ def test_a_description_fits_a_terminal():
 
 def test_the_plan_names_the_budget_that_limits_it():
     rows = [Row(prompt) for prompt in PROMPTS[:2]]
-    lines = described(small_gan(reward_budget=30), rows, total=2, steps=10, held_out=5, dry_run=True)
+    lines = described(small_gan(reward_budget=30, query_rate=1.0), rows, total=2, steps=10, held_out=5, dry_run=True)
     wanted = (
         "30 calls in training (the rest of the budget, enough for about 3.75 of 10 steps), 10 in 2 evaluations of "
         "5 rows, up to 8 in this dry run"

@@ -114,8 +114,12 @@ CONFIGURATIONS = {
     "skipped failures": ("pair", {"on_reward_error": "skip"}, every(4)),
     "an async reward": ("awaited", {"reward_retries": 2, "eval_steps": 2}, every(6)),
     "TRL's form": ("batch", {"reward_retries": 4}, lambda number: number == 13),
-    "a budget": ("pair", {"reward_budget": 20}, None),
-    "a budget that ends the run": ("pair", {"reward_budget": 20, "after_budget": "stop", "eval_steps": 2}, None),
+    "a budget": ("pair", {"reward_budget": 20, "query_rate": 1.0}, None),
+    "a budget that ends the run": (
+        "pair",
+        {"reward_budget": 20, "query_rate": 1.0, "after_budget": "stop", "eval_steps": 2},
+        None,
+    ),
     "a budget of all": ("pair", {"reward_budget_total": 25, "eval_steps": 1, "reward_retries": 1}, every(9)),
     "a judge": ("judge", {"eval_steps": 2}, every(6)),
     "a sum with a reward of its own": ("judge and length", {}, every(6)),
@@ -204,7 +208,13 @@ def test_the_total_is_kept_to_and_leaves_the_evaluation_at_the_end(server, tmp_p
 
 
 def test_an_evaluation_that_the_budget_does_not_allow_is_left_out_aloud(server, tmp_path):
-    settings = {"eval_steps": 1, "eval_on_start": False, "reward_budget_total": 20, "reward_budget": 16}
+    settings = {
+        "eval_steps": 1,
+        "eval_on_start": False,
+        "reward_budget_total": 20,
+        "reward_budget": 16,
+        "query_rate": 1.0,
+    }
     gan, told = fitted(tmp_path, steps=3, reward=server.pair, **settings)
     # 8 + 3, then a whole group of the 6 that are left for training, then its last 2, and 3 at the end.
     assert server.requests == gan.budget.total == 8 + 3 + 4 + 2 + 3
@@ -239,7 +249,7 @@ def test_retries_stop_at_the_total(server):
 
 
 def test_the_end_of_the_budget_is_said_with_what_happens_next(tmp_path):
-    gan, told = fitted(tmp_path, steps=4, held_out=None, reward_budget=16)
+    gan, told = fitted(tmp_path, steps=4, held_out=None, reward_budget=16, query_rate=1.0)
     said = [words for words in told if "reward_budget" in words]
     assert len(said) == 1
     correlation, error = gan.discriminator.fresh_correlation
@@ -254,7 +264,7 @@ def test_the_end_of_the_budget_is_said_with_what_happens_next(tmp_path):
 
 @pytest.mark.parametrize(("correlation", "warns"), [(0.1, True), (0.9, False)])
 def test_a_discriminator_that_is_no_better_than_chance_is_warned_of(correlation, warns, monkeypatch):
-    gan = small_gan(reward_budget=8)
+    gan = small_gan(reward_budget=8, query_rate=1.0)
     monkeypatch.setattr(type(gan.discriminator), "fresh_correlation", property(lambda self: (correlation, 0.1)))
     with pytest.warns(UserWarning, match=rf"prompt, is {correlation:.2f} \(standard error 0.10\)") as told:
         gan.step(PROMPTS[:2])
@@ -299,7 +309,7 @@ def test_a_signal_says_that_the_final_evaluation_was_left_out(tmp_path):
 
 
 def test_after_a_budget_the_final_evaluation_runs(tmp_path):
-    gan, _ = fitted(tmp_path, steps=6, reward_budget=16, after_budget="stop")
+    gan, _ = fitted(tmp_path, steps=6, reward_budget=16, query_rate=1.0, after_budget="stop")
     judged = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if "eval_true_reward" in line]
     assert gan.global_step == 2 and judged == [0, 2]
 

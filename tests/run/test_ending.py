@@ -43,13 +43,13 @@ def test_no_steps_are_all_steps(tmp_path):
     ],
 )
 def test_a_budget(tmp_path, capsys, settings, why):
-    ending, line = ended(tmp_path, capsys, reward_budget=20, **settings)  # 8 + 8 + 4
+    ending, line = ended(tmp_path, capsys, reward_budget=20, query_rate=1.0, **settings)  # 8 + 8 + 4
     assert ending == Ending(3, 6, f"all 20 calls of reward_budget are spent, and {why}")
     assert line == f"Ended at step 3 of 6: {ending.reason}"
 
 
 def test_a_budget_that_is_spent_with_the_last_step(tmp_path, capsys):
-    ending, _ = ended(tmp_path, capsys, steps=2, reward_budget=16, after_budget="stop")
+    ending, _ = ended(tmp_path, capsys, steps=2, reward_budget=16, query_rate=1.0, after_budget="stop")
     assert ending == Ending(2, 2, "all steps are done")
 
 

@@ -109,7 +109,7 @@ def test_a_skipped_update_leaves_its_player_bitwise_as_it_was(monkeypatch, kind)
     assert (record["gen_loss"] is None) == (record["disc_loss"] is None) == (kind == "loss")
     after = {player: state_of(gan, player) for player in before}
     for state in (before, after):  # what was measured of the step, not learned
-        for name in ("correlation", "replay"):
+        for name in ("correlation", "calibration", "probe", "replay"):
             del state["discriminator"]["rest"][name]
     assert unit == gan.players.reward_unit
     assert differences(before, after) == []

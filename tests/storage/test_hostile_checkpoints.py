@@ -240,6 +240,23 @@ SIGNED = {
         state("discriminator/state", at("replay", "rewards", to=lambda t: t * float("nan"))), "rewards hold NaN",
     ),
     "average of nothing": (state("discriminator/state", at("average", to=[])), "average is"),
+    "probe of another width": (
+        state("discriminator/state", at("probe", "features", to=lambda t: t[:, :3].contiguous())), "probe: features",
+    ),
+    "probe of NaN": (
+        state("discriminator/state", at("probe", "weights", to=lambda t: t * float("nan"))), "weights holds NaN",
+    ),
+    "probe with fewer rewards": (
+        state("discriminator/state", at("probe", "rewards", to=lambda t: t[:-1].clone())), "probe: rewards",
+    ),
+    "probe of no size": (state("discriminator/state", at("probe", "sizes", to=[0])), "probe: sizes"),
+    "calibration of text": (
+        state("discriminator/state", at("calibration", "moments", to=[["a"] * 3] * 3)), "calibration",
+    ),
+    "calibration of another size": (
+        state("discriminator/state", at("calibration", "moments", to=[[0.0] * 3])), "calibration",
+    ),
+    "spread below zero": (in_json("trainer_state.json", at("reward_spread", "squares", to=-1.0)), "reward_spread"),
     "raw of another": (
         state("discriminator/state", at("raw", 0, to=lambda t: t.T.contiguous()[:1])), "raw, entry 0",
     ),

@@ -99,7 +99,7 @@ def test_the_processes_stay_one_model(both):
     assert both[0]["score"] == both[1]["score"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"gate_correlation": 0.2}], ids=["open", "gated"])
+@pytest.mark.parametrize("settings", [{}, {"reward_signal": "mixed"}], ids=["corrected", "mixed"])
 def test_a_process_without_answers_does_not_hold_up_the_other(tmp_path, settings):
     """All processes must take part in every reduction, or the others wait for ever, or average what does not match."""
     results = run(tmp_path, silent=True, **SETTINGS, **settings)

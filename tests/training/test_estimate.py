@@ -7,6 +7,8 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from helpers import PROMPTS, TARGETS, reward, small_gan
 
 from lora_gan.training import estimate
 
@@ -137,3 +139,42 @@ def test_the_decayed_mean():
         mean.add(0.1 * value, 0.1)
         weights = 0.9 ** np.arange(count)[::-1]
         assert mean.value == pytest.approx((weights * rewards[:count]).sum() / weights.sum())
+
+
+# --- the unit of the loss ---------------------------------------------------------------------------------------------
+
+
+def test_the_spread_is_the_pooled_standard_deviation_of_the_first_answers_and_then_held():
+    rng, spread, groups = np.random.default_rng(2), estimate.GroupSpread(), np.repeat([0, 1], 8)
+    assert spread.value is None
+    squares = differences = 0
+    for step in range(9):
+        true_B = rng.normal(size=16) * (1 + step) + 7 * groups
+        true_B[step % 4] = np.nan
+        if differences < estimate.HELD_FROM:  # NumPy's deviation of each group, weighted by its degrees of freedom
+            for one in (true_B[1:8] if step % 4 == 0 else np.delete(true_B[:8], step % 4), true_B[8:]):
+                squares, differences = squares + one.var(ddof=1) * (len(one) - 1), differences + len(one) - 1
+        spread.add(*estimate.squared_differences(true_B, groups))
+        assert spread.value == pytest.approx((squares / differences) ** 0.5)
+    assert spread.is_held and differences == 39
+
+
+def test_equal_rewards_give_no_spread():
+    spread = estimate.GroupSpread()
+    spread.add(*estimate.squared_differences(np.ones(40), np.zeros(40)))
+    assert spread.value is None and not spread.is_held
+
+
+@pytest.mark.parametrize("signal", ["true", "mixed"])
+def test_the_rewards_scale_and_level_do_not_matter(signal):
+    """A reward times 20 plus 3: the generator learns the same, with the KL, and beta is not changed."""
+    weights = []
+    for scale, level in ((1.0, 0.0), (20.0, 3.0)):
+        gan = small_gan(
+            reward=lambda response, target, s=scale, c=level: s * reward(response, target) + c,
+            reward_signal=signal, query_rate=1.0 if signal == "true" else 0.5, beta=0.5, num_generations=4,
+        )  # fmt: skip
+        records = [gan.step(PROMPTS[:2], TARGETS[:2], train_disc=signal == "mixed") for _ in range(3)]
+        weights.append(torch.cat([p.detach().flatten() for p in gan.players.parameters("generator")]))
+    assert records[-1]["reward_spread"] > 0
+    assert (weights[0] - weights[1]).norm() < 1e-3 * weights[0].norm()

@@ -1,4 +1,4 @@
-"""What keeps the discriminator useful and the generator honest: average, gate, budget, monitor."""
+"""What keeps the discriminator useful and the generator honest: average, budget, monitor."""
 
 import dataclasses
 
@@ -45,41 +45,19 @@ def test_the_average_is_what_is_said():
         assert torch.equal(gan.players.parameters("discriminator")[-1], gan.discriminator.ema_weights[-1])
 
 
-# --- gate and lower bound ---------------------------------------------------------------------------------------------
+# --- the lower bound --------------------------------------------------------------------------------------------------
 
 
 def test_what_the_generator_sees_of_the_predictions():
     predicted = np.array([[1.0, 3.0, 5.0, 5.0], [3.0, 3.0, 5.0, 9.0]])
     groups = np.array([0, 0, 1, 1])
-    np.testing.assert_array_equal(estimate.gated_lower_bound(predicted, groups, penalty=0, gate=1.0), [2, 3, 5, 7])
-    np.testing.assert_array_equal(estimate.gated_lower_bound(predicted, groups, penalty=1.0, gate=1.0), [1, 3, 5, 5])
+    np.testing.assert_array_equal(estimate.scaled_lower_bound(predicted, groups, penalty=0, trust=1.0), [2, 3, 5, 7])
+    np.testing.assert_array_equal(estimate.scaled_lower_bound(predicted, groups, penalty=1.0, trust=1.0), [1, 3, 5, 5])
     np.testing.assert_array_equal(
-        estimate.gated_lower_bound(predicted, groups, penalty=0, gate=0.5), [2.25, 2.75, 5.5, 6.5]
+        estimate.scaled_lower_bound(predicted, groups, penalty=0, trust=0.5), [2.25, 2.75, 5.5, 6.5]
     )
-    shut = estimate.gated_lower_bound(predicted, groups, penalty=0, gate=0.0)
-    assert not estimate.advantages(shut, groups, 0.0).any(), "a shut gate leaves no differences"
-
-
-def test_the_gate_follows_fresh_correlation_within_groups():
-    gan = small_gan(gate_correlation=0.5)
-    disc = gan.discriminator
-    disc.knows_unit = True
-    assert disc.gate == 0.0, "it has learned here, and was not judged yet"
-    disc.correlation = estimate.DecayedMean(0.1 * 8, 8.0)
-    assert disc.gate == pytest.approx(0.2)
-    disc.correlation.total = 0.9 * 8
-    assert disc.gate == 1.0
-    disc.correlation.total = -0.1 * 8
-    assert disc.gate == 0.0
-    assert small_gan().discriminator.gate == 1.0, "no gate unless it is set"
-
-
-@pytest.mark.parametrize("path", ["policy_gradient", "straight_through"])
-def test_a_shut_gate_moves_the_generator_by_prediction_not_at_all(path):
-    gan = small_gan(adversarial=True, gate_correlation=0.9, beta=0.0, gradient_path=path)
-    before = player_state(gan, "generator")["parameters"]
-    gan.step(PROMPTS[:2], TARGETS[:2])
-    assert differences(before, player_state(gan, "generator")["parameters"]) == []
+    shut = estimate.scaled_lower_bound(predicted, groups, penalty=0, trust=0.0)
+    assert not estimate.advantages(shut, groups, 0.0).any(), "trust 0 leaves no differences"
 
 
 # --- whom to ask, and the budget --------------------------------------------------------------------------------------
@@ -136,7 +114,9 @@ def test_the_budget_is_kept_to_exactly(design):
 
 @pytest.mark.parametrize("settings", [{"after_budget": "stop"}, {"adversarial": False}], ids=str)
 def test_when_the_budget_is_spent_it_stops_where_it_must(settings, tmp_path):
-    gan = small_gan(reward_budget=10, num_generations=4, output_dir=str(tmp_path), prompts_per_step=2, **settings)
+    gan = small_gan(
+        reward_budget=10, query_rate=1.0, num_generations=4, output_dir=str(tmp_path), prompts_per_step=2, **settings
+    )
     rows = [{"prompt": p, "target": t} for p, t in zip(PROMPTS[:2], TARGETS[:2], strict=True)]
     assert len(gan.fit(rows, steps=9, progress=False)) == 2 and gan.reward_calls == 10
     with pytest.raises(BudgetSpent, match="reward_budget"):
@@ -238,21 +218,6 @@ def test_the_reservoir_keeps_an_even_sample():
     assert np.abs(counts / 400 - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 400)
 
 
-def test_the_gate_is_a_fading_mean_of_the_fresh_correlation_within_groups():
-    """By hand: correlations 1, 1 and −1, a step weighing 0.9 of the next, against a threshold of 0.8."""
-    gan = small_gan(gate_correlation=0.8)
-    experience = play(gan, _rows(2))
-    true_B = np.tile(np.arange(4.0), 2)
-    assert gan.discriminator.gate == 1  # predictions are all alike; and a discriminator from elsewhere is trusted
-    gan.discriminator.knows_unit = True
-    assert gan.discriminator.gate == 0  # one that has learned here is not, before it was judged
-    for sign in (1, 1, -1):
-        gan.discriminator._update_gate(
-            dataclasses.replace(experience, true_B=true_B, predicted_MB=sign * np.stack([true_B, true_B]))
-        )
-    assert gan.discriminator.gate == pytest.approx((0.81 + 0.9 - 1) / (0.81 + 0.9 + 1) / 0.8)
-
-
 # --- the monitor ------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +227,7 @@ def exploited(gan, steps, true, predicted):
     for step in range(steps):
         size = len(experience.true_B)
         now = dataclasses.replace(
-            experience, true_B=np.full(size, true(step)), predicted_MB=np.full((2, size), predicted(step))
+            experience, true_B=np.full(size, true(step)), predicted_MB=np.full((2, size), predicted(step)), probed=None
         )
         alarms += gan.monitor.watch(now, None, gan.generator)
     return alarms

@@ -52,6 +52,8 @@ HELLO = "Translate English to French: Hello world"  # a held-out prompt like the
 class ConstantDiscriminator(Discriminator):
     """A baseline: predicts the mean of the true rewards so far for every response."""
 
+    uses_probe = False
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.total, self.count = 0.0, 0
@@ -92,7 +94,7 @@ def run(*, opponent: Opponent, steps: int, heldout: int, output_dir: str | None,
         f"tiny ({gan.players.base.model.num_parameters():,} parameters with both adapters) learns to translate "
         "by reward alone.\nReward: cosine to the target by all-MiniLM-L6-v2; the model never sees a target.\n"
         f"Discriminator: {opponent}. Seed {seed}, {steps} steps of {gan.config.prompts_per_step} prompts × "
-        f"{gan.config.num_generations} responses; true reward of {gan.config.query_rate:.0%} of the responses.\n"
+        f"{gan.config.num_generations} responses; true reward of {gan.config.asked_share:.0%} of the responses.\n"
         f"Held-out: {len(test)} prompts with combinations of words that the base was not trained on.\n",
         flush=True,
     )

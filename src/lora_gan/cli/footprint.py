@@ -168,7 +168,7 @@ def device_memory(players: Players, config: Config, lengths: Lengths) -> Memory:
     """
     sampled = config.prompts_per_step * config.num_generations
     size = config.micro_batch_size
-    asked = round(sampled * (config.query_rate if config.disc_objective == "regression" else 1.0))
+    asked = round(sampled * (config.asked_share if config.disc_objective == "regression" else 1.0))
     judged = asked * (2 if config.disc_replay_groups else 1)
     generating, judging = min(size or sampled, sampled), min(size or judged, max(judged, 1))
     graphs = {player: graph_of(players, player) for player in PLAYERS}

@@ -66,7 +66,7 @@ def calls_per_step(config: Config) -> float:
     """Mean true-reward calls of one step, before the end of the budget."""
     if config.disc_objective == "real_vs_generated":
         return 0.0
-    return config.prompts_per_step * config.num_generations * config.query_rate
+    return config.prompts_per_step * config.num_generations * config.asked_share
 
 
 def times(every: int | None, first: int, steps: int) -> int:

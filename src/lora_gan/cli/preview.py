@@ -138,7 +138,7 @@ class Preview:
     def _calls(self, dry_run: bool) -> str:
         """True-reward calls by purpose."""
         config, plan, each = self.config, self.plan, calls_per_step(self.config)
-        share = f"asked for {config.query_rate:.0%} of the responses" if each else "not asked in training"
+        share = f"asked for {config.asked_share:.0%} of the responses" if each else "not asked in training"
         note = ""
         if plan.training < round(self.steps * each):
             enough = f"enough for about {plan.training / each:.3g} of {counted(self.steps, 'step')}"

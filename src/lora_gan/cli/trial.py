@@ -26,7 +26,7 @@ from ..model.sampling import Rollout
 from ..storage.checkpoint import PLAYERS
 from ..training import estimate
 from ..training.discriminator import Discriminator
-from ..training.experience import Experience, RetainedFeatures
+from ..training.experience import Experience, Probed, RetainedFeatures
 from ..training.generator import Generator
 from ..training.replay import answered_groups
 from .footprint import Growth, Lengths, spare_share
@@ -114,7 +114,7 @@ class Trial:
             return np.ones(size, dtype=bool)
         return estimate.choose_queries(
             np.arange(size) // self.per_prompt,
-            gan.config.query_rate,
+            gan.config.asked_share,
             seed=gan.config.seed,
             step=gan.global_step,
             design=gan.config.query_design,
@@ -176,18 +176,21 @@ class Trial:
         sampled = replace(sampled, group_B=np.unique(sampled.group_B, return_inverse=True)[1])
         with undone(gan) as (generator, discriminator):
 
-            def predict() -> tuple[np.ndarray, RetainedFeatures]:
+            def predict() -> tuple[np.ndarray, RetainedFeatures, Probed | None]:
                 if through:
-                    return discriminator.predict(sampled), RetainedFeatures()
-                return discriminator.predict_to_learn(sampled)
+                    predicted_MB, features = discriminator.predict(sampled), RetainedFeatures()
+                else:
+                    predicted_MB, features = discriminator.predict_to_learn(sampled)
+                return predicted_MB, features, discriminator.probed(sampled, predicted_MB)
 
-            predicting, (predicted_MB, features) = self._timed(predict)
+            predicting, (predicted_MB, features, probed) = self._timed(predict)
             experience = Experience(
                 step=gan.global_step,
                 rows=rows,
                 prompts=[gan.players.encoder.prompt(row) for row in rows],
                 rollout=sampled,
                 predicted_MB=predicted_MB,
+                probed=probed,
                 asked_B=np.ones(len(sampled), dtype=bool),
                 true_B=randomness.uniforms(len(sampled), config.seed, gan.global_step, "trial"),
                 inclusion_B=np.ones(len(sampled)),

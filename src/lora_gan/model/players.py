@@ -43,12 +43,22 @@ from .encoding import Encoder
 from .fast_lora import use_fast_forwards
 from .initial_adapter import InitAdapter
 from .kv_cache import cache_inputs, has_other_than_full_attention
-from .layers import FixedBody, FixedOutput, InputRecorder, body_of, frozen_layers, replaced, require_layer_list
+from .layers import (
+    FixedBody,
+    FixedOutput,
+    InputRecorder,
+    body_of,
+    frozen_layers,
+    layer_list,
+    replaced,
+    require_layer_list,
+)
 from .packing import Batch, Rows, build_batch
 from .peft_config import attach, lora_config, require_trainable, warn_of_stock_clients
 from .tokens import positions
 
 Player = Literal["generator", "discriminator", "reference", "base"]
+FEATURE_DEPTH = 2 / 3  # share of the layers below the probe's features; see benchmarks/screen.py
 LOGITS_AT_ONCE = 2**22  # the maximum number of logits in memory: 16 MB in float32, which fits in a processor's cache
 
 
@@ -363,6 +373,40 @@ class Players:
     def pooled_hidden(self, batch: Batch, embeds_BLH: Tensor | None = None) -> Tensor:
         """The active player's last hidden state at the pooled token, [B, H], float32."""
         return self.hidden(batch, batch.pooled_B, embeds_BLH).float()
+
+    @torch.no_grad()
+    def base_features(self, batch: Batch) -> Tensor:
+        """Features of each response for the probe, [B, H], float32: the mean over its tokens, scaled to norm 1.
+
+        The hidden states are those of the frozen layers that base and discriminator share. If all layers have an
+        adapter, they are the base's after two thirds of its layers. Its last hidden states, which the KL needs if the
+        base is the reference, are kept in the batch.
+        """
+        hidden_RH = self._feature_states(batch).flatten(0, 1)[batch.response_R].float()
+        sums_BH = hidden_RH.new_zeros(len(batch), hidden_RH.shape[1]).index_add_(0, batch.row_R, hidden_RH)
+        return torch.nn.functional.normalize(sums_BH, dim=-1)
+
+    def _feature_states(self, batch: Batch) -> Tensor:
+        if self._shares_frozen_layers:
+            if "layers" not in batch.frozen_outputs:
+                batch.frozen_outputs["layers"] = self._frozen_output(batch)
+            return batch.frozen_outputs["layers"]
+        named, inputs = layer_list(self.lm), list[Tensor]()
+
+        def record(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs.append(arguments[0] if arguments else named["hidden_states"])
+
+        with self.use_adapter("base"):
+            if named is None or len(named[1]) < 2:
+                return self._states(batch)
+            hook = named[1][round(len(named[1]) * FEATURE_DEPTH)].register_forward_pre_hook(record, with_kwargs=True)
+            try:
+                last_BLH = self._states(batch)
+            finally:
+                hook.remove()
+        if not self.has_reference:
+            batch.frozen_outputs["reference"] = last_BLH.flatten(0, 1)[batch.predicting_R]
+        return inputs[0]
 
     @property
     def score_MH(self) -> Tensor:

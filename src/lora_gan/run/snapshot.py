@@ -31,11 +31,16 @@ from ..state import RunState
 from ..storage import checkpoint, state_files, untrusted
 from ..storage.checkpoint import BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference, weights_name
 from ..storage.durable import MANIFEST, Damaged, Folder
+from ..training.estimate import GroupSpread
+from ..training.probe import MOST_ROWS
 from . import saved_optimizer, trainer_state
 
 #: Assumed most tokens of a text in replay, on a base without a context limit. The number bounds the size of a file and
 #: not of one text: a group stores its prompt once, so a prompt may be several times as long.
 LONGEST_TEXT = 2**17
+
+#: The state of `Calibration` that gives the adapter's predictions weight 1 and trust 1, until others are measured.
+ADAPTER_ALONE = {"moments": [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], "differences": 8.0}
 
 
 def take(state: RunState, *, by_hand: bool = False) -> Content:
@@ -90,6 +95,7 @@ def restore(state: RunState, path: Path) -> None:
     state.generator.beta_scale = saved["beta_scale"]
     state.generator.baseline.total = saved["baseline"]["total"]
     state.generator.baseline.weight = saved["baseline"]["weight"]
+    state.generator.spread = GroupSpread(**saved["reward_spread"])
     state.true_reward.scales.load_state_dict(saved["reward_scales"])
     state.health.load_state_dict(saved["health"])
     _warn_of_another_machine(state, saved)
@@ -180,18 +186,31 @@ def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]
     base, config = state.players.base, state.config
     tokens = base.context if base.context < UNLIMITED else LONGEST_TEXT
     replay = config.disc_replay_groups * (config.num_generations + 2) * tokens * 8  # most bytes
-    saved = state_files.read(folder, "state", limit=untrusted.room_for(parameters, times=3) + replay)
+    # Some bases project the last hidden states, and the probe reads those of a lower layer.
+    widths = {heads_MH.shape[1], state.players.lm.config.get_text_config().hidden_size}
+    probe = (MOST_ROWS + config.num_generations) * (max(widths) + 4) * 4
+    saved = state_files.read(folder, "state", limit=untrusted.room_for(parameters, times=3) + replay + probe)
     where = str(folder.path / "state")
+    if isinstance(saved, dict):
+        # Earlier versions had no probe, and used the adapter's predictions in full.
+        earlier = {"calibration": ADAPTER_ALONE, "probe": state.discriminator.state_dict()["probe"]}
+        saved = earlier | saved
     untrusted.require_keys(saved, state.discriminator.state_dict(), where)
     if isinstance(saved["heads_MH"], Tensor) and saved["heads_MH"].shape[1:] == heads_MH.shape[1:]:
         theirs, ours = len(saved["heads_MH"]), len(heads_MH)
         if theirs != ours:
             raise ValueError(f"{folder.path} has {theirs} heads, this discriminator {ours}: set disc_heads to match")
     untrusted.require_numbers(saved["heads_MH"], f"{where}: heads_MH", like=heads_MH)
-    plain = {"reward_unit": untrusted.POSITIVE, "knows_unit": bool, "correlation": (float, float)}
+    plain = {
+        "reward_unit": untrusted.POSITIVE,
+        "knows_unit": bool,
+        "correlation": (float, float),
+        "calibration": {"moments": ((float,) * 3,) * 3, "differences": float},
+    }
     untrusted.require({name: saved[name] for name in plain}, plain, where)
     vocabulary = base_checks.embedding_rows(state.players.lm)
     untrusted.require_replay(saved["replay"], vocabulary, len(heads_MH), f"{where}: replay")
+    untrusted.require_probe(saved["probe"], widths, f"{where}: probe")
     untrusted.require_tensors_like(saved["raw"], parameters[:-1], f"{where}: raw")
     if saved["average"] is not None:
         untrusted.require_tensors_like(saved["average"], parameters, f"{where}: average")

@@ -96,7 +96,7 @@ def _measured_in(experience: Experience, eos_ids: Sequence[int], reward_failures
         "frac_asked": float(experience.asked_B.mean()),
         "frac_reward_zero_std": _share_without_spread(experience),
         **_lengths(experience, eos_ids),
-        **fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B),
+        **fresh_metrics(experience.compared_MB, experience.true_B, experience.group_B),
     }
     for name, reward_B in experience.parts.items():
         numbers |= {f"rewards/{name}": _mean(reward_B), f"rewards/{name}/std": _std(reward_B)}
@@ -178,9 +178,9 @@ LOGGED_AS = {
 #: Names of this library's records and logs; `logged_metrics` renames a reward's metric with one of these names.
 OWN = {
     *TEXTS, *LOGGED_AS, *LOGGED_AS.values(), "step", "epoch", "num_tokens", "step_tokens", "step_time", "reward_calls",
-    "reward_std", "asked", "reward_failures", "unanswered", "frac_asked", "frac_reward_zero_std", "kl_per_token",
-    "entropy", "beta", "gate", "imitation_loss", "calibration_slope", "uncertainty_correlation", "rank_correlation",
-    "rank_correlation_within",
+    "reward_std", "reward_spread", "asked", "reward_failures", "unanswered", "frac_asked", "frac_reward_zero_std",
+    "kl_per_token", "entropy", "beta", "trust", "imitation_loss", "calibration_slope",
+    "uncertainty_correlation", "rank_correlation", "rank_correlation_within",
 }  # fmt: skip
 OWN_PREFIXES = ("rewards/", "reward_calls/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
 SAMPLE = ("step", "prompt", "completion", "true_reward", "pred_reward", "target")  # the columns of a sample

@@ -20,6 +20,7 @@ from ..storage.checkpoint import REFERENCE, STATE
 from ..storage.durable import Damaged, Folder
 from ..storage.untrusted import WHOLE
 from ..training import health
+from ..training.estimate import HELD_FROM
 
 NUMBER = Annotated[float, Ge(0)]
 #: The content of the file, in the form that `untrusted.require` takes.
@@ -32,6 +33,7 @@ SHAPE: dict[str, Any] = {
     "prompt_kinds": [Literal["messages", "texts"]],
     "beta_scale": NUMBER,
     "baseline": {"total": float, "weight": float},
+    "reward_spread": {"squares": NUMBER, "differences": NUMBER},
     "reward_scales": dict,
     "health": health.SHAPE,
     "config": dict,
@@ -51,12 +53,14 @@ EARLIER: dict[str, Any] = {
     "other_calls": dict.fromkeys(budget.KEPT, 0),
     "health": health.EMPTY,
     "init_adapter": None,
+    # Earlier versions gave beta in reward units, so such a run continues with a unit of 1.
+    "reward_spread": {"squares": float(HELD_FROM), "differences": float(HELD_FROM)},
 }
 
 
 def content(state: RunState) -> dict[str, Any]:
     """The state's plain values, in JSON's types."""
-    base, baseline = state.players.base, state.generator.baseline
+    base, baseline, spread = state.players.base, state.generator.baseline, state.generator.spread
     return {
         "format": 1,
         "global_step": state.global_step,
@@ -66,6 +70,7 @@ def content(state: RunState) -> dict[str, Any]:
         "prompt_kinds": sorted(state.prompt_kinds),
         "beta_scale": state.generator.beta_scale,
         "baseline": {"total": baseline.total, "weight": baseline.weight},
+        "reward_spread": {"squares": spread.squares, "differences": spread.differences},
         "reward_scales": state.true_reward.scales.state_dict(),
         "health": state.health.state_dict(),
         "config": state.config.to_file(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -202,6 +202,28 @@ def require_replay(state: Any, vocabulary: int, heads: int, where: str) -> None:
     if not torch.isfinite(state["rewards"]).all():
         raise Damaged(f"{where}: rewards hold NaN or infinite numbers")
     require(state["seen"], Annotated[int, Ge(len(sizes)), Lt(2**63)], f"{where}: seen")
+
+
+def require_probe(state: Any, widths: Collection[int], where: str) -> None:
+    """Raise Damaged unless the value is a Probe.state_dict() for features with one of these widths."""
+    require_keys(state, ("sizes", "features", "rewards", "weights"), where)
+    require(state["sizes"], [Annotated[int, Ge(1), Lt(2**31)]], f"{where}: sizes")
+    rows, weights = sum(state["sizes"]), state["weights"]
+    width = (
+        len(weights) if isinstance(weights, Tensor) and weights.dim() == 1 and len(weights) in widths else max(widths)
+    )
+    shapes = {
+        "features": ((rows, width), torch.float32), "rewards": ((rows,), torch.float64),
+        "weights": ((width,), torch.float64),
+    }  # fmt: skip
+    for name, (shape, dtype) in shapes.items():
+        tensor = state[name]
+        if tensor is None and (not rows or name == "weights"):
+            continue
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise Damaged(f"{where}: {name} must be a tensor of {dtype} with the shape {shape}")
+        if not torch.isfinite(tensor).all():
+            raise Damaged(f"{where}: {name} holds NaN or infinite numbers")
 
 
 def require_list(value: Any, where: str, length: int | None = None) -> None:

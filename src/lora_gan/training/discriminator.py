@@ -1,10 +1,10 @@
-"""The discriminator's training: heads initialized by ridge regression, updates on fresh groups and replay, the gate.
+"""The discriminator's training: heads initialized by ridge regression, updates on fresh groups and replay.
 
 # B = responses, M = heads, H = hidden size
 
 The loss is a regression on the true reward, with each group's mean split off, plus a ranking loss within groups (GAD,
 arXiv:2511.10643, found ranking better than classification). Half of each update is this step's responses, half replay.
-The gate weights the predictions for the generator. `gan` uses the discriminator in each step, in score() and best_of.
+`gan` uses the discriminator in each step, in score() and best_of.
 """
 
 import math
@@ -24,10 +24,11 @@ from ..model.packing import Batch
 from ..model.players import Players
 from ..model.sampling import Rollout, chunks
 from . import distributed, losses, micro_batch
-from .estimate import DecayedMean
-from .experience import Experience, RetainedFeatures
+from .estimate import Calibration, DecayedMean, centered_within_groups, moments_within_groups
+from .experience import Experience, Probed, RetainedFeatures
 from .fresh_metrics import fresh_metrics
 from .optimizer import PlayerOptimizer
+from .probe import Probe
 from .replay import Group, Replay, answered_groups, micro_batches
 
 # At or above this query rate, one forward pass for prediction and update is faster than two.
@@ -56,18 +57,26 @@ class Discriminator:
             config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
         )
         self.correlation = DecayedMean()  # fresh rank correlation within groups, weighted by the number of differences
+        self.probe, self.calibration = Probe(), Calibration(2)
         self.ema_weights: list[Tensor] | None = None
         self.knows_unit = False  # whether the reward's unit is set from rewards
 
     @property
-    def gate(self) -> float:
-        """Weight of the predictions for the generator, 0 to 1, from the fresh rank correlation within groups so far."""
-        if not self.config.gate_correlation or self.config.disc_objective == "real_vs_generated":
-            return 1.0  # real_vs_generated has no true rewards to compare predictions with
-        if not self.correlation.weight:
-            # A discriminator trained in this run is closed until measured. A loaded one may never be measured.
-            return 0.0 if self.knows_unit else 1.0
-        return min(max(self.correlation.value / self.config.gate_correlation, 0.0), 1.0)
+    def trust(self) -> float:
+        """Trust in the predictions, 0 to 1, from the fresh ones so far; see `Calibration`.
+
+        A new discriminator counts nothing until it is measured. A loaded one may never be measured.
+        """
+        if not self.uses_probe:
+            return 1.0
+        if not self.calibration.is_measured and not self.knows_unit and self.players.heads_MH.any():
+            return 1.0
+        return self.calibration.trust
+
+    @property
+    def uses_probe(self) -> bool:
+        """Whether predictions include the probe's. The straight-through gradient is that of the adapter alone."""
+        return self.config.disc_objective == "regression" and self.config.gradient_path == "policy_gradient"
 
     @property
     def fresh_correlation(self) -> tuple[float, float] | None:
@@ -95,7 +104,7 @@ class Discriminator:
                 parameter.data = weight
 
     def predict(self, rollout: Rollout) -> np.ndarray:
-        """Every head's predicted reward, float64 [M, B]."""
+        """The adapter's predicted reward of every head, float64 [M, B]. Stock clients compute their mean."""
         total = len(rollout)
 
         def predicted() -> Tensor:
@@ -112,7 +121,7 @@ class Discriminator:
         batches, if few responses are queried, or if the graph does not fit into memory.
         """
         size = self.optimizer.micro_batch_size
-        same_rows = self.config.query_rate >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
+        same_rows = self.config.asked_share >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
         same_weights = self.ema_weights is None and not self.config.disc_average
         no_targets = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
@@ -124,6 +133,45 @@ class Discriminator:
         with torch.no_grad():
             predicted_MB = self.players.score_MH @ features_BH.T
         return predicted_MB.double().cpu().numpy(), RetainedFeatures(features_BH)
+
+    def rank(self, rollout: Rollout) -> np.ndarray:
+        """Predicted rewards, float64 [B], by adapter and probe. Only differences within a group are meant."""
+        predicted_MB = self.predict(rollout)
+        probed = self.probed(rollout, predicted_MB)
+        return (predicted_MB if probed is None else probed.combined_MB).mean(0)
+
+    def probed(self, rollout: Rollout, predicted_MB: np.ndarray) -> Probed | None:
+        """The probe's predictions, and the adapter's combined with them. None: the probe is not used."""
+        if not self.uses_probe:
+            return None
+        total = len(rollout)
+
+        def features() -> Tensor:
+            slices = chunks(total, self.optimizer.micro_batch_size)
+            return torch.cat([self.players.base_features(rollout.batch(chunk)) for chunk in slices])
+
+        features_BH = micro_batch.within_memory(features, self.optimizer, total).cpu().numpy()
+        return self._probed(features_BH, predicted_MB, rollout.group_B)
+
+    def _probed(self, features_BH: np.ndarray, predicted_MB: np.ndarray, group_B: np.ndarray) -> Probed:
+        """Combine the predictions: a group's mean is the adapter's, differences are weighted sums.
+
+        The weights are those of the regression over earlier steps; both are 1 without one.
+        """
+        probe_B = self.probe.predict(features_BH)
+        if probe_B is None:
+            return Probed(features_BH, None, predicted_MB)
+        weights = self.calibration.weights if self.calibration.is_measured else np.ones(2)
+        adapter_B, differences_B = (centered_within_groups(x_B, group_B) for x_B in (predicted_MB.mean(0), probe_B))
+        combined_MB = predicted_MB - adapter_B + weights[0] * adapter_B + weights[1] * differences_B
+        return Probed(features_BH, probe_B, combined_MB)
+
+    def updated(self, experience: Experience) -> Experience:
+        """The experience with the predictions of the probe that has learned from the step's answers."""
+        if experience.probed is None:
+            return experience
+        now = self._probed(experience.probed.features_BH, experience.predicted_MB, experience.group_B)
+        return replace(experience, updated_MB=now.combined_MB)
 
     def update(self, experience: Experience) -> dict[str, float | None]:
         """Make the step's `disc_updates` updates, on the answered groups and as many groups from replay.
@@ -140,7 +188,7 @@ class Discriminator:
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
-        metrics = self._pairwise_accuracy(fresh) if relative else self._update_gate(experience)
+        metrics = self._pairwise_accuracy(fresh) if relative else self._measure(experience)
         if not relative:
             self._update_reward_unit(fresh)
             if not self.players.heads_MH.any():
@@ -168,10 +216,10 @@ class Discriminator:
             **metrics,
         }
 
-    def _update_gate(self, experience: Experience) -> dict[str, float]:
-        """Update the gate's correlation from this step's answers; returns the gate that this step's generator used."""
+    def _measure(self, experience: Experience) -> dict[str, float]:
+        """Compare this step's predictions with its answers; return the trust that this step's generator used."""
         answered_B = ~np.isnan(experience.true_B)
-        metrics = fresh_metrics(experience.predicted_MB, experience.true_B, experience.group_B)
+        metrics = fresh_metrics(experience.compared_MB, experience.true_B, experience.group_B)
         within = metrics["rank_correlation_within"]
         differences = int(answered_B.sum()) - len(np.unique(experience.group_B[answered_B]))
         weight = 0.0 if within is None else float(differences)
@@ -180,7 +228,23 @@ class Discriminator:
         total, weight = distributed.total(sums).tolist()
         if weight:
             self.correlation.add(total, weight)
-        return {"gate": experience.gate}
+        if experience.probed is not None:
+            self._calibrate(experience, experience.probed)
+        return {"trust": experience.trust}
+
+    def _calibrate(self, experience: Experience, probed: Probed) -> None:
+        """Compare this step's predictions with its answers, then give the answers to the probe."""
+        adapter_B = experience.predicted_B
+        probe_B = np.zeros_like(adapter_B) if probed.probe_B is None else probed.probe_B
+        moments, differences = moments_within_groups(
+            np.stack([adapter_B, probe_B]), experience.true_B, experience.group_B
+        )
+        sums = torch.tensor([*moments.ravel(), differences], dtype=torch.float64, device=self.players.device)
+        *flat, differences = distributed.total(sums).tolist()
+        has_learned = self.probe.weights_H is not None or self.players.heads_MH.any()
+        if differences and has_learned:  # predictions of zero are no evidence
+            self.calibration.add(np.reshape(flat, moments.shape), differences)
+        self.probe.learn(probed.features_BH, experience.true_B, experience.group_B)
 
     def _update_average(self) -> None:
         """Update the moving average of the weights. It starts as the weights after the first update."""
@@ -392,7 +456,8 @@ class Discriminator:
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
         self.ema_weights = None
-        self.correlation = DecayedMean()  # a loaded adapter's predictions are not measured yet
+        self.correlation, self.calibration = DecayedMean(), Calibration(2)  # predictions are not measured yet
+        self.probe.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -403,6 +468,8 @@ class Discriminator:
             "raw": [parameter.detach() for parameter in self.players.parameters("discriminator")[:-1]],
             "average": self.ema_weights,
             "correlation": [self.correlation.total, self.correlation.weight],
+            "calibration": {"moments": self.calibration.moments.tolist(), "differences": self.calibration.differences},
+            "probe": self.probe.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -415,6 +482,9 @@ class Discriminator:
         device = self.players.device
         self.ema_weights = state["average"] and [weight.to(device).clone() for weight in state["average"]]
         self.correlation = DecayedMean(*state["correlation"])
+        self.calibration.moments = np.array(state["calibration"]["moments"])
+        self.calibration.differences = state["calibration"]["differences"]
+        self.probe.load_state_dict(state["probe"])
 
 
 def _count(groups: list[Group]) -> int:

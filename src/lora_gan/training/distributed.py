@@ -6,9 +6,12 @@ silently leaves the second adapter unsynchronized. Random draws are keyed by con
 """
 
 from collections.abc import Iterable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def processes() -> int:
@@ -23,6 +26,15 @@ def total(tensor: Tensor) -> Tensor:
     if processes() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def gathered(value: T) -> list[T]:
+    """The value of each process, in the order of the processes. All processes must call this in the same order."""
+    if processes() == 1:
+        return [value]
+    values: list[T | None] = [None] * processes()
+    torch.distributed.all_gather_object(values, value)
+    return cast(list[T], values)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -6,6 +6,7 @@ All arrays are float64 NumPy arrays of a few dozen numbers. NaN means "not queri
 """
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from .. import randomness
 from ..config import QueryDesign
 
 DECAY = 0.9  # per step, of `DecayedMean`
+HELD_FROM = 32  # differences after which `GroupSpread` no longer changes; its relative error is then about 12 %
 
 
 @dataclass(frozen=True)
@@ -140,19 +142,19 @@ def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: n
     return np.where(inclusion_B < 1, inclusion_B * answered, inclusion_B)
 
 
-def gated_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, gate: float) -> np.ndarray:
-    """The predictions that the generator learns from, [B]: a lower confidence bound over the heads, then gated.
+def scaled_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, trust: float) -> np.ndarray:
+    """The predictions that the generator learns from, [B]: a lower confidence bound over the heads, then scaled.
 
-    The bound is the heads' mean minus `penalty` standard deviations. The gate (0 to 1) scales the differences from the
-    group's mean. Only these differences reach the generator, so at gate 0 it learns nothing from predictions.
+    The bound is the heads' mean minus `penalty` standard deviations. Trust (0 to 1) scales the differences from the
+    group's mean. Only these differences reach the generator, so at trust 0 it learns nothing from predictions.
     """
     bound_B = predicted_MB.mean(0)
     if penalty:
         bound_B = bound_B - penalty * predicted_MB.std(0)
-    if gate >= 1:
+    if trust == 1:
         return bound_B
     centered_B = centered_within_groups(bound_B, group_B)
-    return bound_B - centered_B + gate * centered_B
+    return bound_B - centered_B + trust * centered_B
 
 
 def centered_within_groups(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:
@@ -179,6 +181,110 @@ class DecayedMean:
     def add(self, total: float, weight: float) -> None:
         """Add one step: the weighted sum of its values, and the sum of their weights."""
         self.total, self.weight = DECAY * self.total + total, DECAY * self.weight + weight
+
+
+@dataclass
+class GroupSpread:
+    """The standard deviation of the true reward within groups, over the first answers of a run: the unit of the loss.
+
+    The loss divides the reward's term by this unit. `beta` and the other weights then mean the same for a reward of any
+    scale. The unit is held after `HELD_FROM` differences: if it followed the policy, it would fall with the spread, and
+    noise would be amplified.
+    """
+
+    squares: float = 0.0  # squared differences from the groups' means
+    differences: float = 0.0  # answers minus groups
+
+    @property
+    def value(self) -> float | None:
+        """In reward units. None: no difference is known yet."""
+        return (self.squares / self.differences) ** 0.5 if self.squares > 0 else None
+
+    @property
+    def is_held(self) -> bool:
+        return self.differences >= HELD_FROM and self.squares > 0
+
+    def add(self, squares: float, differences: float) -> None:
+        """Add one step's sums, the result of `squared_differences`."""
+        if not self.is_held:
+            self.squares, self.differences = self.squares + squares, self.differences + differences
+
+
+def squared_differences(reward_B: np.ndarray, group_B: np.ndarray) -> tuple[float, int]:
+    """The sum of squared differences from the groups' means, and their number: known rewards minus groups."""
+    known_B = np.isfinite(reward_B)
+    if not known_B.any():
+        return 0.0, 0
+    known, groups = reward_B[known_B], group_B[known_B]
+    return float(np.square(centered_within_groups(known, groups)).sum()), len(known) - len(np.unique(groups))
+
+
+class Calibration:
+    """Regression of the true reward on fresh predictions within groups, over earlier steps.
+
+    There are several predictions of each response, and the regression weights them. Older steps decay by `DECAY` per
+    measured step. `trust` is the positive part of 1 − 1/F, with the F statistic of the regression (James and Stein
+    1961). It is 0 while the data do not show that the predictions know anything.
+
+    Args:
+        predictions: number of predictions of each response.
+    """
+
+    def __init__(self, predictions: int) -> None:
+        self.moments = np.zeros((1 + predictions, 1 + predictions))  # sums of products; the true reward is first
+        self.differences = 0.0  # answers minus groups
+
+    @property
+    def is_measured(self) -> bool:
+        return self.differences > 0
+
+    def add(self, moments: np.ndarray, differences: float) -> None:
+        """Add one step's sums, the result of `moments_within_groups`."""
+        self.moments = DECAY * self.moments + moments
+        self.differences = DECAY * self.differences + differences
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Least-squares weight of each prediction, 0 or more. They bring differences to the true reward's scale."""
+        products, squares = self.moments[0, 1:], self.moments[1:, 1:]
+        best, found = 0.0, np.zeros(len(products))
+        for chosen in _subsets(len(products)):
+            square = squares[np.ix_(chosen, chosen)]
+            weights = np.linalg.lstsq(square, products[chosen], rcond=1e-9)[0]
+            explained = float(weights @ products[chosen])
+            if (weights >= 0).all() and explained > best * (1 + 1e-9):
+                best, found = explained, np.zeros(len(products))
+                found[chosen] = weights
+        return found
+
+    @property
+    def _explained(self) -> float:
+        return min(1.0, float(self.weights @ self.moments[0, 1:]) / self.moments[0, 0]) if self.moments[0, 0] else 0.0
+
+    @property
+    def trust(self) -> float:
+        """Factor of the predictions, 0 to 1."""
+        explained, used = self._explained, int((self.weights > 0).sum())
+        if not explained or self.differences <= used:
+            return 0.0
+        return float(max(0.0, 1 - used * (1 - explained) / explained / (self.differences - used)))
+
+
+def _subsets(count: int) -> list[list[int]]:
+    """Every non-empty set of indices, small sets first."""
+    return [list(chosen) for size in range(1, count + 1) for chosen in combinations(range(count), size)]
+
+
+def moments_within_groups(
+    predictions_KB: np.ndarray, true_B: np.ndarray, group_B: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """The sums that `Calibration` adds up. Responses without a true reward or a finite prediction are left out."""
+    known_B = np.isfinite(true_B) & np.isfinite(predictions_KB).all(0)
+    if not known_B.any():
+        return np.zeros((1 + len(predictions_KB),) * 2), 0.0
+    groups = group_B[known_B]
+    centered = np.stack([centered_within_groups(row[known_B], groups) for row in (true_B, *predictions_KB)])
+    return centered @ centered.T, float(len(groups) - len(np.unique(groups)))
 
 
 def advantages(reward_B: np.ndarray, group_B: np.ndarray, baseline: float) -> np.ndarray:

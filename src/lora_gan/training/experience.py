@@ -31,6 +31,21 @@ class RetainedFeatures:
         return features_BH
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What the probe adds to the adapter's predictions of a step's responses.
+
+    Attributes:
+        features_BH: the probe's features, float32.
+        probe_B: differences predicted by the probe, up to a constant per group; None: it has learned nothing yet.
+        combined_MB: the adapter's predictions of every head, with differences within groups by adapter and probe.
+    """
+
+    features_BH: np.ndarray
+    probe_B: np.ndarray | None
+    combined_MB: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experience:
     """One step's responses and rewards."""
@@ -39,12 +54,14 @@ class Experience:
     rows: list[Row]  # the P prompts
     prompts: list[list[int]]  # token ids of the prompts
     rollout: Rollout  # K responses per prompt
-    predicted_MB: np.ndarray  # fresh predictions of every head, float64; NaN = not predicted
+    predicted_MB: np.ndarray  # fresh predictions of every head of the adapter, float64; NaN = not predicted
     asked_B: np.ndarray  # bool: whether the true reward was queried, drawn before scoring
     true_B: np.ndarray  # true rewards; NaN = not queried, or not answered
     inclusion_B: np.ndarray  # probability that a response was queried and answered; 0 = no response was queried
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # components of the true reward by name, if several
-    gate: float = 1.0  # weight of the predictions, 0 to 1, from earlier steps alone
+    probed: Probed | None = None  # None = the probe is not used
+    updated_MB: np.ndarray | None = None  # predictions after the probe has learned from the step's answers
+    trust: float = 1.0  # factor of the predictions' differences, from earlier steps alone; see `Calibration`
     failed_B: np.ndarray | None = None  # bool: queried, but without an answer after the last try; None = no failures
     features: RetainedFeatures = field(default_factory=RetainedFeatures)  # for the discriminator's first update
     notes: Notes = field(default_factory=Notes)  # what reward functions logged about the queried responses
@@ -52,6 +69,11 @@ class Experience:
     @property
     def predicted_B(self) -> np.ndarray:
         return self.predicted_MB.mean(0)
+
+    @property
+    def compared_MB(self) -> np.ndarray:
+        """The fresh predictions by which responses to one prompt are compared: the generator learns from these."""
+        return self.predicted_MB if self.probed is None else self.probed.combined_MB
 
     @property
     def dropped_B(self) -> np.ndarray:

@@ -6,6 +6,7 @@ Differences from REINFORCE leave-one-out (Ahmadian et al. 2024):
 
 - The reward may be a prediction, corrected by the queried true rewards.
 - The KL is exact over the vocabulary at each sampled position, and part of the loss instead of the reward.
+- The reward's term is divided by the reward's standard deviation within groups, measured over the run's first answers.
 - The discriminator's gradient may flow into the generator through the sampled tokens (straight-through).
 """
 
@@ -24,7 +25,7 @@ from ..data import Row
 from ..model.packing import Batch
 from ..model.players import Players
 from ..model.sampling import chunks
-from . import estimate, losses, micro_batch
+from . import distributed, estimate, losses, micro_batch
 from .experience import Experience
 from .optimizer import PlayerOptimizer
 
@@ -42,7 +43,7 @@ class PolicyLosses:
 
 
 class Generator:
-    """Trains the generator. Holds the optimizer, the baseline and the KL's weight from step to step."""
+    """Trains the generator. Holds the optimizer, the baseline, the reward's spread and the KL's weight."""
 
     def __init__(self, players: Players, config: Config) -> None:
         self.players, self.config = players, config
@@ -50,11 +51,12 @@ class Generator:
             players.parameters("generator"), config.learning_rate, config, config.num_iterations
         )
         self.baseline = estimate.DecayedMean()
+        self.spread = estimate.GroupSpread()  # of the true reward, within groups
         self.beta_scale = 1.0  # changes only if kl_target is set
 
     @property
     def beta(self) -> float:
-        """The current weight of the KL, in reward units per nat."""
+        """The current weight of the KL, in units of the reward's spread per nat."""
         return self.config.beta * self.beta_scale
 
     def update(
@@ -77,16 +79,19 @@ class Generator:
         """
         metrics: dict[str, float | None] = {}
         reward_B = advantage_B = None
+        unit = 1.0
         if experience is not None:
-            if signal == "predicted":
+            if signal in ("predicted", "mixed"):
                 experience = replace(experience, failed_B=None)  # failed queries do not matter for this signal
+            experience = replace(experience, trust=_trust(experience, signal))
             reward_B = self.rewards(experience, signal)
             advantage_B = estimate.advantages(reward_B, experience.group_B, self.baseline.value)
+            unit = self.reward_unit(experience, signal, reward_B)
             kept_B = ~experience.dropped_B
         old_logprobs_R: Tensor | None = None  # log-probabilities of all response tokens under the sampling policy
         most_rows, skipped = max(len(rows), 0 if experience is None else len(experience.rollout)), 0
         for iteration in range(self.config.num_iterations):
-            backward = partial(self._backward, rows, experience, advantage_B, imitation_weight, old_logprobs_R)
+            backward = partial(self._backward, rows, experience, advantage_B, imitation_weight, old_logprobs_R, unit)
             loss, terms, logprobs_R = micro_batch.within_memory(backward, self.optimizer, most_rows)
             old_logprobs_R = logprobs_R if old_logprobs_R is None else old_logprobs_R
             if reward_B is not None and signal != "true" and not np.isfinite(reward_B[kept_B]).all():
@@ -98,18 +103,23 @@ class Generator:
                 metrics = {
                     name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()
                 }
+        if reward_B is not None:
+            metrics["reward_spread"] = unit
         metrics["gen_skipped"] = skipped
-        if skipped == self.config.num_iterations:
-            return metrics  # without an update, baseline and beta stay, too
+        if skipped < self.config.num_iterations:  # without an update, baseline, spread and beta stay, too
+            self._follow(experience, reward_B, metrics.get("kl"))
+        return metrics
+
+    def _follow(self, experience: Experience | None, reward_B: np.ndarray | None, kl: float | None) -> None:
+        """Update the baseline, the spread and beta, after the updates, because an update may raise an error."""
         if reward_B is not None and not np.isnan(reward_B).all():
-            # After the updates, so that an update that raises does not change the baseline.
             self.baseline.add((1 - estimate.DECAY) * float(np.nanmean(reward_B)), 1 - estimate.DECAY)
-        kl = metrics.get("kl")
+        if experience is not None:
+            self.spread.add(*self._squared_differences(experience.true_B, experience.group_B))
         if self.config.kl_target is not None and kl is not None:
             # The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593): at most 10 % per step.
             error = min(max(kl / self.config.kl_target - 1, -1.0), 1.0)
             self.beta_scale *= 1 + 0.1 * error
-        return metrics
 
     def _backward(
         self,
@@ -118,12 +128,13 @@ class Generator:
         advantage_B: np.ndarray | None,
         imitation_weight: float,
         old_logprobs_R: Tensor | None,
+        unit: float,
     ) -> tuple[float, dict[str, float | None], Tensor | None]:
         """Accumulate the gradients of one update; return the loss, its terms and the tokens' log-probabilities, [R]."""
         loss, logprobs_R = 0.0, None
         terms: dict[str, float | None] = {}
         if experience is not None and advantage_B is not None:
-            policy = self._reinforce(experience, advantage_B, old_logprobs_R)
+            policy = self._reinforce(experience, advantage_B, old_logprobs_R, unit)
             loss = self._weighted(policy.policy, policy.kl, policy.entropy)
             logprobs_R = policy.logprobs_R
             terms["kl"] = policy.kl if self.beta else None  # not measured at beta 0
@@ -139,37 +150,76 @@ class Generator:
 
     def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
         """The rewards from which the advantage is computed, float64 [B]; NaN = unknown."""
-        predicted_B = estimate.gated_lower_bound(
-            experience.predicted_MB,
+        updated_MB = experience.updated_MB if signal == "mixed" else None
+        predicted_B = estimate.scaled_lower_bound(
+            experience.compared_MB if updated_MB is None else updated_MB,
             experience.group_B,
             penalty=self.config.uncertainty_penalty,
-            gate=experience.gate,
+            trust=_trust(experience, signal),
         )
         if signal == "true":
             reward_B = experience.true_B
         elif signal == "predicted":
             reward_B = predicted_B
+        elif signal == "mixed":
+            level_B = predicted_B - estimate.centered_within_groups(predicted_B, experience.group_B)
+            known_B = predicted_B + (1 - experience.trust) * (experience.true_B - level_B)
+            reward_B = np.where(np.isnan(experience.true_B), predicted_B, known_B)
         else:
             reward_B = estimate.corrected_reward(predicted_B, experience.true_B, experience.inclusion_B)
-        if signal != "predicted":
+        if signal in ("true", "corrected"):
             reward_B = np.where(experience.dropped_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
             # The discriminator's gradient carries this share of the predicted reward.
             reward_B = reward_B - self.config.straight_through_weight * predicted_B
         return reward_B
 
+    def reward_unit(self, experience: Experience, signal: RewardSignal, reward_B: np.ndarray) -> float:
+        """The unit of the reward's term of the loss, in reward units.
+
+        It is the spread of the true reward within groups over earlier steps. This step's rewards are not used, because
+        the gradient would be biased. There is one exception: until a spread is known, as in the first step, it is the
+        spread of this step's rewards. A first update of AdamW does not depend on the unit.
+
+        In the mixed reward, responses without a known reward count by their trust. The unit is smaller by the share of
+        responses that count. At trust 0 the loss is then that of RLOO on the known rewards.
+        """
+        if self.config.disc_objective == "real_vs_generated":
+            return 1.0  # there are no true rewards, and predictions grow as the discriminator learns
+        unit = self.spread.value
+        for values_B in (experience.true_B, reward_B):
+            if unit is None:
+                squares, differences = self._squared_differences(values_B, experience.group_B)
+                unit = (squares / differences) ** 0.5 if squares > 0 else None
+        unit = 1.0 if unit is None else unit
+        if signal == "mixed":
+            counts_B = np.where(np.isnan(experience.true_B), experience.trust, 1.0)
+            unit *= float(counts_B.mean()) or 1.0
+        return unit
+
+    def _squared_differences(self, reward_B: np.ndarray, group_B: np.ndarray) -> list[float]:
+        """`estimate.squared_differences` over all processes."""
+        sums = estimate.squared_differences(reward_B, group_B)
+        return distributed.total(torch.tensor(sums, dtype=torch.float64, device=self.players.device)).tolist()
+
     def _reinforce(
-        self, experience: Experience, advantage_B: np.ndarray, old_logprobs_R: Tensor | None = None
+        self,
+        experience: Experience,
+        advantage_B: np.ndarray,
+        old_logprobs_R: Tensor | None = None,
+        unit: float = 1.0,
     ) -> PolicyLosses:
         """Accumulate the gradients of the reward's loss, the KL and the entropy.
 
         Args:
+            advantage_B: in reward units.
             old_logprobs_R: log-probabilities under the policy that sampled the responses. None: the current policy
                 sampled them, as in the first update.
+            unit: the reward's spread, by which the reward's term is divided.
         """
         total = len(experience.rollout)
-        advantages_B = torch.as_tensor(advantage_B, device=self.players.device, dtype=torch.float32)
-        through = self.config.straight_through_weight * experience.gate
+        advantages_B = torch.as_tensor(advantage_B / unit, device=self.players.device, dtype=torch.float32)
+        through = self.config.straight_through_weight * experience.trust / unit
         is_straight = self.config.gradient_path == "straight_through" and through > 0
         embeddings_VH = self._embedding_table() if is_straight else None
         sums, logprobs, tokens = np.zeros(3), [], 0
@@ -299,3 +349,8 @@ class Generator:
                     (weight * share).backward()
                     total += float(share.detach())
         return total
+
+
+def _trust(experience: Experience, signal: RewardSignal) -> float:
+    """Factor of the predictions' differences in the reward. The predicted reward alone is used in full."""
+    return experience.trust if signal in ("corrected", "mixed") else 1.0

@@ -81,6 +81,7 @@ class Health:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.told: list[Kind] = []  # kinds of the notices given so far
+        self.unit = 1.0  # of beta in this step, in reward units
         self.labels = 0  # true rewards that the discriminator has learned from
         self.earlier = [0, 0.0]  # number of steps with different rewards within groups, and the sum of their means
         # Fresh rank correlation within groups after DISC_LABELS: number of steps, sum, and sum of squares.
@@ -99,6 +100,7 @@ class Health:
         if not groups:
             return []
         step = _summary(record, groups)
+        self.unit = _finite(record, "reward_spread") or 1.0
         self.recent.append(step)
         if step.kl is not None and len(self.first) < KL_STEPS:
             self.first.append(step)
@@ -222,7 +224,7 @@ class Health:
         if len(steps) < 2 * KL_STEPS or min(map(len, rewards)) < KL_STEPS // 2:
             return None
         kl = _mean_kl(last)
-        cost = self.config.beta * (kl - _mean_kl(self.first))
+        cost = self.config.beta * self.unit * (kl - _mean_kl(self.first))
         gain = fmean(rewards[1]) - fmean(rewards[0])
         error = math.hypot(*(stdev(known) / math.sqrt(len(known)) for known in rewards))
         spread = fmean(step.spread for step in last)
@@ -245,9 +247,8 @@ class Health:
         return (
             f"the discriminator is no better than chance: rank_correlation_within is {mean:.2f} ± {error:.2f} over "
             f"{count} steps, after {self.labels:,} labels. Its predictions only add noise: raise query_rate "
-            f"(now {config.query_rate:g}), num_generations (now {config.num_generations}) or disc_updates (now "
-            f"{config.disc_updates}), or set gate_correlation (now {config.gate_correlation:g}) to leave such "
-            "predictions out"
+            f"(now {config.asked_share:g}), num_generations (now {config.num_generations}) or disc_updates (now "
+            f"{config.disc_updates})"
         )
 
     @property

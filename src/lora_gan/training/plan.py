@@ -69,7 +69,7 @@ def plan_step(config: Config, step: int, signal: RewardSignal, *, train_gen: boo
         )
     judges = train_disc or not train_gen
     straight_through = config.gradient_path == "straight_through"
-    some_unasked = signal == "corrected" and (config.query_rate < 1 or config.reward_budget is not None)
+    some_unasked = signal in ("corrected", "mixed") and (config.asked_share < 1 or config.reward_budget is not None)
     return StepPlan(
         signal=signal,
         train_gen=train_gen,
