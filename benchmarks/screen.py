@@ -1,10 +1,13 @@
 """Offline screen on a real base: how well a head on frozen features ranks the responses to a prompt.
 
     python benchmarks/screen.py collect --task facts --out runs/screen     # once: samples, features, true rewards
-    python benchmarks/screen.py compare --task facts --out runs/screen     # minutes: heads, features, selection, noise
+    python benchmarks/screen.py compare --task facts --out runs/screen     # minutes: features and depths, with noise
+    python benchmarks/screen.py worth   --task facts --out runs/screen     # minutes: the mixed reward
 
 `collect` samples responses from the base, and from plain RLOO after 64 and 128 calls. `compare` fits heads on some
-labels, and measures them on other prompts. A variant that loses here is not worth a run of training.
+labels, and measures them on other prompts. `worth` plays 16 steps of 4 prompts × 8 responses with one known group, and
+prints the squared signal-to-noise ratio of the advantages, in units of one response with an exact reward. A variant
+that loses here is not worth a run of training.
 
 # P = prompts, K = responses per prompt, H = hidden size, N = labelled responses
 """
@@ -22,6 +25,8 @@ from learning_tasks import Reward, load
 from scipy.stats import rankdata
 
 from lora_gan import LoraGAN, data, randomness
+from lora_gan.training import estimate
+from lora_gan.training.probe import Probe
 
 DEPTHS = (1 / 3, 2 / 3, 1)  # of the layers after which hidden states are read
 SETTINGS: dict[str, Any] = {
@@ -128,9 +133,52 @@ def gap_closed(predicted_PK: np.ndarray, true_PK: np.ndarray) -> float:
     return float((picked - true_PK.mean()) / (true_PK.max(1).mean() - true_PK.mean()))
 
 
+# --- what a step is worth ---------------------------------------------------------------------------------------------
+
+
+def worth(arguments: argparse.Namespace) -> None:
+    print("task   calls  noise  labels    RLOO on the known group  mixed reward  trust in step 2, 4, 8, 16")
+    for calls, noise, shuffled in product(arguments.calls, (0.0, 2.0), (False, True)):
+        with np.load(arguments.out / f"{arguments.task}-{calls}.npz") as stored:
+            true_PK, features = stored["true"], stored["features"]
+        features = features.reshape(*true_PK.shape, len(DEPTHS), 2, -1)[:, :, 1, 1]
+        features /= np.linalg.norm(features, axis=-1, keepdims=True)
+        runs = [steps_worth(features, true_PK, noise, shuffled, seed) for seed in range(20)]
+        rloo, mixed, trust = (np.mean([run[i] for run in runs], axis=0) for i in range(3))
+        print(
+            f"{arguments.task}  {calls:5d}  {noise:5.1f}  {'shuffled' if shuffled else 'true':8}  "
+            f"{rloo.mean():23.1f}  {mixed.mean():12.1f}  {np.round(trust[[1, 3, 7, 15]], 2)}"
+        )
+
+
+def steps_worth(
+    features: np.ndarray, true_PK: np.ndarray, noise: float, shuffled: bool, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Worth of RLOO and of the mixed reward, and the trust, in each of 16 steps. Shuffled: the probe's labels are."""
+    rng, probe = randomness.generator(seed, 0, "screen"), Probe()
+    order, group_B = rng.permutation(len(true_PK)), np.repeat(np.arange(4), 8)
+    variance, spread = true_PK.var(1, ddof=1).mean(), true_PK.std(1, ddof=1).mean()
+    results = []
+    for step in range(16):
+        chosen = np.ix_(order[4 * step : 4 * step + 4], rng.permutation(true_PK.shape[1])[:8])
+        exact_B = estimate.centered_within_groups(true_PK[chosen].ravel(), group_B)
+        told_B = np.where(group_B == 0, exact_B + noise * spread * rng.normal(size=32), np.nan)
+        labels_B = told_B.copy()
+        if shuffled:
+            labels_B[:8] = rng.permutation(labels_B[:8])
+        probe.learn(features[chosen].reshape(32, -1), labels_B, group_B)
+        predicted_B = probe.predict(features[chosen].reshape(32, -1)) / probe.amplitude
+        rloo_B = np.where(group_B == 0, np.nan_to_num(told_B - told_B[:8].mean()), 0.0)
+        mixed_B = probe.trust * estimate.centered_within_groups(predicted_B, group_B) + (1 - probe.trust) * rloo_B
+        products = [(a_B @ exact_B, a_B @ a_B) for a_B in (rloo_B, mixed_B)]
+        results.append([*(p * abs(p) / max(s, 1e-12) / variance for p, s in products), probe.trust])
+    rloo, mixed, trust = np.array(results).T
+    return rloo, mixed, trust
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("collect", "compare"))
+    parser.add_argument("action", choices=("collect", "compare", "worth"))
     parser.add_argument("--task", default="facts", choices=("facts", "constraints", "tiny"))
     parser.add_argument("--out", type=Path, default=Path("runs/screen"))
     parser.add_argument("--prompts", type=int, default=64)
@@ -139,7 +187,7 @@ def main() -> None:
     parser.add_argument("--ridge", type=float, default=1.0, help="in units of a centred feature vector's mean square")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    {"collect": collect, "compare": compare}[arguments.action](arguments)
+    {"collect": collect, "compare": compare, "worth": worth}[arguments.action](arguments)
 
 
 if __name__ == "__main__":

@@ -312,7 +312,8 @@ class Config:
         """
         if adversarial not in (True, False, None):
             raise ValueError(f"adversarial={shown(adversarial)} is not accepted: it must be True, False or None")
-        default: RewardSignal = "corrected" if self.reward_budget is None else "mixed"
+        has_probe = self.gradient_path == "policy_gradient" and self.disc_objective == "regression"
+        default: RewardSignal = "mixed" if self.reward_budget is not None and has_probe else "corrected"
         signal = {True: "predicted", False: "true", None: self.reward_signal or default}[adversarial]
         if self.reward_signal not in (signal, "corrected", None):
             raise ValueError(
@@ -323,6 +324,11 @@ class Config:
             raise ValueError(
                 f"learning from the true reward needs it for every response, but query_rate={self.query_rate}: "
                 "set query_rate=1, or reward_signal='corrected'"
+            )
+        if signal == "mixed" and not has_probe:
+            raise ValueError(
+                "reward_signal='mixed' needs gradient_path='policy_gradient' and disc_objective='regression': the "
+                "probe passes no gradient to the generator, and learns true rewards only"
             )
         if signal == "true" and self.gradient_path == "straight_through":
             raise ValueError(

@@ -244,6 +244,7 @@ class LoraGAN:
         disc: dict[str, Any] = {}
         if experience is not None and plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
+        if experience is not None and plan.signal == "mixed":
             experience = self.discriminator.updated(experience)
         if plan.train_gen:
             with self.discriminator.ema_scope():

@@ -3,6 +3,8 @@
 Oracles: NumPy's least squares, stock PEFT's hidden states, simulated rewards.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -180,14 +182,73 @@ def test_predictions_of_pure_noise_are_seldom_trusted():
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_mixed_is_the_true_reward_where_known_while_predictions_are_not_trusted():
-    gan = small_gan(reward_signal="mixed", query_rate=0.5)
+def mixed_of(trust, updated_B, true_B):
+    gan = small_gan(reward_signal="mixed", num_generations=4)
     experience = play(gan, rows_of(PROMPTS[:2], TARGETS[:2], {}))
-    assert experience.trust == 0 and experience.asked_B.sum() == len(experience.true_B) / 2
-    reward_B = gan.generator.rewards(experience, "mixed")
-    known = ~np.isnan(experience.true_B)
-    np.testing.assert_allclose(reward_B[known], experience.true_B[known])
-    assert np.ptp(reward_B[~known]) == 0
+    experience = dataclasses.replace(
+        experience, true_B=np.array(true_B), updated_B=np.array(updated_B), updated_trust=trust
+    )
+    return gan.generator, experience, gan.generator.rewards(experience, "mixed")
+
+
+def test_the_mixed_reward_by_hand():
+    """Two groups of four; the first is known."""
+    updated, true = [1.0, 2.0, 3.0, 6.0, 0.0, 0.0, 4.0, 4.0], [5.0, 5.0, 7.0, 7.0, *[np.nan] * 4]
+    _, _, reward_B = mixed_of(0.25, updated, true)
+    first = 0.25 * np.array([-2, -1, 0, 3]) + 0.75 * np.array([-1, -1, 1, 1])
+    np.testing.assert_allclose(reward_B, [*first, *(0.25 * np.array([-2, -2, 2, 2]))])
+    _, _, reward_B = mixed_of(0.0, updated, true)
+    np.testing.assert_allclose(reward_B, [-1, -1, 1, 1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(("trust", "share"), [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
+def test_the_unit_of_the_mixed_reward_follows_the_responses_that_count(trust, share):
+    generator, experience, reward_B = mixed_of(trust, range(8), [5.0, 5.0, 7.0, 7.0, *[np.nan] * 4])
+    generator.spread.add(40.0, 10.0)
+    assert generator.reward_unit(experience, "mixed", reward_B) == pytest.approx(2.0 * share)
+
+
+def test_a_group_of_one_with_a_known_reward_keeps_it():
+    gan = small_gan(reward_signal="mixed", num_generations=1)
+    experience = play(gan, rows_of(PROMPTS[:2], TARGETS[:2], {}))
+    np.testing.assert_allclose(gan.generator.rewards(experience, "mixed"), experience.true_B)
+
+
+@pytest.mark.parametrize("noise", [0.2, 1.0])
+def test_trust_is_that_of_predictions_without_the_own_group(noise):
+    """Oracle: the regression solved again without each group, with the same ridge."""
+    features, true, group_N = data_of(6, noise=noise)
+    probe = Probe()
+    probe.learn(features, true, group_N)
+    x, y = centred(features.astype(np.float64), group_N), centred(true, group_N)
+    scale = np.trace(x @ x.T) / len(x)
+    ridges = {ridge: np.linalg.solve(x.T @ x + ridge * scale * np.eye(x.shape[1]), x.T @ y) for ridge in RIDGES}
+    ridge = min(ridges, key=lambda ridge: np.abs(ridges[ridge] - probe.weights_H).max())
+    left_out = np.zeros(len(y))
+    for group in range(6):
+        own = group_N == group
+        system = x[~own].T @ x[~own] + ridge * scale * np.eye(x.shape[1])
+        left_out[own] = x[own] @ np.linalg.solve(system, x[~own].T @ y[~own])
+    explained = (left_out @ y) ** 2 / (left_out @ left_out) / (y @ y)
+    assert probe.trust == pytest.approx(max(0.0, 1 - (1 - explained) / explained / (len(y) - 6 - 1)))
+    fitted = x @ probe.weights_H
+    assert probe.amplitude == pytest.approx(np.sqrt((fitted @ fitted) / (y @ y)))
+
+
+def test_shuffled_labels_are_seldom_trusted():
+    trust = {0.0: [], 1.0: []}
+    for knows in trust:
+        for seed in range(200):
+            probe = Probe()
+            probe.learn(*data_of(8, noise=1.0, knows=knows, seed=seed))
+            trust[knows].append(probe.trust)
+    assert np.mean(trust[0.0]) < 0.15 and np.mean(trust[1.0]) > 0.85
+
+
+def test_one_group_alone_is_not_trusted():
+    probe = Probe()
+    probe.learn(*data_of(1, noise=0.0))
+    assert probe.trust == 0 and probe.weights_H.any()
 
 
 def test_the_probe_learns_in_a_step_and_the_next_step_predicts_with_it():

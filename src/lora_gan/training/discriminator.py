@@ -167,11 +167,15 @@ class Discriminator:
         return Probed(features_BH, probe_B, combined_MB)
 
     def updated(self, experience: Experience) -> Experience:
-        """The experience with the predictions of the probe that has learned from the step's answers."""
-        if experience.probed is None:
+        """The experience with the predictions of the probe that has learned from the step's answers.
+
+        They have the scale of the true reward's differences: a ridge regression shrinks its predictions.
+        """
+        probed = experience.probed
+        predicted_B = None if probed is None else self.probe.predict(probed.features_BH)
+        if predicted_B is None:
             return experience
-        now = self._probed(experience.probed.features_BH, experience.predicted_MB, experience.group_B)
-        return replace(experience, updated_MB=now.combined_MB)
+        return replace(experience, updated_B=predicted_B / self.probe.amplitude, updated_trust=self.probe.trust)
 
     def update(self, experience: Experience) -> dict[str, float | None]:
         """Make the step's `disc_updates` updates, on the answered groups and as many groups from replay.
@@ -188,8 +192,9 @@ class Discriminator:
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
-        metrics = self._pairwise_accuracy(fresh) if relative else self._measure(experience)
+        metrics = self._pairwise_accuracy(fresh) if relative else {}
         if not relative:
+            self._measure(experience)
             self._update_reward_unit(fresh)
             if not self.players.heads_MH.any():
                 self._init_heads(fresh)
@@ -216,8 +221,8 @@ class Discriminator:
             **metrics,
         }
 
-    def _measure(self, experience: Experience) -> dict[str, float]:
-        """Compare this step's predictions with its answers; return the trust that this step's generator used."""
+    def _measure(self, experience: Experience) -> None:
+        """Compare this step's predictions with its answers."""
         answered_B = ~np.isnan(experience.true_B)
         metrics = fresh_metrics(experience.compared_MB, experience.true_B, experience.group_B)
         within = metrics["rank_correlation_within"]
@@ -230,7 +235,6 @@ class Discriminator:
             self.correlation.add(total, weight)
         if experience.probed is not None:
             self._calibrate(experience, experience.probed)
-        return {"trust": experience.trust}
 
     def _calibrate(self, experience: Experience, probed: Probed) -> None:
         """Compare this step's predictions with its answers, then give the answers to the probe."""

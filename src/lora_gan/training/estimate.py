@@ -264,10 +264,28 @@ class Calibration:
     @property
     def trust(self) -> float:
         """Factor of the predictions, 0 to 1."""
-        explained, used = self._explained, int((self.weights > 0).sum())
-        if not explained or self.differences <= used:
-            return 0.0
-        return float(max(0.0, 1 - used * (1 - explained) / explained / (self.differences - used)))
+        return shrinkage(self._explained, int((self.weights > 0).sum()), self.differences)
+
+
+def shrinkage(explained: float, used: int, differences: float) -> float:
+    """The positive part of 1 − 1/F, with the F statistic of a regression (James and Stein 1961).
+
+    Args:
+        explained: share of the variance that the regression explains, 0 to 1.
+        used: number of predictors.
+        differences: observations minus the number of means that were subtracted.
+    """
+    if explained <= 0 or differences <= used:
+        return 0.0
+    return float(max(0.0, 1 - used * (1 - explained) / explained / (differences - used)))
+
+
+def trust_in(predicted_N: np.ndarray, true_N: np.ndarray, differences: float) -> float:
+    """`shrinkage` of one prediction, both centred within groups. 0 if they disagree, or predictions are rounding."""
+    product, predicted, true = float(predicted_N @ true_N), float(predicted_N @ predicted_N), float(true_N @ true_N)
+    if product <= 0 or predicted <= 1e-12 * true:
+        return 0.0
+    return shrinkage(min(1.0, product**2 / (predicted * true)), 1, differences)
 
 
 def _subsets(count: int) -> list[list[int]]:

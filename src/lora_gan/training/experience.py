@@ -60,7 +60,10 @@ class Experience:
     inclusion_B: np.ndarray  # probability that a response was queried and answered; 0 = no response was queried
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # components of the true reward by name, if several
     probed: Probed | None = None  # None = the probe is not used
-    updated_MB: np.ndarray | None = None  # predictions after the probe has learned from the step's answers
+    # The probe's differences after it has learned from the step's answers, in reward units, and the trust in them. For
+    # the mixed reward. None = the probe knows nothing yet.
+    updated_B: np.ndarray | None = None
+    updated_trust: float = 0.0
     trust: float = 1.0  # factor of the predictions' differences, from earlier steps alone; see `Calibration`
     failed_B: np.ndarray | None = None  # bool: queried, but without an answer after the last try; None = no failures
     features: RetainedFeatures = field(default_factory=RetainedFeatures)  # for the discriminator's first update

@@ -103,8 +103,10 @@ class Generator:
                 metrics = {
                     name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()
                 }
-        if reward_B is not None:
+        if experience is not None:
             metrics["reward_spread"] = unit
+            if signal in ("corrected", "mixed"):
+                metrics["trust"] = experience.updated_trust if signal == "mixed" else experience.trust
         metrics["gen_skipped"] = skipped
         if skipped < self.config.num_iterations:  # without an update, baseline, spread and beta stay, too
             self._follow(experience, reward_B, metrics.get("kl"))
@@ -150,9 +152,10 @@ class Generator:
 
     def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
         """The rewards from which the advantage is computed, float64 [B]; NaN = unknown."""
-        updated_MB = experience.updated_MB if signal == "mixed" else None
+        if signal == "mixed":
+            return _mixed(experience)
         predicted_B = estimate.scaled_lower_bound(
-            experience.compared_MB if updated_MB is None else updated_MB,
+            experience.compared_MB,
             experience.group_B,
             penalty=self.config.uncertainty_penalty,
             trust=_trust(experience, signal),
@@ -161,10 +164,6 @@ class Generator:
             reward_B = experience.true_B
         elif signal == "predicted":
             reward_B = predicted_B
-        elif signal == "mixed":
-            level_B = predicted_B - estimate.centered_within_groups(predicted_B, experience.group_B)
-            known_B = predicted_B + (1 - experience.trust) * (experience.true_B - level_B)
-            reward_B = np.where(np.isnan(experience.true_B), predicted_B, known_B)
         else:
             reward_B = estimate.corrected_reward(predicted_B, experience.true_B, experience.inclusion_B)
         if signal in ("true", "corrected"):
@@ -193,7 +192,7 @@ class Generator:
                 unit = (squares / differences) ** 0.5 if squares > 0 else None
         unit = 1.0 if unit is None else unit
         if signal == "mixed":
-            counts_B = np.where(np.isnan(experience.true_B), experience.trust, 1.0)
+            counts_B = np.where(np.isnan(experience.true_B), experience.updated_trust, 1.0)
             unit *= float(counts_B.mean()) or 1.0
         return unit
 
@@ -353,4 +352,24 @@ class Generator:
 
 def _trust(experience: Experience, signal: RewardSignal) -> float:
     """Factor of the predictions' differences in the reward. The predicted reward alone is used in full."""
-    return experience.trust if signal in ("corrected", "mixed") else 1.0
+    return experience.trust if signal == "corrected" else 1.0
+
+
+def _mixed(experience: Experience) -> np.ndarray:
+    """The mixed reward, float64 [B]: true rewards and predictions, weighted by the trust in predictions.
+
+    At trust 0, known rewards count alone, and other groups have no differences. At trust 1, predictions count alone:
+    the probe has learned from this step's rewards, so its prediction of a known reward is a smoothed reward. A known
+    reward without others in its group is used as it is.
+    """
+    trust, group_B = experience.updated_trust, experience.group_B
+    known_B = np.isfinite(experience.true_B)
+    alone_B = known_B & (np.bincount(group_B)[group_B] == 1)
+    reward_B = np.zeros(len(group_B))
+    if experience.updated_B is not None:
+        reward_B += trust * estimate.centered_within_groups(experience.updated_B, group_B)
+    if known_B.any():
+        true_B = experience.true_B[known_B]
+        reward_B[known_B] += (1 - trust) * estimate.centered_within_groups(true_B, group_B[known_B])
+    reward_B[alone_B] = experience.true_B[alone_B]
+    return reward_B

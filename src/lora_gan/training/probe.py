@@ -8,8 +8,8 @@ stock sequence classification reads: on SmolLM2-135M with 128 labels the rank co
 0.27 (benchmarks/screen.py). The adapter needs more labels than the probe, and can learn more from many labels.
 
 The probe is solved in closed form after each step. It has no learning rate, and it depends only on the labels. Its
-strength of regularization is chosen by generalized cross-validation (Golub, Heath and Wahba 1979). Used by
-`discriminator`.
+strength of regularization is chosen by generalized cross-validation (Golub, Heath and Wahba 1979). How far to trust its
+predictions is measured by leaving out one group at a time. Used by `discriminator`.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from . import distributed
-from .estimate import centered_within_groups
+from .estimate import centered_within_groups, trust_in
 
 #: Strengths of the ridge, in units of a centred feature vector's mean square. Noisy labels need the larger ones.
 RIDGES = np.array([1.0, 3.0, 10.0, 30.0, 100.0])
@@ -32,6 +32,8 @@ class Probe:
         self.features: list[np.ndarray] = []  # per group, [responses, H], float32
         self.rewards: list[np.ndarray] = []  # per group, [responses], float64
         self.weights_H: np.ndarray | None = None  # None: no group with two answers yet
+        self.trust = 0.0  # 0 to 1, by leaving out one group at a time
+        self.amplitude = 1.0  # root mean square of the fitted rewards, relative to that of the true rewards
 
     def predict(self, features_BH: np.ndarray) -> np.ndarray | None:
         """Predicted reward up to a constant per group, float64 [B]. None: nothing is learned yet."""
@@ -61,8 +63,8 @@ class Probe:
         values_N, vectors_NN = np.linalg.eigh(features_NH @ features_NH.T)
         values_N = np.maximum(values_N, 0.0)
         scale, freedom = values_N.mean(), len(true_N) - len(self.rewards)
+        self.weights_H, self.trust, self.amplitude = np.zeros(features_NH.shape[1]), 0.0, 1.0
         if not scale or not true_N.any():
-            self.weights_H = np.zeros(features_NH.shape[1])
             return
         along_N = vectors_NN.T @ true_N
         errors = []
@@ -72,9 +74,13 @@ class Probe:
             errors.append(float(np.square(left_N * along_N).sum()) / unused**2)
         ridge = RIDGES[int(np.argmin(errors))] * scale
         self.weights_H = features_NH.T @ (vectors_NN @ (along_N / (values_N + ridge)))
+        fit_NN = (vectors_NN * (values_N / (values_N + ridge))) @ vectors_NN.T  # true rewards -> fitted rewards
+        fitted_N = fit_NN @ true_N
+        self.amplitude = float(np.sqrt(np.square(fitted_N).sum() / np.square(true_N).sum())) or 1.0
+        self.trust = trust_in(_left_out(fit_NN, true_N, fitted_N, group_N), true_N, freedom)
 
     def clear(self) -> None:
-        self.features, self.rewards, self.weights_H = [], [], None
+        self.features, self.rewards, self.weights_H, self.trust, self.amplitude = [], [], None, 0.0, 1.0
 
     # --- the state in checkpoints
 
@@ -85,6 +91,8 @@ class Probe:
             "features": torch.from_numpy(np.concatenate(self.features)) if self.features else None,
             "rewards": torch.from_numpy(np.concatenate(self.rewards)) if self.rewards else None,
             "weights": None if self.weights_H is None else torch.from_numpy(self.weights_H),
+            "trust": self.trust,
+            "amplitude": self.amplitude,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,3 +102,15 @@ class Probe:
             self.features = np.split(state["features"].numpy(), edges)
             self.rewards = np.split(state["rewards"].numpy(), edges)
         self.weights_H = None if state["weights"] is None else state["weights"].numpy()
+        self.trust, self.amplitude = state["trust"], state["amplitude"]
+
+
+def _left_out(fit_NN: np.ndarray, true_N: np.ndarray, fitted_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
+    """What the regression without a group predicts for this group, [N], for every group, in closed form."""
+    predicted_N = np.zeros_like(true_N)
+    for group in np.unique(group_N):
+        members = np.flatnonzero(group_N == group)
+        own = np.eye(len(members)) - fit_NN[np.ix_(members, members)]
+        residual = np.linalg.lstsq(own, (true_N - fitted_N)[members], rcond=1e-9)[0]
+        predicted_N[members] = true_N[members] - residual
+    return predicted_N
