@@ -170,3 +170,17 @@ def test_a_removed_setting_is_accepted_with_its_old_default_alone(name):
     assert Config.from_dict({name: default}) == Config()
     with pytest.raises(ValueError, match=re.escape(f"the setting {name} is gone: {successor}")):
         Config.from_dict({name: "another value"})
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_yaml_file_may_hold_a_removed_setting_with_its_old_default_alone(name, tmp_path, monkeypatch, capsys):
+    """Such as the train.yaml of a run that an earlier version made."""
+    default, successor = REMOVED[name]
+    configs, file = [], tmp_path / "train.yaml"
+    monkeypatch.setattr("lora_gan.cli.training.run", lambda config, options: configs.append(config))
+    run = {"model": "tiny", "data": "x.jsonl"}
+    file.write_text(json.dumps(run | {name: default}), encoding="utf-8")
+    assert cli.main(["train", "--config", str(file)]) == 0 and configs == [Config()]
+    file.write_text(json.dumps(run | {name: "another value"}), encoding="utf-8")
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert f"the setting {name} is gone: {successor}" in " ".join(capsys.readouterr().err.split())

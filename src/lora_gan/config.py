@@ -27,6 +27,12 @@ REMOVED: dict[str, tuple[Any, str]] = {
         0.0,
         "predictions are weighted by their measured worth with reward_signal='corrected' or 'mixed'",
     ),
+    "log_completions_steps": (1, "completions.jsonl has every step; log_completions=False writes no responses"),
+    "completions_steps": (25, "the display and trackers get samples every 25 steps; completions.jsonl has every step"),
+    "num_completions_to_print": (
+        2,
+        "the display shows 2 responses; progress=False hides it, completions.jsonl has all",
+    ),
 }
 
 
@@ -69,13 +75,6 @@ class Config:
     """Whether a greater metric_for_best_model is better."""
     log_completions: Annotated[bool, Group.LOGS, Mark.SILENT, Mark.UNLISTED] = True
     """Whether to display sampled responses, and write them to completions.jsonl with true and predicted reward."""
-    log_completions_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 1
-    """Steps between writes to completions.jsonl. A write holds all responses of its step. The first and the last step
-    are always written. The dry run prints the expected size of the logs."""
-    completions_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 25
-    """Steps between samples on the display and in trackers. The display also shows the first and the last step."""
-    num_completions_to_print: Annotated[int, Group.LOGS, Ge(0), Unit("responses"), Mark.SILENT, Mark.UNLISTED] = 2
-    """Responses per displayed step."""
     report_to: Annotated[str | tuple[str, ...], Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "none"
     """Trackers in addition to metrics.jsonl: "tensorboard", "wandb", "trackio", a list of these, "all" (the installed
     ones), or "none"."""

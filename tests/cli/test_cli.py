@@ -358,7 +358,7 @@ def test_a_reward_that_fails_later_leaves_a_run_that_goes_on(there, capsys):
 
 
 def test_score_reads_the_samples_of_a_run_beside_their_targets(there, capsys):
-    assert train("--max_steps", "1", "--completions_steps", "1") == 0
+    assert train("--max_steps", "1") == 0
     capsys.readouterr()
     assert cli.main(["score", "--checkpoint", "run", "--data", "run/completions.jsonl"]) == 0
     scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

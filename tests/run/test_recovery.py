@@ -271,7 +271,7 @@ def lines_of(path):
 @pytest.mark.parametrize("broken", ["updates", "weights"])
 def test_rollback_goes_on_from_the_last_good_checkpoint_at_half_the_learning_rates(monkeypatch, tmp_path, broken):
     """Oracle: a new process that loads that checkpoint with half the learning rates, and is not poisoned."""
-    settings = {"max_skipped_updates": 2, "completions_steps": 1, "save_steps": 4, "on_nonfinite": "rollback"}
+    settings = {"max_skipped_updates": 2, "save_steps": 4, "on_nonfinite": "rollback"}
     gan = small_gan(**settings, output_dir=str(tmp_path / "run"))
     if broken == "updates":
         poison(monkeypatch, gan, "generator", {5, 6})

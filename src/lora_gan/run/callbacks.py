@@ -48,6 +48,12 @@ from .ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
 #: `state.log_history` holds this many of the newest lines, so memory stays constant. metrics.jsonl holds every line.
 LOG_HISTORY = 500
 
+#: Steps between samples on the display and in trackers. Samples of every step would hide the numbers on a terminal, and
+#: fill a tracker with tables. completions.jsonl has the responses of every step.
+SAMPLES_EVERY = 25
+#: Responses per displayed step, so that samples and numbers fit on a terminal together.
+SAMPLES_SHOWN = 2
+
 Callback = TrainerCallback | type[TrainerCallback]
 
 
@@ -151,11 +157,11 @@ class FitObserver:
             [DefaultFlowCallback, *own], peft, tokenizer, optimizer.adamw, optimizer.schedule
         )
         shown = progress and not any(isinstance(callback, ProgressCallback) for callback in own)  # has its own display
-        self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
+        self.display = Display(self.first, last, shown=shown, samples=SAMPLES_SHOWN)
         self._unlogged: list[Mapping[str, Any]] = []  # numbers of the steps since the last line of metrics
         self.num_tokens = 0
         self._evaluated_at: int | None = None
-        self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, by pending destination
+        self._undisplayed: Sequence[Mapping[str, Any]] = ()  # the last step's responses, if they were not displayed
         self.saved_steps: set[int] = set()  # steps of the checkpoints that this run has written
         self._stack = ExitStack()
         self._began = time.perf_counter()
@@ -189,7 +195,7 @@ class FitObserver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:
-            self._write_last_samples()
+            self._show_last_samples()
             self._log_late_calls()
             if kind is None:
                 self._end_epoch()
@@ -293,7 +299,7 @@ class FitObserver:
             self.completions.go_back(step)
         self.handler.optimizer, self.handler.lr_scheduler = optimizer.adamw, optimizer.schedule
         self._unlogged, self.num_tokens, self._evaluated_at = [], 0, None
-        self._last_samples = {}
+        self._undisplayed = ()
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._restore_totals()
@@ -364,25 +370,21 @@ class FitObserver:
         del self.state.log_history[:-LOG_HISTORY]
 
     def _log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write, show and track a step's responses, each at its interval, and at the first and last step."""
-        config, at_an_end = self.run_state.config, step in (self.first + 1, self.args.max_steps)
-        self._last_samples = {"file": samples, "display": samples} if samples else {}
+        """Write a step's responses. Show and track samples at their interval; show the first and last step, too."""
+        self._undisplayed = samples
         if not samples:
             return
-        if at_an_end or step % config.log_completions_steps == 0:
-            self.completions.write(*self._last_samples.pop("file"))
-        if at_an_end or step % config.completions_steps == 0:
-            self.display.show(self._last_samples.pop("display"))
-        if step % config.completions_steps == 0:
+        self.completions.write(*samples)
+        if step % SAMPLES_EVERY == 0 or step in (self.first + 1, self.args.max_steps):
+            self._show_last_samples()
+        if step % SAMPLES_EVERY == 0:
             self.trackers.log_samples(samples, step)
 
-    def _write_last_samples(self) -> None:
-        """Write and show the last step's responses, however the run ends."""
-        left, self._last_samples = self._last_samples, {}
-        if "file" in left:
-            self.completions.write(*left["file"])
-        if "display" in left:
-            self.display.show(left["display"])
+    def _show_last_samples(self) -> None:
+        """Show the last step's responses, unless they were shown; also called however the run ends."""
+        if self._undisplayed:
+            self.display.show(self._undisplayed)
+        self._undisplayed = ()
 
     def _schedule_end(self) -> None:
         """Request an evaluation and a checkpoint when the run ends, for any reason."""
