@@ -29,10 +29,10 @@ REMOVED: dict[str, tuple[Any, str]] = {
     ),
     "log_completions_steps": (1, "completions.jsonl has every step; log_completions=False writes no responses"),
     "completions_steps": (25, "the display and trackers get samples every 25 steps; completions.jsonl has every step"),
-    "num_completions_to_print": (
-        2,
-        "the display shows 2 responses; progress=False hides it, completions.jsonl has all",
-    ),
+    "num_completions_to_print": (2, "the display shows 2 responses; completions.jsonl has all of them"),
+    "project": ("lora-gan", "set the environment variable WANDB_PROJECT for wandb; trackio's project is lora-gan"),
+    "run_name": (None, "a run has the name of output_dir in trackers; the environment variable WANDB_NAME still works"),
+    "greater_is_better": (True, "set metric_for_best_model='-NAME' if a smaller value is better"),
 }
 
 
@@ -70,18 +70,15 @@ class Config:
     """Whether fit() also evaluates on its eval_dataset before the first step, logged as step 0. This queries one true
     reward per row."""
     metric_for_best_model: Annotated[str, Group.LOGS, MinLen(1), Mark.SILENT] = "true_reward"
-    """Evaluation metric that early stopping and save_best use, by its name in the output of `lora-gan eval`."""
-    greater_is_better: Annotated[bool, Group.LOGS, Mark.SILENT] = True
-    """Whether a greater metric_for_best_model is better."""
+    """Evaluation metric that early stopping and save_best use, by its name in the output of `lora-gan eval`. A leading
+    minus means that a smaller value is better: "-perplexity", on the command line --metric_for_best_model=-perplexity.
+    """
     log_completions: Annotated[bool, Group.LOGS, Mark.SILENT, Mark.UNLISTED] = True
     """Whether to display sampled responses, and write them to completions.jsonl with true and predicted reward."""
     report_to: Annotated[str | tuple[str, ...], Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "none"
     """Trackers in addition to metrics.jsonl: "tensorboard", "wandb", "trackio", a list of these, "all" (the installed
-    ones), or "none"."""
-    run_name: Annotated[str | None, Group.LOGS, Mark.SILENT, Mark.UNLISTED] = None
-    """The run's name in trackers. None: the name of output_dir."""
-    project: Annotated[str, Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "lora-gan"
-    """The project's name in trackers that have projects."""
+    ones), or "none". A run has the name of output_dir. wandb's and trackio's own environment variables work, such as
+    WANDB_PROJECT."""
 
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Group.BASE, Mark.SILENT] = "auto"
     """Data type of the frozen base. auto: bfloat16 on a GPU that supports it, else float32."""

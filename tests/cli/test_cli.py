@@ -401,9 +401,9 @@ def test_a_run_that_was_stopped_leaves_its_curves(there, stops, monkeypatch):
         "import signal\ncalls = []\ndef length(response, target):\n    calls.append(1)\n"
         f"    if len(calls) == 20:\n        {stops}\n    return float(len(response))\n"
     )
-    assert train("--max_steps", "4", "--run_name", "my run") != 0
+    assert train("--max_steps", "4") != 0
     assert (there / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert figures[0].get_suptitle() == "my run"
+    assert figures[0].get_suptitle() == "run"
     (calls,) = next(axes for axes in figures[0].axes if "calls" in axes.get_title()).lines
     assert list(calls.get_ydata()) == [8, 16], "the steps that were whole"
 

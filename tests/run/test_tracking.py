@@ -282,14 +282,14 @@ def test_tensorboard_has_every_number_at_its_step(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr(callbacks, "SAMPLES_EVERY", 2)
-    options = {"report_to": "tensorboard", "run_name": "mine", "save_steps": 2}
+    options = {"report_to": "tensorboard", "save_steps": 2}
     gan = small_gan(output_dir=str(tmp_path), **options)
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
     gan = small_gan(output_dir=str(tmp_path), **options)
     gan.load_checkpoint(2)
     gan.fit(ROWS, steps=2, progress=False)
 
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "mine"), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name), size_guidance={"tensors": 0}).Reload()
     for name in ("reward", "kl", "completions/mean_length", "learning_rate"):
         logged = [(line["step"], line[name]) for line in lines_of(tmp_path / "metrics.jsonl") if name in line]
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
@@ -300,7 +300,7 @@ def test_tensorboard_has_every_number_at_its_step(tmp_path, monkeypatch):
     table = events.Tensors(texts)[0].tensor_proto.string_val[0].decode()
     first = next(line for line in lines_of(tmp_path / "completions.jsonl") if line["step"] == 2)
     assert f"| {first['step']} | {first['prompt']} |" in table
-    settings = list((tmp_path / "tensorboard" / "mine").glob("*/hparams.yml"))
+    settings = list((tmp_path / "tensorboard" / tmp_path.name).glob("*/hparams.yml"))
     assert settings and "num_generations: 4" in settings[0].read_text()
 
 
@@ -320,15 +320,21 @@ def wandb_records(data: bytes):
 
 
 @pytest.mark.slow
-def test_wandb_has_every_number_at_its_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_wandb_has_every_number_at_its_step(own, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the tracker is not installed")
     for name, value in {"MODE": "offline", "SILENT": "true", "CACHE_DIR": str(tmp_path), "CONFIG_DIR": str(tmp_path),
                         "DATA_DIR": str(tmp_path), "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():  # fmt: skip
         monkeypatch.setenv(f"WANDB_{name}", value)
+    for name, value in (("PROJECT", "theirs"), ("NAME", "mine")):
+        if own:
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        else:
+            monkeypatch.delenv(f"WANDB_{name}", raising=False)
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setattr(callbacks, "SAMPLES_EVERY", 2)
-    gan = small_gan(output_dir=str(tmp_path / "run"), report_to="wandb", run_name="mine")
+    gan = small_gan(output_dir=str(tmp_path / "run"), report_to="wandb")
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
 
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
@@ -342,7 +348,7 @@ def test_wandb_has_every_number_at_its_step(tmp_path, monkeypatch):
         for item in record.history.item:
             name = item.key or "/".join(item.nested_key)
             history.setdefault(name, []).append((record.history.step.num, json.loads(item.value_json)))
-    assert (runs[0].project, runs[0].display_name) == ("lora-gan", "mine")
+    assert (runs[0].project, runs[0].display_name) == (("theirs", "mine") if own else ("lora-gan", "run"))
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     for name in ("reward", "kl"):
         assert history[f"train/{name}"] == [(line["step"], line[name]) for line in lines if name in line]
@@ -367,15 +373,15 @@ from helpers import small_gan
 from lora_gan.run import callbacks
 from test_tracking import ROWS
 callbacks.SAMPLES_EVERY = 2
-options = dict(output_dir={str(tmp_path / "run")!r}, report_to="trackio", run_name="mine")
+options = dict(output_dir={str(tmp_path / "run")!r}, report_to="trackio")
 gan = small_gan(save_steps=2, **options)
 gan.fit(ROWS, steps=3, progress=False)
 gan = small_gan(**options)
 gan.load_checkpoint(3)
 gan.fit(ROWS, steps=1, progress=False)
 from trackio.sqlite_storage import SQLiteStorage
-assert SQLiteStorage.get_runs("lora-gan") == ["mine"], SQLiteStorage.get_runs("lora-gan")
-logs = SQLiteStorage.get_logs("lora-gan", "mine")
+assert SQLiteStorage.get_runs("lora-gan") == ["run"], SQLiteStorage.get_runs("lora-gan")
+logs = SQLiteStorage.get_logs("lora-gan", "run")
 print("LOGS", json.dumps([[log["step"], log["train/reward"]] for log in logs if "train/reward" in log]))
 print("TABLES", [log["step"] for log in logs if "completions" in log])
 """
@@ -665,8 +671,8 @@ def test_a_total_has_no_running_mean_and_what_was_not_measured_says_so(tmp_path,
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
-    plot_run(tmp_path / "metrics.jsonl", tmp_path / "run.png", title="mine")
-    assert figures[0].get_suptitle() == "mine"
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    assert figures[0].get_suptitle() == tmp_path.name
     by_title = {axes.get_title(): axes for axes in figures[0].axes}
     (calls,) = by_title["true-reward calls so far"].lines
     assert list(calls.get_ydata()) == [8 * i for i in range(1, 41)]

@@ -187,7 +187,7 @@ def _plot(gan: LoraGAN, folder: Path) -> None:
     from ..run.plots import plot_run
 
     try:
-        plot_run(folder / "metrics.jsonl", folder / "training.png", title=gan.config.run_name)
+        plot_run(folder / "metrics.jsonl", folder / "training.png")
     except Exception as error:
         warnings.warn(f"training.png could not be drawn: {error}", stacklevel=2)
 

@@ -85,7 +85,9 @@ class Arguments:
         self.save_steps = config.save_steps or max(1, max_steps)
         self.eval_steps = config.eval_steps or max(1, max_steps)
         self.eval_strategy = IntervalStrategy.STEPS if evaluates else IntervalStrategy.NO
-        self.run_name = config.run_name or Path(config.output_dir).resolve().name
+        self.run_name = Path(config.output_dir).resolve().name
+        self.metric_for_best_model = config.metric_for_best_model.removeprefix("-")
+        self.greater_is_better = not config.metric_for_best_model.startswith("-")
         self.load_best_model_at_end = False
 
     def __getattr__(self, name: str) -> Any:
