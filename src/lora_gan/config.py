@@ -33,6 +33,8 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "project": ("lora-gan", "set the environment variable WANDB_PROJECT for wandb; trackio's project is lora-gan"),
     "run_name": (None, "a run has the name of output_dir in trackers; the environment variable WANDB_NAME still works"),
     "greater_is_better": (True, "set metric_for_best_model='-NAME' if a smaller value is better"),
+    "reward_backoff": (1.0, "the first retry waits 1 second, and the wait doubles; a reward may wait itself"),
+    "max_skipped_updates": (10, "on_nonfinite acts after 10 skipped updates of a player in a row"),
 }
 
 
@@ -196,9 +198,8 @@ class Config:
     reward_timeout: Annotated[float | None, Group.REWARD, Gt(0), Unit("seconds"), Mark.SILENT] = None
     """Time limit for one call of a reward. None: no limit."""
     reward_retries: Annotated[int, Group.REWARD, Ge(0), Unit("tries"), Mark.SILENT] = 0
-    """Retries after a call of a reward that raised an error or exceeded reward_timeout."""
-    reward_backoff: Annotated[float, Group.REWARD, Ge(0), Unit("seconds"), Mark.SILENT] = 1.0
-    """Wait before the first retry. The wait doubles before each further retry, up to 60 seconds."""
+    """Retries after a call of a reward that raised an error or exceeded reward_timeout. The first retry waits 1 second.
+    The wait doubles before each further retry, up to 60 seconds."""
     reward_workers: Annotated[int | None, Group.REWARD, Ge(1), Unit("parallel calls"), Mark.SILENT] = None
     """Parallel calls of a reward f(response, target), in threads; an async reward is awaited. The values are the same.
     None: 1, and 16 for an `async def` reward."""
@@ -251,12 +252,10 @@ class Config:
     to the step with the best true reward (rollback)."""
     monitor_window: Annotated[int, Group.GUARD, Ge(1), Unit("steps")] = 10
     """Steps in the monitor's moving average. The monitor compares the average with the best average so far."""
-    max_skipped_updates: Annotated[int, Group.GUARD, Ge(1), Unit("updates")] = 10
-    """Consecutive updates of a player that are skipped because a loss or gradient is not finite, before on_nonfinite
-    acts."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
-    """After max_skipped_updates: stop, or return to the newest checkpoint of a healthy run and continue with both
-    learning rates halved (rollback; fit() only, step() raises)."""
+    """After 10 consecutive updates of a player that were skipped because a loss or gradient was not finite: stop, or
+    return to the newest checkpoint of a healthy run and continue with both learning rates halved (rollback; fit() only,
+    step() raises)."""
 
     def __post_init__(self) -> None:
         self._unify_forms()

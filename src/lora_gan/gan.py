@@ -209,8 +209,8 @@ class LoraGAN:
         Raises:
             ValueError: a prompt that is empty or too long, a required target that is missing, or settings that
                 contradict each other. `rewards.RewardError`: a reward function failed or returned invalid values.
-            FloatingPointError: sampling failed, or `config.max_skipped_updates` consecutive updates were skipped,
-                because numbers are not finite.
+            FloatingPointError: sampling failed, or 10 consecutive updates of a player were skipped, because numbers
+                are not finite.
         """
         rows = self.as_meant(data.rows_of(prompt, target_text, columns))
         return self._step(rows, train_gen, train_disc, adversarial, single=data.is_prompt(prompt))
