@@ -56,7 +56,7 @@ def test_a_setting_accepts_what_it_accepted_before(name):
         ({"lora_r": 0}, "lora_r=0 is not accepted: it must be a whole number, 1 or more"),
         ({"save_steps": 1.5}, "save_steps=1.5 is not accepted: it must be a whole number, 1 or more, or None"),
         ({"beta": -1}, "beta=-1 is not accepted: it must be a number, 0 or more"),
-        ({"top_p": 0}, "top_p=0 is not accepted: it must be a number, above 0, at most 1"),
+        ({"query_rate": 0}, "query_rate=0 is not accepted: it must be a number, above 0, at most 1, or None"),
         ({"disc_average": 1}, "disc_average=1 is not accepted: it must be a number, 0 or more, below 1"),
         ({"dtype": "int8"}, "dtype='int8' is not accepted: it must be one of auto, float32, bfloat16, float16"),
         ({"kl_reference": "x"}, "kl_reference='x' is not accepted: it must be one of base, init_adapter, or None"),
@@ -133,7 +133,7 @@ def test_help_has_the_range_and_the_unit_of_each_setting(capsys, monkeypatch):
         option: text for section in sections(capsys, monkeypatch, 1000).values() for option, text in section.items()
     }
     assert found["save_steps"].endswith("(type: int | null, 1 or more, unit: steps, default: 100)")
-    assert found["top_p"].endswith("above 0, at most 1, unit: share of probability, default: 1.0)")
+    assert found["query_floor"].endswith("above 0, at most 1, unit: share of query_rate, default: 0.25)")
     assert found["temperature"].endswith("(type: float, above 0, unit: none, default: 1.0)")
     for field in fields(Config):
         is_number = re.search(r"\(type: (int|float)\b", found[field.name])

@@ -35,6 +35,10 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "greater_is_better": (True, "set metric_for_best_model='-NAME' if a smaller value is better"),
     "reward_backoff": (1.0, "the first retry waits 1 second, and the wait doubles; a reward may wait itself"),
     "max_skipped_updates": (10, "on_nonfinite acts after 10 skipped updates of a player in a row"),
+    "top_p": (
+        1.0,
+        "training samples from the whole distribution; generate(top_p=) and `lora-gan generate --top_p` stay",
+    ),
 }
 
 
@@ -123,8 +127,6 @@ class Config:
     """Most tokens of a response, with the end-of-text token."""
     temperature: Annotated[float, Group.SAMPLING, Gt(0)] = 1.0
     """Temperature of sampling, and of the policy that learns."""
-    top_p: Annotated[float, Group.SAMPLING, Gt(0), Le(1), Unit("share of probability")] = 1.0
-    """Nucleus sampling: share of the probability kept. Below 1 the policy gradient is biased."""
 
     learning_rate: Annotated[float, Group.GENERATOR, Gt(0), Unit("per update"), Mark.FIRST] = 2e-4
     """Learning rate of the generator's AdamW. LoRA needs about ten times the rate of full fine-tuning."""

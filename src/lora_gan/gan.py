@@ -504,7 +504,7 @@ class LoraGAN:
         best_of: int = 1,
         *,
         temperature: float | None = None,
-        top_p: float | None = None,
+        top_p: float = 1.0,
         max_completion_length: int | None = None,
         seed: int | None = None,
         player: Player = "generator",
@@ -518,7 +518,8 @@ class LoraGAN:
         Args:
             prompts: one prompt, or a list of prompts. A prompt is a text, or a list of chat messages.
             best_of: responses sampled per prompt. The discriminator picks the one with the highest predicted reward.
-            temperature, top_p, max_completion_length: None: the config's values. Temperature 0 is greedy decoding.
+            temperature, max_completion_length: None: the config's values. Temperature 0 is greedy decoding.
+            top_p: nucleus sampling: share of the probability that is kept.
             seed: seed of the sampling. None: config.seed.
             player: "generator"; "reference", the KL's reference; or "base", with both adapters off.
             batch_size: prompts in one batch. None: all.
@@ -740,11 +741,10 @@ class LoraGAN:
         uniforms_BT: Tensor,
         *,
         temperature: float | None = None,
-        top_p: float | None = None,
+        top_p: float = 1.0,
         player: Player = "generator",
     ) -> sampling.Rollout:
         temperature = self.config.temperature if temperature is None else temperature
-        top_p = self.config.top_p if top_p is None else top_p
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
                 f"temperature={temperature}, top_p={top_p} is not accepted: temperature must be 0 or more (0 is "

@@ -149,7 +149,7 @@ def generate(
     model: str | None = None,
     best_of: PositiveInt = 1,
     temperature: float | None = None,
-    top_p: float | None = None,
+    top_p: float = 1.0,
     max_completion_length: PositiveInt | None = None,
     seed: NonNegativeInt | None = None,
     batch_size: PositiveInt = 16,
@@ -170,7 +170,7 @@ def generate(
         model: The base, if it has moved since the run.
         best_of: Responses sampled per prompt; the one with the highest predicted reward is kept.
         temperature: Temperature of sampling; 0 is greedy; null: the run's.
-        top_p: Share of the probability that is kept; null: the run's.
+        top_p: Nucleus sampling: share of the probability that is kept.
         max_completion_length: Most tokens of a response; null: the run's.
         seed: Seed of sampling; another seed gives other responses; null: the run's.
         batch_size: Prompts per batch.
