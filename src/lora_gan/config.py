@@ -39,6 +39,9 @@ REMOVED: dict[str, tuple[Any, str]] = {
         1.0,
         "training samples from the whole distribution; generate(top_p=) and `lora-gan generate --top_p` stay",
     ),
+    "target_modules": ("all-linear", "give peft_config={'target_modules': ...}, with r and lora_alpha"),
+    "disc_target_modules": ("all-linear", "give disc_peft_config={'target_modules': ...}, with r and lora_alpha"),
+    "disc_lora_alpha": (32, "it is twice disc_lora_r; give disc_peft_config={'lora_alpha': ...} for another value"),
 }
 
 
@@ -138,11 +141,9 @@ class Config:
     max_grad_norm: Annotated[float, Group.GENERATOR, Gt(0), Unit("gradient norm")] = 1.0
     """Norm to which each player's gradient is clipped."""
     lora_r: Annotated[int, Group.GENERATOR, Ge(1), Unit("dimensions"), Mark.UNLISTED] = 16
-    """Rank of the generator's adapter. peft_config= has more options."""
+    """Rank of the generator's adapter on all linear layers. peft_config= has more options."""
     lora_alpha: Annotated[int, Group.GENERATOR, Ge(1), Mark.UNLISTED] = 32
     """The adapter is scaled by lora_alpha / lora_r."""
-    target_modules: Annotated[str | tuple[str, ...], Group.GENERATOR, MinLen(1), Mark.UNLISTED] = "all-linear"
-    """Layers that get an adapter, as in peft.LoraConfig: "all-linear", a regular expression, or a list of names."""
     num_iterations: Annotated[int, Group.GENERATOR, Ge(1), Unit("updates per step")] = 1
     """Updates on the responses of a step. With 2 or more the probability ratio is clipped (PPO's surrogate)."""
     epsilon: Annotated[float, Group.GENERATOR, Gt(0), Unit("probability ratio")] = 0.2
@@ -217,15 +218,11 @@ class Config:
     disc_learning_rate: Annotated[float, Group.DISCRIMINATOR, Gt(0), Unit("per update")] = 5e-4
     """Learning rate of AdamW for the discriminator's adapter and heads."""
     disc_lora_r: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("dimensions"), Mark.UNLISTED] = 16
-    """Rank of the discriminator's adapter. disc_peft_config= has more options."""
-    disc_lora_alpha: Annotated[int, Group.DISCRIMINATOR, Ge(1), Mark.UNLISTED] = 32
-    """The discriminator's adapter is scaled by disc_lora_alpha / disc_lora_r."""
-    disc_target_modules: Annotated[str | tuple[str, ...], Group.DISCRIMINATOR, MinLen(1), Mark.UNLISTED] = "all-linear"
-    """Layers that get the discriminator's adapter, in the form of target_modules."""
+    """Rank of the discriminator's adapter, which is scaled by 2. disc_peft_config= has more options."""
     disc_layers: Annotated[int | None, Group.DISCRIMINATOR, Ge(1), Unit("layers")] = None
-    """Number of upper layers that get the discriminator's adapter, if disc_target_modules is "all-linear". None: all.
-    The discriminator's update skips the layers below. If the base is the KL's reference, the discriminator shares the
-    outputs of these layers with the base."""
+    """Number of upper layers that get the discriminator's adapter. None: all. The discriminator's update skips the
+    layers below. If the base is the KL's reference, the discriminator shares the outputs of these layers with the
+    base."""
     disc_heads: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("heads")] = 4
     """Score heads. Their mean is the prediction, and their spread estimates its uncertainty."""
     disc_updates: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("updates per step")] = 2
@@ -282,8 +279,6 @@ class Config:
 
     def _require_consistent(self) -> None:
         """Check the rules about several settings. `signal` checks those about the reward signal."""
-        if self.disc_layers is not None and self.disc_target_modules != "all-linear":
-            raise ValueError("disc_layers and disc_target_modules both select layers for the adapter: set only one")
         if self.kl_target is not None and not self.beta:
             raise ValueError("kl_target scales beta, which has no effect at beta=0: set beta above 0")
         signal = self.signal(self.adversarial)

@@ -83,8 +83,8 @@ class LoraGAN:
         reward_funcs: instead of `reward`, several functions of either form. The true reward is their weighted sum.
         reward_weights: one weight per function of `reward_funcs`. Default: 1 each.
         processing_class: the tokenizer, if the base's own tokenizer is not used.
-        peft_config: the generator's adapter as a peft.LoraConfig, for options other than lora_r, lora_alpha and
-            target_modules (rank patterns, rsLoRA, DoRA).
+        peft_config: the generator's adapter as a peft.LoraConfig, for options other than lora_r and lora_alpha
+            (target_modules, rank patterns, rsLoRA, DoRA).
         disc_peft_config: the discriminator's adapter as a peft.LoraConfig.
         init_adapter: a folder with a saved LoRA adapter, from this library or for example from TRL's SFTTrainer. The
             generator starts from this adapter and takes its LoRA settings. config.kl_reference selects the KL's

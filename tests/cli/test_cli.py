@@ -82,9 +82,8 @@ def test_a_yaml_file_says_the_same_and_the_line_wins(there):
                 "max_steps": 3,
                 "num_generations": 4,
                 "max_completion_length": 6,
-                "lora_r": 2,
+                "peft_config": {"r": 2, "target_modules": ["c_attn", "c_fc"]},
                 "prompts_per_step": 2,
-                "target_modules": ["c_attn", "c_fc"],
                 "output_dir": "from-file",
             }  # fmt: skip
         )
@@ -93,7 +92,8 @@ def test_a_yaml_file_says_the_same_and_the_line_wins(there):
     assert cli.main(["train", "--config", "run.yaml", "--max_steps", "1", "--output-dir", "from-line"]) == 0
     gan = LoraGAN.from_checkpoint(there / "from-line", base_folder())
     assert gan.global_step == 1 and gan.config.max_steps == 1
-    assert (gan.config.learning_rate, gan.config.lora_r, gan.config.target_modules) == (1e-3, 2, ("c_attn", "c_fc"))
+    lora = gan.players.peft.peft_config["generator"]
+    assert (gan.config.learning_rate, lora.r, lora.target_modules) == (1e-3, 2, {"c_attn", "c_fc"})
     assert not (there / "from-file").exists()
 
 

@@ -311,7 +311,9 @@ def test_other_kinds_of_adapter_are_merged_and_named(field, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_tied_head_with_an_adapter_of_its_own_is_untied(tmp_path):
-    gan = trained_gan(base_folder("qwen2"), target_modules=("q_proj", "lm_head"))
+    gan = trained_gan(
+        base_folder("qwen2"), peft_config=LoraConfig(target_modules=["q_proj", "lm_head"]), lora_r=16, lora_alpha=32
+    )
     assert gan.players.lm.config.tie_word_embeddings
     export(gan, tmp_path / "out", parts=("generator-merged",))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "generator-merged").eval()

@@ -25,7 +25,7 @@ from helpers import (
     sign,
     small_gan,
 )
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import save_file
 
 from lora_gan import LoraGAN
@@ -274,7 +274,8 @@ def other_disc_rank(folder):
 
 
 def other_layers(folder):
-    return small_gan(target_modules=["c_attn"]).save_checkpoint(step=1, ckpt_dir=folder)
+    own = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"])
+    return small_gan(peft_config=own, lora_r=16, lora_alpha=32).save_checkpoint(step=1, ckpt_dir=folder)
 
 
 def other_heads(folder):

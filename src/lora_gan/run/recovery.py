@@ -17,8 +17,8 @@ from ..state import RunState
 from ..storage import checkpoint
 from . import snapshot
 
-#: Consecutive skipped updates of a player after which the run stops or goes back. One bad batch causes one or a few. Ten
-#: in a row mean that the weights are at fault: they do not change while updates are skipped.
+#: Consecutive skipped updates of a player after which the run stops or goes back. One bad batch causes one or a few.
+#: Ten in a row mean that the weights are at fault: they do not change while updates are skipped.
 MOST_SKIPPED = 10
 
 
