@@ -171,7 +171,7 @@ def test_a_removed_setting_is_accepted_with_its_old_default_alone(name):
         Config.from_dict({name: "another value"})
 
 
-@pytest.mark.parametrize("name", REMOVED)
+@pytest.mark.parametrize("name", sorted(REMOVED.keys() - {"reuse_answers"}))  # an option still
 def test_a_yaml_file_may_hold_a_removed_setting_with_its_old_default_alone(name, tmp_path, monkeypatch, capsys):
     """Such as the train.yaml of a run that an earlier version made."""
     default, successor = REMOVED[name]

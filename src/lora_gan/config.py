@@ -42,6 +42,11 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "target_modules": ("all-linear", "give peft_config={'target_modules': ...}, with r and lora_alpha"),
     "disc_target_modules": ("all-linear", "give disc_peft_config={'target_modules': ...}, with r and lora_alpha"),
     "disc_lora_alpha": (32, "it is twice disc_lora_r; give disc_peft_config={'lora_alpha': ...} for another value"),
+    "weights_format": ("bin", "checkpoints have adapter_model.bin; export() and `lora-gan export` write safetensors"),
+    "reuse_answers": (
+        False,
+        "it is an argument, LoraGAN(..., reuse_answers=True), or `lora-gan train --reuse_answers`",
+    ),
 }
 
 
@@ -68,8 +73,6 @@ class Config:
     save_best: Annotated[bool, Group.RUN, Mark.SILENT] = False
     """Whether to save a checkpoint at each new best evaluation by metric_for_best_model, and to keep the best
     checkpoint in addition to the newest ones."""
-    weights_format: Annotated[Literal["bin", "safetensors"], Group.RUN, Mark.SILENT, Mark.UNLISTED] = "bin"
-    """File format of the adapters: adapter_model.bin or adapter_model.safetensors. Stock PEFT reads both."""
 
     logging_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 1
     """Steps between records in metrics.jsonl and in trackers."""
@@ -209,8 +212,6 @@ class Config:
     on_reward_error: Annotated[Literal["raise", "skip"], Group.REWARD] = "raise"
     """When the last retry has failed: save and end the run (raise), or ignore the true reward of this response in this
     step (skip). skip biases the learning if failures depend on the response."""
-    reuse_answers: Annotated[bool, Group.REWARD, Mark.SILENT] = False
-    """Whether a resumed run reuses the answers in answers.jsonl even if the reward's source code has changed."""
     multi_objective_aggregation: Annotated[Literal["sum", "normalize_then_sum"], Group.REWARD] = "sum"
     """How several rewards are combined: sum (weighted), or normalize_then_sum (each reward is first divided by its own
     spread)."""

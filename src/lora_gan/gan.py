@@ -91,6 +91,8 @@ class LoraGAN:
             reference.
         quantization_config: quantization of the base at loading, as in transformers.
         callbacks: transformers.TrainerCallback objects or classes, which fit() calls.
+        reuse_answers: whether a resumed run reuses the answers in answers.jsonl even if the reward's source code has
+            changed.
 
     Raises:
         ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other, or a reward
@@ -111,12 +113,13 @@ class LoraGAN:
         init_adapter: str | os.PathLike[str] | None = None,
         quantization_config: Any = None,
         callbacks: list[Callback] | None = None,
+        reuse_answers: bool = False,
         **settings: Any,
     ) -> None:
         _check_rewards(reward, reward_funcs, reward_weights)
         if type(self).compute_reward is not LoraGAN.compute_reward:
             rewards.check_reward(self.compute_reward)
-        self.callbacks = check_callbacks(callbacks)
+        self.callbacks, self.reuse_answers = check_callbacks(callbacks), reuse_answers
         config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
         start = None
         if init_adapter is not None:
@@ -454,8 +457,7 @@ class LoraGAN:
             KeyboardInterrupt: after Ctrl-C, when the current step is finished and saved.
             SystemExit: with code 143 after SIGTERM, when the current step is finished and saved.
             ValueError: another run writes to output_dir, or an argument is not accepted.
-            FloatingPointError: as in `step()`, unless `config.on_nonfinite` is "rollback" and there is a checkpoint.
-                The failed state is not saved.
+            FloatingPointError: as in `step()`, if the run cannot return to a checkpoint. No failed state is saved.
         """
         signal = self.config.signal(self.config.adversarial)
         plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
@@ -478,6 +480,7 @@ class LoraGAN:
             evaluate=self.evaluate,
             on_step=on_step,
             callbacks=self.callbacks,
+            reuse_answers=self.reuse_answers,
             interrupts=self._interrupts,
             progress=progress,
         )

@@ -236,7 +236,7 @@ def said_of(capsys, *arguments: str) -> str:
         ("--max_steps", "many", "--max_steps many is not accepted: it must be a whole number, or null"),
         ("--learning_rate", "fast", "it must be a number"),
         ("--log_completions", "maybe", "it must be true or false"),
-        ("--weights_format", "pt", "--weights_format pt is not accepted: it must be one of bin, safetensors"),
+        ("--on_exploit", "go", "--on_exploit go is not accepted: it must be one of warn, stop, rollback"),
         ("--peft_config", "5", "it must be a mapping, or null"),
     ],
 )
@@ -455,6 +455,17 @@ def test_eval_does_as_its_options_say(there):
     assert [s["true_reward"] for s in judged["generator"]["samples"]] == [
         float(len(s["response"])) for s in judged["generator"]["samples"]
     ]
+
+
+def test_reuse_answers_reaches_the_run(there, monkeypatch):
+    """As an option, and as a line of a train.yaml, where earlier versions wrote it as a setting."""
+    seen = []
+    monkeypatch.setattr(LoraGAN, "fit", lambda gan, *_, **__: seen.append(gan.reuse_answers))
+    monkeypatch.setattr("lora_gan.cli.training._print_result", lambda *_: None)
+    (there / "old.yaml").write_text("reuse_answers: true\n")
+    for options in ([], ["--reuse_answers"], ["--config", "old.yaml"]):
+        assert train("--max_steps", "1", *options) == 0
+    assert seen == [False, True, True]
 
 
 def test_generate_does_as_its_options_say(there, capsys):

@@ -385,8 +385,8 @@ def test_merged_weights_are_by_default_in_the_dtype_of_the_base_here(tmp_path):
     assert (ours - stock_scores(stock, tokenizer, gan.players.base.eos_ids[0])).abs().max() < 0.1 * ours.std()
 
 
-def test_from_a_checkpoint_in_either_weights_format(tmp_path):
-    gan = trained_gan(weights_format="bin")
+def test_the_export_of_a_checkpoint_holds_the_same_weights(tmp_path):
+    gan = trained_gan()
     saved = gan.save_checkpoint(ckpt_dir=tmp_path / "run")
     export(LoraGAN.from_checkpoint(saved), tmp_path / "out", parts=["discriminator", "generator"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"discriminator", "generator", "export.json"}

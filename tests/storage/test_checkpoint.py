@@ -45,7 +45,7 @@ VARIANTS = {
     "straight-through": {"query_rate": 0.5, "gradient_path": "straight_through"},
     "groups of one": {"num_generations": 1},
     "schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 8, "disc_updates": 3},
-    "warm-up": {"imitation_warmup_steps": 4, "imitation_weight": 0.5, "weights_format": "safetensors"},
+    "warm-up": {"imitation_warmup_steps": 4, "imitation_weight": 0.5},
     "normalized": {"multi_objective_aggregation": "normalize_then_sum", "query_rate": 0.5},
     "small replay": {"disc_replay_groups": 4, "micro_batch_size": 3},
     "guarded": {"adversarial": True, "uncertainty_penalty": 0.5},

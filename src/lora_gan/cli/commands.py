@@ -110,6 +110,7 @@ def train(
     quantization_config: dict[str, Any] | None = None,
     resume: bool = False,
     allow_other_data: bool = False,
+    reuse_answers: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Train a generator and a discriminator on rows of prompts.
@@ -133,6 +134,7 @@ def train(
         quantization_config: Fields of transformers.BitsAndBytesConfig, such as {load_in_4bit: true}.
         resume: Continue from the newest complete checkpoint in output_dir. Changed settings are listed, one per line.
         allow_other_data: With resume, continue although the rows of data have changed.
+        reuse_answers: With resume, reuse the answers in answers.jsonl even if the reward's source code has changed.
         dry_run: Train nothing: print the plan of the run, its memory and its true-reward calls, and try the reward on
             a few responses.
     """

@@ -106,6 +106,7 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
         quantization_config=_constructed(
             "transformers.BitsAndBytesConfig", "quantization_config", options["quantization_config"]
         ),
+        reuse_answers=options["reuse_answers"],
     )
     if resume:
         gan.load_checkpoint()

@@ -45,11 +45,11 @@ def adapter_content(players: Players, player: str) -> tuple[dict[str, Any], dict
     return dict(sorted(values.items())), state
 
 
-def save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
-    """Write the adapter's weights and config into a folder, as stock PEFT reads them."""
+def save_adapter(players: Players, player: str, folder: Path) -> None:
+    """Write the adapter's config, and its weights as safetensors, into a folder, as stock PEFT reads them."""
     config, weights = adapter_content(players, player)
     folder.mkdir(parents=True, exist_ok=True)
-    file = checkpoint.weights_name(weights_format)
+    file = "adapter_model.safetensors"
     (folder / "adapter_config.json").write_bytes(checkpoint.serialized("adapter_config.json", config))
     (folder / file).write_bytes(checkpoint.serialized(file, checkpoint.copied(weights)))
 

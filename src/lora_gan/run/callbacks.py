@@ -116,6 +116,7 @@ class FitObserver:
         callbacks: the user's callbacks.
         rows: the training data. Data without a length has no epochs.
         steps: number of further steps.
+        reuse_answers: whether to reuse logged answers of a reward whose source has changed.
         evaluates: whether fit() has evaluation data.
         progress: whether to show progress.
 
@@ -130,11 +131,13 @@ class FitObserver:
         rows: Any,
         steps: int,
         *,
+        reuse_answers: bool = False,
         evaluates: bool = False,
         progress: bool = True,
     ) -> None:
         config, last = run_state.config, run_state.global_step + steps
         self.run_state, self.first, self._rows = run_state, run_state.global_step, rows
+        self._reuse_answers = reuse_answers
         self.ending: Ending | None = None
         self._epoch_length = len(rows) if hasattr(rows, "__len__") else None
         self._epoch_is_open = False
@@ -223,7 +226,7 @@ class FitObserver:
             "rewards": self.run_state.true_reward.names,
             "sources": self.run_state.true_reward.sources,
         }
-        return Answers(folder, run, step=self.first, newest=newest, reuse=self.run_state.config.reuse_answers)
+        return Answers(folder, run, step=self.first, newest=newest, reuse=self._reuse_answers)
 
     def _restore_totals(self) -> None:
         """Read totals and the best evaluation so far from the lines of metrics that a resumed run has."""
