@@ -29,7 +29,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     ),
     "log_completions_steps": (1, "completions.jsonl has every step; log_completions=False writes no responses"),
     "completions_steps": (25, "the display and trackers get samples every 25 steps; completions.jsonl has every step"),
-    "num_completions_to_print": (2, "the display shows 2 responses; completions.jsonl has all of them"),
+    "num_completions_to_print": (2, "the display shows 2 responses; completions.jsonl has every response"),
     "project": ("lora-gan", "set the environment variable WANDB_PROJECT for wandb; trackio's project is lora-gan"),
     "run_name": (None, "a run has the name of output_dir in trackers; the environment variable WANDB_NAME still works"),
     "greater_is_better": (True, "set metric_for_best_model='-NAME' if a smaller value is better"),
@@ -253,9 +253,9 @@ class Config:
     monitor_window: Annotated[int, Group.GUARD, Ge(1), Unit("steps")] = 10
     """Steps in the monitor's moving average. The monitor compares the average with the best average so far."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
-    """After 10 consecutive updates of a player that were skipped because a loss or gradient was not finite: stop, or
-    return to the newest checkpoint of a healthy run and continue with both learning rates halved (rollback; fit() only,
-    step() raises)."""
+    """When 10 consecutive updates of a player were skipped, because a loss or gradient was not finite: stop, or roll
+    back. With rollback, fit() returns to the newest checkpoint of a healthy run and continues with both learning rates
+    halved; step() raises."""
 
     def __post_init__(self) -> None:
         self._unify_forms()

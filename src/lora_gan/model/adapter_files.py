@@ -74,7 +74,7 @@ def require_same_scaling(folder: Folder, ours: PeftConfig) -> None:
         if saved != here:
             raise ValueError(
                 f"{folder.path} does not fit: it was saved with {name}={repr(saved)[:60]}, this adapter has {here!r}. "
-                "Set the same value, or load another folder"
+                "Give the same value (peft_config= and disc_peft_config= have every field), or load another folder"
             )
 
 

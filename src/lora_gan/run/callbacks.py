@@ -116,7 +116,7 @@ class FitObserver:
         callbacks: the user's callbacks.
         rows: the training data. Data without a length has no epochs.
         steps: number of further steps.
-        reuse_answers: whether to reuse logged answers of a reward whose source has changed.
+        reuse_answers: as in `LoraGAN`.
         evaluates: whether fit() has evaluation data.
         progress: whether to show progress.
 
