@@ -190,7 +190,7 @@ def reward(response: str, target: str | None = None) -> float:
 
 SMALL = {  # settings that make a step quick, and move weights far enough in a few of them to be seen
     "num_generations": 4, "max_completion_length": 6, "lora_r": 4, "lora_alpha": 8, "disc_lora_r": 4,
-    "disc_lora_alpha": 8, "learning_rate": 5e-3, "disc_learning_rate": 5e-3, "prompts_per_step": 2,
+    "learning_rate": 5e-3, "disc_learning_rate": 5e-3, "prompts_per_step": 2,
 }  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_a_reward_that_is_not_there(there, capsys, reward, words):
         (["--reward_signal", "ture"], ["--reward_signal", "ture", "true"]),
         (["--adversarial", "true", "--reward_signal", "true"], ["adversarial=True", "reward_signal='true'"]),
         (["--reward_signal", "true", "--query_rate", "0.5"], ["query_rate=0.5", "corrected"]),
-        (["--target_modules", "no_such_layer"], ["no_such_layer"]),
+        (["--peft_config", '{"target_modules": "no_such_layer"}'], ["no_such_layer"]),
         (["--device", "gpu7"], ["gpu7"]),
         (["--report_to", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--peft_config", '{"lora_dropout": 0.1}'], ["lora_dropout", "0.1"]),
@@ -210,7 +210,7 @@ def test_checkpoints_that_do_not_fit(there, capsys):
     refused(capsys, ["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere")
     refused(capsys, ["generate", "--checkpoint", "run/step-9", "--prompt", "a"], "run/step-9")
     refused(capsys, ["generate", "--checkpoint", "run", "--prompt", "a", "--model", other], "weights", other)
-    small = ["--lora_alpha", "8", "--disc_lora_r", "4", "--disc_lora_alpha", "8"]
+    small = ["--lora_alpha", "8", "--disc_lora_r", "4"]
     refused(capsys, train("--resume", "--lora_r", "8", *small), "r=4", "8")
     refused(capsys, train("--resume", "--lora_r", "4", *small, model=other), "base", other)
     (there / "empty").mkdir()

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import PROMPTS, base_folder, differences, player_state, reward, small_gan
+from peft import LoraConfig
 
-from lora_gan import LoraGAN
+from lora_gan import Config, LoraGAN
 from lora_gan.model.adapter_files import adapter_state
 from lora_gan.training.generator import PolicyLosses
 
@@ -19,7 +20,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 def test_an_adapter_saved_under_another_alpha_is_refused(tmp_path):
     """Tensors alone would fit, and mean something else."""
     small_gan().save_checkpoint(step=1, ckpt_dir=tmp_path)
-    other = small_gan(lora_alpha=16, disc_lora_alpha=16)
+    disc = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    other = small_gan(lora_alpha=16, disc_peft_config=disc, disc_lora_r=Config.disc_lora_r)
     before = player_state(other, "generator")
     for load in (
         lambda: other.load_checkpoint(1, tmp_path),

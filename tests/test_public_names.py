@@ -39,7 +39,8 @@ def found() -> dict[str, dict[str, Any]]:
     }
     subcommands = next(action for action in cli._parser()._actions if action.dest == "command")
     for command, parser in subcommands._name_parser_map.items():
-        options = {option for action in parser._actions for option in action.option_strings}
+        listed = [action for action in parser._actions if action.help != "==SUPPRESS=="]  # not the removed settings
+        options = {option for action in listed for option in action.option_strings}
         kinds[f"options of {command}"] = dict.fromkeys(sorted(options), "")
     return kinds
 

@@ -31,7 +31,8 @@ def test_the_page_of_the_command_line_has_every_option():
     commands = next(action for action in cli._parser()._actions if action.dest == "command")._name_parser_map
     assert set(sections) == set(commands)
     for name, command in commands.items():
-        options = {option for action in command._actions for option in action.option_strings if option.startswith("--")}
+        listed = [action for action in command._actions if action.help != "==SUPPRESS=="]
+        options = {option for action in listed for option in action.option_strings if option.startswith("--")}
         shown = set(re.findall(r"--[\w.-]*[\w+]", sections[name]))
         missing = {option for option in options if option not in shown} - {"--help"}
         assert not missing, f"{name}: {sorted(missing)}; run: python tools/reference.py"

@@ -27,6 +27,26 @@ REMOVED: dict[str, tuple[Any, str]] = {
         0.0,
         "predictions are weighted by their measured worth with reward_signal='corrected' or 'mixed'",
     ),
+    "log_completions_steps": (1, "completions.jsonl has every step; log_completions=False writes no responses"),
+    "completions_steps": (25, "the display and trackers get samples every 25 steps; completions.jsonl has every step"),
+    "num_completions_to_print": (2, "the display shows 2 responses; completions.jsonl has every response"),
+    "project": ("lora-gan", "set the environment variable WANDB_PROJECT for wandb; trackio's project is lora-gan"),
+    "run_name": (None, "a run has the name of output_dir in trackers; the environment variable WANDB_NAME still works"),
+    "greater_is_better": (True, "set metric_for_best_model='-NAME' if a smaller value is better"),
+    "reward_backoff": (1.0, "the first retry waits 1 second, and the wait doubles; a reward may wait itself"),
+    "max_skipped_updates": (10, "on_nonfinite acts after 10 skipped updates of a player in a row"),
+    "top_p": (
+        1.0,
+        "training samples from the whole distribution; generate(top_p=) and `lora-gan generate --top_p` stay",
+    ),
+    "target_modules": ("all-linear", "give peft_config={'target_modules': ...}, with r and lora_alpha"),
+    "disc_target_modules": ("all-linear", "give disc_peft_config={'target_modules': ...}, with r and lora_alpha"),
+    "disc_lora_alpha": (32, "it is twice disc_lora_r; give disc_peft_config={'lora_alpha': ...} for another value"),
+    "weights_format": ("bin", "checkpoints have adapter_model.bin; export() and `lora-gan export` write safetensors"),
+    "reuse_answers": (
+        False,
+        "it is an argument, LoraGAN(..., reuse_answers=True), or `lora-gan train --reuse_answers`",
+    ),
 }
 
 
@@ -53,8 +73,6 @@ class Config:
     save_best: Annotated[bool, Group.RUN, Mark.SILENT] = False
     """Whether to save a checkpoint at each new best evaluation by metric_for_best_model, and to keep the best
     checkpoint in addition to the newest ones."""
-    weights_format: Annotated[Literal["bin", "safetensors"], Group.RUN, Mark.SILENT, Mark.UNLISTED] = "bin"
-    """File format of the adapters: adapter_model.bin or adapter_model.safetensors. Stock PEFT reads both."""
 
     logging_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 1
     """Steps between records in metrics.jsonl and in trackers."""
@@ -64,25 +82,15 @@ class Config:
     """Whether fit() also evaluates on its eval_dataset before the first step, logged as step 0. This queries one true
     reward per row."""
     metric_for_best_model: Annotated[str, Group.LOGS, MinLen(1), Mark.SILENT] = "true_reward"
-    """Evaluation metric that early stopping and save_best use, by its name in the output of `lora-gan eval`."""
-    greater_is_better: Annotated[bool, Group.LOGS, Mark.SILENT] = True
-    """Whether a greater metric_for_best_model is better."""
+    """Evaluation metric that early stopping and save_best use, by its name in the output of `lora-gan eval`. A leading
+    minus means that a smaller value is better: "-perplexity", on the command line --metric_for_best_model=-perplexity.
+    """
     log_completions: Annotated[bool, Group.LOGS, Mark.SILENT, Mark.UNLISTED] = True
     """Whether to display sampled responses, and write them to completions.jsonl with true and predicted reward."""
-    log_completions_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 1
-    """Steps between writes to completions.jsonl. A write holds all responses of its step. The first and the last step
-    are always written. The dry run prints the expected size of the logs."""
-    completions_steps: Annotated[int, Group.LOGS, Ge(1), Unit("steps"), Mark.SILENT, Mark.UNLISTED] = 25
-    """Steps between samples on the display and in trackers. The display also shows the first and the last step."""
-    num_completions_to_print: Annotated[int, Group.LOGS, Ge(0), Unit("responses"), Mark.SILENT, Mark.UNLISTED] = 2
-    """Responses per displayed step."""
     report_to: Annotated[str | tuple[str, ...], Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "none"
     """Trackers in addition to metrics.jsonl: "tensorboard", "wandb", "trackio", a list of these, "all" (the installed
-    ones), or "none"."""
-    run_name: Annotated[str | None, Group.LOGS, Mark.SILENT, Mark.UNLISTED] = None
-    """The run's name in trackers. None: the name of output_dir."""
-    project: Annotated[str, Group.LOGS, MinLen(1), Mark.SILENT, Mark.UNLISTED] = "lora-gan"
-    """The project's name in trackers that have projects."""
+    ones), or "none". A run has the name of output_dir. wandb's and trackio's own environment variables work, such as
+    WANDB_PROJECT."""
 
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Group.BASE, Mark.SILENT] = "auto"
     """Data type of the frozen base. auto: bfloat16 on a GPU that supports it, else float32."""
@@ -125,8 +133,6 @@ class Config:
     """Most tokens of a response, with the end-of-text token."""
     temperature: Annotated[float, Group.SAMPLING, Gt(0)] = 1.0
     """Temperature of sampling, and of the policy that learns."""
-    top_p: Annotated[float, Group.SAMPLING, Gt(0), Le(1), Unit("share of probability")] = 1.0
-    """Nucleus sampling: share of the probability kept. Below 1 the policy gradient is biased."""
 
     learning_rate: Annotated[float, Group.GENERATOR, Gt(0), Unit("per update"), Mark.FIRST] = 2e-4
     """Learning rate of the generator's AdamW. LoRA needs about ten times the rate of full fine-tuning."""
@@ -138,11 +144,9 @@ class Config:
     max_grad_norm: Annotated[float, Group.GENERATOR, Gt(0), Unit("gradient norm")] = 1.0
     """Norm to which each player's gradient is clipped."""
     lora_r: Annotated[int, Group.GENERATOR, Ge(1), Unit("dimensions"), Mark.UNLISTED] = 16
-    """Rank of the generator's adapter. peft_config= has more options."""
+    """Rank of the generator's adapter on all linear layers. peft_config= has more options."""
     lora_alpha: Annotated[int, Group.GENERATOR, Ge(1), Mark.UNLISTED] = 32
     """The adapter is scaled by lora_alpha / lora_r."""
-    target_modules: Annotated[str | tuple[str, ...], Group.GENERATOR, MinLen(1), Mark.UNLISTED] = "all-linear"
-    """Layers that get an adapter, as in peft.LoraConfig: "all-linear", a regular expression, or a list of names."""
     num_iterations: Annotated[int, Group.GENERATOR, Ge(1), Unit("updates per step")] = 1
     """Updates on the responses of a step. With 2 or more the probability ratio is clipped (PPO's surrogate)."""
     epsilon: Annotated[float, Group.GENERATOR, Gt(0), Unit("probability ratio")] = 0.2
@@ -200,17 +204,14 @@ class Config:
     reward_timeout: Annotated[float | None, Group.REWARD, Gt(0), Unit("seconds"), Mark.SILENT] = None
     """Time limit for one call of a reward. None: no limit."""
     reward_retries: Annotated[int, Group.REWARD, Ge(0), Unit("tries"), Mark.SILENT] = 0
-    """Retries after a call of a reward that raised an error or exceeded reward_timeout."""
-    reward_backoff: Annotated[float, Group.REWARD, Ge(0), Unit("seconds"), Mark.SILENT] = 1.0
-    """Wait before the first retry. The wait doubles before each further retry, up to 60 seconds."""
+    """Retries after a call of a reward that raised an error or exceeded reward_timeout. The first retry waits 1 second.
+    The wait doubles before each further retry, up to 60 seconds."""
     reward_workers: Annotated[int | None, Group.REWARD, Ge(1), Unit("parallel calls"), Mark.SILENT] = None
     """Parallel calls of a reward f(response, target), in threads; an async reward is awaited. The values are the same.
     None: 1, and 16 for an `async def` reward."""
     on_reward_error: Annotated[Literal["raise", "skip"], Group.REWARD] = "raise"
     """When the last retry has failed: save and end the run (raise), or ignore the true reward of this response in this
     step (skip). skip biases the learning if failures depend on the response."""
-    reuse_answers: Annotated[bool, Group.REWARD, Mark.SILENT] = False
-    """Whether a resumed run reuses the answers in answers.jsonl even if the reward's source code has changed."""
     multi_objective_aggregation: Annotated[Literal["sum", "normalize_then_sum"], Group.REWARD] = "sum"
     """How several rewards are combined: sum (weighted), or normalize_then_sum (each reward is first divided by its own
     spread)."""
@@ -218,15 +219,11 @@ class Config:
     disc_learning_rate: Annotated[float, Group.DISCRIMINATOR, Gt(0), Unit("per update")] = 5e-4
     """Learning rate of AdamW for the discriminator's adapter and heads."""
     disc_lora_r: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("dimensions"), Mark.UNLISTED] = 16
-    """Rank of the discriminator's adapter. disc_peft_config= has more options."""
-    disc_lora_alpha: Annotated[int, Group.DISCRIMINATOR, Ge(1), Mark.UNLISTED] = 32
-    """The discriminator's adapter is scaled by disc_lora_alpha / disc_lora_r."""
-    disc_target_modules: Annotated[str | tuple[str, ...], Group.DISCRIMINATOR, MinLen(1), Mark.UNLISTED] = "all-linear"
-    """Layers that get the discriminator's adapter, in the form of target_modules."""
+    """Rank of the discriminator's adapter, which is scaled by 2. disc_peft_config= has more options."""
     disc_layers: Annotated[int | None, Group.DISCRIMINATOR, Ge(1), Unit("layers")] = None
-    """Number of upper layers that get the discriminator's adapter, if disc_target_modules is "all-linear". None: all.
-    The discriminator's update skips the layers below. If the base is the KL's reference, the discriminator shares the
-    outputs of these layers with the base."""
+    """Number of upper layers that get the discriminator's adapter. None: all. The discriminator's update skips the
+    layers below. If the base is the KL's reference, the discriminator shares the outputs of these layers with the
+    base."""
     disc_heads: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("heads")] = 4
     """Score heads. Their mean is the prediction, and their spread estimates its uncertainty."""
     disc_updates: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("updates per step")] = 2
@@ -255,12 +252,10 @@ class Config:
     to the step with the best true reward (rollback)."""
     monitor_window: Annotated[int, Group.GUARD, Ge(1), Unit("steps")] = 10
     """Steps in the monitor's moving average. The monitor compares the average with the best average so far."""
-    max_skipped_updates: Annotated[int, Group.GUARD, Ge(1), Unit("updates")] = 10
-    """Consecutive updates of a player that are skipped because a loss or gradient is not finite, before on_nonfinite
-    acts."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
-    """After max_skipped_updates: stop, or return to the newest checkpoint of a healthy run and continue with both
-    learning rates halved (rollback; fit() only, step() raises)."""
+    """When 10 consecutive updates of a player were skipped, because a loss or gradient was not finite: stop, or roll
+    back. With rollback, fit() returns to the newest checkpoint of a healthy run and continues with both learning rates
+    halved; step() raises."""
 
     def __post_init__(self) -> None:
         self._unify_forms()
@@ -285,8 +280,6 @@ class Config:
 
     def _require_consistent(self) -> None:
         """Check the rules about several settings. `signal` checks those about the reward signal."""
-        if self.disc_layers is not None and self.disc_target_modules != "all-linear":
-            raise ValueError("disc_layers and disc_target_modules both select layers for the adapter: set only one")
         if self.kl_target is not None and not self.beta:
             raise ValueError("kl_target scales beta, which has no effect at beta=0: set beta above 0")
         signal = self.signal(self.adversarial)

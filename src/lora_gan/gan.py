@@ -83,14 +83,16 @@ class LoraGAN:
         reward_funcs: instead of `reward`, several functions of either form. The true reward is their weighted sum.
         reward_weights: one weight per function of `reward_funcs`. Default: 1 each.
         processing_class: the tokenizer, if the base's own tokenizer is not used.
-        peft_config: the generator's adapter as a peft.LoraConfig, for options other than lora_r, lora_alpha and
-            target_modules (rank patterns, rsLoRA, DoRA).
+        peft_config: the generator's adapter as a peft.LoraConfig, for options other than lora_r and lora_alpha
+            (target_modules, rank patterns, rsLoRA, DoRA).
         disc_peft_config: the discriminator's adapter as a peft.LoraConfig.
         init_adapter: a folder with a saved LoRA adapter, from this library or for example from TRL's SFTTrainer. The
             generator starts from this adapter and takes its LoRA settings. config.kl_reference selects the KL's
             reference.
         quantization_config: quantization of the base at loading, as in transformers.
         callbacks: transformers.TrainerCallback objects or classes, which fit() calls.
+        reuse_answers: whether a resumed run reuses the answers in answers.jsonl even if the reward's source code has
+            changed.
 
     Raises:
         ValueError: a base that cannot be opened, an unknown setting, settings that contradict each other, or a reward
@@ -111,12 +113,13 @@ class LoraGAN:
         init_adapter: str | os.PathLike[str] | None = None,
         quantization_config: Any = None,
         callbacks: list[Callback] | None = None,
+        reuse_answers: bool = False,
         **settings: Any,
     ) -> None:
         _check_rewards(reward, reward_funcs, reward_weights)
         if type(self).compute_reward is not LoraGAN.compute_reward:
             rewards.check_reward(self.compute_reward)
-        self.callbacks = check_callbacks(callbacks)
+        self.callbacks, self.reuse_answers = check_callbacks(callbacks), reuse_answers
         config = Config.from_dict({**(config.to_dict() if config else {}), **settings})
         start = None
         if init_adapter is not None:
@@ -209,8 +212,8 @@ class LoraGAN:
         Raises:
             ValueError: a prompt that is empty or too long, a required target that is missing, or settings that
                 contradict each other. `rewards.RewardError`: a reward function failed or returned invalid values.
-            FloatingPointError: sampling failed, or `config.max_skipped_updates` consecutive updates were skipped,
-                because numbers are not finite.
+            FloatingPointError: sampling failed, or 10 consecutive updates of a player were skipped, because numbers
+                are not finite.
         """
         rows = self.as_meant(data.rows_of(prompt, target_text, columns))
         return self._step(rows, train_gen, train_disc, adversarial, single=data.is_prompt(prompt))
@@ -455,8 +458,7 @@ class LoraGAN:
             KeyboardInterrupt: after Ctrl-C, when the current step is finished and saved.
             SystemExit: with code 143 after SIGTERM, when the current step is finished and saved.
             ValueError: another run writes to output_dir, or an argument is not accepted.
-            FloatingPointError: as in `step()`, unless `config.on_nonfinite` is "rollback" and there is a checkpoint.
-                The failed state is not saved.
+            FloatingPointError: as in `step()`, if the run cannot return to a checkpoint. No failed state is saved.
         """
         signal = self.config.signal(self.config.adversarial)
         plan = plan_step(self.config, self.global_step, signal, train_gen=train_gen, train_disc=train_disc)
@@ -479,6 +481,7 @@ class LoraGAN:
             evaluate=self.evaluate,
             on_step=on_step,
             callbacks=self.callbacks,
+            reuse_answers=self.reuse_answers,
             interrupts=self._interrupts,
             progress=progress,
         )
@@ -505,7 +508,7 @@ class LoraGAN:
         best_of: int = 1,
         *,
         temperature: float | None = None,
-        top_p: float | None = None,
+        top_p: float = 1.0,
         max_completion_length: int | None = None,
         seed: int | None = None,
         player: Player = "generator",
@@ -519,7 +522,8 @@ class LoraGAN:
         Args:
             prompts: one prompt, or a list of prompts. A prompt is a text, or a list of chat messages.
             best_of: responses sampled per prompt. The discriminator picks the one with the highest predicted reward.
-            temperature, top_p, max_completion_length: None: the config's values. Temperature 0 is greedy decoding.
+            temperature, max_completion_length: None: the config's values. Temperature 0 is greedy decoding.
+            top_p: nucleus sampling: share of the probability that is kept.
             seed: seed of the sampling. None: config.seed.
             player: "generator"; "reference", the KL's reference; or "base", with both adapters off.
             batch_size: prompts in one batch. None: all.
@@ -741,11 +745,10 @@ class LoraGAN:
         uniforms_BT: Tensor,
         *,
         temperature: float | None = None,
-        top_p: float | None = None,
+        top_p: float = 1.0,
         player: Player = "generator",
     ) -> sampling.Rollout:
         temperature = self.config.temperature if temperature is None else temperature
-        top_p = self.config.top_p if top_p is None else top_p
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
                 f"temperature={temperature}, top_p={top_p} is not accepted: temperature must be 0 or more (0 is "

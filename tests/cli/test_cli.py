@@ -82,9 +82,8 @@ def test_a_yaml_file_says_the_same_and_the_line_wins(there):
                 "max_steps": 3,
                 "num_generations": 4,
                 "max_completion_length": 6,
-                "lora_r": 2,
+                "peft_config": {"r": 2, "target_modules": ["c_attn", "c_fc"]},
                 "prompts_per_step": 2,
-                "target_modules": ["c_attn", "c_fc"],
                 "output_dir": "from-file",
             }  # fmt: skip
         )
@@ -93,7 +92,8 @@ def test_a_yaml_file_says_the_same_and_the_line_wins(there):
     assert cli.main(["train", "--config", "run.yaml", "--max_steps", "1", "--output-dir", "from-line"]) == 0
     gan = LoraGAN.from_checkpoint(there / "from-line", base_folder())
     assert gan.global_step == 1 and gan.config.max_steps == 1
-    assert (gan.config.learning_rate, gan.config.lora_r, gan.config.target_modules) == (1e-3, 2, ("c_attn", "c_fc"))
+    lora = gan.players.peft.peft_config["generator"]
+    assert (gan.config.learning_rate, lora.r, lora.target_modules) == (1e-3, 2, {"c_attn", "c_fc"})
     assert not (there / "from-file").exists()
 
 
@@ -236,7 +236,7 @@ def said_of(capsys, *arguments: str) -> str:
         ("--max_steps", "many", "--max_steps many is not accepted: it must be a whole number, or null"),
         ("--learning_rate", "fast", "it must be a number"),
         ("--log_completions", "maybe", "it must be true or false"),
-        ("--weights_format", "pt", "--weights_format pt is not accepted: it must be one of bin, safetensors"),
+        ("--on_exploit", "go", "--on_exploit go is not accepted: it must be one of warn, stop, rollback"),
         ("--peft_config", "5", "it must be a mapping, or null"),
     ],
 )
@@ -358,7 +358,7 @@ def test_a_reward_that_fails_later_leaves_a_run_that_goes_on(there, capsys):
 
 
 def test_score_reads_the_samples_of_a_run_beside_their_targets(there, capsys):
-    assert train("--max_steps", "1", "--completions_steps", "1") == 0
+    assert train("--max_steps", "1") == 0
     capsys.readouterr()
     assert cli.main(["score", "--checkpoint", "run", "--data", "run/completions.jsonl"]) == 0
     scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -401,9 +401,9 @@ def test_a_run_that_was_stopped_leaves_its_curves(there, stops, monkeypatch):
         "import signal\ncalls = []\ndef length(response, target):\n    calls.append(1)\n"
         f"    if len(calls) == 20:\n        {stops}\n    return float(len(response))\n"
     )
-    assert train("--max_steps", "4", "--run_name", "my run") != 0
+    assert train("--max_steps", "4") != 0
     assert (there / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert figures[0].get_suptitle() == "my run"
+    assert figures[0].get_suptitle() == "run"
     (calls,) = next(axes for axes in figures[0].axes if "calls" in axes.get_title()).lines
     assert list(calls.get_ydata()) == [8, 16], "the steps that were whole"
 
@@ -455,6 +455,17 @@ def test_eval_does_as_its_options_say(there):
     assert [s["true_reward"] for s in judged["generator"]["samples"]] == [
         float(len(s["response"])) for s in judged["generator"]["samples"]
     ]
+
+
+def test_reuse_answers_reaches_the_run(there, monkeypatch):
+    """As an option, and as a line of a train.yaml, where earlier versions wrote it as a setting."""
+    seen = []
+    monkeypatch.setattr(LoraGAN, "fit", lambda gan, *_, **__: seen.append(gan.reuse_answers))
+    monkeypatch.setattr("lora_gan.cli.training._print_result", lambda *_: None)
+    (there / "old.yaml").write_text("reuse_answers: true\n")
+    for options in ([], ["--reuse_answers"], ["--config", "old.yaml"]):
+        assert train("--max_steps", "1", *options) == 0
+    assert seen == [False, True, True]
 
 
 def test_generate_does_as_its_options_say(there, capsys):

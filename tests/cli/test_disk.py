@@ -8,7 +8,6 @@ import re
 import pytest
 from helpers import PROMPTS, TARGETS, base_folder, small_gan
 
-from lora_gan import Config
 from lora_gan.cli import disk, plan
 from lora_gan.cli import main as cli
 from lora_gan.storage import checkpoint
@@ -45,7 +44,7 @@ def test_what_was_saved_by_hand_is_deleted_by_nobody(tmp_path):
 
 
 def test_while_updates_are_skipped_nothing_is_deleted(tmp_path):
-    gan = small_gan(output_dir=str(tmp_path), save_steps=1, save_total_limit=1, max_skipped_updates=9)
+    gan = small_gan(output_dir=str(tmp_path), save_steps=1, save_total_limit=1)
     gan.fit(ROWS, steps=1, progress=False)
     step, broken = gan.generator.optimizer.step, [True, True, False]
     gan.generator.optimizer.step = lambda loss: step(float("nan") if broken.pop(0) else loss)
@@ -67,23 +66,12 @@ def test_saves_are_counted_as_fit_saves(save_steps, first, steps, expected):
 
 
 @pytest.mark.parametrize(
-    ("every", "first", "steps"),
-    [(1, 0, 6), (1, 3, 4), (25, 0, 6), (25, 0, 25), (2, 0, 6), (2, 3, 4), (4, 4, 4), (9, 0, 1), (9, 0, 0)],
-)
-def test_steps_whose_responses_are_written_are_counted_as_fit_writes(every, first, steps):
-    last = first + steps
-    by_hand = [step for step in range(first + 1, last + 1) if step % every == 0 or step in (first + 1, last)]
-    assert disk.written(Config(log_completions_steps=every), first, steps) == len(by_hand)
-
-
-@pytest.mark.parametrize(
     "settings",
     [
         {},
         {"save_steps": 2},
         {"save_steps": 1, "disc_average": 0.5},
         {"save_steps": 2, "save_total_limit": None},
-        {"log_completions_steps": 4},
         {"log_completions": False},
     ],
     ids=str,

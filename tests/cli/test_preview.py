@@ -15,6 +15,7 @@ from lora_gan.cli import main as cli
 from lora_gan.cli.footprint import Lengths
 from lora_gan.cli.preview import Preview
 from lora_gan.data import Row
+from lora_gan.rewards import calling
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(8)]
 
@@ -161,7 +162,7 @@ def test_calls_at_once_take_the_time_of_one():
 
 
 @pytest.mark.filterwarnings("ignore:a call of the reward 'slow' failed and is repeated")
-def test_the_dry_run_asks_as_training_does(capsys):
+def test_the_dry_run_asks_as_training_does(capsys, monkeypatch):
     """reward_workers, reward_retries: 16 calls of 50 ms, 8 at once, each of which fails once."""
     failed, lock = set(), time.perf_counter
 
@@ -172,7 +173,8 @@ def test_the_dry_run_asks_as_training_does(capsys):
             raise OSError("503")
         return float(len(response))
 
-    gan = small_gan(reward=slow, reward_workers=8, reward_retries=1, reward_backoff=0.001, prompts_per_step=4)
+    monkeypatch.setattr(calling, "BACKOFF", 0.001)
+    gan = small_gan(reward=slow, reward_workers=8, reward_retries=1, prompts_per_step=4)
     began = lock()
     rows = [Row(prompt) for prompt in PROMPTS]
     tried = Preview(gan, rows, steps=1).try_reward(trial.Trial(gan, rows))

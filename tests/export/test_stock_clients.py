@@ -8,11 +8,9 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, prompt_logits, read_json, response_ids, small_gan
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASES = [(architecture, pad) for architecture in ARCHITECTURES for pad in ("own", "eos", "none")]
-FORMATS = {"gpt2": "bin", "llama": "safetensors", "qwen2": "bin"}
 LONG = "a much longer answer than the others are"
 PAIRS = list(zip([*PROMPTS, PROMPTS[0]], [*TARGETS, LONG], strict=True))
 
@@ -21,7 +19,7 @@ PAIRS = list(zip([*PROMPTS, PROMPTS[0]], [*TARGETS, LONG], strict=True))
 def trained(request, tmp_path_factory):
     """A LoraGAN after four steps, and where it was saved."""
     architecture, pad = request.param
-    gan = small_gan(base_folder(architecture, pad), weights_format=FORMATS[architecture])
+    gan = small_gan(base_folder(architecture, pad))
     for _ in range(4):
         gan.step(PROMPTS[:2], TARGETS[:2])
     folder = gan.save_checkpoint(ckpt_dir=tmp_path_factory.mktemp("run"))
@@ -103,17 +101,15 @@ def test_stock_tokenizer_and_client_agree_with_score_on_texts(trained):
     assert (ours - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("weights_format", ["bin", "safetensors"])
-def test_both_formats_hold_the_same_tensors_and_only_one_file(weights_format, tmp_path):
-    gan = small_gan(weights_format=weights_format)
+def test_a_checkpoint_holds_all_tensors_in_one_file(tmp_path):
+    gan = small_gan()
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     folder = gan.save_checkpoint(ckpt_dir=tmp_path)
     for player in ("generator", "discriminator"):
         files = {path.name for path in (folder / player).glob("adapter_model.*")}
-        assert files == {f"adapter_model.{weights_format}"}
-        file = folder / player / f"adapter_model.{weights_format}"
-        saved = load_file(file) if weights_format == "safetensors" else torch.load(file, weights_only=True)
+        assert files == {"adapter_model.bin"}
+        saved = torch.load(folder / player / "adapter_model.bin", weights_only=True)
         assert all(tensor.any() for tensor in saved.values()), "a trained adapter has no tensor of zeros"
         heads = [name for name in saved if "lora_" not in name]
         assert heads == ([] if player == "generator" else ["base_model.model.score.weight"])
@@ -122,15 +118,6 @@ def test_both_formats_hold_the_same_tensors_and_only_one_file(weights_format, tm
     row = gan._encode([PROMPTS[0]])[0] + response_ids(gan, "text")
     with torch.no_grad():
         assert abs(stock(input_ids=torch.tensor([row])).logits.item() - ours[0]) < 1e-5
-
-
-def test_saving_again_in_the_other_format_leaves_no_stale_weights(tmp_path):
-    """PEFT prefers safetensors: a stale one beside a new .bin would win."""
-    folder = small_gan(weights_format="safetensors").save_checkpoint(step=1, ckpt_dir=tmp_path)
-    gan = small_gan(weights_format="bin")
-    gan.step(PROMPTS[0])
-    assert gan.save_checkpoint(step=1, ckpt_dir=tmp_path) == folder
-    assert [path.name for path in (folder / "generator").glob("adapter_model.*")] == ["adapter_model.bin"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -122,15 +122,15 @@ def adapted(gan, player):
 
 @some(["falcon_h1", "mamba2", pytest.param("mamba", marks=pytest.mark.slow)])
 def test_all_linear_leaves_out_what_peft_refuses(name):
-    own = {"peft_config": LoraConfig(target_modules="all-linear"), "lora_r": Config.lora_r}
-    own["lora_alpha"] = Config.lora_alpha
+    defaults = {"lora_r": Config.lora_r, "lora_alpha": Config.lora_alpha}
+    own = {"peft_config": LoraConfig(target_modules="all-linear"), **defaults}
     for settings in ({}, {"disc_layers": 1}, own):
         gan = quiet(name, **settings)
         for player in ("generator", "discriminator"):
             assert "in_proj" in adapted(gan, player) and "out_proj" not in adapted(gan, player)
         gan.step(MANY[:2])
     with pytest.raises(ValueError, match=r"out_proj.* incompatible"):
-        quiet(name, target_modules=["in_proj", "out_proj"])
+        quiet(name, peft_config=LoraConfig(target_modules=["in_proj", "out_proj"]), **defaults)
 
 
 def test_all_linear_leaves_out_a_layer_whose_weight_is_read_past_the_adapter():

@@ -216,11 +216,10 @@ def test_a_base_reference_costs_no_adapter(plain):
 
 
 @pytest.mark.parametrize("kl_reference", ["base", "init_adapter"])
-@pytest.mark.parametrize("weights_format", ["bin", "safetensors"])
-def test_a_run_resumes_bitwise_when_the_adapters_folder_is_gone(plain, tmp_path, kl_reference, weights_format):
+def test_a_run_resumes_bitwise_when_the_adapters_folder_is_gone(plain, tmp_path, kl_reference):
     folder = tmp_path / "sft"
     shutil.copytree(plain, folder)
-    options = {"kl_reference": kl_reference, "weights_format": weights_format, "output_dir": str(tmp_path / "run")}
+    options = {"kl_reference": kl_reference, "output_dir": str(tmp_path / "run")}
     whole = gan_of(folder, **options)
     steps = [whole.step(PROMPTS[:2]) for _ in range(2)]
     saved = whole.save_checkpoint()
@@ -232,7 +231,7 @@ def test_a_run_resumes_bitwise_when_the_adapters_folder_is_gone(plain, tmp_path,
     for player in ("generator", "discriminator"):
         assert differences(player_state(whole, player), player_state(again, player)) == []
     names = {path.name for path in (saved / "reference").glob("*")}
-    wanted = {"adapter_config.json", f"adapter_model.{weights_format}"} if kl_reference == "init_adapter" else set()
+    wanted = {"adapter_config.json", "adapter_model.bin"} if kl_reference == "init_adapter" else set()
     assert names == wanted
 
 
@@ -388,7 +387,7 @@ def test_what_cannot_be_a_start_is_refused_by_name(plain, tmp_path, fields, says
 def test_other_settings_of_the_generators_adapter_contradict_it(plain):
     with pytest.raises(ValueError, match="init_adapter= and peft_config="):
         gan_of(plain, peft_config=LoraConfig(r=3))
-    for setting in ({"lora_r": 3}, {"lora_alpha": 7}, {"target_modules": "c_attn"}):
+    for setting in ({"lora_r": 3}, {"lora_alpha": 7}):
         with pytest.raises(ValueError, match=f"{next(iter(setting))}.*leave"):
             gan_of(plain, **setting)
     with pytest.raises(ValueError, match="needs the adapter.*init_adapter=FOLDER"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ARCHITECTURES, PADS, PROMPTS, TARGETS, base_folder, random_model, small_gan, word_tokenizer
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     MistralConfig,
@@ -156,7 +157,8 @@ def test_out_of_memory_in_the_trial_says_nothing_of_the_base(monkeypatch):
 
 
 def test_the_reference_of_an_adapted_head_has_no_adapter():
-    gan = small_gan(base_folder("llama"), target_modules=("q_proj", "lm_head"), learning_rate=1e-2)
+    own = {"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"]), "lora_r": 16, "lora_alpha": 32}
+    gan = small_gan(base_folder("llama"), **own, learning_rate=1e-2)
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     hidden = torch.randn(4, 32)

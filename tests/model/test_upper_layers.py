@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ARCHITECTURES, PROMPTS, TARGETS, base_folder, play, small_gan
+from peft import LoraConfig
 
 from lora_gan import LoraGAN, data
 
@@ -71,7 +72,10 @@ def test_a_checkpoint_resumes_and_opens(tmp_path):
     [
         ({"disc_layers": 0}, "disc_layers=0 is not accepted"),
         ({"disc_layers": 3}, "disc_layers=3 is not accepted: GPT2LMHeadModel has 2 layers"),
-        ({"disc_layers": 1, "disc_target_modules": "c_attn"}, "both select layers for the adapter"),
+        (
+            {"disc_layers": 1, "disc_lora_r": 16, "disc_peft_config": LoraConfig()},
+            "disc_layers=1 and disc_peft_config=",
+        ),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ import pytest
 from counting_server import CountingServer, chat_completion
 from helpers import PROMPTS, TARGETS, reward, small_gan
 
-from lora_gan.rewards import Judge, Length, RewardError
+from lora_gan.rewards import Judge, Length, RewardError, calling
 from lora_gan.rewards.budget import Budget
 from lora_gan.run import display
 from lora_gan.storage.json_lines import read_lines
@@ -88,13 +88,14 @@ def server(monkeypatch):
             return getattr(time, name)
 
     monkeypatch.setattr(_base_client, "time", NoWait())
+    monkeypatch.setattr(calling, "BACKOFF", 0.0)
     server = Server()
     yield server
     server.close()
 
 
 def fitted(tmp_path, steps=4, held_out=HELD_OUT, **settings):
-    gan = small_gan(output_dir=str(tmp_path), reward_backoff=0.0, log_completions=False, save_steps=1, **settings)
+    gan = small_gan(output_dir=str(tmp_path), log_completions=False, save_steps=1, **settings)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         gan.fit(ROWS, steps=steps, eval_dataset=held_out, progress=False)
@@ -237,7 +238,7 @@ def test_an_evaluation_by_hand_beyond_the_total_is_refused(server):
 
 def test_retries_stop_at_the_total(server):
     server.fails = lambda number: True
-    gan = small_gan(reward=server.pair, reward_budget_total=10, reward_retries=9, reward_backoff=0.0)
+    gan = small_gan(reward=server.pair, reward_budget_total=10, reward_retries=9)
     with pytest.raises(RewardError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gan.step(PROMPTS[:2])

@@ -11,7 +11,7 @@ import torch
 from helpers import PROMPTS, TARGETS, advantages, differences, play, player_state, reward, small_gan
 
 from lora_gan.data import Row
-from lora_gan.rewards import RewardError, RewardUnavailable, score_pairs, score_parts
+from lora_gan.rewards import RewardError, RewardUnavailable, calling, score_pairs, score_parts
 from lora_gan.rewards.calling import Caller
 from lora_gan.training import estimate
 
@@ -70,14 +70,16 @@ def test_several_are_asked_at_once():
 def test_a_call_that_fails_is_tried_again_after_ever_longer_waits(monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    caller = Caller(retries=3, backoff=0.5)
+    monkeypatch.setattr(calling, "BACKOFF", 0.5)
+    caller = Caller(retries=3)
     assert score_pairs(flaky(3), RESPONSES[:1], [None], caller=caller) == EXPECTED[:1]
     assert waits == [0.5, 1.0, 2.0]
     with pytest.raises(RewardError, match=r"'rated' raised ConnectionError on row 0 .*429"):
         score_pairs(flaky(4), RESPONSES, NO_TARGETS, caller=caller)
     waits.clear()
+    monkeypatch.setattr(calling, "BACKOFF", 1.0)
     with pytest.raises(RewardError):
-        score_pairs(flaky(99), RESPONSES[:1], [None], caller=Caller(retries=9, backoff=1.0))
+        score_pairs(flaky(99), RESPONSES[:1], [None], caller=Caller(retries=9))
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60], "a minute at the most"
     waits.clear()
     assert score_pairs(flaky(1200), RESPONSES[:1], [None], caller=Caller(retries=1200)) == EXPECTED[:1]
@@ -103,8 +105,9 @@ def test_an_interruption_is_no_failure_that_is_tried_again(monkeypatch, while_wa
     assert asked == RESPONSES[:1]
 
 
-def test_only_a_call_that_is_made_again_asks_for_leave():
+def test_only_a_call_that_is_made_again_asks_for_leave(monkeypatch):
     """`may_retry` counts what it allows in the budget: it is not asked about what is not tried again."""
+    monkeypatch.setattr(calling, "BACKOFF", 0.0)
     allowed, told = [], []
 
     def may_retry(rows):
@@ -112,9 +115,7 @@ def test_only_a_call_that_is_made_again_asks_for_leave():
         return len(allowed) < 3
 
     def caller(retries):
-        return Caller(
-            retries=retries, backoff=0.0, may_retry=may_retry, on_retry=lambda name, cause: told.append(cause)
-        )
+        return Caller(retries=retries, may_retry=may_retry, on_retry=lambda name, cause: told.append(cause))
 
     with pytest.raises(RewardError):
         score_pairs(flaky(99), RESPONSES[:1], [None], caller=caller(2))
@@ -161,7 +162,7 @@ def test_what_no_try_helps_is_not_tried_again():
 
         return rated
 
-    caller = Caller(retries=5, backoff=0.0, skip=True)
+    caller = Caller(retries=5, skip=True)
     for value, error in (
         (RewardUnavailable("no model"), RewardUnavailable), (ImportError("no package"), ImportError),
         (float("nan"), RewardError), ("good", RewardError),
@@ -324,7 +325,7 @@ def test_an_async_reward_runs_concurrently_by_default():
 
 def test_settings_that_make_no_sense_are_refused():
     for setting in (
-        {"reward_timeout": 0}, {"reward_timeout": float("nan")}, {"reward_retries": -1}, {"reward_backoff": -1.0},
+        {"reward_timeout": 0}, {"reward_timeout": float("nan")}, {"reward_retries": -1},
         {"reward_workers": 0}, {"on_reward_error": "ignore"},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(setting))):

@@ -361,7 +361,7 @@ def test_trls_own_rewards_give_the_numbers_that_grpo_gets(name):
 
 def test_all_of_them_in_one_run(tmp_path):
     funcs = [of_trl(name) for name in OF_TRL]
-    gan = chat_gan(reward_funcs=funcs, output_dir=str(tmp_path), completions_steps=1)
+    gan = chat_gan(reward_funcs=funcs, output_dir=str(tmp_path))
     rows = [{"prompt": prompt, "solution": SOLUTION} for prompt in CHAT]
     asked = []
     gan.true_reward.ask = lambda *a, f=gan.true_reward.ask, **o: asked.append((a, o)) or f(*a, **o)
@@ -425,7 +425,7 @@ async def async_reward(prompts, completions, log_metric, log_extra, **columns):
 @pytest.mark.parametrize("settings", [{}, {"reward_workers": 4, "reward_timeout": 60.0}], ids=["plain", "threads"])
 def test_what_is_logged_stands_beside_its_completions_and_changes_nothing(func, settings, tmp_path):
     rows = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]
-    options = {"query_rate": 0.5, "completions_steps": 1, **settings}
+    options = {"query_rate": 0.5, **settings}
     gans = [
         small_gan(reward=each, output_dir=str(tmp_path / each.__name__), **options) for each in (func, quiet_reward)
     ]
@@ -500,7 +500,7 @@ def test_a_name_of_this_librarys_own_is_put_behind_the_rewards(name):
 
 
 def test_a_samples_own_columns_are_kept(tmp_path):
-    gan = small_gan(reward=logs("a", column="completion"), output_dir=str(tmp_path), completions_steps=1)
+    gan = small_gan(reward=logs("a", column="completion"), output_dir=str(tmp_path))
     gan.fit([{"prompt": "a"}], steps=1, progress=False)
     sample = lines_of(tmp_path / "completions.jsonl")[0]
     assert sample["logged/completion"] == "completion" != sample["completion"]
@@ -532,7 +532,7 @@ def test_every_name_of_a_run_is_known_as_ours(tmp_path):
     ]  # fmt: skip
     rows = [{"prompt": p, "target": t} for p, t in zip(PROMPTS, TARGETS, strict=True)]
     for number, settings in enumerate(variants):
-        gan = small_gan(output_dir=str(tmp_path / str(number)), completions_steps=1, **settings)
+        gan = small_gan(output_dir=str(tmp_path / str(number)), **settings)
         records = gan.fit(rows, steps=2, progress=False, eval_dataset=rows[:2])
         names = set(records[-1]) | {n for line in lines_of(tmp_path / str(number) / "metrics.jsonl") for n in line}
         assert {
@@ -585,7 +585,7 @@ def test_a_column_may_come_in_pieces_and_of_any_values(tmp_path):
             log_extra("mixed", [i if i % 2 else "text"])
         return [reward(text) for text in completions]
 
-    options = {"num_generations": 9, "completions_steps": 1, "prompts_per_step": 1, "report_to": "tensorboard"}
+    options = {"num_generations": 9, "prompts_per_step": 1, "report_to": "tensorboard"}
     gan = small_gan(reward=pieces, output_dir=str(tmp_path), **options)
     (record,) = gan.fit([{"prompt": "a"}], steps=1, progress=False)
     (odds,) = record["extra"]["odd"]

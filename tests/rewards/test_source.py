@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 from helpers import PROMPTS, Gone, dies, python, reward, small_gan
 
-from lora_gan import Config, rewards
+from lora_gan import rewards
 from lora_gan.rewards import CosineReward, Judge, Length, from_spec, source_digest
 from lora_gan.rewards.answers import FILE
 
@@ -340,9 +340,3 @@ def test_a_header_that_is_damaged_takes_nothing(broken_off, header):
     path.write_text("\n".join([header, *path.read_text().splitlines()[1:]]) + "\n")
     run(broken_off, paid(1.0, asked := []), 1)
     assert len(asked) == 4
-
-
-def test_the_setting_is_checked():
-    assert Config().reuse_answers is False
-    with pytest.raises(ValueError, match="reuse_answers='yes'"):
-        Config(reuse_answers="yes")

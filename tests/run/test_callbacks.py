@@ -150,8 +150,10 @@ def test_control_is_honoured(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-1", "step-3", "step-4"]
 
 
-def test_early_stopping_stops_when_the_reward_stops_rising(tmp_path, monkeypatch):
-    values = iter([0.95, 0.1, 0.3, 0.2, 0.25, 0.9])  # the first is from before the first step, and does not count
+@pytest.mark.parametrize(("metric", "sign"), [("true_reward", 1), ("-true_reward", -1), ("-eval_true_reward", -1)])
+def test_early_stopping_stops_when_the_metric_stops_improving(metric, sign, tmp_path, monkeypatch):
+    # The first is from before the first step, and does not count.
+    values = iter([sign * value for value in (0.95, 0.1, 0.3, 0.2, 0.25, 0.9)])
     result = {"metrics": {"true_reward": {"mean": 0.0}}, "distinct_2": 0.5, "samples": []}
 
     def judged(*_, **__):
@@ -160,18 +162,26 @@ def test_early_stopping_stops_when_the_reward_stops_rising(tmp_path, monkeypatch
 
     monkeypatch.setattr("lora_gan.run.evaluation.evaluate", judged)
     recorder = Recorder()
-    gan, _ = fitted(tmp_path, EarlyStoppingCallback(2), recorder, steps=9, eval_steps=1, save_steps=None)
+    gan, _ = fitted(
+        tmp_path,
+        EarlyStoppingCallback(2),
+        recorder,
+        steps=9,
+        eval_steps=1,
+        save_steps=None,
+        metric_for_best_model=metric,
+    )
     assert gan.global_step == 4, "two evaluations without a better one"
     state = recorder.arguments["on_train_end"][1]
-    assert (state.best_metric, state.best_global_step) == (0.3, 2)
+    assert (state.best_metric, state.best_global_step) == (sign * 0.3, 2)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-4"], "saved where it stopped"
     assert recorder.seen[-1] == ("on_train_end", 4)
 
-    again = small_gan(output_dir=str(tmp_path), callbacks=[recorder])
+    again = small_gan(output_dir=str(tmp_path), callbacks=[recorder], metric_for_best_model=metric)
     again.load_checkpoint()
     again.fit(ROWS, steps=1, progress=False)
     state = recorder.arguments["on_train_begin"][1]
-    assert (state.best_metric, state.best_global_step) == (0.3, 2), "known to a run that goes on"
+    assert (state.best_metric, state.best_global_step) == (sign * 0.3, 2), "known to a run that goes on"
 
 
 def test_stock_callbacks_run(tmp_path, capsys):
@@ -249,7 +259,7 @@ def test_arguments_have_every_setting(tmp_path):
     gan = small_gan(output_dir=str(tmp_path))
     args = Arguments(gan.config, max_steps=7, evaluates=False)
     for name, value in gan.config.to_dict().items():
-        if name not in ("max_steps", "save_steps", "eval_steps", "run_name") and not isinstance(value, list):
+        if name not in ("max_steps", "save_steps", "eval_steps") and not isinstance(value, list):
             assert getattr(args, name) == value
     assert (args.max_steps, args.eval_steps, args.eval_strategy) == (7, 7, "no")
     (tmp_path / "args.json").write_text(args.to_json_string())

@@ -14,6 +14,7 @@ import torch
 from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_state, reward, small_gan
 
 from lora_gan import LoraGAN
+from lora_gan.run import recovery
 from lora_gan.storage.json_lines import JsonLines
 from lora_gan.training.estimate import choose_queries
 from lora_gan.training.fresh_metrics import fresh_metrics
@@ -218,7 +219,8 @@ def test_logits_that_are_not_finite_are_not_sampled_from(temperature):
 @pytest.mark.parametrize("player", ["generator", "discriminator"])
 def test_step_raises_after_so_many_in_a_row(monkeypatch, player):
     """Of the generator's one update a step, and the discriminator's two."""
-    gan = small_gan(max_skipped_updates=3)
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 3)
+    gan = small_gan()
     poison(monkeypatch, gan, player, {0, 1, 3, 4, 5} if player == "generator" else {0, 2, 3, 4, 5})
     steps = []
     with pytest.raises(FloatingPointError, match=f"{player}'s last .*learning_rate.*float32"):
@@ -230,7 +232,8 @@ def test_step_raises_after_so_many_in_a_row(monkeypatch, player):
 
 
 def test_the_count_in_a_row_continues_from_a_checkpoint(monkeypatch, tmp_path):
-    gan = small_gan(max_skipped_updates=3, output_dir=str(tmp_path))
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 3)
+    gan = small_gan(output_dir=str(tmp_path))
     poison(monkeypatch, gan, "generator", range(9))
     for _ in range(2):
         gan.step(PROMPTS[:2])
@@ -245,7 +248,8 @@ def test_the_count_in_a_row_continues_from_a_checkpoint(monkeypatch, tmp_path):
 
 
 def test_fit_stops_without_a_new_checkpoint(monkeypatch, tmp_path):
-    gan = small_gan(max_skipped_updates=2, save_steps=2, output_dir=str(tmp_path))
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 2)
+    gan = small_gan(save_steps=2, output_dir=str(tmp_path))
     poison(monkeypatch, gan, "generator", {3, 4})
     with pytest.raises(FloatingPointError, match=r"step 5: .*learning_rate.*float32"):
         gan.fit(ROWS, steps=8, progress=False)
@@ -271,7 +275,8 @@ def lines_of(path):
 @pytest.mark.parametrize("broken", ["updates", "weights"])
 def test_rollback_goes_on_from_the_last_good_checkpoint_at_half_the_learning_rates(monkeypatch, tmp_path, broken):
     """Oracle: a new process that loads that checkpoint with half the learning rates, and is not poisoned."""
-    settings = {"max_skipped_updates": 2, "completions_steps": 1, "save_steps": 4, "on_nonfinite": "rollback"}
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 2)
+    settings = {"save_steps": 4, "on_nonfinite": "rollback"}
     gan = small_gan(**settings, output_dir=str(tmp_path / "run"))
     if broken == "updates":
         poison(monkeypatch, gan, "generator", {5, 6})
@@ -312,7 +317,8 @@ def test_rollback_goes_on_from_the_last_good_checkpoint_at_half_the_learning_rat
 
 def test_a_run_that_went_on_goes_back_to_before_it(monkeypatch, tmp_path):
     """The checkpoint that it began from was taken amid the trouble."""
-    settings = {"max_skipped_updates": 4, "save_steps": 2, "on_nonfinite": "rollback"}
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 4)
+    settings = {"save_steps": 2, "on_nonfinite": "rollback"}
     gan = small_gan(**settings, output_dir=str(tmp_path))
     poison(monkeypatch, gan, "generator", {2, 3})
     gan.fit(ROWS, steps=4, progress=False)
@@ -325,7 +331,8 @@ def test_a_run_that_went_on_goes_back_to_before_it(monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_from_within_the_trouble_is_not_gone_back_to(monkeypatch, tmp_path):
-    gan = small_gan(max_skipped_updates=4, save_steps=2, on_nonfinite="rollback", output_dir=str(tmp_path))
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 4)
+    gan = small_gan(save_steps=2, on_nonfinite="rollback", output_dir=str(tmp_path))
     poison(monkeypatch, gan, "generator", {2, 3, 4, 5})
     with pytest.warns(UserWarning, match="back at step 2,"):
         gan.fit(ROWS, steps=8, progress=False)
@@ -333,7 +340,8 @@ def test_a_checkpoint_from_within_the_trouble_is_not_gone_back_to(monkeypatch, t
 
 
 def test_a_second_rollback_without_progress_stops(monkeypatch, tmp_path):
-    gan = small_gan(max_skipped_updates=2, save_steps=3, on_nonfinite="rollback", output_dir=str(tmp_path))
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 2)
+    gan = small_gan(save_steps=3, on_nonfinite="rollback", output_dir=str(tmp_path))
     poison(monkeypatch, gan, "discriminator", range(6, 99))
     with (
         pytest.warns(UserWarning, match="back at step 3") as told,
@@ -346,7 +354,8 @@ def test_a_second_rollback_without_progress_stops(monkeypatch, tmp_path):
 def test_rollback_with_nothing_to_go_back_to_stops(monkeypatch, tmp_path):
     """A checkpoint that another run has left in the folder is not this run's."""
     small_gan(output_dir=str(tmp_path)).fit(ROWS, steps=1, progress=False)
-    gan = small_gan(max_skipped_updates=2, on_nonfinite="rollback", output_dir=str(tmp_path))
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 2)
+    gan = small_gan(on_nonfinite="rollback", output_dir=str(tmp_path))
     poison(monkeypatch, gan, "generator", range(1, 9))
     with pytest.raises(FloatingPointError, match="nothing to go back to.*save_steps"):
         gan.fit(ROWS, steps=8, progress=False)
@@ -364,7 +373,6 @@ def test_lines_after_the_step_gone_back_to_are_dropped(tmp_path):
     assert lines_of(tmp_path / "x.jsonl") == [{"step": 1}, {"step": 2, "again": True}]
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_skipped_updates", 0), ("on_nonfinite", "warn")])
-def test_settings_out_of_range(name, value):
-    with pytest.raises(ValueError, match=name):
-        small_gan(base_folder(), **{name: value})
+def test_settings_out_of_range():
+    with pytest.raises(ValueError, match="on_nonfinite"):
+        small_gan(base_folder(), on_nonfinite="warn")

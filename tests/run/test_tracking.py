@@ -29,7 +29,7 @@ from rich.console import Console
 from lora_gan import Config
 from lora_gan.data import Row
 from lora_gan.model.sampling import Rollout
-from lora_gan.run import display, tracking
+from lora_gan.run import callbacks, display, tracking
 from lora_gan.run.plots import plot_run
 from lora_gan.storage.json_lines import JsonLines, read_lines
 from lora_gan.training.experience import Experience
@@ -154,7 +154,7 @@ def test_a_line_is_the_mean_since_the_last_one_and_totals_are_the_latest(tmp_pat
 
 
 def test_a_resumed_run_leaves_the_lines_of_one_that_never_stopped(tmp_path):
-    options = {"save_steps": 2, "completions_steps": 1, "eval_steps": 2}
+    options = {"save_steps": 2, "eval_steps": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     small_gan(output_dir=str(whole), **options).fit(ROWS, steps=5, eval_dataset=ROWS[:2], progress=False)
     small_gan(output_dir=str(broken), **options).fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
@@ -174,17 +174,13 @@ def test_a_resumed_run_leaves_the_lines_of_one_that_never_stopped(tmp_path):
     assert lines_of(broken / "completions.jsonl") == lines_of(whole / "completions.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("settings", "steps"),
-    [({}, (1, 2, 3, 4, 5)), ({"log_completions_steps": 2}, (1, 2, 4, 5)), ({"log_completions_steps": 99}, (1, 5))],
-)
-def test_completions_are_every_response_with_its_rewards(settings, steps, tmp_path):
-    gan = small_gan(output_dir=str(tmp_path), query_rate=0.5, **settings)
+def test_completions_are_every_response_with_its_rewards(tmp_path):
+    gan = small_gan(output_dir=str(tmp_path), query_rate=0.5)
     rows = [ROWS[0], {"prompt": "no target"}]
     records = gan.fit(rows, steps=5, progress=False)
     found = lines_of(tmp_path / "completions.jsonl")
     expected = []
-    for record in (records[step - 1] for step in steps):
+    for record in records:
         for j, prompt in enumerate(record["prompt"]):
             for i in range(4):
                 sample = {
@@ -196,31 +192,33 @@ def test_completions_are_every_response_with_its_rewards(settings, steps, tmp_pa
     assert any(sample["true_reward"] is None for sample in found), "half were not asked for"
 
 
-def test_the_last_step_of_a_run_that_ends_early_is_there(tmp_path, capsys):
+def test_the_display_shows_the_last_step_of_a_run_that_ends_early(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(callbacks, "SAMPLES_SHOWN", 1)
+
     def stops(record):
         if record["step"] == 3:
             raise ValueError("a reward that is not as it should be")
 
-    gan = small_gan(output_dir=str(tmp_path), log_completions_steps=99, num_completions_to_print=1)
+    gan = small_gan(output_dir=str(tmp_path))
     with pytest.raises(ValueError):
         gan.fit(ROWS, steps=5, on_step=stops)
-    assert [line["step"] for line in lines_of(tmp_path / "completions.jsonl")] == [1] * 8 + [3] * 8
+    assert [line["step"] for line in lines_of(tmp_path / "completions.jsonl")] == [1] * 8 + [2] * 8 + [3] * 8
     shown_steps = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if "→" in line]
     assert shown_steps == ["step 1", "step 3"]
 
 
 def test_lines_of_steps_that_come_again_are_cut(tmp_path):
-    """Thinned, too: a run that goes on from step 2 drops what was written of step 3 when it ended there."""
-    options = {"output_dir": str(tmp_path), "log_completions_steps": 2, "save_steps": 2}
+    """A run that continues from step 2 drops the lines of step 3, at which the earlier run ended."""
+    options = {"output_dir": str(tmp_path), "save_steps": 2}
     small_gan(**options).fit(ROWS, steps=3, progress=False)
     again = small_gan(**options)
     again.load_checkpoint(2)
     again.fit(ROWS, steps=4, progress=False)
-    assert [line["step"] for line in lines_of(tmp_path / "completions.jsonl")[::8]] == [1, 2, 3, 4, 6]
+    assert [line["step"] for line in lines_of(tmp_path / "completions.jsonl")[::8]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_no_completions_where_they_are_off(tmp_path):
-    small_gan(output_dir=str(tmp_path), completions_steps=1, log_completions=False).fit(ROWS, steps=1, progress=False)
+    small_gan(output_dir=str(tmp_path), log_completions=False).fit(ROWS, steps=1, progress=False)
     assert not (tmp_path / "completions.jsonl").exists()
 
 
@@ -279,18 +277,19 @@ def test_a_tracker_that_cannot_start_is_named_and_the_others_are_closed(tmp_path
     assert closed == [True]
 
 
-def test_tensorboard_has_every_number_at_its_step(tmp_path):
+def test_tensorboard_has_every_number_at_its_step(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="the tracker is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = {"report_to": "tensorboard", "run_name": "mine", "completions_steps": 2, "save_steps": 2}
+    monkeypatch.setattr(callbacks, "SAMPLES_EVERY", 2)
+    options = {"report_to": "tensorboard", "save_steps": 2}
     gan = small_gan(output_dir=str(tmp_path), **options)
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
     gan = small_gan(output_dir=str(tmp_path), **options)
     gan.load_checkpoint(2)
     gan.fit(ROWS, steps=2, progress=False)
 
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "mine"), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name), size_guidance={"tensors": 0}).Reload()
     for name in ("reward", "kl", "completions/mean_length", "learning_rate"):
         logged = [(line["step"], line[name]) for line in lines_of(tmp_path / "metrics.jsonl") if name in line]
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
@@ -299,9 +298,9 @@ def test_tensorboard_has_every_number_at_its_step(tmp_path):
     assert [event.step for event in events.Scalars("eval/true_reward")] == [0]  # step 3's was after the checkpoint
     (texts,) = [tag for tag in events.Tags()["tensors"] if "completions" in tag]
     table = events.Tensors(texts)[0].tensor_proto.string_val[0].decode()
-    first = next(line for line in lines_of(tmp_path / "completions.jsonl") if line["step"] == 2)  # completions_steps
+    first = next(line for line in lines_of(tmp_path / "completions.jsonl") if line["step"] == 2)
     assert f"| {first['step']} | {first['prompt']} |" in table
-    settings = list((tmp_path / "tensorboard" / "mine").glob("*/hparams.yml"))
+    settings = list((tmp_path / "tensorboard" / tmp_path.name).glob("*/hparams.yml"))
     assert settings and "num_generations: 4" in settings[0].read_text()
 
 
@@ -321,14 +320,21 @@ def wandb_records(data: bytes):
 
 
 @pytest.mark.slow
-def test_wandb_has_every_number_at_its_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_wandb_has_every_number_at_its_step(own, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the tracker is not installed")
     for name, value in {"MODE": "offline", "SILENT": "true", "CACHE_DIR": str(tmp_path), "CONFIG_DIR": str(tmp_path),
                         "DATA_DIR": str(tmp_path), "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():  # fmt: skip
         monkeypatch.setenv(f"WANDB_{name}", value)
+    for name, value in (("PROJECT", "theirs"), ("NAME", "mine")):
+        if own:
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        else:
+            monkeypatch.delenv(f"WANDB_{name}", raising=False)
     from wandb.proto import wandb_internal_pb2
 
-    gan = small_gan(output_dir=str(tmp_path / "run"), report_to="wandb", run_name="mine", completions_steps=2)
+    monkeypatch.setattr(callbacks, "SAMPLES_EVERY", 2)
+    gan = small_gan(output_dir=str(tmp_path / "run"), report_to="wandb")
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2], progress=False)
 
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
@@ -342,7 +348,7 @@ def test_wandb_has_every_number_at_its_step(tmp_path, monkeypatch):
         for item in record.history.item:
             name = item.key or "/".join(item.nested_key)
             history.setdefault(name, []).append((record.history.step.num, json.loads(item.value_json)))
-    assert (runs[0].project, runs[0].display_name) == ("lora-gan", "mine")
+    assert (runs[0].project, runs[0].display_name) == (("theirs", "mine") if own else ("lora-gan", "run"))
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     for name in ("reward", "kl"):
         assert history[f"train/{name}"] == [(line["step"], line[name]) for line in lines if name in line]
@@ -364,16 +370,18 @@ def test_trackio_has_every_number_at_its_step(tmp_path):
     code = f"""
 import json
 from helpers import small_gan
+from lora_gan.run import callbacks
 from test_tracking import ROWS
-options = dict(output_dir={str(tmp_path / "run")!r}, report_to="trackio", run_name="mine", completions_steps=2)
+callbacks.SAMPLES_EVERY = 2
+options = dict(output_dir={str(tmp_path / "run")!r}, report_to="trackio")
 gan = small_gan(save_steps=2, **options)
 gan.fit(ROWS, steps=3, progress=False)
 gan = small_gan(**options)
 gan.load_checkpoint(3)
 gan.fit(ROWS, steps=1, progress=False)
 from trackio.sqlite_storage import SQLiteStorage
-assert SQLiteStorage.get_runs("lora-gan") == ["mine"], SQLiteStorage.get_runs("lora-gan")
-logs = SQLiteStorage.get_logs("lora-gan", "mine")
+assert SQLiteStorage.get_runs("lora-gan") == ["run"], SQLiteStorage.get_runs("lora-gan")
+logs = SQLiteStorage.get_logs("lora-gan", "run")
 print("LOGS", json.dumps([[log["step"], log["train/reward"]] for log in logs if "train/reward" in log]))
 print("TABLES", [log["step"] for log in logs if "completions" in log])
 """
@@ -524,7 +532,9 @@ def test_a_person_answers_at_a_terminal(tmp_path):
     code = f"""
 import warnings
 from helpers import small_gan
+from lora_gan.run import callbacks
 from test_tracking import ROWS
+callbacks.SAMPLES_EVERY = 2
 class Person:
     interactive = True
     def __call__(self, response, target):
@@ -572,7 +582,9 @@ def test_plain_whole_lines_without_a_terminal(environment, tmp_path, monkeypatch
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
-    gan = small_gan(output_dir=str(tmp_path), completions_steps=2, num_completions_to_print=1)
+    monkeypatch.setattr(callbacks, "SAMPLES_EVERY", 2)
+    monkeypatch.setattr(callbacks, "SAMPLES_SHOWN", 1)
+    gan = small_gan(output_dir=str(tmp_path))
     gan.fit(ROWS, steps=3, eval_dataset=ROWS[:2])
     lines = capsys.readouterr().err.splitlines()
     assert not any("\x1b" in line or "\r" in line for line in lines)
@@ -596,7 +608,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
 
 
 def test_nothing_is_said_where_progress_is_off(tmp_path, capsys):
-    small_gan(output_dir=str(tmp_path), completions_steps=1).fit(ROWS, steps=2, progress=False)
+    small_gan(output_dir=str(tmp_path)).fit(ROWS, steps=2, progress=False)
     assert capsys.readouterr() == ("", "")
 
 
@@ -659,8 +671,8 @@ def test_a_total_has_no_running_mean_and_what_was_not_measured_says_so(tmp_path,
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
-    plot_run(tmp_path / "metrics.jsonl", tmp_path / "run.png", title="mine")
-    assert figures[0].get_suptitle() == "mine"
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    assert figures[0].get_suptitle() == tmp_path.name
     by_title = {axes.get_title(): axes for axes in figures[0].axes}
     (calls,) = by_title["true-reward calls so far"].lines
     assert list(calls.get_ydata()) == [8 * i for i in range(1, 41)]
@@ -672,8 +684,8 @@ def test_a_total_has_no_running_mean_and_what_was_not_measured_says_so(tmp_path,
 
 def test_samples_of_another_run_do_not_stay(tmp_path):
     """Nor of steps that come again: both files begin together."""
-    small_gan(output_dir=str(tmp_path), completions_steps=1).fit(ROWS, steps=3, progress=False)
-    records = small_gan(output_dir=str(tmp_path), completions_steps=100).fit(ROWS[:1], steps=1, progress=False)
+    small_gan(output_dir=str(tmp_path)).fit(ROWS, steps=3, progress=False)
+    records = small_gan(output_dir=str(tmp_path)).fit(ROWS[:1], steps=1, progress=False)
     samples = lines_of(tmp_path / "completions.jsonl")
     assert [sample["completion"] for sample in samples] == sum(records[0]["responses"], [])
 

@@ -25,7 +25,7 @@ from helpers import (
     sign,
     small_gan,
 )
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import save_file
 
 from lora_gan import LoraGAN
@@ -45,7 +45,7 @@ VARIANTS = {
     "straight-through": {"query_rate": 0.5, "gradient_path": "straight_through"},
     "groups of one": {"num_generations": 1},
     "schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 8, "disc_updates": 3},
-    "warm-up": {"imitation_warmup_steps": 4, "imitation_weight": 0.5, "weights_format": "safetensors"},
+    "warm-up": {"imitation_warmup_steps": 4, "imitation_weight": 0.5},
     "normalized": {"multi_objective_aggregation": "normalize_then_sum", "query_rate": 0.5},
     "small replay": {"disc_replay_groups": 4, "micro_batch_size": 3},
     "guarded": {"adversarial": True, "uncertainty_penalty": 0.5},
@@ -274,7 +274,8 @@ def other_disc_rank(folder):
 
 
 def other_layers(folder):
-    return small_gan(target_modules=["c_attn"]).save_checkpoint(step=1, ckpt_dir=folder)
+    own = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"])
+    return small_gan(peft_config=own, lora_r=16, lora_alpha=32).save_checkpoint(step=1, ckpt_dir=folder)
 
 
 def other_heads(folder):

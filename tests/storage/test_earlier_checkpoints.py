@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import sign
 
 from lora_gan import LoraGAN, tiny
 from lora_gan.storage import checkpoint
@@ -63,6 +64,30 @@ def test_what_it_is_saved_as_again_is_complete_and_loads(kind, tmp_path):
     gan.save_checkpoint(ckpt_dir=tmp_path / kind)
     assert checkpoint.fault(tmp_path / kind / "step-2", deep=True) is None
     assert opened(tmp_path / kind).reward_calls == gan.reward_calls
+
+
+def test_saving_again_leaves_no_stale_weights(tmp_path):
+    """PEFT prefers safetensors, so a stale file beside the new adapter_model.bin would win."""
+    shutil.copytree(FOLDER / "safetensors", tmp_path / "safetensors")
+    gan = opened(tmp_path / "safetensors")
+    gan.save_checkpoint(ckpt_dir=tmp_path / "safetensors")
+    for player in ("generator", "discriminator"):
+        files = (tmp_path / "safetensors" / "step-2" / player).glob("adapter_model.*")
+        assert [path.name for path in files] == ["adapter_model.bin"]
+    again = opened(tmp_path / "safetensors")
+    assert gan.score("a prompt", "a response") == again.score("a prompt", "a response")
+
+
+def test_a_removed_setting_with_another_value_is_named(tmp_path):
+    """A checkpoint cannot be edited, so it opens without the setting."""
+    step = shutil.copytree(FOLDER / "plain" / "step-2", tmp_path / "plain" / "step-2")
+    state = json.loads((step / "trainer_state.json").read_text(encoding="utf-8"))
+    state["config"] |= {"run_name": "mine", "top_p": 0.5}
+    (step / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    sign(step)
+    with pytest.warns(UserWarning, match=r"settings that are gone.* run_name='mine' \(.*; top_p=0.5 \(") as told:
+        assert opened(tmp_path / "plain").global_step == 2
+    assert "target_modules" not in str(told[0].message), "the adapters are as they were"
 
 
 def test_a_changed_file_is_still_found_out(tmp_path):

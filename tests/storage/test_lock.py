@@ -114,6 +114,6 @@ def test_sigterm_from_outside_saves_and_ends_with_143(tmp_path):
     assert process.returncode == 143, said.decode()
     assert b"SIGTERM: the run stops after this step" in said
     assert len(list(tmp_path.glob("step-*"))) == 1, "saved where it stood"
-    gan = small_gan(output_dir=str(tmp_path), lora_r=16, lora_alpha=32, disc_lora_r=16, disc_lora_alpha=32)
+    gan = small_gan(output_dir=str(tmp_path), lora_r=16, lora_alpha=32, disc_lora_r=16)
     gan.load_checkpoint()
     assert gan.global_step >= 1

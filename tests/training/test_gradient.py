@@ -52,7 +52,7 @@ def toy(length=2, **settings) -> LoraGAN:
 def stock_adapter(model, gan, player) -> torch.nn.Module:
     """A stock PEFT model with one adapter: this player's weights."""
     r = gan.config.lora_r if player == "generator" else gan.config.disc_lora_r
-    alpha = gan.config.lora_alpha if player == "generator" else gan.config.disc_lora_alpha
+    alpha = gan.config.lora_alpha if player == "generator" else 2 * r
     stock = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
     state = adapter_state(gan.players, player)
     weights = {name.replace(".weight", ".default.weight"): w.detach().clone() for name, w in state.items()}

@@ -110,6 +110,7 @@ def train(
     quantization_config: dict[str, Any] | None = None,
     resume: bool = False,
     allow_other_data: bool = False,
+    reuse_answers: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Train a generator and a discriminator on rows of prompts.
@@ -133,6 +134,7 @@ def train(
         quantization_config: Fields of transformers.BitsAndBytesConfig, such as {load_in_4bit: true}.
         resume: Continue from the newest complete checkpoint in output_dir. Changed settings are listed, one per line.
         allow_other_data: With resume, continue although the rows of data have changed.
+        reuse_answers: With resume, reuse the answers in answers.jsonl even if the reward's source code has changed.
         dry_run: Train nothing: print the plan of the run, its memory and its true-reward calls, and try the reward on
             a few responses.
     """
@@ -149,7 +151,7 @@ def generate(
     model: str | None = None,
     best_of: PositiveInt = 1,
     temperature: float | None = None,
-    top_p: float | None = None,
+    top_p: float = 1.0,
     max_completion_length: PositiveInt | None = None,
     seed: NonNegativeInt | None = None,
     batch_size: PositiveInt = 16,
@@ -170,7 +172,7 @@ def generate(
         model: The base, if it has moved since the run.
         best_of: Responses sampled per prompt; the one with the highest predicted reward is kept.
         temperature: Temperature of sampling; 0 is greedy; null: the run's.
-        top_p: Share of the probability that is kept; null: the run's.
+        top_p: Nucleus sampling: share of the probability that is kept.
         max_completion_length: Most tokens of a response; null: the run's.
         seed: Seed of sampling; another seed gives other responses; null: the run's.
         batch_size: Prompts per batch.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import Config
 from ..gan import LoraGAN
 from ..run import snapshot
 from ..storage import checkpoint
@@ -60,14 +59,8 @@ def needed(gan: LoraGAN, *, steps: int, prompt_tokens: int, calls: int) -> Disk:
     sampled = config.prompts_per_step * config.num_generations
     logs = LINE * (steps // config.logging_steps) + (ANSWER + texts) * calls
     if config.log_completions:
-        logs += (ANSWER + texts + CHARACTERS * prompt_tokens) * sampled * written(config, gan.global_step, steps)
+        logs += (ANSWER + texts + CHARACTERS * prompt_tokens) * sampled * steps
     return Disk(saved, kept, _checkpoint_bytes(gan, steps, prompt_tokens), logs)
-
-
-def written(config: Config, first: int, steps: int) -> int:
-    """How many of the `steps` steps after step `first` write their responses to completions.jsonl."""
-    every = config.log_completions_steps
-    return times(every, first, steps) + (steps > 1 and (first + 1) % every > 0)
 
 
 def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +22,7 @@ import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from ..config import Config
+from ..config import REMOVED, Config
 from ..run.interrupts import Terminated
 from ..run.resuming import in_moved_folder
 from ..settings import KINDS, Group, Mark, bounds, group, kinds_of, markers, plain_type, units
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
                 values, notice = in_moved_folder(values, Path(str(files[-1])), folder_is_given=given)
                 if notice:
                     print(notice, file=sys.stderr)
-            settings = {name: values.pop(name) for name in Config.__dataclass_fields__}
+            settings = {name: values.pop(name) for name in (*Config.__dataclass_fields__, *_removed(COMMANDS["train"]))}
             values["config"] = Config.from_dict(settings)
         with one_line_each():
             COMMANDS[chosen.command](**values)
@@ -162,7 +163,8 @@ def _parser() -> Parser:
             _add_train_options(one, function)
         else:
             _add_options(one, function, as_positional=name == "fetch")
-        Parser.options |= {option.lstrip("-") for action in one._actions for option in action.option_strings}
+        known = [action for action in one._actions if action.help != SUPPRESS]
+        Parser.options |= {option.lstrip("-") for action in known for option in action.option_strings}
         commands.add_subcommand(name, one, help=summary.rstrip("."))
     return parser
 
@@ -181,6 +183,13 @@ def _add_train_options(parser: Parser, function: Callable[..., Any]) -> None:
         metavar: dict[str, Any] = {"metavar": field.name.upper()} if get_origin(kind) is Literal else {}
         text = f"{described[field.name]} ({', '.join(facts)})"
         container.add_argument(f"--{field.name}", type=kind, default=field.default, help=text, **metavar)
+    for name in _removed(function):  # `Config.from_dict` accepts the old default, and refuses another value
+        parser.add_argument(f"--{name}", type=Any, default=REMOVED[name][0], help=SUPPRESS)
+
+
+def _removed(function: Callable[..., Any]) -> list[str]:
+    """The settings of earlier versions, which a YAML file may hold, except those that are options of the function."""
+    return [name for name in REMOVED if name not in function.__annotations__]
 
 
 def _add_options(container: Any, function: Callable[..., Any], *, as_positional: bool = False) -> None:

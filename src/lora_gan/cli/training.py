@@ -106,6 +106,7 @@ def _opened(config: Config, options: dict[str, Any], reward_funcs: list[Any], re
         quantization_config=_constructed(
             "transformers.BitsAndBytesConfig", "quantization_config", options["quantization_config"]
         ),
+        reuse_answers=options["reuse_answers"],
     )
     if resume:
         gan.load_checkpoint()
@@ -187,7 +188,7 @@ def _plot(gan: LoraGAN, folder: Path) -> None:
     from ..run.plots import plot_run
 
     try:
-        plot_run(folder / "metrics.jsonl", folder / "training.png", title=gan.config.run_name)
+        plot_run(folder / "metrics.jsonl", folder / "training.png")
     except Exception as error:
         warnings.warn(f"training.png could not be drawn: {error}", stacklevel=2)
 

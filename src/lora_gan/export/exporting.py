@@ -228,7 +228,7 @@ def _write(players: Players, part: str, folder: Path, dtype: torch.dtype) -> Pre
     player: Player = "generator" if part.startswith("generator") else "discriminator"
     tokenizer = players.base.tokenizer if player == "generator" else scoring_tokenizer(players.base)
     if part == player:
-        save_adapter(players, player, folder, "safetensors")
+        save_adapter(players, player, folder)
     else:
         weights = merged_weights(players, player, dtype)
         model = _causal_lm(players, weights) if player == "generator" else _classifier(players, weights, tokenizer)

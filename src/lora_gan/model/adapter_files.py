@@ -45,11 +45,11 @@ def adapter_content(players: Players, player: str) -> tuple[dict[str, Any], dict
     return dict(sorted(values.items())), state
 
 
-def save_adapter(players: Players, player: str, folder: Path, weights_format: str) -> None:
-    """Write the adapter's weights and config into a folder, as stock PEFT reads them."""
+def save_adapter(players: Players, player: str, folder: Path) -> None:
+    """Write the adapter's config, and its weights as safetensors, into a folder, as stock PEFT reads them."""
     config, weights = adapter_content(players, player)
     folder.mkdir(parents=True, exist_ok=True)
-    file = checkpoint.weights_name(weights_format)
+    file = "adapter_model.safetensors"
     (folder / "adapter_config.json").write_bytes(checkpoint.serialized("adapter_config.json", config))
     (folder / file).write_bytes(checkpoint.serialized(file, checkpoint.copied(weights)))
 
@@ -74,7 +74,7 @@ def require_same_scaling(folder: Folder, ours: PeftConfig) -> None:
         if saved != here:
             raise ValueError(
                 f"{folder.path} does not fit: it was saved with {name}={repr(saved)[:60]}, this adapter has {here!r}. "
-                "Set the same value, or load another folder"
+                "Give the same value (peft_config= and disc_peft_config= have every field), or load another folder"
             )
 
 

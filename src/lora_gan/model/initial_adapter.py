@@ -87,7 +87,7 @@ def read(path: Path, *, config: Config, peft_config: LoraConfig | None) -> InitA
     Args:
         path: a stock PEFT folder, or a folder of this library: a run (its newest complete step), a step, a player's
             folder, an export.
-        config: its lora_r, lora_alpha and target_modules must be at their defaults: the adapter's own are used.
+        config: its lora_r and lora_alpha must be at their defaults: the adapter's own are used.
         peft_config: LoraGAN's argument. It must be None: the adapter's own settings are used.
 
     Raises:
@@ -140,7 +140,7 @@ def _lora_config(theirs: Mapping[str, Any], where: str, config: Config) -> LoraC
     task = theirs.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise ValueError(f"{where} has task_type={shown(task)}: it must be CAUSAL_LM, because it starts the generator")
-    if (changed := changed_setting(config, ("lora_r", "lora_alpha", "target_modules"))) is not None:
+    if (changed := changed_setting(config, ("lora_r", "lora_alpha"))) is not None:
         raise ValueError(
             f"{changed} and init_adapter= both describe the generator's adapter, and the saved adapter's settings are "
             f"used: leave {changed.partition('=')[0]} out"

@@ -36,6 +36,8 @@ SET_BY_LIBRARY = (
     "auto_mapping", "runtime_config",
 )  # fmt: skip
 INIT_METHODS = (True, False, "gaussian", "orthogonal")
+#: The discriminator's lora_alpha / r: the same factor as the generator's defaults have.
+DISC_SCALE = 2
 TASK_TYPES = {"generator": ("CAUSAL_LM",), "discriminator": ("SEQ_CLS", "CAUSAL_LM")}
 REFUSED_BECAUSE = {
     "lora_dropout": "players run in eval mode, in which dropout is off",
@@ -61,22 +63,19 @@ def lora_config(
     Raises:
         ValueError: it names a field that does not work on a shared base, or a setting that contradicts `given`.
     """
-    prefix = "disc_" if player == "discriminator" else ""
-    name = f"{prefix}peft_config"
-    if given is None:
-        targets = getattr(config, f"{prefix}target_modules")
-        if player == "discriminator" and config.disc_layers is not None:
-            targets = _upper_linear(model, config.disc_layers)
-        wanted = LoraConfig(
-            r=getattr(config, f"{prefix}lora_r"),
-            lora_alpha=getattr(config, f"{prefix}lora_alpha"),
-            target_modules=targets if isinstance(targets, str) else list(targets),
-        )
+    is_discriminator = player == "discriminator"
+    name = "disc_peft_config" if is_discriminator else "peft_config"
+    if given is None and is_discriminator:
+        rank, layers = config.disc_lora_r, config.disc_layers
+        targets = "all-linear" if layers is None else _upper_linear(model, layers)
+        wanted = LoraConfig(r=rank, lora_alpha=DISC_SCALE * rank, target_modules=targets)
+    elif given is None:
+        wanted = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear")
     else:
         if type(given) is not LoraConfig:
             raise ValueError(f"{name} is a {type(given).__name__}: it must be a peft.LoraConfig")
-        described = ["lora_r", "lora_alpha", "target_modules"] + ["layers"] * (player == "discriminator")
-        if (changed := changed_setting(config, [prefix + field for field in described])) is not None:
+        described = ("disc_lora_r", "disc_layers") if is_discriminator else ("lora_r", "lora_alpha")
+        if (changed := changed_setting(config, described)) is not None:
             raise ValueError(f"{changed} and {name}= both describe the adapter: give only one")
         _require_own_config(name, given)
         if given.task_type is not None and given.task_type not in TASK_TYPES[player]:
@@ -117,7 +116,7 @@ def _upper_linear(model: PreTrainedModel, layers: int) -> list[str]:
     count = model.config.get_text_config().num_hidden_layers
     if layers > count:
         raise ValueError(f"disc_layers={layers} is not accepted: {type(model).__name__} has {count} layers")
-    (name, found), first = require_layer_list(model, "disc_layers", "set disc_target_modules"), count - layers
+    (name, found), first = require_layer_list(model, "disc_layers", "give disc_peft_config"), count - layers
     left_out = NOT_ADAPTED.get(model.config.model_type, ())
     return sorted(
         f"{name}.{first + i}.{inner}"
@@ -231,7 +230,7 @@ def require_trainable(lm: PreTrainedModel) -> list[str]:
     outside = [name for name in names if not name.startswith(f"{lm.base_model_prefix}.")]
     if outside:
         raise ValueError(
-            f"disc_target_modules name {outside[0]!r}, which does not affect the score: leave it out "
+            f"the discriminator's target_modules name {outside[0]!r}, which does not affect the score: leave it out "
             "(disc_peft_config= takes exclude_modules)"
         )
     return names

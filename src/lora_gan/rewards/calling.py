@@ -22,6 +22,8 @@ from ..wording import shortened
 from .answers import Answers
 
 Answer = TypeVar("Answer")
+#: Seconds before the first retry; doubled before each further retry. A rate limit often ends within seconds.
+BACKOFF = 1.0
 LONGEST = 60.0  # seconds; the longest pause between two tries
 ASYNC_WORKERS = 16  # parallel calls of an `async def` reward if `workers` is None
 
@@ -44,7 +46,6 @@ class Caller:
 
     timeout: float | None = None  # seconds per call
     retries: int = 0  # further tries after a try that raised or took too long
-    backoff: float = 1.0  # seconds before the first retry; doubled before each further retry
     workers: int | None = None  # parallel calls; None: 1, or ASYNC_WORKERS for an `async def` reward
     skip: bool = False  # whether to continue without an answer after the last try has failed
     log: Answers | None = None
@@ -128,7 +129,7 @@ class Caller:
             retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, HOPELESS)),
             # The order matters: `may_retry` counts the calls that it allows, and must not run after the last try.
             stop=lambda state: state.attempt_number > self.retries or not self.may_retry(rows),
-            wait=wait_exponential(self.backoff, max=LONGEST),
+            wait=wait_exponential(BACKOFF, max=LONGEST),
             before_sleep=report,
             reraise=True,
         )

@@ -260,7 +260,6 @@ class TrueReward:
         return Caller(
             config.reward_timeout,
             config.reward_retries,
-            config.reward_backoff,
             config.reward_workers,
             skip=config.on_reward_error == "skip",
             log=log,

@@ -48,6 +48,12 @@ from .ending import ALL_STEPS, Ending, StopWatchingHandler, reason_of
 #: `state.log_history` holds this many of the newest lines, so memory stays constant. metrics.jsonl holds every line.
 LOG_HISTORY = 500
 
+#: Steps between samples on the display and in trackers. Samples of every step would hide the numbers on a terminal, and
+#: fill a tracker with tables. completions.jsonl has the responses of every step.
+SAMPLES_EVERY = 25
+#: Responses per displayed step, so that samples and numbers fit on a terminal together.
+SAMPLES_SHOWN = 2
+
 Callback = TrainerCallback | type[TrainerCallback]
 
 
@@ -79,7 +85,9 @@ class Arguments:
         self.save_steps = config.save_steps or max(1, max_steps)
         self.eval_steps = config.eval_steps or max(1, max_steps)
         self.eval_strategy = IntervalStrategy.STEPS if evaluates else IntervalStrategy.NO
-        self.run_name = config.run_name or Path(config.output_dir).resolve().name
+        self.run_name = Path(config.output_dir).resolve().name
+        self.metric_for_best_model = config.metric_for_best_model.removeprefix("-")
+        self.greater_is_better = not config.metric_for_best_model.startswith("-")
         self.load_best_model_at_end = False
 
     def __getattr__(self, name: str) -> Any:
@@ -108,6 +116,7 @@ class FitObserver:
         callbacks: the user's callbacks.
         rows: the training data. Data without a length has no epochs.
         steps: number of further steps.
+        reuse_answers: as in `LoraGAN`.
         evaluates: whether fit() has evaluation data.
         progress: whether to show progress.
 
@@ -122,11 +131,13 @@ class FitObserver:
         rows: Any,
         steps: int,
         *,
+        reuse_answers: bool = False,
         evaluates: bool = False,
         progress: bool = True,
     ) -> None:
         config, last = run_state.config, run_state.global_step + steps
         self.run_state, self.first, self._rows = run_state, run_state.global_step, rows
+        self._reuse_answers = reuse_answers
         self.ending: Ending | None = None
         self._epoch_length = len(rows) if hasattr(rows, "__len__") else None
         self._epoch_is_open = False
@@ -151,11 +162,11 @@ class FitObserver:
             [DefaultFlowCallback, *own], peft, tokenizer, optimizer.adamw, optimizer.schedule
         )
         shown = progress and not any(isinstance(callback, ProgressCallback) for callback in own)  # has its own display
-        self.display = Display(self.first, last, shown=shown, samples=config.num_completions_to_print)
+        self.display = Display(self.first, last, shown=shown, samples=SAMPLES_SHOWN)
         self._unlogged: list[Mapping[str, Any]] = []  # numbers of the steps since the last line of metrics
         self.num_tokens = 0
         self._evaluated_at: int | None = None
-        self._last_samples: dict[str, Sequence[Mapping[str, Any]]] = {}  # of the last step, by pending destination
+        self._undisplayed: Sequence[Mapping[str, Any]] = ()  # the last step's responses, if they were not displayed
         self.saved_steps: set[int] = set()  # steps of the checkpoints that this run has written
         self._stack = ExitStack()
         self._began = time.perf_counter()
@@ -189,7 +200,7 @@ class FitObserver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:
-            self._write_last_samples()
+            self._show_last_samples()
             self._log_late_calls()
             if kind is None:
                 self._end_epoch()
@@ -215,7 +226,7 @@ class FitObserver:
             "rewards": self.run_state.true_reward.names,
             "sources": self.run_state.true_reward.sources,
         }
-        return Answers(folder, run, step=self.first, newest=newest, reuse=self.run_state.config.reuse_answers)
+        return Answers(folder, run, step=self.first, newest=newest, reuse=self._reuse_answers)
 
     def _restore_totals(self) -> None:
         """Read totals and the best evaluation so far from the lines of metrics that a resumed run has."""
@@ -293,7 +304,7 @@ class FitObserver:
             self.completions.go_back(step)
         self.handler.optimizer, self.handler.lr_scheduler = optimizer.adamw, optimizer.schedule
         self._unlogged, self.num_tokens, self._evaluated_at = [], 0, None
-        self._last_samples = {}
+        self._undisplayed = ()
         self.state.global_step, self.state.epoch = step, self._epoch
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._restore_totals()
@@ -364,25 +375,21 @@ class FitObserver:
         del self.state.log_history[:-LOG_HISTORY]
 
     def _log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write, show and track a step's responses, each at its interval, and at the first and last step."""
-        config, at_an_end = self.run_state.config, step in (self.first + 1, self.args.max_steps)
-        self._last_samples = {"file": samples, "display": samples} if samples else {}
+        """Write a step's responses. Show and track samples at their interval; show the first and last step, too."""
+        self._undisplayed = samples
         if not samples:
             return
-        if at_an_end or step % config.log_completions_steps == 0:
-            self.completions.write(*self._last_samples.pop("file"))
-        if at_an_end or step % config.completions_steps == 0:
-            self.display.show(self._last_samples.pop("display"))
-        if step % config.completions_steps == 0:
+        self.completions.write(*samples)
+        if step % SAMPLES_EVERY == 0 or step in (self.first + 1, self.args.max_steps):
+            self._show_last_samples()
+        if step % SAMPLES_EVERY == 0:
             self.trackers.log_samples(samples, step)
 
-    def _write_last_samples(self) -> None:
-        """Write and show the last step's responses, however the run ends."""
-        left, self._last_samples = self._last_samples, {}
-        if "file" in left:
-            self.completions.write(*left["file"])
-        if "display" in left:
-            self.display.show(left["display"])
+    def _show_last_samples(self) -> None:
+        """Show the last step's responses, unless they were shown; also called however the run ends."""
+        if self._undisplayed:
+            self.display.show(self._undisplayed)
+        self._undisplayed = ()
 
     def _schedule_end(self) -> None:
         """Request an evaluation and a checkpoint when the run ends, for any reason."""

@@ -36,6 +36,7 @@ class FitLoop:
         evaluate: evaluates the generator on held-out rows.
         on_step: called with every step's record.
         callbacks: transformers' callbacks.
+        reuse_answers: as in `LoraGAN`.
         interrupts: catches Ctrl-C and SIGTERM.
         progress: whether to show progress.
     """
@@ -51,6 +52,7 @@ class FitLoop:
         evaluate: Callable[[list[Row]], dict[str, Any]],
         on_step: Callable[[Record], None] | None,
         callbacks: Sequence[Callback],
+        reuse_answers: bool,
         interrupts: Interrupts,
         progress: bool,
     ) -> None:
@@ -62,7 +64,10 @@ class FitLoop:
         self._records: deque[Record] = deque(maxlen=RECORDS)
         self.budget.reserved = 0 if held_out is None or self.config.reward_budget_total is None else len(held_out)
         self._folder = Path(self.config.output_dir)
-        self._run = FitObserver(state, callbacks, rows, steps, evaluates=held_out is not None, progress=progress)
+        evaluates = held_out is not None
+        self._run = FitObserver(
+            state, callbacks, rows, steps, reuse_answers=reuse_answers, evaluates=evaluates, progress=progress
+        )
         self._saver = Saver(state, self._folder, self._run.saved, asynchronous=not callbacks)
         self._rollback = Rollback(state, state.global_step, self._run.saved_steps)
 

@@ -42,13 +42,12 @@ PANELS = (
 )
 
 
-def plot_run(metrics: Path, picture: Path, *, title: str | None = None, window: int = 8) -> Path | None:
+def plot_run(metrics: Path, picture: Path, *, window: int = 8) -> Path | None:
     """Draw `PANELS` against steps, and a further panel if the reward has several parts.
 
     Args:
         metrics: a metrics.jsonl of fit() (docs/reference/metrics.md).
         picture: the file to write; its suffix sets the format.
-        title: the run's name; None: the name of the folder of `metrics`.
         window: logged lines in the running mean; the single values are drawn pale behind the mean.
 
     Returns:
@@ -63,7 +62,7 @@ def plot_run(metrics: Path, picture: Path, *, title: str | None = None, window: 
     columns = 3 if len(panels) == 9 else 4
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.2 * rows + 0.5), layout="constrained")
-    figure.suptitle(metrics.resolve().parent.name if title is None else title, fontsize="x-large")
+    figure.suptitle(metrics.resolve().parent.name, fontsize="x-large")
     for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).ravel(), panels, strict=True):
         _draw_panel(axes, panel, lines, window)
     figure.savefig(picture, dpi=110)

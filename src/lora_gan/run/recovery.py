@@ -17,18 +17,22 @@ from ..state import RunState
 from ..storage import checkpoint
 from . import snapshot
 
+#: Consecutive skipped updates of a player after which the run stops or goes back. One bad batch causes one or a few.
+#: Ten in a row mean that the weights are at fault: they do not change while updates are skipped.
+MOST_SKIPPED = 10
+
 
 def require_progress(state: RunState, gen: dict[str, Any], disc: dict[str, Any]) -> None:
     """Check that both players still learn, after a step with these results.
 
     Raises:
-        FloatingPointError: a player's last `max_skipped_updates` updates were all skipped.
+        FloatingPointError: a player's last `MOST_SKIPPED` updates were all skipped.
     """
     for player, skipped, optimizer in (
         ("generator", gen.get("gen_skipped"), state.generator.optimizer),
         ("discriminator", disc.get("disc_skipped"), state.discriminator.optimizer),
     ):
-        if skipped and optimizer.skipped >= state.config.max_skipped_updates:
+        if skipped and optimizer.skipped >= MOST_SKIPPED:
             rate = "learning_rate" if player == "generator" else "disc_learning_rate"
             raise FloatingPointError(
                 f"step {state.global_step}: the {player}'s last {optimizer.skipped} updates had a loss or gradient "

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import Config
+from ..config import REMOVED, Config
 from ..context import UNLIMITED
 from ..model import base_checks, composite, gguf_files, named_bases
 from ..model.adapter_files import (
@@ -29,10 +29,11 @@ from ..model.adapter_files import (
 from ..model.base import load_base
 from ..state import RunState
 from ..storage import checkpoint, state_files, untrusted
-from ..storage.checkpoint import BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference, weights_name
+from ..storage.checkpoint import ADAPTER, BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference
 from ..storage.durable import MANIFEST, Damaged, Folder
 from ..training.estimate import GroupSpread
 from ..training.probe import MOST_ROWS
+from ..wording import shown
 from . import saved_optimizer, trainer_state
 
 #: Assumed most tokens of a text in replay, on a base without a context limit. The number bounds the size of a file and
@@ -55,7 +56,7 @@ def take(state: RunState, *, by_hand: bool = False) -> Content:
         with state.discriminator.ema_scope():
             config, weights = adapter_content(state.players, adapter)
         content[f"{adapter}/adapter_config.json"] = config
-        content[f"{adapter}/{weights_name(state.config.weights_format)}"] = weights
+        content[f"{adapter}/{ADAPTER}"] = weights
     content["generator/optimizer.pt"] = state.generator.optimizer.state_dict()
     content["discriminator/optimizer.pt"] = state.discriminator.optimizer.state_dict()
     content["discriminator/state"] = state.discriminator.state_dict()
@@ -254,7 +255,7 @@ def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path
         raise Damaged(f"{path} is no complete checkpoint: {fault}")
     step_folder = path if fault is None else checkpoint.find(path, None)
     saved = trainer_state.read(Folder(step_folder, manifest=True))
-    settings = _harmless(saved["config"])
+    settings = _harmless(_without_removed(saved["config"], step_folder))
     # After a move of the folder the run continues in its new folder, unless output_dir is given.
     settings["output_dir"] = str(step_folder.parent)
     known = set(Config.__dataclass_fields__)
@@ -272,6 +273,21 @@ def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path
         loading = {name: arguments.pop(name, None) for name in ("processing_class", "quantization_config")}
         model = _recorded_base(saved["base"], Config.from_dict(settings), **loading)
     return step_folder, {"model": model, "config": Config.from_dict(settings), **arguments}
+
+
+def _without_removed(settings: Mapping[str, Any], step_folder: Path) -> dict[str, Any]:
+    """A checkpoint's settings without those that are gone. Warns of each that had another value than its default."""
+    lost = [
+        f"{name}={shown(settings[name])} ({successor})"
+        for name, (default, successor) in REMOVED.items()
+        if name in settings and settings[name] != default
+    ]
+    if lost:
+        warnings.warn(
+            f"{step_folder} has settings that are gone, and the run continues without them: {'; '.join(lost)}",
+            stacklevel=4,
+        )
+    return {name: value for name, value in settings.items() if name not in REMOVED}
 
 
 def _harmless(settings: dict[str, Any]) -> dict[str, Any]:

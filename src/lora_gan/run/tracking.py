@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
@@ -25,6 +26,9 @@ from ..rewards.notes import Notes, mean
 from ..training.experience import Experience
 from ..training.fresh_metrics import fresh_metrics
 from ..wording import did_you_mean
+
+#: The project of every run, in trackers that have projects.
+PROJECT = "lora-gan"
 
 
 def step_record(
@@ -364,12 +368,14 @@ def _tracker(name: str, config: Config, after: int) -> Any:
 
     PartialState()  # accelerate's trackers log through it
     importlib.import_module(name)  # a broken installation raises here
-    run_name = config.run_name or Path(config.output_dir).resolve().name
+    run_name = Path(config.output_dir).resolve().name
     if name == "tensorboard":
         folder = Path(config.output_dir) / "tensorboard"
         return LOGGER_TYPE_TO_CLASS[name](run_name, logging_dir=folder, purge_step=after + 1 if after else None)
-    options = {"dir": config.output_dir} if name == "wandb" else {"resume": "allow" if after else "never"}
-    return LOGGER_TYPE_TO_CLASS[name](config.project, name=run_name, **options)
+    if name == "wandb":  # an argument would override wandb's environment variables
+        project, run_name = os.environ.get("WANDB_PROJECT", PROJECT), os.environ.get("WANDB_NAME", run_name)
+        return LOGGER_TYPE_TO_CLASS[name](project, name=run_name, dir=config.output_dir)
+    return LOGGER_TYPE_TO_CLASS[name](PROJECT, name=run_name, resume="allow" if after else "never")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 
+from ..config import Config
 from ..model.adapter_files import read_lora_config
+from ..model.peft_config import DISC_SCALE
 from ..model.players import Players
 from ..rewards import budget
 from ..state import RunState
@@ -112,9 +114,25 @@ def read(folder: Folder) -> dict[str, Any]:
         if isinstance(state["health"], dict):  # earlier versions had other keys here
             state["health"] = health.EMPTY | {key: kept for key, kept in state["health"].items() if key in health.EMPTY}
     untrusted.require(state, SHAPE, where)
+    _describe_adapters(state)
     for name, scale in state["reward_scales"].items():
         untrusted.require(scale, SCALE, f"{where}: reward_scales: {name[:80]}")
     return state
+
+
+def _describe_adapters(state: dict[str, Any]) -> None:
+    """Earlier versions had more settings of adapters. A player with other values than today's is one with a peft_config
+    of its own: the adapter_config.json in the checkpoint describes the adapter."""
+    settings = state["config"]
+    for player, prefix in (("generator", ""), ("discriminator", "disc_")):
+        today = {"target_modules": "all-linear"}
+        if player == "discriminator":
+            today["lora_alpha"] = DISC_SCALE * settings.get("disc_lora_r", Config.disc_lora_r)
+        theirs = {name: settings.pop(prefix + name, value) for name, value in today.items()}
+        if theirs != today and player not in state["by_peft_config"]:
+            state["by_peft_config"].append(player)
+            for name in ("lora_r", "lora_alpha", "layers"):
+                settings.pop(prefix + name, None)
 
 
 def settings_of(path: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ FILES = (
     "discriminator/adapter_config.json", "discriminator/optimizer.pt",
 )  # fmt: skip
 STATES = ("generator/monitor", "discriminator/state")  # two files each, see `state_files`
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # a checkpoint has one; PEFT prefers the first
+ADAPTER = "adapter_model.bin"
+WEIGHTS = ("adapter_model.safetensors", ADAPTER)  # earlier versions also saved the first, which PEFT prefers
 
 Content = dict[str, Any]  # {name of a file within the checkpoint, or one of STATES: its content}
 
@@ -100,10 +101,6 @@ def serialized(name: str, value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
-
-
-def weights_name(weights_format: str) -> str:
-    return f"adapter_model.{weights_format}"
 
 
 def copied(value: Any) -> Any:
