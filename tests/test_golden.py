@@ -33,7 +33,6 @@ MODES: dict[str, dict] = {
     "imitation": {"imitation_weight": 0.5, "imitation_warmup_steps": 5},
     "entropy, top_p, temperature": {"entropy_weight": 0.01, "top_p": 0.9, "temperature": 0.7},
     "fresh alone": {"disc_updates": 1, "disc_replay_groups": 0},
-    "averaged": {"disc_average": 0.9, "disc_anchor_reward": 1.0},
     "real against generated": {"adversarial": True, "disc_objective": "real_vs_generated", "seed": 6},
     "without KL": {"beta": 0.0},
 }

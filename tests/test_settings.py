@@ -57,7 +57,6 @@ def test_a_setting_accepts_what_it_accepted_before(name):
         ({"save_steps": 1.5}, "save_steps=1.5 is not accepted: it must be a whole number, 1 or more, or None"),
         ({"beta": -1}, "beta=-1 is not accepted: it must be a number, 0 or more"),
         ({"top_p": 0}, "top_p=0 is not accepted: it must be a number, above 0, at most 1"),
-        ({"disc_average": 1}, "disc_average=1 is not accepted: it must be a number, 0 or more, below 1"),
         ({"dtype": "int8"}, "dtype='int8' is not accepted: it must be one of auto, float32, bfloat16, float16"),
         ({"kl_reference": "x"}, "kl_reference='x' is not accepted: it must be one of base, init_adapter, or None"),
         ({"report_to": []}, "report_to=[] is not accepted: it must be a text, or a list of texts, not empty"),

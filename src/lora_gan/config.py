@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen, Unit
+from annotated_types import Ge, Gt, Le, MinLen, Unit
 
 from .settings import Group, Mark, accepted, fits
 from .wording import did_you_mean, shown
@@ -27,6 +27,8 @@ REMOVED: dict[str, tuple[Any, str]] = {
         0.0,
         "predictions are weighted by their measured worth with reward_signal='corrected' or 'mixed'",
     ),
+    "disc_average": (0.0, "the latest weights predict; a lower disc_learning_rate gives steadier predictions"),
+    "disc_replay_policy": ("fifo", "replay keeps the latest groups, and disc_replay_groups sets their number"),
 }
 
 
@@ -232,7 +234,7 @@ class Config:
     disc_updates: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("updates per step")] = 2
     """Optimizer updates of the discriminator per step."""
     disc_replay_groups: Annotated[int, Group.DISCRIMINATOR, Ge(0), Unit("groups")] = 256
-    """Groups kept for replay. Half of a batch is fresh, half is replay. 0: no replay."""
+    """Groups kept for replay, the latest ones. Half of a batch is fresh, half is replay. 0: no replay."""
     disc_mean_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.25
     """Weight of the group's mean in the regression, relative to 1 for differences within the group."""
     disc_rank_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.5
@@ -240,10 +242,6 @@ class Config:
     disc_objective: Annotated[Literal["regression", "real_vs_generated"], Group.DISCRIMINATOR] = "regression"
     """regression: learns the true reward. real_vs_generated: learns to distinguish target texts from responses, without
     true rewards."""
-    disc_average: Annotated[float, Group.DISCRIMINATOR, Ge(0), Lt(1), Unit("decay per update")] = 0.0
-    """Decay of a moving average of the discriminator's weights. The average makes the predictions. 0: no average."""
-    disc_replay_policy: Annotated[Literal["fifo", "reservoir"], Group.DISCRIMINATOR] = "fifo"
-    """Which groups replay keeps: the latest groups (fifo), or a uniform sample of all groups (reservoir)."""
     disc_anchor_reward: Annotated[float | None, Group.DISCRIMINATOR, Unit("reward units")] = None
     """True reward of a target text (1 for the default reward). Each target then joins its prompt's answered group,
     without a call. None: unknown."""

@@ -246,10 +246,9 @@ class LoraGAN:
             disc = self.discriminator.update(experience)
             experience = self.discriminator.updated(experience)
         if plan.train_gen:
-            with self.discriminator.ema_scope():
-                gen = self.generator.update(
-                    rows, experience if plan.reinforces else None, plan.signal, plan.imitation_weight
-                )
+            gen = self.generator.update(
+                rows, experience if plan.reinforces else None, plan.signal, plan.imitation_weight
+            )
         if experience is not None and plan.train_disc and not plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
         alarms: list[str] = []

@@ -81,7 +81,7 @@ def test_steps_whose_responses_are_written_are_counted_as_fit_writes(every, firs
     [
         {},
         {"save_steps": 2},
-        {"save_steps": 1, "disc_average": 0.5},
+        {"save_steps": 1},
         {"save_steps": 2, "save_total_limit": None},
         {"log_completions_steps": 4},
         {"log_completions": False},

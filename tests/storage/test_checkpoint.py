@@ -53,7 +53,6 @@ VARIANTS = {
     "budget": {"reward_budget": 20, "query_rate": 0.5, "query_design": "uncertain"},
     "clipped": {"num_iterations": 2, "micro_batch_size": 3, "entropy_weight": 0.01, "kl_target": 0.5},
     "mixed paths": {"gradient_path": "straight_through", "straight_through_weight": 0.5, "query_rate": 0.5},
-    "average": {"disc_average": 0.9, "disc_replay_groups": 4, "disc_replay_policy": "reservoir"},
     "anchors": {"disc_anchor_reward": 1.0, "imitation_weight": 0.5, "imitation_decay_steps": 5},
     "real against generated": {"adversarial": True, "disc_objective": "real_vs_generated"},
     "rollback": {"on_exploit": "rollback", "monitor_window": 2},

@@ -55,7 +55,7 @@ def test_what_is_read_is_what_was_written(value, tmp_path):
 
 
 def test_a_runs_state_comes_back_whole(tmp_path):
-    gan = small_gan(on_exploit="rollback", monitor_window=1, disc_average=0.5)
+    gan = small_gan(on_exploit="rollback", monitor_window=1)
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     content = snapshot.take(gan.state)

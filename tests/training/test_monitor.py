@@ -1,4 +1,4 @@
-"""What keeps the discriminator useful and the generator honest: average, budget, monitor."""
+"""What keeps the discriminator useful and the generator honest: budget, monitor, replay."""
 
 import dataclasses
 
@@ -18,31 +18,6 @@ from lora_gan.training.replay import Group, Replay
 
 def _rows(count):
     return data.rows_of(PROMPTS[:count], TARGETS[:count], {})
-
-
-def test_scoring_puts_the_raw_weights_back_even_after_an_error():
-    gan = small_gan(disc_average=0.5)
-    for _ in range(2):
-        gan.step(PROMPTS[:2], TARGETS[:2])
-    before = player_state(gan, "discriminator")
-    with pytest.raises(KeyError), gan.discriminator.ema_scope():
-        raise KeyError
-    assert differences(before, player_state(gan, "discriminator")) == []
-
-
-def test_the_average_is_what_is_said():
-    gan = small_gan(disc_average=0.75, disc_updates=1)
-    seen = []
-    for _ in range(3):
-        gan.step(PROMPTS[:2], TARGETS[:2])
-        seen.append([p.detach().clone() for p in gan.players.parameters("discriminator")])
-    mean = seen[0]
-    for weights in seen[1:]:
-        mean = [0.75 * m + 0.25 * w for m, w in zip(mean, weights, strict=True)]
-    for ours, oracle in zip(gan.discriminator.ema_weights, mean, strict=True):
-        torch.testing.assert_close(ours, oracle)
-    with gan.discriminator.ema_scope():
-        assert torch.equal(gan.players.parameters("discriminator")[-1], gan.discriminator.ema_weights[-1])
 
 
 # --- the lower bound --------------------------------------------------------------------------------------------------
@@ -207,15 +182,14 @@ def test_a_prompt_that_stands_twice_has_each_rows_own_target_as_its_anchor():
     )
 
 
-def test_the_reservoir_keeps_an_even_sample():
-    counts = np.zeros(40)
-    for seed in range(400):
-        replay = Replay(8, reservoir=True, seed=seed)
-        for i in range(40):
-            replay.extend([Group([i], [[1]], [0.0], [True])])
-        assert len(replay) == 8
-        counts[[group.prompt[0] for group in replay.groups]] += 1
-    assert np.abs(counts / 400 - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 400)
+def test_replay_keeps_the_latest_groups():
+    groups = [Group([i], [[1]], [0.0], [True]) for i in range(20)]
+    for capacity in (0, 1, 8):
+        replay, sizes = Replay(capacity), iter((3, 6, 11))
+        rest = iter(groups)
+        for size in sizes:
+            replay.extend([next(rest) for _ in range(size)])
+        assert replay.groups == groups[20 - capacity :]
 
 
 # --- the monitor ------------------------------------------------------------------------------------------------------

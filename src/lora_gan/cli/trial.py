@@ -201,10 +201,7 @@ class Trial:
                 discriminator.replay.extend(list(answered_groups(experience, config).values()))
 
             def update_generator() -> None:
-                with discriminator.ema_scope():
-                    generator.update(
-                        rows, experience if config.reward_weight else None, signal, config.imitation_weight
-                    )
+                generator.update(rows, experience if config.reward_weight else None, signal, config.imitation_weight)
 
             def update_discriminator() -> None:
                 discriminator.update(experience)

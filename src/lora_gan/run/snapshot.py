@@ -39,6 +39,9 @@ from . import saved_optimizer, trainer_state
 #: not of one text: a group stores its prompt once, so a prompt may be several times as long.
 LONGEST_TEXT = 2**17
 
+#: Removed settings of which a checkpoint may hold any value: `_read_discriminator_state` converts what they led to.
+CONVERTED = ("disc_average",)
+
 #: The state of `Calibration` that gives the adapter's predictions weight 1 and trust 1, until others are measured.
 ADAPTER_ALONE = {"moments": [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], "differences": 8.0}
 
@@ -52,8 +55,7 @@ def take(state: RunState, *, by_hand: bool = False) -> Content:
     """
     content: Content = {}
     for adapter in (*PLAYERS, REFERENCE) if state.players.has_reference else PLAYERS:
-        with state.discriminator.ema_scope():
-            config, weights = adapter_content(state.players, adapter)
+        config, weights = adapter_content(state.players, adapter)
         content[f"{adapter}/adapter_config.json"] = config
         content[f"{adapter}/{weights_name(state.config.weights_format)}"] = weights
     content["generator/optimizer.pt"] = state.generator.optimizer.state_dict()
@@ -195,6 +197,14 @@ def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]
         # Earlier versions had no probe, and used the adapter's predictions in full.
         earlier = {"calibration": ADAPTER_ALONE, "probe": state.discriminator.state_dict()["probe"]}
         saved = earlier | saved
+        # Some earlier runs predicted by a moving average of the weights. The adapter's file holds this average, and the
+        # state holds the heads' part as the last tensor.
+        average, _ = saved.pop("average", None), saved.pop("raw", None)
+        if average is not None:
+            untrusted.require_list(average, f"{where}: average", len(parameters))
+            saved["heads_MH"] = average[-1]
+        if isinstance(saved.get("replay"), dict):
+            saved["replay"].pop("seen", None)
     untrusted.require_keys(saved, state.discriminator.state_dict(), where)
     if isinstance(saved["heads_MH"], Tensor) and saved["heads_MH"].shape[1:] == heads_MH.shape[1:]:
         theirs, ours = len(saved["heads_MH"]), len(heads_MH)
@@ -211,9 +221,6 @@ def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]
     vocabulary = base_checks.embedding_rows(state.players.lm)
     untrusted.require_replay(saved["replay"], vocabulary, len(heads_MH), f"{where}: replay")
     untrusted.require_probe(saved["probe"], widths, f"{where}: probe")
-    untrusted.require_tensors_like(saved["raw"], parameters[:-1], f"{where}: raw")
-    if saved["average"] is not None:
-        untrusted.require_tensors_like(saved["average"], parameters, f"{where}: average")
     return saved
 
 
@@ -254,7 +261,7 @@ def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path
         raise Damaged(f"{path} is no complete checkpoint: {fault}")
     step_folder = path if fault is None else checkpoint.find(path, None)
     saved = trainer_state.read(Folder(step_folder, manifest=True))
-    settings = _harmless(saved["config"])
+    settings = {name: value for name, value in _harmless(saved["config"]).items() if name not in CONVERTED}
     # After a move of the folder the run continues in its new folder, unless output_dir is given.
     settings["output_dir"] = str(step_folder.parent)
     known = set(Config.__dataclass_fields__)

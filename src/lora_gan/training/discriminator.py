@@ -8,8 +8,7 @@ arXiv:2511.10643, found ranking better than classification). Half of each update
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -53,12 +52,9 @@ class Discriminator:
         self.optimizer = PlayerOptimizer(
             players.parameters("discriminator"), config.disc_learning_rate, config, config.disc_updates
         )
-        self.replay = Replay(
-            config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
-        )
+        self.replay = Replay(config.disc_replay_groups)
         self.correlation = DecayedMean()  # fresh rank correlation within groups, weighted by the number of differences
         self.probe, self.calibration = Probe(), Calibration(2)
-        self.ema_weights: list[Tensor] | None = None
         self.knows_unit = False  # whether the reward's unit is set from rewards
 
     @property
@@ -87,28 +83,12 @@ class Discriminator:
         measured = self.correlation
         return (measured.value, measured.weight**-0.5) if measured.weight > 0 else None
 
-    @contextmanager
-    def ema_scope(self) -> Iterator[None]:
-        """Within the block the players hold the moving average of the weights, if disc_average is set."""
-        if self.ema_weights is None:
-            yield
-            return
-        parameters = self.players.parameters("discriminator")
-        raw = [parameter.data for parameter in parameters]
-        try:
-            for parameter, weight in zip(parameters, self.ema_weights, strict=True):
-                parameter.data = weight
-            yield
-        finally:
-            for parameter, weight in zip(parameters, raw, strict=True):
-                parameter.data = weight
-
     def predict(self, rollout: Rollout) -> np.ndarray:
         """The adapter's predicted reward of every head, float64 [M, B]. Stock clients compute their mean."""
         total = len(rollout)
 
         def predicted() -> Tensor:
-            with torch.no_grad(), self.ema_scope(), self.players.use_adapter("discriminator"):
+            with torch.no_grad(), self.players.use_adapter("discriminator"):
                 slices = chunks(total, self.optimizer.micro_batch_size)
                 return torch.cat([self.players.predict(rollout.batch(chunk)) for chunk in slices], dim=1)
 
@@ -117,15 +97,14 @@ class Discriminator:
     def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, RetainedFeatures]:
         """`predict`, and the features [B, H] with their graph, from which the next update starts.
 
-        No features are retained if the update uses other weights (a moving average), other rows (targets) or smaller
-        batches, if few responses are queried, or if the graph does not fit into memory.
+        No features are retained if the update uses other rows (targets) or smaller batches, if few responses are
+        queried, or if the graph does not fit into memory.
         """
         size = self.optimizer.micro_batch_size
         same_rows = self.config.asked_share >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
-        same_weights = self.ema_weights is None and not self.config.disc_average
         no_targets = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
-        if same_rows and same_weights and no_targets:
+        if same_rows and no_targets:
             with suppress(torch.OutOfMemoryError), self.players.use_adapter("discriminator"):
                 features_BH = self.players.defer_backward(self.players.pooled_hidden(rollout.batch()))
         if features_BH is None:
@@ -206,7 +185,6 @@ class Discriminator:
                 skipped += 1
             else:
                 norm = update_norm
-                self._update_average()
         self.replay.extend(fresh)
         return {
             "disc_loss": float(np.mean(finite)) if finite else None,
@@ -246,16 +224,6 @@ class Discriminator:
             self.calibration.add(np.reshape(flat, moments.shape), differences)
         self.probe.learn(probed.features_BH, experience.true_B, experience.group_B)
 
-    def _update_average(self) -> None:
-        """Update the moving average of the weights. It starts as the weights after the first update."""
-        if not self.config.disc_average:
-            return
-        weights = [parameter.detach() for parameter in self.players.parameters("discriminator")]
-        if self.ema_weights is None:
-            self.ema_weights = [weight.clone() for weight in weights]
-        for mean, weight in zip(self.ema_weights, weights, strict=True):
-            mean.lerp_(weight, 1 - self.config.disc_average)
-
     # --- groups with targets
 
     def _answered(self, experience: Experience) -> list[Group]:
@@ -286,7 +254,7 @@ class Discriminator:
         """Fresh share of (target, response) pairs in which the target has the higher prediction."""
         correct: list[float] = []
         for group in groups:
-            with torch.no_grad(), self.ema_scope():
+            with torch.no_grad():
                 predicted_B = (self.players.score_MH @ self._features([group]).T).mean(0)
             correct += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
         return {"disc_accuracy": float(np.mean(correct))} if correct else {}
@@ -320,8 +288,6 @@ class Discriminator:
             self.knows_unit, self.players.reward_unit = True, unit
             with torch.no_grad():
                 self.players.heads_MH.mul_(before / unit)
-                if self.ema_weights is not None:
-                    self.ema_weights[-1].mul_(before / unit)
 
     def _init_heads(self, fresh: list[Group]) -> None:
         """Initialize the heads by ridge regression, with the mean over all processes that have answers."""
@@ -455,18 +421,16 @@ class Discriminator:
         self.knows_unit, self.players.reward_unit = False, 1.0
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
-        self.ema_weights = None
         self.correlation, self.calibration = DecayedMean(), Calibration(2)  # predictions are not measured yet
         self.probe.clear()
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything but the adapter's weights and the optimizer, which have files of their own."""
         return {
             "heads_MH": self.players.heads_MH.detach(),
             "reward_unit": self.players.reward_unit,
             "knows_unit": self.knows_unit,
             "replay": self.replay.state_dict(),
-            "raw": [parameter.detach() for parameter in self.players.parameters("discriminator")[:-1]],
-            "average": self.ema_weights,
             "correlation": [self.correlation.total, self.correlation.weight],
             "calibration": {"moments": self.calibration.moments.tolist(), "differences": self.calibration.differences},
             "probe": self.probe.state_dict(),
@@ -476,11 +440,7 @@ class Discriminator:
         self.players.reward_unit, self.knows_unit = state["reward_unit"], state["knows_unit"]
         self.replay.load_state_dict(state["replay"])
         with torch.no_grad():
-            saved = [*state["raw"], state["heads_MH"]]  # the heads are the last parameter
-            for parameter, weight in zip(self.players.parameters("discriminator"), saved, strict=True):
-                parameter.copy_(weight)
-        device = self.players.device
-        self.ema_weights = state["average"] and [weight.to(device).clone() for weight in state["average"]]
+            self.players.heads_MH.copy_(state["heads_MH"])
         self.correlation = DecayedMean(*state["correlation"])
         self.calibration.moments = np.array(state["calibration"]["moments"])
         self.calibration.differences = state["calibration"]["differences"]
