@@ -26,7 +26,7 @@ NUMBERS = ("gen_loss", "disc_loss", "pred_reward", "true_reward", "kl", "gen_gra
 MODES: dict[str, dict] = {
     "corrected": {},
     "corrected, a quarter asked": {"query_rate": 0.25, "query_design": "uniform"},
-    "predicted": {"adversarial": True, "query_rate": 0.5, "uncertainty_penalty": 0.5},
+    "predicted": {"adversarial": True, "query_rate": 0.5},
     "straight-through": {"adversarial": True, "gradient_path": "straight_through", "straight_through_weight": 0.5},
     "clipped": {"num_iterations": 2},
     "micro-batches": {"micro_batch_size": 3},

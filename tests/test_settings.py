@@ -60,6 +60,7 @@ def test_a_setting_accepts_what_it_accepted_before(name):
         ({"dtype": "int8"}, "dtype='int8' is not accepted: it must be one of auto, float32, bfloat16, float16"),
         ({"kl_reference": "x"}, "kl_reference='x' is not accepted: it must be one of base, init_adapter, or None"),
         ({"report_to": []}, "report_to=[] is not accepted: it must be a text, or a list of texts, not empty"),
+        ({"query_design": "uncertain"}, "query_design='uncertain' is not accepted: it must be one of uniform, groups"),
         ({"device": ""}, "device='' is not accepted: it must be a text, not empty"),
         ({"save_best": 2}, "save_best=2 is not accepted: it must be True or False"),
         ({"model_init_kwargs": 1}, "model_init_kwargs=1 is not accepted: it must be a mapping, or None"),

@@ -17,7 +17,7 @@ from .settings import Group, Mark, accepted, fits
 from .wording import did_you_mean, shown
 
 RewardSignal = Literal["true", "predicted", "corrected", "mixed"]
-QueryDesign = Literal["uniform", "groups", "uncertain"]
+QueryDesign = Literal["uniform", "groups"]
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 
 
@@ -27,6 +27,11 @@ REMOVED: dict[str, tuple[Any, str]] = {
         0.0,
         "predictions are weighted by their measured worth with reward_signal='corrected' or 'mixed'",
     ),
+    "uncertainty_penalty": (
+        0.0,
+        "predictions are weighted by their measured worth with reward_signal='corrected' or 'mixed'",
+    ),
+    "query_floor": (0.25, "query_design='groups' draws every group with the same probability"),
     "disc_average": (0.0, "the latest weights predict; a lower disc_learning_rate gives steadier predictions"),
     "disc_replay_policy": ("fifo", "replay keeps the latest groups, and disc_replay_groups sets their number"),
 }
@@ -182,10 +187,8 @@ class Config:
     """Share of the responses for which the true reward is queried. None: all; if reward_budget is set, one group per
     step."""
     query_design: Annotated[QueryDesign, Group.REWARD] = "groups"
-    """How the queried responses are drawn: uniform (a share of each group), groups (whole groups, so that a prompt's
-    responses can be compared), uncertain (more where the heads disagree). Each design has known probabilities."""
-    query_floor: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of query_rate")] = 0.25
-    """Least probability of a query in the uncertain design. It bounds the correction."""
+    """How the queried responses are drawn: uniform (a share of each group), or groups (whole groups, so that a prompt's
+    responses can be compared). Each design has known probabilities."""
     reward_budget: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls"), Mark.FIRST] = None
     """Most true-reward calls of training in the whole run, one per response. None: no limit."""
     reward_budget_total: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls")] = None
@@ -246,8 +249,6 @@ class Config:
     """True reward of a target text (1 for the default reward). Each target then joins its prompt's answered group,
     without a call. None: unknown."""
 
-    uncertainty_penalty: Annotated[float, Group.GUARD, Ge(0), Unit("standard deviations of the heads")] = 0.0
-    """The generator learns from the mean of the heads minus this number of their standard deviations."""
     on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
     """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator
     to the step with the best true reward (rollback)."""

@@ -313,8 +313,6 @@ class LoraGAN:
             seed=self.config.seed,
             step=self.global_step,
             design=self.config.query_design,
-            spread_B=predicted_MB.std(0),
-            floor=self.config.query_floor,
             left=left,
         )
         notes = rewards.Notes()

@@ -15,7 +15,6 @@ from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_s
 
 from lora_gan import LoraGAN
 from lora_gan.storage.json_lines import JsonLines
-from lora_gan.training.estimate import choose_queries
 from lora_gan.training.fresh_metrics import fresh_metrics
 from lora_gan.training.optimizer import PlayerOptimizer
 
@@ -186,11 +185,8 @@ def test_heads_that_are_not_finite_are_not_put_in_place(monkeypatch):
     assert gan.players.heads_MH.isfinite().all() and gan.players.heads_MH.any()
 
 
-def test_queries_and_fresh_metrics_from_predictions_that_are_not_finite():
+def test_fresh_metrics_from_predictions_that_are_not_finite():
     group = np.repeat([0, 1], 4)
-    broken = np.full(8, np.nan)
-    asked = choose_queries(group, 0.5, seed=0, step=0, design="uncertain", spread_B=broken)
-    assert asked.asked_B.sum() == 4 and (asked.inclusion_B == 0.5).all()
     rng = np.random.default_rng(0)
     predicted, true = rng.normal(size=(2, 8)), rng.normal(size=8)
     predicted[0, [2, 5]] = np.nan, np.inf

@@ -151,11 +151,9 @@ class Generator:
     def rewards(self, experience: Experience, signal: RewardSignal) -> np.ndarray:
         """The rewards from which the advantage is computed, float64 [B]; NaN = unknown."""
         updated_MB = experience.updated_MB if signal == "mixed" else None
-        predicted_B = estimate.scaled_lower_bound(
-            experience.compared_MB if updated_MB is None else updated_MB,
-            experience.group_B,
-            penalty=self.config.uncertainty_penalty,
-            trust=_trust(experience, signal),
+        predicted_MB = experience.compared_MB if updated_MB is None else updated_MB
+        predicted_B = estimate.scaled_by_trust(
+            predicted_MB.mean(0), experience.group_B, trust=_trust(experience, signal)
         )
         if signal == "true":
             reward_B = experience.true_B
@@ -318,16 +316,13 @@ class Generator:
     def _predicted_reward_gradient(self, batch: Batch) -> Tensor:
         """∂ predicted reward / ∂ embedding of each response token, [R, H].
 
-        With uncertainty_penalty this is the gradient of the lower bound over the heads. `autograd.grad` on detached
-        embeddings leaves the discriminator's own gradients unchanged, and runs before the next adapter switch.
+        `autograd.grad` on detached embeddings leaves the discriminator's own gradients unchanged, and runs before the
+        next adapter switch.
         """
         embeds_BLH = self.players.embed(batch.ids).detach().requires_grad_(True)
         with self.players.use_adapter("discriminator"):
-            predicted_MB = self.players.predict(batch, embeds_BLH)
-            bound_B = predicted_MB.mean(0)
-            if self.config.uncertainty_penalty and len(predicted_MB) > 1:
-                bound_B = bound_B - self.config.uncertainty_penalty * predicted_MB.std(0, correction=0)
-            (gradient_BLH,) = torch.autograd.grad(bound_B.sum(), embeds_BLH)
+            predicted_B = self.players.predict(batch, embeds_BLH).mean(0)
+            (gradient_BLH,) = torch.autograd.grad(predicted_B.sum(), embeds_BLH)
         return gradient_BLH.flatten(0, 1)[batch.response_R].float()
 
     def _embedding_table(self) -> Tensor:
