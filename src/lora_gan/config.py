@@ -33,6 +33,20 @@ REMOVED: dict[str, tuple[Any, str]] = {
     ),
     "query_floor": (0.25, "query_design='groups' draws every group with the same probability"),
     "disc_average": (0.0, "the latest weights predict; a lower disc_learning_rate gives steadier predictions"),
+    "disc_anchor_reward": (
+        None,
+        "targets teach the generator with imitation_weight, and the discriminator with disc_objective="
+        "'real_vs_generated'",
+    ),
+    "straight_through_weight": (
+        1.0,
+        "gradient_path='straight_through' carries all of the predicted reward, and 'policy_gradient' nothing of it",
+    ),
+    "entropy_weight": (0.0, "raise temperature or beta for more diverse responses"),
+    "imitation_decay_steps": (
+        None,
+        "imitation_weight stays constant; imitation_warmup_steps with imitation_weight=0 imitates at the start alone",
+    ),
     "disc_replay_policy": ("fifo", "replay keeps the latest groups, and disc_replay_groups sets their number"),
 }
 
@@ -164,16 +178,12 @@ class Config:
     if one is given, else base."""
     kl_target: Annotated[float | None, Group.GENERATOR, Gt(0), Unit("nats per response")] = None
     """Desired KL. After each step beta is raised or lowered by up to 10 % to reach it. None: beta is fixed."""
-    entropy_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("spreads per nat")] = 0.0
-    """Weight of the policy's entropy, summed over a response's tokens, in the unit of beta."""
     reward_weight: Annotated[float, Group.GENERATOR, Ge(0)] = 1.0
     """Weight of the policy gradient. 0: imitation alone."""
     imitation_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("spreads per nat per token")] = 0.0
     """Weight of the cross-entropy on the target text (SFT), in the unit of beta."""
     imitation_warmup_steps: Annotated[int, Group.GENERATOR, Ge(0), Unit("steps")] = 0
     """Steps at the start in which the generator learns by imitation alone."""
-    imitation_decay_steps: Annotated[int | None, Group.GENERATOR, Ge(1), Unit("steps")] = None
-    """Steps after the warm-up over which imitation_weight falls linearly to zero. None: it does not fall."""
 
     adversarial: Annotated[bool | None, Group.REWARD] = None
     """True: the generator learns from the predicted reward. False: from the true reward. None: reward_signal
@@ -199,9 +209,6 @@ class Config:
     raises)."""
     gradient_path: Annotated[Literal["policy_gradient", "straight_through"], Group.REWARD] = "policy_gradient"
     """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
-    straight_through_weight: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of the predicted reward")] = 1.0
-    """If gradient_path is straight_through: share of the predicted reward that takes this path. The policy gradient
-    takes the rest."""
     reward_timeout: Annotated[float | None, Group.REWARD, Gt(0), Unit("seconds"), Mark.SILENT] = None
     """Time limit for one call of a reward. None: no limit."""
     reward_retries: Annotated[int, Group.REWARD, Ge(0), Unit("tries"), Mark.SILENT] = 0
@@ -245,9 +252,6 @@ class Config:
     disc_objective: Annotated[Literal["regression", "real_vs_generated"], Group.DISCRIMINATOR] = "regression"
     """regression: learns the true reward. real_vs_generated: learns to distinguish target texts from responses, without
     true rewards."""
-    disc_anchor_reward: Annotated[float | None, Group.DISCRIMINATOR, Unit("reward units")] = None
-    """True reward of a target text (1 for the default reward). Each target then joins its prompt's answered group,
-    without a call. None: unknown."""
 
     on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
     """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator

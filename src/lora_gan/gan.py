@@ -653,7 +653,7 @@ class LoraGAN:
         if held_out:
             rows = list(rows)  # an evaluation reads all rows anyway
         imitates = train_gen and bool(self.config.imitation_weight or self.config.imitation_warmup_steps)
-        compares = self.config.disc_objective == "real_vs_generated" or self.config.disc_anchor_reward is not None
+        compares = self.config.disc_objective == "real_vs_generated"
 
         def check(row: Row) -> None:
             (row,) = self.as_meant([row], apply_chat_template, follow=held_out)

@@ -132,11 +132,9 @@ def test_one_poisoned_micro_batch_skips_all_of_the_update(monkeypatch):
 
 
 def test_metrics_and_monitor_hold_no_nan(monkeypatch, tmp_path):
-    gan = small_gan(output_dir=str(tmp_path), kl_target=0.5, entropy_weight=0.01, monitor_window=2)
+    gan = small_gan(output_dir=str(tmp_path), kl_target=0.5, monitor_window=2)
     whole = gan.generator._reinforce
-    monkeypatch.setattr(
-        gan.generator, "_reinforce", lambda *a: replace(whole(*a), policy=math.nan, kl=math.nan, entropy=math.inf)
-    )
+    monkeypatch.setattr(gan.generator, "_reinforce", lambda *a: replace(whole(*a), policy=math.nan, kl=math.inf))
     with torch.no_grad():
         gan.players.heads_MH.fill_(math.nan)
     records = gan.fit(ROWS, steps=3, progress=False)

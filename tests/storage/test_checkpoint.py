@@ -51,9 +51,8 @@ VARIANTS = {
     "predicted": {"adversarial": True},
     "mixed": {"reward_signal": "mixed", "query_rate": 0.5, "num_generations": 3},
     "budget": {"reward_budget": 20, "query_rate": 0.5, "query_design": "uniform"},
-    "clipped": {"num_iterations": 2, "micro_batch_size": 3, "entropy_weight": 0.01, "kl_target": 0.5},
-    "mixed paths": {"gradient_path": "straight_through", "straight_through_weight": 0.5, "query_rate": 0.5},
-    "anchors": {"disc_anchor_reward": 1.0, "imitation_weight": 0.5, "imitation_decay_steps": 5},
+    "clipped": {"num_iterations": 2, "micro_batch_size": 3, "kl_target": 0.5},
+    "imitation": {"imitation_weight": 0.5},
     "real against generated": {"adversarial": True, "disc_objective": "real_vs_generated"},
     "rollback": {"on_exploit": "rollback", "monitor_window": 2},
 }

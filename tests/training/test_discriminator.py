@@ -134,7 +134,6 @@ def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"disc_anchor_reward": 1.0},
         {"micro_batch_size": 3},
         {"query_rate": 0.5},
         {"reward_budget": 8},

@@ -102,9 +102,8 @@ class Discriminator:
         """
         size = self.optimizer.micro_batch_size
         same_rows = self.config.asked_share >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
-        no_targets = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
-        if same_rows and no_targets:
+        if same_rows and self.config.disc_objective == "regression":
             with suppress(torch.OutOfMemoryError), self.players.use_adapter("discriminator"):
                 features_BH = self.players.defer_backward(self.players.pooled_hidden(rollout.batch()))
         if features_BH is None:
@@ -163,7 +162,7 @@ class Discriminator:
         """
         features = _answered_features(experience)
         relative = self.config.disc_objective == "real_vs_generated"
-        fresh = self._real_and_generated(experience) if relative else self._answered(experience)
+        fresh = self._real_and_generated(experience) if relative else answered_groups(experience, self.config)
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
@@ -224,20 +223,7 @@ class Discriminator:
             self.calibration.add(np.reshape(flat, moments.shape), differences)
         self.probe.learn(probed.features_BH, experience.true_B, experience.group_B)
 
-    # --- groups with targets
-
-    def _answered(self, experience: Experience) -> list[Group]:
-        """The step's answered groups. If disc_anchor_reward is set, each group also holds its prompt's target."""
-        groups = answered_groups(experience, self.config)
-        if self.config.disc_anchor_reward is not None:
-            for j, group in groups.items():
-                row = experience.rows[j]
-                if row.target is not None:
-                    rewards = [*group.rewards, float(self.config.disc_anchor_reward)]
-                    groups[j] = replace(
-                        group, responses=[*group.responses, self.players.encoder.target(row)], rewards=rewards
-                    )
-        return list(groups.values())
+    # --- real against generated
 
     def _real_and_generated(self, experience: Experience) -> list[Group]:
         """Each prompt's responses with reward 0, and its target with reward 1, for prompts with a target."""

@@ -75,10 +75,10 @@ class Replay:
         self.extend(groups)
 
 
-def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
-    """Groups of this step's responses with a known true reward, by the prompt's index in the step."""
+def answered_groups(experience: Experience, config: Config) -> list[Group]:
+    """Groups of this step's responses with a known true reward, in the order of the prompts."""
     answered_B = ~np.isnan(experience.true_B)
-    groups = {}
+    groups = []
     for j, prompt in enumerate(experience.prompts):
         members = np.flatnonzero((experience.group_B == j) & answered_B)
         if len(members) == 0:
@@ -90,7 +90,7 @@ def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
         if not any(heads):
             heads[int(draws.argmin())] = True
         responses = [experience.rollout.responses[i] for i in members]
-        groups[j] = Group(prompt, responses, experience.true_B[members].tolist(), heads)
+        groups.append(Group(prompt, responses, experience.true_B[members].tolist(), heads))
     return groups
 
 
