@@ -47,6 +47,10 @@ REMOVED: dict[str, tuple[Any, str]] = {
         None,
         "imitation_weight stays constant; imitation_warmup_steps with imitation_weight=0 imitates at the start alone",
     ),
+    "disc_mean_weight": (0.25, "the group's mean always has the weight 0.25 in the regression"),
+    "disc_rank_weight": (0.5, "the ranking loss always has the weight 0.5"),
+    "monitor_window": (10, "the monitor always averages over 10 steps"),
+    "disc_heads": (4, "there are always 4 heads; a checkpoint with another number of heads loads their mean"),
     "disc_replay_policy": ("fifo", "replay keeps the latest groups, and disc_replay_groups sets their number"),
 }
 
@@ -239,16 +243,10 @@ class Config:
     """Number of upper layers that get the discriminator's adapter, if disc_target_modules is "all-linear". None: all.
     The discriminator's update skips the layers below. If the base is the KL's reference, the discriminator shares the
     outputs of these layers with the base."""
-    disc_heads: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("heads")] = 4
-    """Score heads. Their mean is the prediction, and their spread estimates its uncertainty."""
     disc_updates: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("updates per step")] = 2
     """Optimizer updates of the discriminator per step."""
     disc_replay_groups: Annotated[int, Group.DISCRIMINATOR, Ge(0), Unit("groups")] = 256
     """Groups kept for replay, the latest ones. Half of a batch is fresh, half is replay. 0: no replay."""
-    disc_mean_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.25
-    """Weight of the group's mean in the regression, relative to 1 for differences within the group."""
-    disc_rank_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.5
-    """Weight of the ranking loss within the group, relative to 1 for the regression."""
     disc_objective: Annotated[Literal["regression", "real_vs_generated"], Group.DISCRIMINATOR] = "regression"
     """regression: learns the true reward. real_vs_generated: learns to distinguish target texts from responses, without
     true rewards."""
@@ -256,8 +254,6 @@ class Config:
     on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
     """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator
     to the step with the best true reward (rollback)."""
-    monitor_window: Annotated[int, Group.GUARD, Ge(1), Unit("steps")] = 10
-    """Steps in the monitor's moving average. The monitor compares the average with the best average so far."""
     max_skipped_updates: Annotated[int, Group.GUARD, Ge(1), Unit("updates")] = 10
     """Consecutive updates of a player that are skipped because a loss or gradient is not finite, before on_nonfinite
     acts."""

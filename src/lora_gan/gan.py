@@ -24,7 +24,7 @@ from .export import exporting
 from .model import initial_adapter, sampling
 from .model.adapter_files import load_initial
 from .model.base import load_base
-from .model.players import Player, Players
+from .model.players import HEADS, Player, Players
 from .rewards.budget import Budget, BudgetSpent, Purpose
 from .rewards.true_reward import TrueReward
 from .run import evaluation, recovery, row_checks, snapshot, tracking
@@ -306,7 +306,7 @@ class LoraGAN:
         elif plan.predicts:
             predicted_MB = self.discriminator.predict(sampled)
         else:
-            predicted_MB = np.full((self.config.disc_heads, len(sampled)), np.nan)
+            predicted_MB = np.full((HEADS, len(sampled)), np.nan)
         queries = estimate.choose_queries(
             sampled.group_B,
             (1.0 if plan.signal == "true" else self.config.asked_share) if plan.asks else 0.0,

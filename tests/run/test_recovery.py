@@ -15,6 +15,7 @@ from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_s
 
 from lora_gan import LoraGAN
 from lora_gan.storage.json_lines import JsonLines
+from lora_gan.training import monitor
 from lora_gan.training.fresh_metrics import fresh_metrics
 from lora_gan.training.optimizer import PlayerOptimizer
 
@@ -132,7 +133,8 @@ def test_one_poisoned_micro_batch_skips_all_of_the_update(monkeypatch):
 
 
 def test_metrics_and_monitor_hold_no_nan(monkeypatch, tmp_path):
-    gan = small_gan(output_dir=str(tmp_path), kl_target=0.5, monitor_window=2)
+    monkeypatch.setattr(monitor, "WINDOW", 2)
+    gan = small_gan(output_dir=str(tmp_path), kl_target=0.5)
     whole = gan.generator._reinforce
     monkeypatch.setattr(gan.generator, "_reinforce", lambda *a: replace(whole(*a), policy=math.nan, kl=math.inf))
     with torch.no_grad():

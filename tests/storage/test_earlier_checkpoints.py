@@ -68,13 +68,25 @@ def test_what_it_is_saved_as_again_is_complete_and_loads(kind, tmp_path):
     assert opened(tmp_path / kind).reward_calls == gan.reward_calls
 
 
-def test_the_moving_average_of_an_earlier_run_becomes_the_weights():
+def test_the_moving_average_of_an_earlier_run_becomes_the_weights_and_its_heads_become_their_mean():
     saved = torch.load(FOLDER / "safetensors" / "step-2" / "discriminator" / "state.pt", weights_only=True)
     *average, heads_MH = saved["average"]
     assert not all(torch.equal(*pair) for pair in zip(average, saved["raw"], strict=True))
-    *adapter, now_MH = opened(FOLDER / "safetensors").players.parameters("discriminator")
+    gan = opened(FOLDER / "safetensors")
+    *adapter, now_MH = gan.players.parameters("discriminator")
     assert all(torch.equal(*pair) for pair in zip(average, adapter, strict=True))
-    assert torch.equal(now_MH, heads_MH)
+    assert len(heads_MH) == 3 and len(now_MH) == 4
+    assert all(torch.allclose(head_H, heads_MH.mean(0)) for head_H in now_MH)
+    moments, earlier = gan.discriminator.optimizer.adamw.state, saved_moments("safetensors")
+    assert not moments[now_MH] and len(moments) >= len(adapter)
+    assert all(torch.equal(moments[p]["exp_avg"], earlier[i]["exp_avg"]) for i, p in enumerate(adapter))
+    groups = gan.discriminator.replay.groups
+    assert [group.prompt for group in groups] and all(group.heads == [True] * 4 for group in groups)
+
+
+def saved_moments(kind):
+    file = FOLDER / kind / "step-2" / "discriminator" / "optimizer.pt"
+    return torch.load(file, weights_only=True)["optimizer"]["state"]
 
 
 def test_a_changed_file_is_still_found_out(tmp_path):

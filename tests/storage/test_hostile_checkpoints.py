@@ -21,6 +21,7 @@ from lora_gan import LoraGAN
 from lora_gan.storage import state_files
 from lora_gan.storage.checkpoint import STATES
 from lora_gan.storage.durable import MANIFEST, Folder
+from lora_gan.training import monitor
 
 pytestmark = [
     # The run whose checkpoint is attacked has an alarm: its state is to be saved.
@@ -32,9 +33,11 @@ GENERATOR, DISCRIMINATOR = "generator/adapter_model.bin", "discriminator/adapter
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
-    gan = small_gan(on_exploit="rollback", monitor_window=1)
-    for _ in range(2):
-        gan.step(PROMPTS[:2], TARGETS[:2])
+    gan = small_gan(on_exploit="rollback")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "WINDOW", 1)
+        for _ in range(2):
+            gan.step(PROMPTS[:2], TARGETS[:2])
     return gan.save_checkpoint(ckpt_dir=tmp_path_factory.mktemp("honest"))
 
 
@@ -343,8 +346,10 @@ ALL = [(name, *case, True) for name, case in SIGNED.items()] + [(n, *case, False
 
 @pytest.fixture(scope="module")
 def trained():
-    gan = small_gan(on_exploit="rollback", monitor_window=1)
-    gan.step(PROMPTS[:2], TARGETS[:2])
+    gan = small_gan(on_exploit="rollback")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "WINDOW", 1)
+        gan.step(PROMPTS[:2], TARGETS[:2])
     return gan, copy.deepcopy(everything(gan))
 
 
@@ -388,7 +393,7 @@ def test_the_honest_one_is_taken(written, honest, tmp_path):
     if written != "now":
         as_earlier_versions_wrote(folder)
         sign(folder)
-    taken, expected = (small_gan(on_exploit="rollback", monitor_window=1) for _ in range(2))
+    taken, expected = (small_gan(on_exploit="rollback") for _ in range(2))
     taken.load_checkpoint(ckpt_dir=tmp_path)
     expected.load_checkpoint(ckpt_dir=honest.parent)
     assert taken.global_step == 2

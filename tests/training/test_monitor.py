@@ -10,7 +10,7 @@ from helpers import PROMPTS, TARGETS, differences, play, player_state, small_gan
 from lora_gan import Config, data
 from lora_gan.gan import BudgetSpent
 from lora_gan.model import sampling
-from lora_gan.training import estimate, losses
+from lora_gan.training import estimate, losses, monitor
 from lora_gan.training.monitor import Monitor, repetition
 from lora_gan.training.plan import plan_step
 from lora_gan.training.replay import Group, Replay
@@ -175,14 +175,14 @@ def exploited(gan, steps, true, predicted):
 
 
 def test_the_alarm_goes_off_once_when_predicted_and_true_reward_part():
-    gan = small_gan(monitor_window=4)
+    gan = small_gan()
     alarms = exploited(gan, 30, lambda s: 0.5 - 0.01 * s, lambda s: 0.5 + 0.01 * s)
     assert len(alarms) == 1 and "exploits" in alarms[0]
 
 
 @pytest.mark.parametrize("drift", [0.01, 0.0])
 def test_no_alarm_where_both_rise_or_nothing_moves(drift):
-    gan = small_gan(monitor_window=4)
+    gan = small_gan()
     assert exploited(gan, 30, lambda s: 0.5 + drift * s, lambda s: 0.5 + drift * s) == []
 
 
@@ -197,8 +197,9 @@ def test_noise_alone_seldom_sets_the_alarm_off():
     assert false <= 6  # 1 in 20 is expected; 7 or more then come once in 290 sets of 40
 
 
-def test_rollback_brings_the_best_generator_back(tmp_path):
-    gan = small_gan(monitor_window=3, on_exploit="rollback")
+def test_rollback_brings_the_best_generator_back(monkeypatch):
+    monkeypatch.setattr(monitor, "WINDOW", 3)
+    gan = small_gan(on_exploit="rollback")
     exploited(gan, 4, lambda s: 0.5, lambda s: 0.5)
     best = player_state(gan, "generator")
     for _ in range(2):
@@ -227,8 +228,9 @@ def test_stop_ends_fit(tmp_path, monkeypatch):
         assert len(gan.fit(rows, steps=5, progress=False)) == 1
 
 
-def test_plain_rl_which_predicts_nothing_can_be_taken_back():
-    gan = small_gan(adversarial=False, on_exploit="rollback", monitor_window=2)
+def test_plain_rl_which_predicts_nothing_can_be_taken_back(monkeypatch):
+    monkeypatch.setattr(monitor, "WINDOW", 2)
+    gan = small_gan(adversarial=False, on_exploit="rollback")
     for _ in range(3):
         gan.step(PROMPTS[:2], TARGETS[:2], train_disc=False)
     assert gan.monitor.best is not None and gan.monitor.kept is not None

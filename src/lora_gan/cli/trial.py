@@ -198,7 +198,7 @@ class Trial:
             )
             # As in a later step, half of a batch is replay, and the heads are not zero.
             if config.disc_objective == "regression":
-                discriminator.replay.extend(answered_groups(experience, config))
+                discriminator.replay.extend(answered_groups(experience, config.seed))
 
             def update_generator() -> None:
                 generator.update(rows, experience if config.reward_weight else None, signal, config.imitation_weight)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import randomness
 from ..config import Config
 from ..model.packing import Batch
-from ..model.players import Players
+from ..model.players import HEADS, Players
 from ..model.sampling import Rollout, chunks
 from . import distributed, losses, micro_batch
 from .estimate import Calibration, DecayedMean, centered_within_groups, moments_within_groups
@@ -30,6 +30,8 @@ from .optimizer import PlayerOptimizer
 from .probe import Probe
 from .replay import Group, Replay, answered_groups, micro_batches
 
+MEAN_WEIGHT = 0.25  # of the group's mean in the regression: the generator uses differences within a group, weight 1
+RANK_WEIGHT = 0.5  # of the ranking loss, relative to the regression; 0 was not better in benchmarks/learning.py
 # At or above this query rate, one forward pass for prediction and update is faster than two.
 RETAIN_FROM_QUERY_RATE = 0.75
 
@@ -162,7 +164,7 @@ class Discriminator:
         """
         features = _answered_features(experience)
         relative = self.config.disc_objective == "real_vs_generated"
-        fresh = self._real_and_generated(experience) if relative else answered_groups(experience, self.config)
+        fresh = self._real_and_generated(experience) if relative else answered_groups(experience, self.config.seed)
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
@@ -233,7 +235,7 @@ class Discriminator:
                 responses = [experience.rollout.responses[i] for i in np.flatnonzero(experience.group_B == j)]
                 rewards = [0.0] * len(responses) + [1.0]
                 target = self.players.encoder.target(row)
-                groups.append(Group(prompt, [*responses, target], rewards, [True] * self.config.disc_heads))
+                groups.append(Group(prompt, [*responses, target], rewards, [True] * HEADS))
         return groups
 
     def _pairwise_accuracy(self, groups: list[Group]) -> dict[str, float]:
@@ -354,10 +356,8 @@ class Discriminator:
             # With rewards 1 and 0, the ranking loss is the relativistic pairing loss (arXiv:1807.00734).
             loss_MB = ranking_MB
         else:
-            regression_MB = losses.regression_by_group(
-                predicted_MB, true_B, group_B, mean_weight=self.config.disc_mean_weight
-            )
-            loss_MB = regression_MB + self.config.disc_rank_weight * ranking_MB
+            regression_MB = losses.regression_by_group(predicted_MB, true_B, group_B, mean_weight=MEAN_WEIGHT)
+            loss_MB = regression_MB + RANK_WEIGHT * ranking_MB
         return (loss_MB * learns_MB).sum()
 
     def _features(self, groups: list[Group]) -> Tensor:

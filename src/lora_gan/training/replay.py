@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import randomness
-from ..config import Config
+from ..model.players import HEADS
 from .experience import Experience
 
 
@@ -75,17 +75,19 @@ class Replay:
         self.extend(groups)
 
 
-def answered_groups(experience: Experience, config: Config) -> list[Group]:
-    """Groups of this step's responses with a known true reward, in the order of the prompts."""
+def answered_groups(experience: Experience, seed: int) -> list[Group]:
+    """Groups of this step's responses with a known true reward, in the order of the prompts.
+
+    Args:
+        seed: the run's seed; it decides which heads learn from each group.
+    """
     answered_B = ~np.isnan(experience.true_B)
     groups = []
     for j, prompt in enumerate(experience.prompts):
         members = np.flatnonzero((experience.group_B == j) & answered_B)
         if len(members) == 0:
             continue
-        draws = randomness.uniforms(
-            config.disc_heads, config.seed, experience.step, "heads", randomness.fingerprint(prompt)
-        )
+        draws = randomness.uniforms(HEADS, seed, experience.step, "heads", randomness.fingerprint(prompt))
         heads = (draws < 0.75).tolist()  # each head learns from about 75 % of the groups, so that the heads differ
         if not any(heads):
             heads[int(draws.argmin())] = True
