@@ -2,7 +2,7 @@
 
 checkpoints/KIND/step-2 was written by version 0.1.0 before its modules were sorted into packages, after two steps on
 `tiny`; continued.json holds what that version did in the two steps after them. The kinds differ in what they hold:
-plain (adapter_model.bin), safetensors (several heads, a moving average, replay, scales of two rewards), init_adapter (a
+plain (adapter_model.bin), safetensors (three heads, a moving average, replay, scales of two rewards), init_adapter (a
 third adapter as the reference), peft_config (adapters that the settings do not describe).
 """
 

@@ -228,6 +228,10 @@ SIGNED = {
     ),
     "no schedule": (tensors("generator/optimizer.pt", without("schedule")), "lacks 'schedule'"),
     "heads of another size": (state("discriminator/state", at("heads_MH", to=torch.zeros(4, 3))), "heads_MH is"),
+    "no heads": (state("discriminator/state", at("heads_MH", to=lambda t: t[:0].clone())), "heads_MH is"),
+    "more heads than the replay knows": (
+        state("discriminator/state", at("heads_MH", to=lambda t: t.repeat(2, 1))), "does not add up",
+    ),
     "unit of zero": (state("discriminator/state", at("reward_unit", to=0.0)), "reward_unit"),
     "unit of text": (state("discriminator/state", at("reward_unit", to="1")), "reward_unit"),
     "unknown tokens": (
