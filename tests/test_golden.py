@@ -26,14 +26,13 @@ NUMBERS = ("gen_loss", "disc_loss", "pred_reward", "true_reward", "kl", "gen_gra
 MODES: dict[str, dict] = {
     "corrected": {},
     "corrected, a quarter asked": {"query_rate": 0.25, "query_design": "uniform"},
-    "predicted": {"adversarial": True, "query_rate": 0.5, "uncertainty_penalty": 0.5},
-    "straight-through": {"adversarial": True, "gradient_path": "straight_through", "straight_through_weight": 0.5},
+    "predicted": {"adversarial": True, "query_rate": 0.5},
+    "straight-through": {"adversarial": True, "gradient_path": "straight_through"},
     "clipped": {"num_iterations": 2},
     "micro-batches": {"micro_batch_size": 3},
     "imitation": {"imitation_weight": 0.5, "imitation_warmup_steps": 5},
-    "entropy, temperature": {"entropy_weight": 0.01, "temperature": 0.7},
+    "temperature": {"temperature": 0.7},
     "fresh alone": {"disc_updates": 1, "disc_replay_groups": 0},
-    "averaged": {"disc_average": 0.9, "disc_anchor_reward": 1.0},
     "real against generated": {"adversarial": True, "disc_objective": "real_vs_generated", "seed": 6},
     "without KL": {"beta": 0.0},
 }

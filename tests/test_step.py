@@ -383,12 +383,12 @@ def test_a_bad_reward_is_named():
 # --- what it reduces to -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"disc_updates": 5, "disc_heads": 2}, {"num_generations": 1}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"disc_updates": 5}, {"num_generations": 1}], ids=str)
 @pytest.mark.filterwarnings("ignore:num_generations=1")
 def test_query_rate_one_is_exactly_plain_rloo(settings):
     """The defaults, discriminator and all, against a run in which no discriminator ever learns or is listened to."""
     whole = small_gan(**settings)
-    plain_rloo = small_gan(adversarial=False, **{**settings, "disc_updates": 1, "disc_heads": 1})
+    plain_rloo = small_gan(adversarial=False, **{**settings, "disc_updates": 1})
     for step in range(4):
         prompts = PROMPTS[step % 2 : step % 2 + 3]
         a, b = whole.step(prompts), plain_rloo.step(prompts, train_disc=False)

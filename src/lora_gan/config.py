@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen, Unit
+from annotated_types import Ge, Gt, Le, MinLen, Unit
 
 from .settings import Group, Mark, accepted, fits
 from .wording import did_you_mean, shown
 
 RewardSignal = Literal["true", "predicted", "corrected", "mixed"]
-QueryDesign = Literal["uniform", "groups", "uncertain"]
+QueryDesign = Literal["uniform", "groups"]
 SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 
 
@@ -47,6 +47,31 @@ REMOVED: dict[str, tuple[Any, str]] = {
         False,
         "it is an argument, LoraGAN(..., reuse_answers=True), or `lora-gan train --reuse_answers`",
     ),
+    "uncertainty_penalty": (
+        0.0,
+        "predictions are weighted by their measured worth with reward_signal='corrected' or 'mixed'",
+    ),
+    "query_floor": (0.25, "query_design='groups' draws every group with the same probability"),
+    "disc_average": (0.0, "the latest weights predict; a lower disc_learning_rate gives steadier predictions"),
+    "disc_anchor_reward": (
+        None,
+        "targets teach the generator with imitation_weight, and the discriminator with disc_objective="
+        "'real_vs_generated'",
+    ),
+    "straight_through_weight": (
+        1.0,
+        "gradient_path='straight_through' carries all of the predicted reward, and 'policy_gradient' nothing of it",
+    ),
+    "entropy_weight": (0.0, "raise temperature or beta for more diverse responses"),
+    "imitation_decay_steps": (
+        None,
+        "imitation_weight stays constant; imitation_warmup_steps with imitation_weight=0 imitates at the start alone",
+    ),
+    "disc_mean_weight": (0.25, "the group's mean always has the weight 0.25 in the regression"),
+    "disc_rank_weight": (0.5, "the ranking loss always has the weight 0.5"),
+    "monitor_window": (10, "the monitor always averages over 10 steps"),
+    "disc_heads": (4, "there are always 4 heads; a checkpoint with another number of heads loads their mean"),
+    "disc_replay_policy": ("fifo", "replay keeps the latest groups, and disc_replay_groups sets their number"),
 }
 
 
@@ -161,16 +186,12 @@ class Config:
     if one is given, else base."""
     kl_target: Annotated[float | None, Group.GENERATOR, Gt(0), Unit("nats per response")] = None
     """Desired KL. After each step beta is raised or lowered by up to 10 % to reach it. None: beta is fixed."""
-    entropy_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("spreads per nat")] = 0.0
-    """Weight of the policy's entropy, summed over a response's tokens, in the unit of beta."""
     reward_weight: Annotated[float, Group.GENERATOR, Ge(0)] = 1.0
     """Weight of the policy gradient. 0: imitation alone."""
     imitation_weight: Annotated[float, Group.GENERATOR, Ge(0), Unit("spreads per nat per token")] = 0.0
     """Weight of the cross-entropy on the target text (SFT), in the unit of beta."""
     imitation_warmup_steps: Annotated[int, Group.GENERATOR, Ge(0), Unit("steps")] = 0
     """Steps at the start in which the generator learns by imitation alone."""
-    imitation_decay_steps: Annotated[int | None, Group.GENERATOR, Ge(1), Unit("steps")] = None
-    """Steps after the warm-up over which imitation_weight falls linearly to zero. None: it does not fall."""
 
     adversarial: Annotated[bool | None, Group.REWARD] = None
     """True: the generator learns from the predicted reward. False: from the true reward. None: reward_signal
@@ -184,10 +205,8 @@ class Config:
     """Share of the responses for which the true reward is queried. None: all; if reward_budget is set, one group per
     step."""
     query_design: Annotated[QueryDesign, Group.REWARD] = "groups"
-    """How the queried responses are drawn: uniform (a share of each group), groups (whole groups, so that a prompt's
-    responses can be compared), uncertain (more where the heads disagree). Each design has known probabilities."""
-    query_floor: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of query_rate")] = 0.25
-    """Least probability of a query in the uncertain design. It bounds the correction."""
+    """How the queried responses are drawn: uniform (a share of each group), or groups (whole groups, so that a prompt's
+    responses can be compared). Each design has known probabilities."""
     reward_budget: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls"), Mark.FIRST] = None
     """Most true-reward calls of training in the whole run, one per response. None: no limit."""
     reward_budget_total: Annotated[int | None, Group.REWARD, Ge(1), Unit("calls")] = None
@@ -198,9 +217,6 @@ class Config:
     raises)."""
     gradient_path: Annotated[Literal["policy_gradient", "straight_through"], Group.REWARD] = "policy_gradient"
     """policy_gradient (RLOO), or straight_through: gradients through the discriminator into the sampled tokens."""
-    straight_through_weight: Annotated[float, Group.REWARD, Gt(0), Le(1), Unit("share of the predicted reward")] = 1.0
-    """If gradient_path is straight_through: share of the predicted reward that takes this path. The policy gradient
-    takes the rest."""
     reward_timeout: Annotated[float | None, Group.REWARD, Gt(0), Unit("seconds"), Mark.SILENT] = None
     """Time limit for one call of a reward. None: no limit."""
     reward_retries: Annotated[int, Group.REWARD, Ge(0), Unit("tries"), Mark.SILENT] = 0
@@ -224,34 +240,17 @@ class Config:
     """Number of upper layers that get the discriminator's adapter. None: all. The discriminator's update skips the
     layers below. If the base is the KL's reference, the discriminator shares the outputs of these layers with the
     base."""
-    disc_heads: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("heads")] = 4
-    """Score heads. Their mean is the prediction, and their spread estimates its uncertainty."""
     disc_updates: Annotated[int, Group.DISCRIMINATOR, Ge(1), Unit("updates per step")] = 2
     """Optimizer updates of the discriminator per step."""
     disc_replay_groups: Annotated[int, Group.DISCRIMINATOR, Ge(0), Unit("groups")] = 256
-    """Groups kept for replay. Half of a batch is fresh, half is replay. 0: no replay."""
-    disc_mean_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.25
-    """Weight of the group's mean in the regression, relative to 1 for differences within the group."""
-    disc_rank_weight: Annotated[float, Group.DISCRIMINATOR, Ge(0)] = 0.5
-    """Weight of the ranking loss within the group, relative to 1 for the regression."""
+    """Groups kept for replay, the latest ones. Half of a batch is fresh, half is replay. 0: no replay."""
     disc_objective: Annotated[Literal["regression", "real_vs_generated"], Group.DISCRIMINATOR] = "regression"
     """regression: learns the true reward. real_vs_generated: learns to distinguish target texts from responses, without
     true rewards."""
-    disc_average: Annotated[float, Group.DISCRIMINATOR, Ge(0), Lt(1), Unit("decay per update")] = 0.0
-    """Decay of a moving average of the discriminator's weights. The average makes the predictions. 0: no average."""
-    disc_replay_policy: Annotated[Literal["fifo", "reservoir"], Group.DISCRIMINATOR] = "fifo"
-    """Which groups replay keeps: the latest groups (fifo), or a uniform sample of all groups (reservoir)."""
-    disc_anchor_reward: Annotated[float | None, Group.DISCRIMINATOR, Unit("reward units")] = None
-    """True reward of a target text (1 for the default reward). Each target then joins its prompt's answered group,
-    without a call. None: unknown."""
 
-    uncertainty_penalty: Annotated[float, Group.GUARD, Ge(0), Unit("standard deviations of the heads")] = 0.0
-    """The generator learns from the mean of the heads minus this number of their standard deviations."""
     on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
     """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator
     to the step with the best true reward (rollback)."""
-    monitor_window: Annotated[int, Group.GUARD, Ge(1), Unit("steps")] = 10
-    """Steps in the monitor's moving average. The monitor compares the average with the best average so far."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
     """When 10 consecutive updates of a player were skipped, because a loss or gradient was not finite: stop, or roll
     back. With rollback, fit() returns to the newest checkpoint of a healthy run and continues with both learning rates

@@ -24,7 +24,7 @@ from .export import exporting
 from .model import initial_adapter, sampling
 from .model.adapter_files import load_initial
 from .model.base import load_base
-from .model.players import Player, Players
+from .model.players import HEADS, Player, Players
 from .rewards.budget import Budget, BudgetSpent, Purpose
 from .rewards.true_reward import TrueReward
 from .run import evaluation, recovery, row_checks, snapshot, tracking
@@ -250,10 +250,9 @@ class LoraGAN:
         if experience is not None and plan.signal == "mixed":
             experience = self.discriminator.updated(experience)
         if plan.train_gen:
-            with self.discriminator.ema_scope():
-                gen = self.generator.update(
-                    rows, experience if plan.reinforces else None, plan.signal, plan.imitation_weight
-                )
+            gen = self.generator.update(
+                rows, experience if plan.reinforces else None, plan.signal, plan.imitation_weight
+            )
         if experience is not None and plan.train_disc and not plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
         alarms: list[str] = []
@@ -311,15 +310,13 @@ class LoraGAN:
         elif plan.predicts:
             predicted_MB = self.discriminator.predict(sampled)
         else:
-            predicted_MB = np.full((self.config.disc_heads, len(sampled)), np.nan)
+            predicted_MB = np.full((HEADS, len(sampled)), np.nan)
         queries = estimate.choose_queries(
             sampled.group_B,
             (1.0 if plan.signal == "true" else self.config.asked_share) if plan.asks else 0.0,
             seed=self.config.seed,
             step=self.global_step,
             design=self.config.query_design,
-            spread_B=predicted_MB.std(0),
-            floor=self.config.query_floor,
             left=left,
         )
         notes = rewards.Notes()
@@ -661,7 +658,7 @@ class LoraGAN:
         if held_out:
             rows = list(rows)  # an evaluation reads all rows anyway
         imitates = train_gen and bool(self.config.imitation_weight or self.config.imitation_warmup_steps)
-        compares = self.config.disc_objective == "real_vs_generated" or self.config.disc_anchor_reward is not None
+        compares = self.config.disc_objective == "real_vs_generated"
 
         def check(row: Row) -> None:
             (row,) = self.as_meant([row], apply_chat_template, follow=held_out)

@@ -70,7 +70,7 @@ def test_saves_are_counted_as_fit_saves(save_steps, first, steps, expected):
     [
         {},
         {"save_steps": 2},
-        {"save_steps": 1, "disc_average": 0.5},
+        {"save_steps": 1},
         {"save_steps": 2, "save_total_limit": None},
         {"log_completions": False},
     ],

@@ -52,7 +52,7 @@ def test_the_reward_is_tried_on_responses_that_step_1_samples(settings):
 
 
 def test_a_trial_leaves_no_trace():
-    gan, twin = (small_gan(disc_average=0.5, num_iterations=2) for _ in range(2))
+    gan, twin = (small_gan(num_iterations=2) for _ in range(2))
     for one in (gan, twin):
         one.fit(ROWS, steps=2, progress=False)
     before = {player: player_state(gan, player) for player in ("generator", "discriminator")}

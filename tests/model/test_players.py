@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_gan import data
 from lora_gan.model.adapter_files import adapter_state
+from lora_gan.model.players import HEADS
 
 BOTH = ("generator", "discriminator")
 
@@ -46,14 +47,14 @@ def batch(gan, player="generator"):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_is_one_base_two_adapters_and_the_heads(architecture):
     base = base_folder(architecture, "own")
-    gan = small_gan(base, disc_lora_r=3, disc_heads=5)
+    gan = small_gan(base, disc_lora_r=3)
     gan.step(PROMPTS[:2], TARGETS[:2])
     alone = AutoModelForCausalLM.from_pretrained(base)
     expected = sum(parameter.numel() for parameter in alone.parameters())
     for r in (SMALL["lora_r"], 3):
         stock = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=r, target_modules="all-linear"))
         expected += stock.get_nb_trainable_parameters()[0]
-    expected += 5 * 32
+    expected += HEADS * 32
     storages = {
         parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
         for parameter in [*gan.players.peft.parameters(), gan.players.heads_MH]
@@ -279,7 +280,7 @@ def test_generator_gradients_equal_those_of_a_stock_adapter(architecture, micro_
 def test_discriminator_gradients_equal_those_of_a_stock_adapter():
     """One learning batch: the loss written here row by row on a stock adapter, heads and all."""
     base = base_folder()
-    gan = small_gan(disc_heads=1, disc_mean_weight=0.3, disc_rank_weight=0.7)
+    gan = small_gan()
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     groups = list(gan.discriminator.replay.groups)
@@ -304,13 +305,15 @@ def test_discriminator_gradients_equal_those_of_a_stock_adapter():
             .last_hidden_state[0, -1]
             for response in group.responses
         ]
-        predicted = torch.stack(hidden) @ head[0]
         true = torch.tensor(group.rewards) / unit
-        error = predicted - true
-        for i in range(len(true)):
-            lower = [j for j in range(len(true)) if true[j] < true[i]]
-            rank = sum((true[i] - true[j]) * torch.log1p(torch.exp(predicted[j] - predicted[i])) for j in lower)
-            losses.append((error[i] - error.mean()) ** 2 + 0.3 * error.mean() ** 2 + 0.7 * rank / max(1, len(lower)))
+        for row in (row for row, learns in zip(head, group.heads, strict=True) if learns):
+            predicted = torch.stack(hidden) @ row
+            error = predicted - true
+            for i in range(len(true)):
+                lower = [j for j in range(len(true)) if true[j] < true[i]]
+                rank = sum((true[i] - true[j]) * torch.log1p(torch.exp(predicted[j] - predicted[i])) for j in lower)
+                rank = rank / max(1, len(lower))
+                losses.append((error[i] - error.mean()) ** 2 + 0.25 * error.mean() ** 2 + 0.5 * rank)
     torch.stack(losses).mean().backward()
     oracle = [parameter.grad for parameter in stock.parameters() if parameter.requires_grad] + [head.grad]
     for mine, gradient in zip(ours, oracle, strict=True):

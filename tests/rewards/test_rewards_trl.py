@@ -527,7 +527,7 @@ def test_two_rewards_that_log_one_column():
 def test_every_name_of_a_run_is_known_as_ours(tmp_path):
     """So that no reward can log one of them."""
     variants = [
-        {}, {"imitation_weight": 0.1, "kl_target": 5.0, "entropy_weight": 0.1}, {"gradient_path": "straight_through"},
+        {}, {"imitation_weight": 0.1, "kl_target": 5.0}, {"gradient_path": "straight_through"},
         {"adversarial": True, "disc_objective": "real_vs_generated"}, {"adversarial": False},
     ]  # fmt: skip
     rows = [{"prompt": p, "target": t} for p, t in zip(PROMPTS, TARGETS, strict=True)]

@@ -16,7 +16,7 @@ from helpers import PROMPTS, TARGETS, base_folder, copies, differences, player_s
 from lora_gan import LoraGAN
 from lora_gan.run import recovery
 from lora_gan.storage.json_lines import JsonLines
-from lora_gan.training.estimate import choose_queries
+from lora_gan.training import monitor
 from lora_gan.training.fresh_metrics import fresh_metrics
 from lora_gan.training.optimizer import PlayerOptimizer
 
@@ -69,7 +69,7 @@ def state_of(gan, player):
 SETTINGS = [
     {},
     {"num_generations": 1, "lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 8},
-    {"disc_average": 0.9, "num_iterations": 2, "micro_batch_size": 3, "kl_target": 0.5},
+    {"num_iterations": 2, "micro_batch_size": 3, "kl_target": 0.5},
 ]
 
 
@@ -97,8 +97,8 @@ def test_the_run_goes_on_as_if_the_poisoned_update_had_been_left_out(monkeypatch
 
 @pytest.mark.parametrize("kind", ["gradient", "loss"])
 def test_a_skipped_update_leaves_its_player_bitwise_as_it_was(monkeypatch, kind):
-    gan = small_gan(disc_average=0.9, disc_updates=1, disc_replay_groups=0, lr_scheduler_type="linear", max_steps=9)
-    for _ in range(2):  # after one the moving average still is the weights
+    gan = small_gan(disc_updates=1, disc_replay_groups=0, lr_scheduler_type="linear", max_steps=9)
+    for _ in range(2):
         gan.step(PROMPTS[:2])
     before = {player: state_of(gan, player) for player in ("generator", "discriminator")}
     unit = gan.players.reward_unit
@@ -134,11 +134,10 @@ def test_one_poisoned_micro_batch_skips_all_of_the_update(monkeypatch):
 
 
 def test_metrics_and_monitor_hold_no_nan(monkeypatch, tmp_path):
-    gan = small_gan(output_dir=str(tmp_path), kl_target=0.5, entropy_weight=0.01, monitor_window=2)
+    monkeypatch.setattr(monitor, "WINDOW", 2)
+    gan = small_gan(output_dir=str(tmp_path), kl_target=0.5)
     whole = gan.generator._reinforce
-    monkeypatch.setattr(
-        gan.generator, "_reinforce", lambda *a: replace(whole(*a), policy=math.nan, kl=math.nan, entropy=math.inf)
-    )
+    monkeypatch.setattr(gan.generator, "_reinforce", lambda *a: replace(whole(*a), policy=math.nan, kl=math.inf))
     with torch.no_grad():
         gan.players.heads_MH.fill_(math.nan)
     records = gan.fit(ROWS, steps=3, progress=False)
@@ -187,11 +186,8 @@ def test_heads_that_are_not_finite_are_not_put_in_place(monkeypatch):
     assert gan.players.heads_MH.isfinite().all() and gan.players.heads_MH.any()
 
 
-def test_queries_and_fresh_metrics_from_predictions_that_are_not_finite():
+def test_fresh_metrics_from_predictions_that_are_not_finite():
     group = np.repeat([0, 1], 4)
-    broken = np.full(8, np.nan)
-    asked = choose_queries(group, 0.5, seed=0, step=0, design="uncertain", spread_B=broken)
-    assert asked.asked_B.sum() == 4 and (asked.inclusion_B == 0.5).all()
     rng = np.random.default_rng(0)
     predicted, true = rng.normal(size=(2, 8)), rng.normal(size=8)
     predicted[0, [2, 5]] = np.nan, np.inf

@@ -2,7 +2,7 @@
 
 checkpoints/KIND/step-2 was written by version 0.1.0 before its modules were sorted into packages, after two steps on
 `tiny`; continued.json holds what that version did in the two steps after them. The kinds differ in what they hold:
-plain (adapter_model.bin), safetensors (several heads, a moving average, replay, scales of two rewards), init_adapter (a
+plain (adapter_model.bin), safetensors (three heads, a moving average, replay, scales of two rewards), init_adapter (a
 third adapter as the reference), peft_config (adapters that the settings do not describe).
 """
 
@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import sign
 
 from lora_gan import LoraGAN, tiny
@@ -54,6 +55,8 @@ def test_it_loads_and_goes_on_as_it_did(kind):
         if number and gan.config.asked_share < 1:
             break  # from the second step on, predictions count by their measured trust, which is new
         assert record["response"] == before.pop("response")
+        if kind == "safetensors":  # its discriminator now learns from the moving average of its weights
+            del before["disc_loss"]
         for name, value in before.items():
             assert numbers(record[name]) == pytest.approx(numbers(value), rel=1e-3, abs=1e-5, nan_ok=True), name
 
@@ -88,6 +91,27 @@ def test_a_removed_setting_with_another_value_is_named(tmp_path):
     with pytest.warns(UserWarning, match=r"settings that are gone.* run_name='mine' \(.*; top_p=0.5 \(") as told:
         assert opened(tmp_path / "plain").global_step == 2
     assert "target_modules" not in str(told[0].message), "the adapters are as they were"
+
+
+def test_the_moving_average_of_an_earlier_run_becomes_the_weights_and_its_heads_become_their_mean():
+    saved = torch.load(FOLDER / "safetensors" / "step-2" / "discriminator" / "state.pt", weights_only=True)
+    *average, heads_MH = saved["average"]
+    assert not all(torch.equal(*pair) for pair in zip(average, saved["raw"], strict=True))
+    gan = opened(FOLDER / "safetensors")
+    *adapter, now_MH = gan.players.parameters("discriminator")
+    assert all(torch.equal(*pair) for pair in zip(average, adapter, strict=True))
+    assert len(heads_MH) == 3 and len(now_MH) == 4
+    assert all(torch.allclose(head_H, heads_MH.mean(0)) for head_H in now_MH)
+    moments, earlier = gan.discriminator.optimizer.adamw.state, saved_moments("safetensors")
+    assert not moments[now_MH] and len(moments) >= len(adapter)
+    assert all(torch.equal(moments[p]["exp_avg"], earlier[i]["exp_avg"]) for i, p in enumerate(adapter))
+    groups = gan.discriminator.replay.groups
+    assert [group.prompt for group in groups] and all(group.heads == [True] * 4 for group in groups)
+
+
+def saved_moments(kind):
+    file = FOLDER / kind / "step-2" / "discriminator" / "optimizer.pt"
+    return torch.load(file, weights_only=True)["optimizer"]["state"]
 
 
 def test_a_changed_file_is_still_found_out(tmp_path):

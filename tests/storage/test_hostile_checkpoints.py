@@ -21,6 +21,7 @@ from lora_gan import LoraGAN
 from lora_gan.storage import state_files
 from lora_gan.storage.checkpoint import STATES
 from lora_gan.storage.durable import MANIFEST, Folder
+from lora_gan.training import monitor
 
 pytestmark = [
     # The run whose checkpoint is attacked has an alarm: its state is to be saved.
@@ -32,9 +33,11 @@ GENERATOR, DISCRIMINATOR = "generator/adapter_model.bin", "discriminator/adapter
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
-    gan = small_gan(on_exploit="rollback", monitor_window=1, disc_average=0.5)
-    for _ in range(2):
-        gan.step(PROMPTS[:2], TARGETS[:2])
+    gan = small_gan(on_exploit="rollback")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "WINDOW", 1)
+        for _ in range(2):
+            gan.step(PROMPTS[:2], TARGETS[:2])
     return gan.save_checkpoint(ckpt_dir=tmp_path_factory.mktemp("honest"))
 
 
@@ -225,6 +228,10 @@ SIGNED = {
     ),
     "no schedule": (tensors("generator/optimizer.pt", without("schedule")), "lacks 'schedule'"),
     "heads of another size": (state("discriminator/state", at("heads_MH", to=torch.zeros(4, 3))), "heads_MH is"),
+    "no heads": (state("discriminator/state", at("heads_MH", to=lambda t: t[:0].clone())), "heads_MH is"),
+    "more heads than the replay knows": (
+        state("discriminator/state", at("heads_MH", to=lambda t: t.repeat(2, 1))), "does not add up",
+    ),
     "unit of zero": (state("discriminator/state", at("reward_unit", to=0.0)), "reward_unit"),
     "unit of text": (state("discriminator/state", at("reward_unit", to="1")), "reward_unit"),
     "unknown tokens": (
@@ -240,6 +247,7 @@ SIGNED = {
         state("discriminator/state", at("replay", "rewards", to=lambda t: t * float("nan"))), "rewards hold NaN",
     ),
     "average of nothing": (state("discriminator/state", at("average", to=[])), "average is"),
+    "average of a number": (state("discriminator/state", at("average", to=3)), "average is"),
     "probe of another width": (
         state("discriminator/state", at("probe", "features", to=lambda t: t[:, :3].contiguous())), "probe: features",
     ),
@@ -257,15 +265,14 @@ SIGNED = {
         state("discriminator/state", at("calibration", "moments", to=[[0.0] * 3])), "calibration",
     ),
     "spread below zero": (in_json("trainer_state.json", at("reward_spread", "squares", to=-1.0)), "reward_spread"),
-    "raw of another": (
-        state("discriminator/state", at("raw", 0, to=lambda t: t.T.contiguous()[:1])), "raw, entry 0",
-    ),
     "window of texts": (state("generator/monitor", at("window", to=[["a"] * 5])), "window"),
     "kept of another": (state("generator/monitor", at("kept", to={"weights": [], "optimizer": {}})), "kept"),
     "heads of integers": (
         state("discriminator/state", at("heads_MH", to=lambda t: t.to(torch.int32))), "heads_MH is of torch.int32",
     ),
-    "raw of NaN": (state("discriminator/state", at("raw", 0, to=lambda t: t * float("nan"))), "raw, entry 0 holds NaN"),
+    "heads of NaN": (
+        state("discriminator/state", at("heads_MH", to=lambda t: t * float("nan"))), "heads_MH holds NaN",
+    ),
     "a tensor that is not there": (
         in_json("discriminator/state.json", at("heads_MH", to={"$tensor": "x"})), "state.json does not fit",
     ),
@@ -343,8 +350,10 @@ ALL = [(name, *case, True) for name, case in SIGNED.items()] + [(n, *case, False
 
 @pytest.fixture(scope="module")
 def trained():
-    gan = small_gan(on_exploit="rollback", monitor_window=1, disc_average=0.5)
-    gan.step(PROMPTS[:2], TARGETS[:2])
+    gan = small_gan(on_exploit="rollback")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "WINDOW", 1)
+        gan.step(PROMPTS[:2], TARGETS[:2])
     return gan, copy.deepcopy(everything(gan))
 
 
@@ -388,7 +397,7 @@ def test_the_honest_one_is_taken(written, honest, tmp_path):
     if written != "now":
         as_earlier_versions_wrote(folder)
         sign(folder)
-    taken, expected = (small_gan(on_exploit="rollback", monitor_window=1, disc_average=0.5) for _ in range(2))
+    taken, expected = (small_gan(on_exploit="rollback") for _ in range(2))
     taken.load_checkpoint(ckpt_dir=tmp_path)
     expected.load_checkpoint(ckpt_dir=honest.parent)
     assert taken.global_step == 2

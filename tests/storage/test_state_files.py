@@ -12,6 +12,7 @@ from lora_gan.run import snapshot
 from lora_gan.storage import state_files
 from lora_gan.storage.checkpoint import copied
 from lora_gan.storage.durable import Damaged, Folder
+from lora_gan.training import monitor
 
 
 def write(folder, value):
@@ -54,8 +55,9 @@ def test_what_is_read_is_what_was_written(value, tmp_path):
     assert same(state_files.read(write(tmp_path, value), "state", limit=10**6), value)
 
 
-def test_a_runs_state_comes_back_whole(tmp_path):
-    gan = small_gan(on_exploit="rollback", monitor_window=1, disc_average=0.5)
+def test_a_runs_state_comes_back_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "WINDOW", 1)
+    gan = small_gan(on_exploit="rollback")
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])
     content = snapshot.take(gan.state)

@@ -77,7 +77,7 @@ def test_micro_batches_keep_groups_whole():
     "settings", [{}, {"disc_objective": "real_vs_generated", "adversarial": True}, {"disc_layers": 1}], ids=str
 )
 def test_a_group_larger_than_a_micro_batch_is_learned_as_a_whole(monkeypatch, settings, size):
-    gan, whole = (small_gan(disc_heads=3, micro_batch_size=its, **settings) for its in (size, None))
+    gan, whole = (small_gan(micro_batch_size=its, **settings) for its in (size, None))
     for its in (gan, whole):
         its.step(["ab", "cd"], ["x", "yz"])
     graphs, hidden = [], gan.players.hidden
@@ -87,7 +87,7 @@ def test_a_group_larger_than_a_micro_batch_is_learned_as_a_whole(monkeypatch, se
         return hidden(batch, *arguments)
 
     monkeypatch.setattr(gan.players, "hidden", counted)
-    groups = [group([0.1, 0.9, 0.4, 0.2], heads=3), group([0.5, 0.1], prompt=8, heads=3)]
+    groups = [group([0.1, 0.9, 0.4, 0.2]), group([0.5, 0.1], prompt=8)]
     gan.discriminator._learn([([one], None) for one in groups])
     whole.discriminator._learn([(groups, None)])
     for ours, theirs in zip(*(its.players.parameters("discriminator") for its in (gan, whole)), strict=True):
@@ -134,8 +134,6 @@ def test_learning_from_the_predictions_own_forward_is_learning_from_another_one(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"disc_average": 0.5},
-        {"disc_anchor_reward": 1.0},
         {"micro_batch_size": 3},
         {"query_rate": 0.5},
         {"reward_budget": 8},

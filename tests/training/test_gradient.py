@@ -107,8 +107,7 @@ def experience_of(gan, responses, predicted=None, true=None, query_rate=1.0) -> 
 
 def gradient_of(gan, experience, signal) -> torch.Tensor:
     gan.generator.optimizer.zero_grad()
-    with gan.discriminator.ema_scope():
-        gan.generator._reinforce(experience, advantages(gan, experience, signal))
+    gan.generator._reinforce(experience, advantages(gan, experience, signal))
     found = gradients(gan.players.parameters("generator"))
     gan.generator.optimizer.zero_grad()
     return found
@@ -257,9 +256,8 @@ def test_straight_through_equals_one_monolithic_autograd_graph(architecture, pad
     ours = gradient_of(gan, experience, "predicted")
 
     generator = stock_adapter(AutoModelForCausalLM.from_pretrained(base), gan, "generator")
-    with gan.discriminator.ema_scope():
-        discriminator = stock_adapter(AutoModelForCausalLM.from_pretrained(base), gan, "discriminator")
-        head = gan.players.score_MH.detach().mean(0)
+    discriminator = stock_adapter(AutoModelForCausalLM.from_pretrained(base), gan, "discriminator")
+    head = gan.players.score_MH.detach().mean(0)
     lm = discriminator.get_base_model()
     body, table = getattr(lm, lm.base_model_prefix), lm.get_input_embeddings().weight
     scores = []

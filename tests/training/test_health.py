@@ -129,7 +129,7 @@ def test_equal_responses_are_said_and_their_equal_rewards_are_not():
     assert (step, words) == (
         3,
         "all responses to a prompt were the same text in the last 3 steps, so there is nothing to compare: raise "
-        "temperature (now 0.7) or entropy_weight (now 0); if responses became equal in training, raise beta "
+        "temperature (now 0.7); if responses became equal in training, raise beta "
         "(now 0.03), set kl_target, or lower learning_rate (now 0.0002)",
     )
     ((_, words),) = told([record(i, responses=[["a"] * 4] * 2) for i in range(9)])

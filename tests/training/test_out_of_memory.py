@@ -44,7 +44,7 @@ def comparable(gan, player):
 
 PATHS = {
     "policy gradient": {},
-    "clipped": {"num_iterations": 2, "imitation_weight": 0.5, "entropy_weight": 0.01},
+    "clipped": {"num_iterations": 2, "imitation_weight": 0.5},
     "straight-through": {"gradient_path": "straight_through"},
 }
 

@@ -71,8 +71,6 @@ def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:
     added = sum(moments.values())
     if config.on_exploit == "rollback":  # the monitor keeps the best generator
         added += weights["generator"] + moments["generator"]
-    if config.disc_average:
-        added += weights["discriminator"]
     groups = min(config.disc_replay_groups, round(steps * config.prompts_per_step * config.asked_share))
     tokens = groups * (prompt_tokens + config.num_generations * config.max_completion_length)
     replay = 8 * (tokens + groups * (2 + 2 * config.num_generations))  # int64 ids and lengths, float64 rewards

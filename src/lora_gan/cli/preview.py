@@ -16,6 +16,7 @@ import numpy as np
 from .. import rewards
 from ..data import Row
 from ..gan import PLAIN_PROMPTS, LoraGAN
+from ..model.players import HEADS
 from ..rewards.calling import ASYNC_WORKERS, is_async
 from ..rewards.combine import Parts
 from ..rewards.cost import Meter
@@ -101,8 +102,7 @@ class Preview:
         lines = {
             "base": f"{base.name or 'in memory'}, {frozen:,} frozen parameters ({dtype}, {self.players.device})",
             "generator": f"{sizes['generator']:,} parameters in its adapter{self._start()}",
-            "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {config.disc_heads} score "
-            "heads",
+            "discriminator": f"{sizes['discriminator']:,} parameters in its adapter and {HEADS} score heads",
             "data": data + (f", and {counted(self.held_out, 'held-out row')}" if self.held_out else ""),
             "prompts": self._kinds(),
             "steps": f"{self.steps:,}, each of {config.prompts_per_step} prompts × {config.num_generations} responses "

@@ -198,13 +198,10 @@ class Trial:
             )
             # As in a later step, half of a batch is replay, and the heads are not zero.
             if config.disc_objective == "regression":
-                discriminator.replay.extend(list(answered_groups(experience, config).values()))
+                discriminator.replay.extend(answered_groups(experience, config.seed))
 
             def update_generator() -> None:
-                with discriminator.ema_scope():
-                    generator.update(
-                        rows, experience if config.reward_weight else None, signal, config.imitation_weight
-                    )
+                generator.update(rows, experience if config.reward_weight else None, signal, config.imitation_weight)
 
             def update_discriminator() -> None:
                 discriminator.update(experience)

@@ -98,7 +98,7 @@ def export(
         _require_mergeable(state.players)
 
     run = facts.RunFacts.of(state, evaluation, license)
-    with durable.replacing(final) as writing, state.discriminator.ema_scope():
+    with durable.replacing(final) as writing:
         for part in parts:
             with _exporting(part):
                 tokenizer = _write(state.players, part, writing / part, dtype)

@@ -59,6 +59,7 @@ from .tokens import positions
 
 Player = Literal["generator", "discriminator", "reference", "base"]
 FEATURE_DEPTH = 2 / 3  # share of the layers below the probe's features; see benchmarks/screen.py
+HEADS = 4  # score heads: their mean is the prediction, and their spread its uncertainty, for which a few are enough
 LOGITS_AT_ONCE = 2**22  # the maximum number of logits in memory: 16 MB in float32, which fits in a processor's cache
 
 
@@ -108,7 +109,7 @@ class Players:
         # Width of the body's output, which the score heads read. In some OPT models it is not the hidden size.
         hidden = getattr(self.lm.get_output_embeddings(), "in_features", self.lm.config.get_text_config().hidden_size)
         device = next(base.model.parameters()).device
-        self.heads_MH = nn.Parameter(torch.zeros(config.disc_heads, hidden, device=device, dtype=torch.float32))
+        self.heads_MH = nn.Parameter(torch.zeros(HEADS, hidden, device=device, dtype=torch.float32))
         self.reward_unit = 1.0  # unit of the heads' outputs: their learning rate then fits rewards of any scale
         self._layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         self._takes = inspect.signature(self.lm.forward).parameters

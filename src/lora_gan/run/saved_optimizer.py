@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 import torch
@@ -13,8 +14,11 @@ from ..storage.untrusted import POSITIVE, WHOLE
 from ..training.optimizer import PlayerOptimizer
 
 
-def read(folder: Folder, optimizer: PlayerOptimizer) -> Any:
+def read(folder: Folder, optimizer: PlayerOptimizer, *, keeps_last: bool = True) -> Any:
     """The optimizer's saved state; None if the file is missing, or is another trainer's.
+
+    Args:
+        keeps_last: whether the last parameter keeps its moments. False: its shape has changed, so they start at zero.
 
     Raises:
         Damaged: the file is not a state of such an optimizer.
@@ -25,6 +29,9 @@ def read(folder: Folder, optimizer: PlayerOptimizer) -> Any:
     state = untrusted.read_tensors(folder, "optimizer.pt", limit=untrusted.room_for(optimizer.parameters, times=3))
     if folder.files is None and isinstance(state, dict) and "param_groups" in state:
         return None  # another trainer's state: the moments belong to other parameters
+    if not keeps_last:
+        with suppress(AttributeError, KeyError, TypeError):  # `require` names what is wrong with such a state
+            state["optimizer"]["state"].pop(len(optimizer.parameters) - 1, None)
     require(state, optimizer, str(file))
     return state
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +41,9 @@ from . import saved_optimizer, trainer_state
 #: not of one text: a group stores its prompt once, so a prompt may be several times as long.
 LONGEST_TEXT = 2**17
 
+#: Removed settings of which a checkpoint may hold any value: `_read_discriminator_state` converts what they led to.
+CONVERTED = ("disc_average", "disc_heads")
+
 #: The state of `Calibration` that gives the adapter's predictions weight 1 and trust 1, until others are measured.
 ADAPTER_ALONE = {"moments": [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], "differences": 8.0}
 
@@ -53,8 +57,7 @@ def take(state: RunState, *, by_hand: bool = False) -> Content:
     """
     content: Content = {}
     for adapter in (*PLAYERS, REFERENCE) if state.players.has_reference else PLAYERS:
-        with state.discriminator.ema_scope():
-            config, weights = adapter_content(state.players, adapter)
+        config, weights = adapter_content(state.players, adapter)
         content[f"{adapter}/adapter_config.json"] = config
         content[f"{adapter}/{ADAPTER}"] = weights
     content["generator/optimizer.pt"] = state.generator.optimizer.state_dict()
@@ -169,13 +172,14 @@ def _read_discriminator(state: RunState, folder: Folder) -> Callable[[], None]:
     weights = untrusted.read_weights(folder, expected, called=composite.plain_name)
     score_1H = weights.pop(SCORE)
     saved = _read_discriminator_state(state, folder) if state_files.has(folder, "state") else None
-    optimizer = saved_optimizer.read(folder, state.discriminator.optimizer) if saved else None
+    keeps_heads = saved is not None and saved["heads_MH"].shape == heads_MH.shape
+    optimizer = saved_optimizer.read(folder, state.discriminator.optimizer, keeps_last=keeps_heads) if saved else None
 
     def put() -> None:
         copy_weights(weights, adapter_state(state.players, "discriminator"))
         state.discriminator.optimizer.restart(optimizer)
         if saved is not None:
-            state.discriminator.load_state_dict(saved)
+            state.discriminator.load_state_dict(saved if keeps_heads else _with_mean_head(saved, len(heads_MH)))
         else:
             state.discriminator.restart(score_1H)
 
@@ -196,12 +200,19 @@ def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]
         # Earlier versions had no probe, and used the adapter's predictions in full.
         earlier = {"calibration": ADAPTER_ALONE, "probe": state.discriminator.state_dict()["probe"]}
         saved = earlier | saved
+        # Some earlier runs predicted by a moving average of the weights. The adapter's file holds this average, and the
+        # state holds the heads' part as the last tensor.
+        average, _ = saved.pop("average", None), saved.pop("raw", None)
+        if average is not None:
+            untrusted.require_list(average, f"{where}: average", len(parameters))
+            saved["heads_MH"] = average[-1]
+        if isinstance(saved.get("replay"), dict):
+            saved["replay"].pop("seen", None)
     untrusted.require_keys(saved, state.discriminator.state_dict(), where)
-    if isinstance(saved["heads_MH"], Tensor) and saved["heads_MH"].shape[1:] == heads_MH.shape[1:]:
-        theirs, ours = len(saved["heads_MH"]), len(heads_MH)
-        if theirs != ours:
-            raise ValueError(f"{folder.path} has {theirs} heads, this discriminator {ours}: set disc_heads to match")
-    untrusted.require_numbers(saved["heads_MH"], f"{where}: heads_MH", like=heads_MH)
+    saved_MH = saved["heads_MH"]
+    heads = len(saved_MH) if isinstance(saved_MH, Tensor) and saved_MH.dim() == 2 else 0
+    heads = heads or len(heads_MH)  # earlier versions had a setting for the number of heads
+    untrusted.require_numbers(saved_MH, f"{where}: heads_MH", like=heads_MH[:1].expand(heads, -1))
     plain = {
         "reward_unit": untrusted.POSITIVE,
         "knows_unit": bool,
@@ -210,12 +221,18 @@ def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]
     }
     untrusted.require({name: saved[name] for name in plain}, plain, where)
     vocabulary = base_checks.embedding_rows(state.players.lm)
-    untrusted.require_replay(saved["replay"], vocabulary, len(heads_MH), f"{where}: replay")
+    untrusted.require_replay(saved["replay"], vocabulary, heads, f"{where}: replay")
     untrusted.require_probe(saved["probe"], widths, f"{where}: probe")
-    untrusted.require_tensors_like(saved["raw"], parameters[:-1], f"{where}: raw")
-    if saved["average"] is not None:
-        untrusted.require_tensors_like(saved["average"], parameters, f"{where}: average")
     return saved
+
+
+def _with_mean_head(saved: dict[str, Any], heads: int) -> dict[str, Any]:
+    """The state of a discriminator with another number of heads: each head becomes their mean, and learns from all of
+    the replay."""
+    replay = saved["replay"]
+    flags = torch.ones(len(replay["heads"]), heads, dtype=torch.bool)
+    mean_1H = saved["heads_MH"].mean(0, keepdim=True)
+    return saved | {"heads_MH": mean_1H.expand(heads, -1), "replay": replay | {"heads": flags}}
 
 
 def load_generator(state: RunState, path: Path) -> None:
@@ -255,7 +272,8 @@ def arguments_of(path: Path, model: Any, given: Mapping[str, Any]) -> tuple[Path
         raise Damaged(f"{path} is no complete checkpoint: {fault}")
     step_folder = path if fault is None else checkpoint.find(path, None)
     saved = trainer_state.read(Folder(step_folder, manifest=True))
-    settings = _harmless(_without_removed(saved["config"], step_folder))
+    kept = {name: value for name, value in saved["config"].items() if name not in CONVERTED}
+    settings = _harmless(_without_removed(kept, step_folder))
     # After a move of the folder the run continues in its new folder, unless output_dir is given.
     settings["output_dir"] = str(step_folder.parent)
     known = set(Config.__dataclass_fields__)

@@ -7,8 +7,8 @@
       trainer_state.json
       manifest.json
 
-- monitor: the state of the monitor. state: the discriminator's raw weights, average and replay. `state_files` writes
-  both, and reads monitor.pt and state.pt of earlier versions.
+- monitor: the state of the monitor. state: the discriminator's heads, probe and replay. `state_files` writes both, and
+  reads monitor.pt and state.pt of earlier versions.
 - reference/ exists if the KL is measured to the adapter of init_adapter=.
 - trainer_state.json holds the step, data position, settings, fingerprint of the base, and versions.
 - manifest.json holds the size and SHA-256 of every other file. A folder without it is not a checkpoint.

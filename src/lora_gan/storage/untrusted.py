@@ -178,7 +178,7 @@ def require_replay(state: Any, vocabulary: int, heads: int, where: str) -> None:
         "prompt_tokens": torch.int64, "prompt_lengths": torch.int64, "group_sizes": torch.int64,
         "response_tokens": torch.int64, "response_lengths": torch.int64, "rewards": torch.float64, "heads": torch.bool,
     }  # fmt: skip
-    require_keys(state, [*flat, "seen"], where)
+    require_keys(state, flat, where)
     for name, dtype in flat.items():
         tensor = state[name]
         # The flags have two dimensions; without groups they are torch.tensor([]), which has one.
@@ -201,7 +201,6 @@ def require_replay(state: Any, vocabulary: int, heads: int, where: str) -> None:
             raise Damaged(f"{where}: {name} has tokens that the base does not know")
     if not torch.isfinite(state["rewards"]).all():
         raise Damaged(f"{where}: rewards hold NaN or infinite numbers")
-    require(state["seen"], Annotated[int, Ge(len(sizes)), Lt(2**63)], f"{where}: seen")
 
 
 def require_probe(state: Any, widths: Collection[int], where: str) -> None:

@@ -8,8 +8,7 @@ arXiv:2511.10643, found ranking better than classification). Half of each update
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from .. import randomness
 from ..config import Config
 from ..model.packing import Batch
-from ..model.players import Players
+from ..model.players import HEADS, Players
 from ..model.sampling import Rollout, chunks
 from . import distributed, losses, micro_batch
 from .estimate import Calibration, DecayedMean, centered_within_groups, moments_within_groups
@@ -31,6 +30,8 @@ from .optimizer import PlayerOptimizer
 from .probe import Probe
 from .replay import Group, Replay, answered_groups, micro_batches
 
+MEAN_WEIGHT = 0.25  # of the group's mean in the regression: the generator uses differences within a group, weight 1
+RANK_WEIGHT = 0.5  # of the ranking loss, relative to the regression; 0 was not better in benchmarks/learning.py
 # At or above this query rate, one forward pass for prediction and update is faster than two.
 RETAIN_FROM_QUERY_RATE = 0.75
 
@@ -53,12 +54,9 @@ class Discriminator:
         self.optimizer = PlayerOptimizer(
             players.parameters("discriminator"), config.disc_learning_rate, config, config.disc_updates
         )
-        self.replay = Replay(
-            config.disc_replay_groups, reservoir=config.disc_replay_policy == "reservoir", seed=config.seed
-        )
+        self.replay = Replay(config.disc_replay_groups)
         self.correlation = DecayedMean()  # fresh rank correlation within groups, weighted by the number of differences
         self.probe, self.calibration = Probe(), Calibration(2)
-        self.ema_weights: list[Tensor] | None = None
         self.knows_unit = False  # whether the reward's unit is set from rewards
 
     @property
@@ -87,28 +85,12 @@ class Discriminator:
         measured = self.correlation
         return (measured.value, measured.weight**-0.5) if measured.weight > 0 else None
 
-    @contextmanager
-    def ema_scope(self) -> Iterator[None]:
-        """Within the block the players hold the moving average of the weights, if disc_average is set."""
-        if self.ema_weights is None:
-            yield
-            return
-        parameters = self.players.parameters("discriminator")
-        raw = [parameter.data for parameter in parameters]
-        try:
-            for parameter, weight in zip(parameters, self.ema_weights, strict=True):
-                parameter.data = weight
-            yield
-        finally:
-            for parameter, weight in zip(parameters, raw, strict=True):
-                parameter.data = weight
-
     def predict(self, rollout: Rollout) -> np.ndarray:
         """The adapter's predicted reward of every head, float64 [M, B]. Stock clients compute their mean."""
         total = len(rollout)
 
         def predicted() -> Tensor:
-            with torch.no_grad(), self.ema_scope(), self.players.use_adapter("discriminator"):
+            with torch.no_grad(), self.players.use_adapter("discriminator"):
                 slices = chunks(total, self.optimizer.micro_batch_size)
                 return torch.cat([self.players.predict(rollout.batch(chunk)) for chunk in slices], dim=1)
 
@@ -117,15 +99,13 @@ class Discriminator:
     def predict_to_learn(self, rollout: Rollout) -> tuple[np.ndarray, RetainedFeatures]:
         """`predict`, and the features [B, H] with their graph, from which the next update starts.
 
-        No features are retained if the update uses other weights (a moving average), other rows (targets) or smaller
-        batches, if few responses are queried, or if the graph does not fit into memory.
+        No features are retained if the update uses other rows (targets) or smaller batches, if few responses are
+        queried, or if the graph does not fit into memory.
         """
         size = self.optimizer.micro_batch_size
         same_rows = self.config.asked_share >= RETAIN_FROM_QUERY_RATE and (size is None or size >= len(rollout))
-        same_weights = self.ema_weights is None and not self.config.disc_average
-        no_targets = self.config.disc_objective == "regression" and self.config.disc_anchor_reward is None
         features_BH = None
-        if same_rows and same_weights and no_targets:
+        if same_rows and self.config.disc_objective == "regression":
             with suppress(torch.OutOfMemoryError), self.players.use_adapter("discriminator"):
                 features_BH = self.players.defer_backward(self.players.pooled_hidden(rollout.batch()))
         if features_BH is None:
@@ -188,7 +168,7 @@ class Discriminator:
         """
         features = _answered_features(experience)
         relative = self.config.disc_objective == "real_vs_generated"
-        fresh = self._real_and_generated(experience) if relative else self._answered(experience)
+        fresh = self._real_and_generated(experience) if relative else answered_groups(experience, self.config.seed)
         answered = torch.tensor([float(len(fresh))], device=self.players.device)
         if not distributed.total(answered):
             return {}
@@ -211,7 +191,6 @@ class Discriminator:
                 skipped += 1
             else:
                 norm = update_norm
-                self._update_average()
         self.replay.extend(fresh)
         return {
             "disc_loss": float(np.mean(finite)) if finite else None,
@@ -250,30 +229,7 @@ class Discriminator:
             self.calibration.add(np.reshape(flat, moments.shape), differences)
         self.probe.learn(probed.features_BH, experience.true_B, experience.group_B)
 
-    def _update_average(self) -> None:
-        """Update the moving average of the weights. It starts as the weights after the first update."""
-        if not self.config.disc_average:
-            return
-        weights = [parameter.detach() for parameter in self.players.parameters("discriminator")]
-        if self.ema_weights is None:
-            self.ema_weights = [weight.clone() for weight in weights]
-        for mean, weight in zip(self.ema_weights, weights, strict=True):
-            mean.lerp_(weight, 1 - self.config.disc_average)
-
-    # --- groups with targets
-
-    def _answered(self, experience: Experience) -> list[Group]:
-        """The step's answered groups. If disc_anchor_reward is set, each group also holds its prompt's target."""
-        groups = answered_groups(experience, self.config)
-        if self.config.disc_anchor_reward is not None:
-            for j, group in groups.items():
-                row = experience.rows[j]
-                if row.target is not None:
-                    rewards = [*group.rewards, float(self.config.disc_anchor_reward)]
-                    groups[j] = replace(
-                        group, responses=[*group.responses, self.players.encoder.target(row)], rewards=rewards
-                    )
-        return list(groups.values())
+    # --- real against generated
 
     def _real_and_generated(self, experience: Experience) -> list[Group]:
         """Each prompt's responses with reward 0, and its target with reward 1, for prompts with a target."""
@@ -283,14 +239,14 @@ class Discriminator:
                 responses = [experience.rollout.responses[i] for i in np.flatnonzero(experience.group_B == j)]
                 rewards = [0.0] * len(responses) + [1.0]
                 target = self.players.encoder.target(row)
-                groups.append(Group(prompt, [*responses, target], rewards, [True] * self.config.disc_heads))
+                groups.append(Group(prompt, [*responses, target], rewards, [True] * HEADS))
         return groups
 
     def _pairwise_accuracy(self, groups: list[Group]) -> dict[str, float]:
         """Fresh share of (target, response) pairs in which the target has the higher prediction."""
         correct: list[float] = []
         for group in groups:
-            with torch.no_grad(), self.ema_scope():
+            with torch.no_grad():
                 predicted_B = (self.players.score_MH @ self._features([group]).T).mean(0)
             correct += (predicted_B[-1] > predicted_B[:-1]).float().tolist()
         return {"disc_accuracy": float(np.mean(correct))} if correct else {}
@@ -324,8 +280,6 @@ class Discriminator:
             self.knows_unit, self.players.reward_unit = True, unit
             with torch.no_grad():
                 self.players.heads_MH.mul_(before / unit)
-                if self.ema_weights is not None:
-                    self.ema_weights[-1].mul_(before / unit)
 
     def _init_heads(self, fresh: list[Group]) -> None:
         """Initialize the heads by ridge regression, with the mean over all processes that have answers."""
@@ -406,10 +360,8 @@ class Discriminator:
             # With rewards 1 and 0, the ranking loss is the relativistic pairing loss (arXiv:1807.00734).
             loss_MB = ranking_MB
         else:
-            regression_MB = losses.regression_by_group(
-                predicted_MB, true_B, group_B, mean_weight=self.config.disc_mean_weight
-            )
-            loss_MB = regression_MB + self.config.disc_rank_weight * ranking_MB
+            regression_MB = losses.regression_by_group(predicted_MB, true_B, group_B, mean_weight=MEAN_WEIGHT)
+            loss_MB = regression_MB + RANK_WEIGHT * ranking_MB
         return (loss_MB * learns_MB).sum()
 
     def _features(self, groups: list[Group]) -> Tensor:
@@ -459,18 +411,16 @@ class Discriminator:
         self.knows_unit, self.players.reward_unit = False, 1.0
         with torch.no_grad():
             self.players.heads_MH.copy_(score_1H.expand_as(self.players.heads_MH))
-        self.ema_weights = None
         self.correlation, self.calibration = DecayedMean(), Calibration(2)  # predictions are not measured yet
         self.probe.clear()
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything but the adapter's weights and the optimizer, which have files of their own."""
         return {
             "heads_MH": self.players.heads_MH.detach(),
             "reward_unit": self.players.reward_unit,
             "knows_unit": self.knows_unit,
             "replay": self.replay.state_dict(),
-            "raw": [parameter.detach() for parameter in self.players.parameters("discriminator")[:-1]],
-            "average": self.ema_weights,
             "correlation": [self.correlation.total, self.correlation.weight],
             "calibration": {"moments": self.calibration.moments.tolist(), "differences": self.calibration.differences},
             "probe": self.probe.state_dict(),
@@ -480,11 +430,7 @@ class Discriminator:
         self.players.reward_unit, self.knows_unit = state["reward_unit"], state["knows_unit"]
         self.replay.load_state_dict(state["replay"])
         with torch.no_grad():
-            saved = [*state["raw"], state["heads_MH"]]  # the heads are the last parameter
-            for parameter, weight in zip(self.players.parameters("discriminator"), saved, strict=True):
-                parameter.copy_(weight)
-        device = self.players.device
-        self.ema_weights = state["average"] and [weight.to(device).clone() for weight in state["average"]]
+            self.players.heads_MH.copy_(state["heads_MH"])
         self.correlation = DecayedMean(*state["correlation"])
         self.calibration.moments = np.array(state["calibration"]["moments"])
         self.calibration.differences = state["calibration"]["differences"]

@@ -32,8 +32,6 @@ def choose_queries(
     seed: int,
     step: int,
     design: QueryDesign = "uniform",
-    spread_B: np.ndarray | None = None,
-    floor: float = 0.25,
     left: int | None = None,
 ) -> Queries:
     """Draw the responses for which the true reward is queried, before any true reward is known.
@@ -45,10 +43,7 @@ def choose_queries(
         group_B: the prompt's index of each response.
         rate: share of all responses to query.
         design: uniform: each response with probability `rate`; the draws per group differ by at most one. groups: whole
-            groups. uncertain: in proportion to `spread_B`, from floor · rate to 1.
-        spread_B: standard deviation over the heads, for the uncertain design. If all are zero, or one is not finite,
-            the design is uniform.
-        floor: least probability of the uncertain design, as a share of `rate`. It bounds 1/p by 1 / (floor · rate).
+            groups.
         left: remaining true-reward calls; None: no limit.
     """
     size = len(group_B)
@@ -61,10 +56,7 @@ def choose_queries(
         return Queries(np.zeros(size, dtype=bool), np.zeros(size))
     if design == "groups":
         return _whole_groups(group_B, rate, left, rng)
-    if design == "uncertain" and spread_B is not None and spread_B.any() and np.isfinite(spread_B).all():
-        inclusion_B = _proportional(spread_B, rate, floor)
-    else:
-        inclusion_B = np.full(size, rate)
+    inclusion_B = np.full(size, rate)
     order = np.lexsort((rng.random(size), group_B))  # group by group, shuffled within each group
     return Queries(_systematic(inclusion_B, order, rng.random()), inclusion_B)
 
@@ -93,22 +85,6 @@ def _whole_groups(group_B: np.ndarray, rate: float, left: int | None, rng: np.ra
     asked_B = np.zeros(len(group_B), dtype=bool)
     asked_B[rng.permutation(members)[: left or 0]] = True
     return Queries(asked_B, np.minimum((left or 0) / sizes[index_B], 1.0) / count)
-
-
-def _proportional(spread_B: np.ndarray, rate: float, floor: float) -> np.ndarray:
-    """Probabilities that sum to rate · B: at least floor · rate, otherwise in proportion to the spread, at most 1."""
-    total, least = rate * len(spread_B), floor * rate
-    inclusion_B = np.full(len(spread_B), least)
-    open_B = np.ones(len(spread_B), dtype=bool)
-    while True:
-        rest = total - inclusion_B[~open_B].sum() - least * open_B.sum()
-        weight_B = np.where(open_B, spread_B, 0.0)
-        share_B = weight_B / weight_B.sum() if weight_B.any() else open_B / open_B.sum()
-        inclusion_B = np.where(open_B, least + rest * share_B, inclusion_B)
-        over_B = open_B & (inclusion_B > 1)
-        if not over_B.any():
-            return inclusion_B
-        inclusion_B[over_B], open_B = 1.0, open_B & ~over_B
 
 
 def corrected_reward(predicted_B: np.ndarray, true_B: np.ndarray, inclusion_B: np.ndarray | float) -> np.ndarray:
@@ -142,19 +118,16 @@ def answered_inclusion(inclusion_B: np.ndarray, asked_B: np.ndarray, failed_B: n
     return np.where(inclusion_B < 1, inclusion_B * answered, inclusion_B)
 
 
-def scaled_lower_bound(predicted_MB: np.ndarray, group_B: np.ndarray, *, penalty: float, trust: float) -> np.ndarray:
-    """The predictions that the generator learns from, [B]: a lower confidence bound over the heads, then scaled.
+def scaled_by_trust(predicted_B: np.ndarray, group_B: np.ndarray, trust: float) -> np.ndarray:
+    """The predictions that the generator learns from, [B].
 
-    The bound is the heads' mean minus `penalty` standard deviations. Trust (0 to 1) scales the differences from the
-    group's mean. Only these differences reach the generator, so at trust 0 it learns nothing from predictions.
+    Trust (0 to 1) scales the differences from the group's mean. Only these differences reach the generator, so at trust
+    0 it learns nothing from predictions.
     """
-    bound_B = predicted_MB.mean(0)
-    if penalty:
-        bound_B = bound_B - penalty * predicted_MB.std(0)
     if trust == 1:
-        return bound_B
-    centered_B = centered_within_groups(bound_B, group_B)
-    return bound_B - centered_B + trust * centered_B
+        return predicted_B
+    centered_B = centered_within_groups(predicted_B, group_B)
+    return predicted_B - centered_B + trust * centered_B
 
 
 def centered_within_groups(values_B: np.ndarray, group_B: np.ndarray) -> np.ndarray:

@@ -38,7 +38,6 @@ class PolicyLosses:
 
     policy: float
     kl: float
-    entropy: float
     logprobs_R: Tensor
 
 
@@ -137,11 +136,9 @@ class Generator:
         terms: dict[str, float | None] = {}
         if experience is not None and advantage_B is not None:
             policy = self._reinforce(experience, advantage_B, old_logprobs_R, unit)
-            loss = self._weighted(policy.policy, policy.kl, policy.entropy)
+            loss = self._weighted(policy.policy, policy.kl)
             logprobs_R = policy.logprobs_R
             terms["kl"] = policy.kl if self.beta else None  # not measured at beta 0
-            if self.config.entropy_weight:
-                terms["entropy"] = policy.entropy
             if self.config.kl_target is not None:
                 terms["beta"] = self.beta
         if imitation_weight:
@@ -154,11 +151,8 @@ class Generator:
         """The rewards from which the advantage is computed, float64 [B]; NaN = unknown."""
         if signal == "mixed":
             return _mixed(experience)
-        predicted_B = estimate.scaled_lower_bound(
-            experience.compared_MB,
-            experience.group_B,
-            penalty=self.config.uncertainty_penalty,
-            trust=_trust(experience, signal),
+        predicted_B = estimate.scaled_by_trust(
+            experience.compared_MB.mean(0), experience.group_B, trust=_trust(experience, signal)
         )
         if signal == "true":
             reward_B = experience.true_B
@@ -169,8 +163,7 @@ class Generator:
         if signal in ("true", "corrected"):
             reward_B = np.where(experience.dropped_B, np.nan, reward_B)
         if self.config.gradient_path == "straight_through":
-            # The discriminator's gradient carries this share of the predicted reward.
-            reward_B = reward_B - self.config.straight_through_weight * predicted_B
+            reward_B = reward_B - predicted_B  # the discriminator's gradient carries the predicted reward
         return reward_B
 
     def reward_unit(self, experience: Experience, signal: RewardSignal, reward_B: np.ndarray) -> float:
@@ -208,7 +201,7 @@ class Generator:
         old_logprobs_R: Tensor | None = None,
         unit: float = 1.0,
     ) -> PolicyLosses:
-        """Accumulate the gradients of the reward's loss, the KL and the entropy.
+        """Accumulate the gradients of the reward's loss and the KL.
 
         Args:
             advantage_B: in reward units.
@@ -218,10 +211,10 @@ class Generator:
         """
         total = len(experience.rollout)
         advantages_B = torch.as_tensor(advantage_B / unit, device=self.players.device, dtype=torch.float32)
-        through = self.config.straight_through_weight * experience.trust / unit
+        through = experience.trust / unit
         is_straight = self.config.gradient_path == "straight_through" and through > 0
         embeddings_VH = self._embedding_table() if is_straight else None
-        sums, logprobs, tokens = np.zeros(3), [], 0
+        sums, logprobs, tokens = np.zeros(2), [], 0
         for chunk in chunks(total, self.optimizer.micro_batch_size):
             batch = experience.rollout.batch(chunk)
             straight_through = None
@@ -238,8 +231,8 @@ class Generator:
             tokens = last
             logprobs.append(logprobs_R)
             sums += chunk_sums / total
-        policy, kl, entropy = sums.tolist()
-        return PolicyLosses(policy, kl, entropy, torch.cat(logprobs))
+        policy, kl = sums.tolist()
+        return PolicyLosses(policy, kl, torch.cat(logprobs))
 
     def _losses(
         self,
@@ -257,10 +250,10 @@ class Generator:
                 the embedding of every token, [V, H]. None: policy gradient alone.
 
         Returns:
-            The summed policy loss, KL and entropy, [3], and the tokens' log-probabilities, [R].
+            The summed policy loss and KL, [2], and the tokens' log-probabilities, [R].
         """
         reference_RH, advantage_R = self._reference_hidden(batch), advantage_B[batch.row_R]
-        sums, logprobs = np.zeros(3), []
+        sums, logprobs = np.zeros(2), []
         with self.players.use_adapter("generator"):
             for logits_RV, chunk in self._logits_in_chunks(batch):
                 logits_RV = self._tempered(logits_RV)  # the temperature of sampling: the same policy learns
@@ -281,15 +274,14 @@ class Generator:
                 if through is not None:
                     gradient_RH, embeddings_VH = through
                     policy_R = policy_R + losses.straight_through(logits_RV, gradient_RH[chunk], embeddings_VH)
-                entropy_R = losses.entropy(logits_RV) if self.config.entropy_weight else torch.zeros_like(policy_R)
-                (self._weighted(policy_R, kl_R, entropy_R).sum() * scale).backward()
-                sums += [float(value_R.detach().sum()) for value_R in (policy_R, kl_R, entropy_R)]
+                (self._weighted(policy_R, kl_R).sum() * scale).backward()
+                sums += [float(value_R.detach().sum()) for value_R in (policy_R, kl_R)]
                 logprobs.append(logprobs_R.detach())
         return sums, torch.cat(logprobs)
 
-    def _weighted(self, policy: Number, kl: Number, entropy: Number) -> Number:
+    def _weighted(self, policy: Number, kl: Number) -> Number:
         """The weighted sum of the loss terms, per token or as means."""
-        return self.config.reward_weight * policy + self.beta * kl - self.config.entropy_weight * entropy
+        return self.config.reward_weight * policy + self.beta * kl
 
     def _reference_hidden(self, batch: Batch) -> Tensor | None:
         """The reference's hidden states that predict the response tokens, [R, H]; None at beta 0."""
@@ -317,16 +309,13 @@ class Generator:
     def _predicted_reward_gradient(self, batch: Batch) -> Tensor:
         """∂ predicted reward / ∂ embedding of each response token, [R, H].
 
-        With uncertainty_penalty this is the gradient of the lower bound over the heads. `autograd.grad` on detached
-        embeddings leaves the discriminator's own gradients unchanged, and runs before the next adapter switch.
+        `autograd.grad` on detached embeddings leaves the discriminator's own gradients unchanged, and runs before the
+        next adapter switch.
         """
         embeds_BLH = self.players.embed(batch.ids).detach().requires_grad_(True)
         with self.players.use_adapter("discriminator"):
-            predicted_MB = self.players.predict(batch, embeds_BLH)
-            bound_B = predicted_MB.mean(0)
-            if self.config.uncertainty_penalty and len(predicted_MB) > 1:
-                bound_B = bound_B - self.config.uncertainty_penalty * predicted_MB.std(0, correction=0)
-            (gradient_BLH,) = torch.autograd.grad(bound_B.sum(), embeds_BLH)
+            predicted_B = self.players.predict(batch, embeds_BLH).mean(0)
+            (gradient_BLH,) = torch.autograd.grad(predicted_B.sum(), embeds_BLH)
         return gradient_BLH.flatten(0, 1)[batch.response_R].float()
 
     def _embedding_table(self) -> Tensor:

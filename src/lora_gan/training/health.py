@@ -175,8 +175,7 @@ class Health:
             return None
         return (
             f"{where} in the last {len(streak)} steps, so there is nothing to compare: raise temperature (now "
-            f"{self.config.temperature:g}) or entropy_weight (now {self.config.entropy_weight:g}); if responses became "
-            f"equal in training, {self._hold_back}"
+            f"{self.config.temperature:g}); if responses became equal in training, {self._hold_back}"
         )
 
     def _equal_rewards(self) -> str | None:

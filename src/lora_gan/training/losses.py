@@ -48,12 +48,6 @@ def clipped_policy_gradient(
     return -torch.minimum(ratio_R * advantage_R, ratio_R.clamp(1 - epsilon, 1 + epsilon) * advantage_R)
 
 
-def entropy(logits_RV: Tensor) -> Tensor:
-    """Entropy of the policy in nats, [R], exact over the vocabulary at each sampled position."""
-    logprobs_RV = logits_RV.log_softmax(-1)
-    return -(logprobs_RV.exp() * logprobs_RV).sum(-1)
-
-
 def logprobs_and_kl(logits_RV: Tensor, ids_R: Tensor, reference_RV: Tensor) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and KL(π ‖ reference) in nats, each [R]. The KL is exact over the vocabulary at each position.
 

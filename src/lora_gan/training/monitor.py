@@ -17,6 +17,8 @@ from ..storage.checkpoint import copied
 from .experience import Experience
 from .generator import Generator
 
+WINDOW = 10  # steps; a shorter window is noisier, and a longer window raises an alarm later
+
 # Number of standard errors by which the true reward must fall. The best of many windows is above its expected value by
 # chance, and ten steps give a rough error. In 200 steps of pure noise, a limit of 2 gave an alarm in 90 % of the runs.
 # A limit of 4 gave one in 20 %, and 5 in 5 %.
@@ -64,7 +66,7 @@ class Monitor:
             predicted = predicted if np.isfinite(predicted) else None
         length = float(experience.rollout.lengths_B.mean())
         self.window.append([true, predicted, repetition(experience), length, kl])
-        if len(self.window) < self.config.monitor_window:
+        if len(self.window) < WINDOW:
             return []
         steps = np.array(self.window, dtype=np.float64)  # None becomes NaN
         mean = [float(np.nanmean(column)) if not np.isnan(column).all() else np.nan for column in steps.T]

@@ -54,16 +54,14 @@ def plan_step(config: Config, step: int, signal: RewardSignal, *, train_gen: boo
     """Return the plan of a step.
 
     Args:
-        step: number of steps taken before this one. The warm-up and the decay of imitation depend on it.
+        step: number of steps taken before this one. The warm-up of imitation depends on it.
 
     Raises:
         ValueError: the settings leave the generator nothing to learn from.
     """
     since_warmup = step - config.imitation_warmup_steps
     weight = config.imitation_weight or float(since_warmup < 0)
-    if config.imitation_decay_steps is not None and since_warmup > 0:
-        weight *= max(0.0, 1 - since_warmup / config.imitation_decay_steps)
-    if train_gen and not weight and not (config.reward_weight or config.imitation_decay_steps):
+    if train_gen and not weight and not config.reward_weight:
         raise ValueError(
             "reward_weight=0 and imitation_weight=0 leave the generator nothing to learn from: set one above 0"
         )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import randomness
-from ..config import Config
+from ..model.players import HEADS
 from .experience import Experience
 
 
@@ -26,31 +26,19 @@ class Group:
 
 
 class Replay:
-    """The latest groups, or a uniform sample of all groups so far (reservoir sampling, Vitter 1985).
+    """The latest groups.
 
     Args:
         capacity: number of groups kept; 0 keeps no groups.
-        reservoir: keep a uniform sample of all groups instead of the latest ones.
-        seed: seed of the reservoir's draws.
     """
 
-    def __init__(self, capacity: int, *, reservoir: bool = False, seed: int = 0) -> None:
-        self.capacity, self.reservoir, self.seed = capacity, reservoir, seed
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self.groups: list[Group] = []
-        self.seen = 0  # groups added so far
 
     def extend(self, groups: list[Group]) -> None:
-        """Add groups. A full buffer replaces earlier groups."""
-        for group in groups:
-            if len(self.groups) < self.capacity:
-                self.groups.append(group)
-            elif self.reservoir and self.capacity:
-                index = int(randomness.generator(self.seed, self.seen, "reservoir").integers(self.seen + 1))
-                if index < self.capacity:
-                    self.groups[index] = group
-            elif self.capacity:
-                self.groups = [*self.groups[1:], group]
-            self.seen += 1
+        """Add groups. The oldest groups make room."""
+        self.groups = [*self.groups, *groups][-self.capacity :] if self.capacity else []
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -71,7 +59,6 @@ class Replay:
             "response_lengths": torch.tensor([len(response) for response in responses], dtype=torch.int64),
             "rewards": torch.tensor([r for group in self.groups for r in group.rewards], dtype=torch.float64),
             "heads": torch.tensor([group.heads for group in self.groups], dtype=torch.bool),
-            "seen": self.seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -80,30 +67,32 @@ class Replay:
         responses = [x.tolist() for x in state["response_tokens"].split(state["response_lengths"].tolist())]
         rewards, heads = state["rewards"].split(sizes), state["heads"].tolist()
         rest = iter(responses)
-        self.groups = [
+        groups = [
             Group(prompt, list(islice(rest, size)), rewards_B.tolist(), learns)
             for prompt, size, rewards_B, learns in zip(prompts, sizes, rewards, heads, strict=True)
         ]
-        self.groups = self.groups[-self.capacity :] if self.capacity else []
-        self.seen = state["seen"]
+        self.groups = []
+        self.extend(groups)
 
 
-def answered_groups(experience: Experience, config: Config) -> dict[int, Group]:
-    """Groups of this step's responses with a known true reward, by the prompt's index in the step."""
+def answered_groups(experience: Experience, seed: int) -> list[Group]:
+    """Groups of this step's responses with a known true reward, in the order of the prompts.
+
+    Args:
+        seed: the run's seed; it decides which heads learn from each group.
+    """
     answered_B = ~np.isnan(experience.true_B)
-    groups = {}
+    groups = []
     for j, prompt in enumerate(experience.prompts):
         members = np.flatnonzero((experience.group_B == j) & answered_B)
         if len(members) == 0:
             continue
-        draws = randomness.uniforms(
-            config.disc_heads, config.seed, experience.step, "heads", randomness.fingerprint(prompt)
-        )
+        draws = randomness.uniforms(HEADS, seed, experience.step, "heads", randomness.fingerprint(prompt))
         heads = (draws < 0.75).tolist()  # each head learns from about 75 % of the groups, so that the heads differ
         if not any(heads):
             heads[int(draws.argmin())] = True
         responses = [experience.rollout.responses[i] for i in members]
-        groups[j] = Group(prompt, responses, experience.true_B[members].tolist(), heads)
+        groups.append(Group(prompt, responses, experience.true_B[members].tolist(), heads))
     return groups
 
 
