@@ -80,7 +80,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
         kept = gan.players.heads_MH[0, 0].item()
     gan.generator._reinforce = lambda *_: (
         (gan.players.parameters("generator")[0].sum() * float("nan")).backward()
-        or PolicyLosses(0.0, 0.0, 0.0, torch.zeros(1))
+        or PolicyLosses(0.0, 0.0, torch.zeros(1))
     )
     assert gan.step(PROMPTS[:2], train_disc=False)["gen_skipped"] == 1
     before["optimizer"]["skipped"] = 1

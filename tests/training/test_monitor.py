@@ -180,6 +180,17 @@ def test_the_alarm_goes_off_once_when_predicted_and_true_reward_part():
     assert len(alarms) == 1 and "exploits" in alarms[0]
 
 
+def test_a_longer_window_of_an_earlier_checkpoint_is_cut_to_the_latest_steps():
+    gan, oracle = small_gan(), small_gan()
+    exploited(oracle, 9, lambda s: 0.5, lambda s: 0.5)
+    earlier = [[9.0, 0.0, 0.0, 1.0, None]] * 15 + oracle.monitor.window
+    gan.monitor.load_state_dict(gan.monitor.state_dict() | {"window": earlier})
+    for one in (gan, oracle):
+        exploited(one, 1, lambda s: 0.6, lambda s: 0.6)
+    assert gan.monitor.window == oracle.monitor.window and len(oracle.monitor.window) == 10
+    assert gan.monitor.best == oracle.monitor.best
+
+
 @pytest.mark.parametrize("drift", [0.01, 0.0])
 def test_no_alarm_where_both_rise_or_nothing_moves(drift):
     gan = small_gan()

@@ -65,12 +65,11 @@ class Monitor:
             )
             predicted = predicted if np.isfinite(predicted) else None
         length = float(experience.rollout.lengths_B.mean())
-        self.window.append([true, predicted, repetition(experience), length, kl])
+        self.window = [*self.window, [true, predicted, repetition(experience), length, kl]][-WINDOW:]
         if len(self.window) < WINDOW:
             return []
         steps = np.array(self.window, dtype=np.float64)  # None becomes NaN
         mean = [float(np.nanmean(column)) if not np.isnan(column).all() else np.nan for column in steps.T]
-        self.window = self.window[1:]
         if self.first is None:
             self.first = mean[2:4]
         alarms = self._alarms(mean, self._error(steps[:, 0]))
