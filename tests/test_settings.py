@@ -132,7 +132,7 @@ def test_help_has_the_range_and_the_unit_of_each_setting(capsys, monkeypatch):
         option: text for section in sections(capsys, monkeypatch, 1000).values() for option, text in section.items()
     }
     assert found["save_steps"].endswith("(type: int | null, 1 or more, unit: steps, default: 100)")
-    assert found["query_floor"].endswith("above 0, at most 1, unit: share of query_rate, default: 0.25)")
+    assert found["query_rate"].endswith("above 0, at most 1, unit: share of responses, default: null)")
     assert found["temperature"].endswith("(type: float, above 0, unit: none, default: 1.0)")
     for field in fields(Config):
         is_number = re.search(r"\(type: (int|float)\b", found[field.name])

@@ -211,7 +211,7 @@ def test_on_a_quantized_base(options, dora, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", use_dora=dora)
     run = {"lora_r": 16, "lora_alpha": 32, "disc_lora_r": 16, "output_dir": str(tmp_path)}
     if dora and "load_in_8bit" in options and not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="use_dora=True does not work on a base in 8 bits"):
+        with pytest.raises(ValueError, match="use_dora=True does not work on an 8-bit base"):
             small_gan(base_folder("llama"), **quantized, **run, peft_config=config)
         return
     gan = small_gan(base_folder("llama"), **quantized, **run, peft_config=config, disc_peft_config=config)
