@@ -4,6 +4,7 @@
     python benchmarks/learning.py report --settings benchmarks/learning.json --out docs/learning/results.jsonl \\
         --docs docs/learning
     python benchmarks/learning.py list --settings benchmarks/learning.json --out docs/learning/results.jsonl
+    python benchmarks/learning.py bound --out docs/learning/tiny.jsonl --arms mixed rloo
 
 Each run is its own process and writes one line to --out. A run with a line there is not run again, unless its settings
 have changed. An interrupted benchmark therefore continues. `report` makes table.md and the plots from this file only.
@@ -27,11 +28,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from learning_settings import Planned, expand, read_settings, results
+from learning_stats import paired_bound
 
 from lora_gan.storage.json_lines import append_line, open_lines
 
@@ -53,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("list", parents=[shared], help="list every run, and whether it is done")
     report = commands.add_parser("report", parents=[shared], help="make the table and plots from --out")
     report.add_argument("--docs", type=Path, default=Path("docs/learning"))
+    bound = commands.add_parser("bound", parents=[shared], help="paired difference of two arms, with its lower bound")
+    bound.add_argument("--arms", nargs=2, required=True, metavar=("ARM", "BASELINE"))
     one = commands.add_parser("one", help="one run: each process of `run` calls this")
     one.add_argument("plan", type=Path)
     given = parser.parse_args(arguments)
@@ -64,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         for file in write_report(open_lines(given.out), given.docs, given.only, given.seeds, given.settings, given.out):
             print(file)
         return 0
+    if given.command == "bound":
+        print_bounds(open_lines(given.out), given.only, *given.arms)
+        return 0
     planned = [run for run in expand(read_settings(given.settings), given.seeds) if re.search(given.only, run.key)]
     done = results(open_lines(given.out)) if given.command == "run" or given.out.exists() else {}
     if given.command == "list":
@@ -72,6 +79,31 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'missing' if line is None else 'done' if line['hash'] == run.hash else 'changed':8} {run.key}")
         return 0
     return run_missing(planned, done, given)
+
+
+def print_bounds(lines: Iterable[Mapping[str, Any]], only: str, arm: str, baseline: str) -> None:
+    """Print the difference of two arms over paired seeds, for each experiment and each mark that both have."""
+    rewards: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    for key, line in results(lines).items():
+        if line["arm"] in (arm, baseline) and re.search(only, key):
+            for mark in (*line["marks"], {**line["marks"][-1], "at": "last"}):
+                place = (line["experiment"], line["task"], line["reward"], line["budget"], mark["at"])
+                arms = rewards.setdefault(place, {arm: {}, baseline: {}})
+                arms[line["arm"]][line["seed"]] = sum(mark["reward"]) / len(mark["reward"])
+    for place, arms in rewards.items():
+        seeds = sorted(set(arms[arm]) & set(arms[baseline]))
+        if len(seeds) > 1:
+            differences = [arms[arm][seed] - arms[baseline][seed] for seed in seeds]
+            mean, lower = paired_bound(differences)
+            print(
+                f"{'/'.join(map(str, place[:4]))} at {place[4]}: {arm} {mean_of(arms[arm], seeds):.3f}, {baseline} "
+                f"{mean_of(arms[baseline], seeds):.3f}, difference {mean:+.3f}, 95 % bound {lower:+.3f}, least "
+                f"{min(differences):+.3f}, {len(seeds)} seeds"
+            )
+
+
+def mean_of(values: Mapping[int, float], seeds: Sequence[int]) -> float:
+    return sum(values[seed] for seed in seeds) / len(seeds)
 
 
 def run_missing(planned: Sequence[Planned], done: Mapping[str, Any], given: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from lora_gan import randomness
 
@@ -118,3 +119,15 @@ def gap_closed(first_SP: np.ndarray, picked_SP: np.ndarray, oracle_SP: np.ndarra
     drawn = draws(*first_SP.shape, count)
     gain_D, gap_D = drawn.means(picked_SP - first_SP), drawn.means(oracle_SP - first_SP)
     return of(float((picked_SP - first_SP).mean() / (oracle_SP - first_SP).mean()), gain_D / gap_D)
+
+
+def paired_bound(differences: Sequence[float]) -> tuple[float, float]:
+    """The mean of paired differences, and the lower end of its one-sided 95 % interval by Student's t.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    if len(differences) < 2:
+        raise ValueError(f"a bound needs two pairs or more, and there are {len(differences)}")
+    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / len(differences) ** 0.5
+    return mean, mean - float(student_t.ppf(0.95, len(differences) - 1)) * error

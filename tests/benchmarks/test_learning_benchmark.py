@@ -276,6 +276,19 @@ def test_saving_is_a_ratio_whose_draws_pair_both_arms():
     assert (never.mean, never.low, never.high) == (0.0, 0.0, 0.0)
 
 
+def test_the_paired_bound_is_that_of_scipys_one_sided_test():
+    """Oracle: at the bound, the one-sided paired t test has p = 0.05."""
+    from learning_stats import paired_bound
+    from scipy.stats import ttest_1samp
+
+    differences = [0.02, -0.01, 0.07, 0.03, 0.05]
+    mean, bound = paired_bound(differences)
+    assert mean == pytest.approx(0.032)
+    assert ttest_1samp(differences, bound, alternative="greater").pvalue == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="two pairs or more, and there are 1"):
+        paired_bound([1.0])
+
+
 def test_the_share_of_the_gap():
     from learning_stats import gap_closed
 
