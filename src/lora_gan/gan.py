@@ -566,7 +566,9 @@ class LoraGAN:
         """Predict the reward of one response to each prompt with the discriminator.
 
         Prompt and response are tokenized separately and concatenated, and the end token for this kind of prompt is
-        appended. So the prediction equals that of training for a sampled response with the same tokens.
+        appended. So the prediction equals `pred_reward` of training for a sampled response with the same tokens. Stock
+        clients compute it, too. Training and `generate(best_of=)` add the probe, which compares responses to one
+        prompt.
 
         Args:
             prompts: one prompt, or a list of prompts.
