@@ -31,6 +31,14 @@ def data_of(groups, size=6, width=9, noise=0.0, knows=1.0, seed=0):
     return features, knows * features[:, 0] + level + noise * rng.normal(size=len(features)), group_N
 
 
+def ridge_regressions(features, true, group_N):
+    """Centred features and rewards, and {ridge: weights} by NumPy's solver in the primal form."""
+    x, y = centred(features.astype(np.float64), group_N), centred(true, group_N)
+    scale = np.trace(x @ x.T) / len(x)
+    systems = {ridge: x.T @ x + ridge * scale * np.eye(x.shape[1]) for ridge in RIDGES}
+    return x, y, scale, {ridge: np.linalg.solve(system, x.T @ y) for ridge, system in systems.items()}
+
+
 # --- the regression ---------------------------------------------------------------------------------------------------
 
 
@@ -39,14 +47,12 @@ def test_the_weights_are_those_of_ridge_regression_on_centred_values(noise):
     features, true, group_N = data_of(5, noise=noise)
     probe = Probe()
     probe.learn(features, true, group_N)
-    x, y = centred(features.astype(np.float64), group_N), centred(true, group_N)
-    scale = np.trace(x @ x.T) / len(x)
-    candidates = [np.linalg.solve(x.T @ x + ridge * scale * np.eye(x.shape[1]), x.T @ y) for ridge in RIDGES]
-    errors = []
-    for ridge, weights in zip(RIDGES, candidates, strict=True):
+    x, y, scale, candidates = ridge_regressions(features, true, group_N)
+    errors = {}
+    for ridge, weights in candidates.items():
         used = np.trace(x @ np.linalg.solve(x.T @ x + ridge * scale * np.eye(x.shape[1]), x.T))
-        errors.append(np.square(y - x @ weights).sum() / (len(x) - 5 - used) ** 2)
-    np.testing.assert_allclose(probe.weights_H, candidates[int(np.argmin(errors))], rtol=1e-6)
+        errors[ridge] = np.square(y - x @ weights).sum() / (len(x) - 5 - used) ** 2
+    np.testing.assert_allclose(probe.weights_H, candidates[min(errors, key=errors.get)], rtol=1e-6)
 
 
 def test_noisy_labels_take_a_stronger_ridge():
@@ -220,9 +226,7 @@ def test_trust_is_that_of_predictions_without_the_own_group(noise):
     features, true, group_N = data_of(6, noise=noise)
     probe = Probe()
     probe.learn(features, true, group_N)
-    x, y = centred(features.astype(np.float64), group_N), centred(true, group_N)
-    scale = np.trace(x @ x.T) / len(x)
-    ridges = {ridge: np.linalg.solve(x.T @ x + ridge * scale * np.eye(x.shape[1]), x.T @ y) for ridge in RIDGES}
+    x, y, scale, ridges = ridge_regressions(features, true, group_N)
     ridge = min(ridges, key=lambda ridge: np.abs(ridges[ridge] - probe.weights_H).max())
     left_out = np.zeros(len(y))
     for group in range(6):

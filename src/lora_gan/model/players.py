@@ -281,9 +281,7 @@ class Players:
         """
         is_frozen_below = self.active == "discriminator" or self._is_base(self.active)
         if self._shares_frozen_layers and is_frozen_below and embeds_BLH is None:
-            if "layers" not in batch.frozen_outputs:
-                batch.frozen_outputs["layers"] = self._frozen_output(batch)
-            hidden_BLH = self._states_above(batch, batch.frozen_outputs["layers"])
+            hidden_BLH = self._states_above(batch, self._shared_output(batch))
         else:
             hidden_BLH = self._states(batch, embeds_BLH)
         return self._track_graph(hidden_BLH.flatten(0, 1).index_select(0, index_R))
@@ -311,6 +309,12 @@ class Players:
     @cached_property
     def _frozen_layers(self) -> tuple[nn.ModuleList, int] | None:
         return frozen_layers(self.lm, self.body)
+
+    def _shared_output(self, batch: Batch) -> Tensor:
+        """`_frozen_output`, computed once per batch."""
+        if "layers" not in batch.frozen_outputs:
+            batch.frozen_outputs["layers"] = self._frozen_output(batch)
+        return batch.frozen_outputs["layers"]
 
     @torch.no_grad()
     def _frozen_output(self, batch: Batch) -> Tensor:
@@ -389,9 +393,7 @@ class Players:
 
     def _feature_states(self, batch: Batch) -> Tensor:
         if self._shares_frozen_layers:
-            if "layers" not in batch.frozen_outputs:
-                batch.frozen_outputs["layers"] = self._frozen_output(batch)
-            return batch.frozen_outputs["layers"]
+            return self._shared_output(batch)
         named, inputs = layer_list(self.lm), list[Tensor]()
 
         def record(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -59,10 +59,8 @@ class Monitor:
         asked_B = ~np.isnan(experience.true_B)
         true = predicted = None
         if asked_B.any():
-            true, predicted = (
-                float(experience.true_B[asked_B].mean()),
-                float(experience.compared_MB.mean(0)[asked_B].mean()),
-            )
+            true = float(experience.true_B[asked_B].mean())
+            predicted = float(experience.compared_MB.mean(0)[asked_B].mean())
             predicted = predicted if np.isfinite(predicted) else None
         length = float(experience.rollout.lengths_B.mean())
         self.window = [*self.window, [true, predicted, repetition(experience), length, kl]][-WINDOW:]

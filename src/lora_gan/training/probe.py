@@ -22,7 +22,7 @@ from .estimate import centered_within_groups, trust_in
 
 #: Strengths of the ridge, in units of a centred feature vector's mean square. Noisy labels need the larger ones.
 RIDGES = np.array([1.0, 3.0, 10.0, 30.0, 100.0])
-MOST_ROWS = 1024  # latest labelled responses that are kept; solving takes some 0.3 s with so many
+MOST_ROWS = 1024  # latest labelled responses that are kept; solving takes some 0.2 s with so many
 
 
 class Probe:
