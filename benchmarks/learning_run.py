@@ -168,7 +168,8 @@ def _run_lora_gan(planned: Planned, task: Task, folder: str) -> dict[str, Any]:
     trains_disc = planned.options["train_disc"] and planned.options["kind"] != "sft"
     since_spent = idle = 0
     course.at(gan, 0, 0)
-    while not course.over(gan.reward_calls, gan.global_step, since_spent):
+    signal = gan.config.signal(gan.config.adversarial)
+    while not course.over(gan.reward_calls, gan.global_step, since_spent) and gan.state.why_over(signal) is None:
         spent, before = gan.reward_calls >= planned.budget, gan.reward_calls
         batch = data.take(task.train, gan.config.prompts_per_step, seed=planned.seed, position=gan.position)
         began = time.process_time()  # of this process only, so other load on the cores does not count

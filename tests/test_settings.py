@@ -31,7 +31,7 @@ VALUES = {
 NAMES = [field.name for field in fields(Config)]
 FLAGS = {field.name for field in fields(Config) if plain_type(field) in (bool, bool | None)}
 
-MAY_BE_NONE = ("reward_signal", "query_rate")  # the library then chooses
+MAY_BE_NONE = ("reward_signal", "query_rate", "on_exploit")  # the library then chooses
 
 
 def accepts(name: str, value: object) -> bool:

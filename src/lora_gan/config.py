@@ -248,9 +248,11 @@ class Config:
     """regression: learns the true reward. real_vs_generated: learns to distinguish target texts from responses, without
     true rewards."""
 
-    on_exploit: Annotated[Literal["warn", "stop", "rollback"], Group.GUARD] = "warn"
-    """When predicted and true rewards diverge, or responses degenerate: warn, end fit() (stop), or return the generator
-    to the step with the best true reward (rollback)."""
+    on_exploit: Annotated[Literal["warn", "stop", "rollback"] | None, Group.GUARD] = None
+    """When the true reward falls, or responses degenerate: warn, end fit() (stop), or return the generator to the step
+    with the best true reward (rollback). With stop and rollback, a tenth of reward_budget is kept for audits of the
+    steps on predictions alone, and training ends after the last audit. None: rollback if reward_budget is set, else
+    warn."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
     """When 10 consecutive updates of a player were skipped, because a loss or gradient was not finite: stop, or roll
     back. With rollback, fit() returns to the newest checkpoint of a healthy run and continues with both learning rates
@@ -295,6 +297,20 @@ class Config:
             return self.query_rate
         learns_from_all = self.signal(self.adversarial) == "true"
         return 1.0 if self.reward_budget is None or learns_from_all else 1 / self.prompts_per_step
+
+    @property
+    def exploit_action(self) -> Literal["warn", "stop", "rollback"]:
+        """What an alarm of the monitor does: on_exploit, or the choice if it is None."""
+        return self.on_exploit or ("warn" if self.reward_budget is None else "rollback")
+
+    @property
+    def audit_calls(self) -> int:
+        """Calls of reward_budget that are kept for audits of the steps on predictions alone; 0: no audits."""
+        asks = self.disc_objective == "regression"
+        learns_alone = asks and self.after_budget == "predicted" and self.signal(self.adversarial) != "true"
+        if self.reward_budget is None or self.exploit_action == "warn" or not learns_alone:
+            return 0
+        return self.reward_budget // 10
 
     def signal(self, adversarial: bool | None) -> RewardSignal:
         """The reward from which the advantage is computed; `adversarial` overrides reward_signal unless None.

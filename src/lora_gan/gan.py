@@ -245,21 +245,15 @@ class LoraGAN:
         experience = self._play(rows, plan) if plan.samples else None
         gen: dict[str, Any] = {}
         disc: dict[str, Any] = {}
+        alarms: list[str] = []
         if experience is not None and plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
-        if experience is not None and plan.signal == "mixed":
-            experience = self.discriminator.updated(experience)
-        if plan.train_gen:
-            gen = self.generator.update(
-                rows, experience if plan.reinforces else None, plan.signal, plan.imitation_weight
-            )
+        if experience is not None and plan.reinforces:
+            gen, alarms = self._reinforce(rows, experience, plan)
+        elif plan.train_gen:
+            gen = self.generator.update(rows, None, plan.signal, plan.imitation_weight)
         if experience is not None and plan.train_disc and not plan.discriminator_is_first:
             disc = self.discriminator.update(experience)
-        alarms: list[str] = []
-        if experience is not None and plan.reinforces:
-            alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
-            for alarm in alarms:  # warn now, because require_progress may raise
-                warnings.warn(f"step {self.global_step + 1}: {alarm}", stacklevel=3)
         self.global_step += 1
         self.prompt_kinds |= kinds
         recovery.require_progress(self.state, gen, disc)
@@ -288,6 +282,22 @@ class LoraGAN:
             warnings.warn(f"step {self.global_step}: {notice}", stacklevel=4)
         record["notices"] += self.true_reward.drain_causes()  # the true reward has warned about these already
 
+    def _reinforce(self, rows: list[Row], experience: Experience, plan: StepPlan) -> tuple[dict[str, Any], list[str]]:
+        """Let the generator learn from the reward, unless an audit fails. Returns its metrics, and the alarms."""
+        failure = self.monitor.audit(experience, self.generator) if experience.is_audit else None
+        if failure is None:
+            learned = self.discriminator.updated(experience) if plan.signal == "mixed" else experience
+            gen: dict[str, Any] = self.generator.update(rows, learned, plan.signal, plan.imitation_weight)
+            alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
+        else:
+            gen, alarms = {}, [failure]
+        gen["exploit_evidence"] = self.monitor.test.evidence
+        if experience.is_audit:
+            gen["audit_passed"] = float(failure is None)
+        for alarm in alarms:  # warn now, because require_progress may raise
+            warnings.warn(f"step {self.global_step + 1}: {alarm}", stacklevel=4)
+        return gen, alarms
+
     def _play(self, rows: list[Row], plan: StepPlan) -> Experience:
         """Sample K responses per prompt, predict their rewards, and query true rewards at the query rate."""
         if plan.asks:
@@ -296,6 +306,8 @@ class LoraGAN:
                     f"{self.budget.spent_setting}: raise it, or continue with predictions alone "
                     "(after_budget='predicted', and a reward_signal other than 'true')"
                 )
+            if (reason := self.state.why_over(plan.signal)) is not None:
+                raise BudgetSpent(f"{reason}; on_exploit='warn' continues with predictions alone, without audits")
             self.true_reward.require_answerable(rows)
             if self.config.multi_objective_aggregation == "normalize_then_sum" and distributed.processes() > 1:
                 raise ValueError(
@@ -305,20 +317,15 @@ class LoraGAN:
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         features = RetainedFeatures()
         left = self.budget.left()
+        may_audit = plan.asks and plan.reinforces and self.budget.audits > 0
+        is_audit = may_audit and self.monitor.is_audit_due(left != 0, self.generator)
         if plan.discriminator_is_first and plan.asks and left != 0:
             predicted_MB, features = self.discriminator.predict_to_learn(sampled)
         elif plan.predicts:
             predicted_MB = self.discriminator.predict(sampled)
         else:
             predicted_MB = np.full((HEADS, len(sampled)), np.nan)
-        queries = estimate.choose_queries(
-            sampled.group_B,
-            (1.0 if plan.signal == "true" else self.config.asked_share) if plan.asks else 0.0,
-            seed=self.config.seed,
-            step=self.global_step,
-            design=self.config.query_design,
-            left=left,
-        )
+        queries = self._queries(sampled.group_B, plan, is_audit)
         notes = rewards.Notes()
         with self._interrupts.harmless(), aside_for(self.true_reward.funcs):
             answered = self.true_reward.query_step(
@@ -345,6 +352,21 @@ class LoraGAN:
             failed_B=answered.failed_B,
             features=features,
             notes=notes,
+            is_audit=is_audit,
+        )
+
+    def _queries(self, group_B: np.ndarray, plan: StepPlan, is_audit: bool) -> estimate.Queries:
+        """Draw the responses whose true reward is queried."""
+        rate = 1.0 if plan.signal == "true" else self.config.asked_share
+        if is_audit:
+            rate = 1 / self.config.num_generations  # an audit measures the level: one response to each prompt
+        return estimate.choose_queries(
+            group_B,
+            rate if plan.asks else 0.0,
+            seed=self.config.seed,
+            step=self.global_step,
+            design="uniform" if is_audit else self.config.query_design,
+            left=self.budget.left(audit=is_audit),
         )
 
     @property

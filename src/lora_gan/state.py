@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
-from .config import Config
+from .config import Config, RewardSignal
 from .model.players import Players
 from .rewards.true_reward import TrueReward
 from .training.discriminator import Discriminator
@@ -46,6 +46,19 @@ class RunState:
     global_step: int = 0
     position: int = 0
     prompt_kinds: set[str] = field(default_factory=set)
+
+    def why_over(self, signal: RewardSignal) -> str | None:
+        """Why no further step can or must be taken with this reward signal; None if the run may go on."""
+        budget = self.true_reward.budget
+        if self.true_reward.is_over(signal):
+            return self.true_reward.why_over(signal)
+        if budget.left() != 0 or not budget.audits or signal == "true":
+            return None
+        if self.monitor.audits.has_failed:
+            return "an audit failed, and only further labels can help: resume with a larger reward_budget"
+        if budget.left(audit=True) == 0:
+            return f"{budget.spent_setting}, with those for audits"
+        return None
 
 
 class Carried(Generic[T]):

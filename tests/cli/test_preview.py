@@ -248,7 +248,14 @@ def test_a_description_fits_a_terminal():
 
 def test_the_plan_names_the_budget_that_limits_it():
     rows = [Row(prompt) for prompt in PROMPTS[:2]]
-    lines = described(small_gan(reward_budget=30, query_rate=1.0), rows, total=2, steps=10, held_out=5, dry_run=True)
+    lines = described(
+        small_gan(reward_budget=30, query_rate=1.0, on_exploit="warn"),
+        rows,
+        total=2,
+        steps=10,
+        held_out=5,
+        dry_run=True,
+    )
     wanted = (
         "30 calls in training (the rest of the budget, enough for about 3.75 of 10 steps), 10 in 2 evaluations of "
         "5 rows, up to 8 in this dry run"
@@ -257,6 +264,14 @@ def test_the_plan_names_the_budget_that_limits_it():
     lines = described(small_gan(reward_retries=2), rows, total=2, steps=10)
     wanted = "80 calls in training, 0 in evaluations (no eval_data); a failed call is retried up to 2 times"
     assert wanted in lines and "in this dry run" not in lines and "--dry-run measures both" in lines
+
+
+def test_the_plan_counts_the_calls_of_audits():
+    """8 labels per step: 108 of 120 calls in 14 steps. Then an audit of 2 calls after every 8 steps."""
+    settings = dict(reward_budget=120, query_rate=1.0, prompts_per_step=2, num_generations=4)
+    for steps, expected in ((14, 108), (22, 108), (23, 110), (31, 112), (500, 120)):
+        plan = Preview(small_gan(**settings), [Row(prompt) for prompt in PROMPTS[:2]], steps=steps).plan
+        assert plan.training == expected
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 10, 12, 13, 20, 24, 25, None])

@@ -249,15 +249,26 @@ def test_retries_stop_at_the_total(server):
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def test_the_end_of_the_budget_is_said_with_what_happens_next(tmp_path):
-    gan, told = fitted(tmp_path, steps=4, held_out=None, reward_budget=16, query_rate=1.0)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"on_exploit": "warn"}, "all 16 calls of reward_budget are spent. Training continues with the "),
+        (
+            {"reward_budget": 17},
+            "16 of the 17 calls of reward_budget are spent, and the rest is for audits. Training continues with the ",
+        ),
+    ],
+    ids=str,
+)
+def test_the_end_of_the_budget_is_said_with_what_happens_next(settings, words, tmp_path):
+    gan, told = fitted(tmp_path, steps=4, held_out=None, **{"reward_budget": 16, "query_rate": 1.0} | settings)
     said = [words for words in told if "reward_budget" in words]
     assert len(said) == 1
     correlation, error = gan.discriminator.fresh_correlation
     assert said[0].startswith(
-        "step 2: all 16 calls of reward_budget are spent. "
-        "Training continues with the discriminator's predictions alone. "
-        "Its rank correlation with the true reward, on responses that it had not learned from and "
+        f"step 2: {words}discriminator's predictions alone"
+        f"{', and ends after the last audit' if gan.budget.audits else ''}. Its rank correlation with the true "
+        "reward, on responses that it had not learned from and "
         f"within a prompt, is {correlation:.2f} (standard error {error:.2f})"
     )
     assert ("better than chance" in said[0]) == (correlation <= 2 * error)

@@ -29,7 +29,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import save_file
 
 from lora_gan import LoraGAN
-from lora_gan.training import monitor
+from lora_gan.training import guard
 
 pytestmark = [
     # What some of VARIANTS tell, in a fixture too.
@@ -66,7 +66,7 @@ def advance(gan, variant, first, last):
     records = []
     with pytest.MonkeyPatch.context() as patch:
         if variant == "rollback":  # so that the monitor keeps a generator within these few steps
-            patch.setattr(monitor, "WINDOW", 2)
+            patch.setattr(guard, "WINDOW", 2)
         for step in range(first, last):
             if step % 3 == 2:
                 records.append(gan.step(PROMPTS[step % 4], TARGETS[step % 4]))

@@ -21,7 +21,7 @@ from lora_gan import LoraGAN
 from lora_gan.storage import state_files
 from lora_gan.storage.checkpoint import STATES
 from lora_gan.storage.durable import MANIFEST, Folder
-from lora_gan.training import monitor
+from lora_gan.training import guard
 
 pytestmark = [
     # The run whose checkpoint is attacked has an alarm: its state is to be saved.
@@ -35,7 +35,7 @@ GENERATOR, DISCRIMINATOR = "generator/adapter_model.bin", "discriminator/adapter
 def honest(tmp_path_factory):
     gan = small_gan(on_exploit="rollback")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "WINDOW", 1)
+        patch.setattr(guard, "WINDOW", 2)
         for _ in range(2):
             gan.step(PROMPTS[:2], TARGETS[:2])
     return gan.save_checkpoint(ckpt_dir=tmp_path_factory.mktemp("honest"))
@@ -285,6 +285,9 @@ SIGNED = {
         pickled("generator/monitor.pt", lambda f: {"window": [], "first": 3}), "monitor lacks",
     ),
     "told numbers": (state("generator/monitor", at("told", to=[1])), "told"),
+    "negative capital": (state("generator/monitor", at("test", "capital", to=-1.0)), "capital"),
+    "reference of text": (state("generator/monitor", at("test", "reference", "level", to="high")), "reference"),
+    "audit of half a step": (state("generator/monitor", at("audits", "steps", to=0.5)), "audits"),
     "state that is no JSON": (raw("trainer_state.json", b"{"), "trainer_state.json could not be read as JSON"),
     "deep JSON": (raw("trainer_state.json", b"[" * 10**6), "trainer_state.json could not be read as JSON"),
     "state that is a list": (raw("trainer_state.json", b"[]"), "no JSON object"),
@@ -352,8 +355,9 @@ ALL = [(name, *case, True) for name, case in SIGNED.items()] + [(n, *case, False
 def trained():
     gan = small_gan(on_exploit="rollback")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "WINDOW", 1)
-        gan.step(PROMPTS[:2], TARGETS[:2])
+        patch.setattr(guard, "WINDOW", 2)
+        for _ in range(2):
+            gan.step(PROMPTS[:2], TARGETS[:2])
     return gan, copy.deepcopy(everything(gan))
 
 

@@ -12,7 +12,7 @@ from lora_gan.run import snapshot
 from lora_gan.storage import state_files
 from lora_gan.storage.checkpoint import copied
 from lora_gan.storage.durable import Damaged, Folder
-from lora_gan.training import monitor
+from lora_gan.training import guard
 
 
 def write(folder, value):
@@ -56,7 +56,7 @@ def test_what_is_read_is_what_was_written(value, tmp_path):
 
 
 def test_a_runs_state_comes_back_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "WINDOW", 1)
+    monkeypatch.setattr(guard, "WINDOW", 2)
     gan = small_gan(on_exploit="rollback")
     for _ in range(2):
         gan.step(PROMPTS[:2], TARGETS[:2])

@@ -10,8 +10,8 @@ from helpers import PROMPTS, TARGETS, differences, play, player_state, small_gan
 from lora_gan import Config, data
 from lora_gan.gan import BudgetSpent
 from lora_gan.model import sampling
-from lora_gan.training import estimate, losses, monitor
-from lora_gan.training.monitor import Monitor, repetition
+from lora_gan.training import estimate, losses
+from lora_gan.training.monitor import repetition
 from lora_gan.training.plan import plan_step
 from lora_gan.training.replay import Group, Replay
 
@@ -67,7 +67,7 @@ def test_the_calls_left_are_never_passed_and_the_correction_stays_unbiased(desig
 @pytest.mark.parametrize("design", ["uniform", "groups"])
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
 def test_the_budget_is_kept_to_exactly(design):
-    gan = small_gan(reward_budget=13, query_rate=0.5, query_design=design, num_generations=4)
+    gan = small_gan(reward_budget=13, query_rate=0.5, query_design=design, num_generations=4, on_exploit="warn")
     for _ in range(8):
         gan.step(PROMPTS[:2], TARGETS[:2])
     assert gan.reward_calls == 13
@@ -174,21 +174,16 @@ def exploited(gan, steps, true, predicted):
     return alarms
 
 
-def test_the_alarm_goes_off_once_when_predicted_and_true_reward_part():
+def test_the_alarm_goes_off_once_when_the_true_reward_falls():
     gan = small_gan()
-    alarms = exploited(gan, 30, lambda s: 0.5 - 0.01 * s, lambda s: 0.5 + 0.01 * s)
-    assert len(alarms) == 1 and "exploits" in alarms[0]
+    alarms = exploited(gan, 60, lambda s: 0.5 - 0.01 * s, lambda s: 0.5 + 0.01 * s)
+    assert len(alarms) == 1 and "exploits" in alarms[0] and "evidence" in alarms[0]
 
 
-def test_a_longer_window_of_an_earlier_checkpoint_is_cut_to_the_latest_steps():
-    gan, oracle = small_gan(), small_gan()
-    exploited(oracle, 9, lambda s: 0.5, lambda s: 0.5)
-    earlier = [[9.0, 0.0, 0.0, 1.0, None]] * 15 + oracle.monitor.window
-    gan.monitor.load_state_dict(gan.monitor.state_dict() | {"window": earlier})
-    for one in (gan, oracle):
-        exploited(one, 1, lambda s: 0.6, lambda s: 0.6)
-    assert gan.monitor.window == oracle.monitor.window and len(oracle.monitor.window) == 10
-    assert gan.monitor.best == oracle.monitor.best
+def test_a_fall_with_predictions_that_fall_too_is_no_exploitation():
+    gan = small_gan()
+    alarms = exploited(gan, 60, lambda s: 0.5 - 0.01 * s, lambda s: 0.5 - 0.01 * s)
+    assert len(alarms) == 1 and "fell" in alarms[0] and "exploits" not in alarms[0]
 
 
 @pytest.mark.parametrize("drift", [0.01, 0.0])
@@ -197,30 +192,115 @@ def test_no_alarm_where_both_rise_or_nothing_moves(drift):
     assert exploited(gan, 30, lambda s: 0.5 + drift * s, lambda s: 0.5 + drift * s) == []
 
 
-def test_noise_alone_seldom_sets_the_alarm_off():
-    """Oracle: true rewards of pure noise beside predictions that wander up; nobody exploits anything there."""
-    gan, false = small_gan(), 0
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        noise, walk = rng.normal(size=200), rng.normal(0.01, 0.1, size=200).cumsum()
-        gan.monitor = Monitor(gan.config)
-        false += bool(exploited(gan, 200, noise.__getitem__, walk.__getitem__))
-    assert false <= 6  # 1 in 20 is expected; 7 or more then come once in 290 sets of 40
-
-
-def test_rollback_brings_the_best_generator_back(monkeypatch):
-    monkeypatch.setattr(monitor, "WINDOW", 3)
+def test_rollback_brings_the_best_generator_back():
     gan = small_gan(on_exploit="rollback")
-    exploited(gan, 4, lambda s: 0.5, lambda s: 0.5)
+    exploited(gan, 10, lambda s: 0.5, lambda s: 0.5)
     best = player_state(gan, "generator")
     for _ in range(2):
         gan.generator.update(_rows(2), play(gan, _rows(2)), "true", 0.0)
     assert differences(best["parameters"], player_state(gan, "generator")["parameters"]) != []
-    alarms = exploited(gan, 6, lambda s: 0.1, lambda s: 0.9)
-    assert "back" in alarms[0]
+    alarms = exploited(gan, 15, lambda s: 0.1, lambda s: 0.9)
+    assert len(alarms) == 1 and "back" in alarms[0]
     found = player_state(gan, "generator")
     assert differences(best["parameters"], found["parameters"]) == []
     assert differences(best["optimizer"], found["optimizer"]) == []
+
+
+# --- audits -----------------------------------------------------------------------------------------------------------
+
+ALONE = dict(reward_budget=40, num_generations=4, prompts_per_step=2, beta=0.0)  # 36 labels, then 2 audits of 2 calls
+
+
+def alone(reward=lambda response, target: len(response) / 50, **settings):
+    """A run whose labels are spent: 4 of 8 responses are queried in each of 9 steps. Its rewards then, step by step."""
+    gan = small_gan(**ALONE | settings)
+    gan.compute_reward = reward
+    for _ in range(9):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+    assert gan.budget.left() == 0 and gan.budget.left(audit=True) == 4
+    return gan
+
+
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
+def test_steps_on_predictions_pause_for_audits_and_end_with_the_calls():
+    gan = alone()
+    asked = []
+    for _ in range(18):
+        record = gan.step(PROMPTS[:2], TARGETS[:2])
+        asked.append(record["asked"])
+        if record["asked"]:
+            assert all(sum(value is not None for value in group) == 1 for group in record["true_rewards"])
+            assert record["audit_passed"] == 1.0
+        if gan.state.why_over("mixed"):
+            break
+    assert asked == [0] * 8 + [2] + [0] * 7 + [2], "8 steps, an audit with the 9th, and one after 8 more"
+    assert gan.reward_calls == 40
+    with pytest.raises(BudgetSpent, match="audits"):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+
+
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
+def test_an_audit_is_due_earlier_when_the_kl_has_doubled():
+    gan = alone()
+    gan.step(PROMPTS[:2], TARGETS[:2])
+    gan.monitor.audits.now = 2 * gan.monitor.audits.kl + 0.6
+    assert gan.step(PROMPTS[:2], TARGETS[:2])["asked"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
+def test_the_generator_does_not_learn_from_an_audits_rewards():
+    """Oracle: the same step whose audit gets other answers above the reference."""
+    found = []
+    for answer in (1.0, 2.0):
+        gan = alone()
+        gan.monitor.is_audit_due(False, gan.generator)
+        gan.monitor.audits.steps = 8
+        gan.compute_reward = lambda response, target, answer=answer: answer
+        assert gan.step(PROMPTS[:2], TARGETS[:2], train_disc=True)["audit_passed"] == 1.0
+        found.append(player_state(gan, "generator")["parameters"])
+    assert differences(*found) == []
+
+
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
+def test_a_failed_audit_brings_the_last_audited_generator_back_and_ends_the_run():
+    gan = alone()
+    kept = player_state(gan, "generator")
+    for _ in range(8):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+    assert differences(kept["parameters"], player_state(gan, "generator")["parameters"]) != []
+    gan.compute_reward = lambda response, target: -100.0
+    with pytest.warns(UserWarning, match="an audit failed"):
+        record = gan.step(PROMPTS[:2], TARGETS[:2])
+    assert record["audit_passed"] == 0.0 and record["gen_loss"] is None and "back" in record["alarms"][0]
+    found = player_state(gan, "generator")
+    assert differences(kept["parameters"], found["parameters"]) == []
+    assert differences(kept["optimizer"], found["optimizer"]) == []
+    with pytest.raises(BudgetSpent, match="an audit failed"):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+
+
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
+def test_a_run_resumes_exactly_between_two_audits(tmp_path):
+    gan = alone(output_dir=str(tmp_path))
+    for _ in range(5):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+    gan.save_checkpoint(step=14, ckpt_dir=str(tmp_path))
+    other = small_gan(**ALONE, output_dir=str(tmp_path))
+    other.compute_reward = gan.compute_reward
+    other.load_checkpoint(step=14, ckpt_dir=str(tmp_path))
+    for _ in range(6):
+        one, two = (each.step(PROMPTS[:2], TARGETS[:2]) for each in (gan, other))
+        assert one | {"notices": []} == two | {"notices": []}  # a new object says once that the labels are spent
+    assert other.monitor.audits == gan.monitor.audits and other.monitor.audits.steps == 3
+    assert other.monitor.test == gan.monitor.test
+
+
+def test_without_a_rollback_no_call_is_kept_for_audits():
+    assert Config(reward_budget=40).audit_calls == 4
+    assert Config(reward_budget=40, on_exploit="warn").audit_calls == 0
+    assert Config(reward_budget=40, after_budget="stop").audit_calls == 0
+    assert Config(reward_budget=40, adversarial=False).audit_calls == 0
+    assert Config().audit_calls == 0
 
 
 def test_repetition_is_the_share_of_pairs_seen_before():
@@ -239,10 +319,9 @@ def test_stop_ends_fit(tmp_path, monkeypatch):
         assert len(gan.fit(rows, steps=5, progress=False)) == 1
 
 
-def test_plain_rl_which_predicts_nothing_can_be_taken_back(monkeypatch):
-    monkeypatch.setattr(monitor, "WINDOW", 2)
+def test_plain_rl_which_predicts_nothing_can_be_taken_back():
     gan = small_gan(adversarial=False, on_exploit="rollback")
-    for _ in range(3):
+    for _ in range(10):
         gan.step(PROMPTS[:2], TARGETS[:2], train_disc=False)
-    assert gan.monitor.best is not None and gan.monitor.kept is not None
-    assert np.isfinite(gan.monitor.best).all()
+    assert gan.monitor.kept is not None
+    assert np.isfinite(dataclasses.astuple(gan.monitor.test.reference)).all()

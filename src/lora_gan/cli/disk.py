@@ -69,7 +69,7 @@ def _checkpoint_bytes(gan: LoraGAN, steps: int, prompt_tokens: int) -> int:
     weights = {player: sum(p.nbytes for p in tensors) for player, tensors in parameters.items()}
     moments = {player: 2 * weights[player] + MOMENTS * len(tensors) for player, tensors in parameters.items()}
     added = sum(moments.values())
-    if config.on_exploit == "rollback":  # the monitor keeps the best generator
+    if config.exploit_action == "rollback":  # the monitor keeps the best generator
         added += weights["generator"] + moments["generator"]
     groups = min(config.disc_replay_groups, round(steps * config.prompts_per_step * config.asked_share))
     tokens = groups * (prompt_tokens + config.num_generations * config.max_completion_length)

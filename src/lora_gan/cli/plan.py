@@ -5,9 +5,11 @@ A call is one request for the reward of one response, whatever the number of rew
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..config import Config
+from ..training.monitor import AUDIT_STEPS
 from ..wording import counted
 
 
@@ -43,7 +45,9 @@ class Plan:
         return text + f"{self.evaluating:,} in {counted(self.evaluations, 'evaluation')} of {counted(self.rows, 'row')}"
 
 
-def planned(config: Config, *, first: int, steps: int, held_out: int = 0, left: int | None = None) -> Plan:
+def planned(
+    config: Config, *, first: int, steps: int, held_out: int = 0, left: int | None = None, audits: int = 0
+) -> Plan:
     """The calls of `steps` further steps.
 
     Args:
@@ -52,14 +56,20 @@ def planned(config: Config, *, first: int, steps: int, held_out: int = 0, left: 
         steps: number of further steps.
         held_out: number of rows of the evaluation data; 0 without.
         left: training calls that the budgets still allow; None: no limit.
+        audits: further calls for audits of the steps on predictions alone.
     """
-    return Plan(calls(config, steps, left), held_out, evaluations(config, first, steps) if held_out else 0)
+    return Plan(calls(config, steps, left, audits), held_out, evaluations(config, first, steps) if held_out else 0)
 
 
-def calls(config: Config, steps: int, left: int | None = None) -> int:
-    """True-reward calls of `steps` steps, at most reward_budget and at most `left`."""
-    wanted = round(steps * calls_per_step(config))
-    return min(limit for limit in (wanted, config.reward_budget, left) if limit is not None)
+def calls(config: Config, steps: int, left: int | None = None, audits: int = 0) -> int:
+    """True-reward calls of `steps` steps: labels, at most reward_budget and at most `left`, and then audits.
+
+    An audit may come earlier than here, if the KL rises fast.
+    """
+    per_step = calls_per_step(config)
+    labels = min(limit for limit in (round(steps * per_step), config.reward_budget, left) if limit is not None)
+    alone = steps - math.ceil(labels / per_step) if audits else 0
+    return labels + min(audits, max(0, alone - 1) // AUDIT_STEPS * config.prompts_per_step)
 
 
 def calls_per_step(config: Config) -> float:

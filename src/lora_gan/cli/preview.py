@@ -78,7 +78,8 @@ class Preview:
         self.rows, self.steps, self.total, self.held_out = gan.as_meant(rows), steps, total, held_out
         self.longest_prompt = max(map(len, gan.players.encoder.prompts(self.rows)))
         left = gan.budget.left()
-        self.plan = planned(gan.config, first=gan.global_step, steps=steps, held_out=held_out, left=left)
+        audits = 0 if left is None else (gan.budget.left(audit=True) or 0) - left
+        self.plan = planned(gan.config, first=gan.global_step, steps=steps, held_out=held_out, left=left, audits=audits)
         self.disk = needed(gan, steps=steps, prompt_tokens=self.longest_prompt, calls=self.plan.training)
         # Calls that reward_budget and reward_budget_total allow to a dry run; None: no limit.
         self.allowed = min((n for n in (left, gan.budget.left("dry_run")) if n is not None), default=None)

@@ -39,14 +39,15 @@ class Budget:
     Args:
         limit: maximum number of training calls (`reward_budget`); None: no limit.
         total_limit: maximum number of calls for all purposes (`reward_budget_total`); None: no limit.
+        audits: calls of `limit` that are kept for audits of the steps on predictions alone.
 
     Attributes:
         cached: how many of these calls a reward answered from its own cache, such as the judge's.
         reserved: calls of total_limit that training leaves for the evaluation at the end.
     """
 
-    def __init__(self, limit: int | None = None, total_limit: int | None = None) -> None:
-        self.limit, self.total_limit = limit, total_limit
+    def __init__(self, limit: int | None = None, total_limit: int | None = None, audits: int = 0) -> None:
+        self.limit, self.total_limit, self.audits = limit, total_limit, audits
         self.counts: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
         self.cached = self.reserved = 0
         self._lock = threading.Lock()  # retries come from several threads
@@ -56,11 +57,15 @@ class Budget:
         """Calls of all purposes."""
         return sum(self.counts.values())
 
-    def left(self, purpose: Purpose = "training") -> int | None:
-        """Number of calls that are left for a purpose; None if there is no limit."""
+    def left(self, purpose: Purpose = "training", *, audit: bool = False) -> int | None:
+        """Number of calls that are left for a purpose; None if there is no limit.
+
+        Args:
+            audit: the calls are for an audit, which counts as training.
+        """
         left = []
         if purpose == "training" and self.limit is not None:
-            left.append(self.limit - self.counts["training"])
+            left.append(self.limit - (0 if audit else self.audits) - self.counts["training"])
         if self.total_limit is not None:
             left.append(self.total_limit - self.total - (self.reserved if purpose == "training" else 0))
         return max(0, min(left)) if left else None
@@ -70,7 +75,10 @@ class Budget:
         """The setting that allows no further training call, with its value; None if a call is left."""
         if self.left() != 0:
             return None
-        if self.limit is not None and self.counts["training"] >= self.limit:
+        if self.limit is not None and self.counts["training"] >= self.limit - self.audits:
+            if self.left(audit=True):
+                labels = self.limit - self.audits
+                return f"{labels:,} of the {self.limit:,} calls of reward_budget are spent, and the rest is for audits"
             return f"all {self.limit:,} calls of reward_budget are spent"
         reserved = f", except for {self.reserved:,} that the evaluation at the end needs" if self.reserved else ""
         return f"all {self.total_limit:,} calls of reward_budget_total are spent{reserved}"

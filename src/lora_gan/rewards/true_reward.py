@@ -75,7 +75,7 @@ class TrueReward:
         tokenized: Callable[[str, Row], list[int]],
     ) -> None:
         self.config, self._current_rewards, self._tokenized = config, current_rewards, tokenized
-        self.budget = Budget(config.reward_budget, config.reward_budget_total)
+        self.budget = Budget(config.reward_budget, config.reward_budget_total, config.audit_calls)
         self.scales = Scales()
         self.failures = 0
         self.answers: Answers | None = None
@@ -211,7 +211,7 @@ class TrueReward:
             BudgetSpent: the budget has too few calls left.
             ValueError, RewardError, RewardUnavailable, ImportError: see `combine.score_parts`.
         """
-        left = self.budget.left(purpose)
+        left = self.budget.left(purpose, audit=True)  # the step has chosen whether this is an audit
         if left is not None and left < len(responses):
             raise BudgetSpent(
                 f"{len(responses):,} calls of the true reward are needed, and reward_budget_total="
@@ -306,8 +306,9 @@ class TrueReward:
         self._warned_of_spent_budget = True
         correlation, error = fresh_correlation or (math.nan, math.nan)
         notice = (
-            f"{spent}. Training continues with the discriminator's predictions alone. Its rank correlation with the "
-            "true reward, on responses that it had not learned from and within a prompt, "
+            f"{spent}. Training continues with the discriminator's predictions alone"
+            f"{', and ends after the last audit' if self.budget.audits else ''}. Its rank correlation with the true "
+            "reward, on responses that it had not learned from and within a prompt, "
         )
         notice += f"is {correlation:.2f} (standard error {error:.2f})" if fresh_correlation else "was never measured"
         if not correlation > 2 * error:

@@ -156,11 +156,9 @@ class FitLoop:
 
     def _reason_to_stop(self, record: Mapping[str, Any]) -> str | None:
         """Why fit() ends after this step although steps are left; None when it continues."""
-        if self.state.true_reward.is_over(self._signal):
-            return self.state.true_reward.why_over(self._signal)
-        if record["alarms"] and self.config.on_exploit == "stop":
+        if record["alarms"] and self.config.exploit_action == "stop":
             return f"alarm, and on_exploit is 'stop': {'; '.join(record['alarms'])}"
-        return None
+        return self.state.why_over(self._signal)
 
     def _interrupted(self, stop: Interrupted, saved: Path | None) -> BaseException:
         """The exception of fit() after a signal; its message names the checkpoint and a missing final evaluation."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ from ..state import RunState
 from ..storage import checkpoint, state_files, untrusted
 from ..storage.checkpoint import ADAPTER, BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference
 from ..storage.durable import MANIFEST, Damaged, Folder
+from ..storage.untrusted import WHOLE
 from ..training.estimate import GroupSpread
+from ..training.guard import LevelTest
+from ..training.monitor import Audits
 from ..training.probe import MOST_ROWS
 from ..wording import shown
 from . import saved_optimizer, trainer_state
+from .trainer_state import NUMBER
 
 #: Assumed most tokens of a text in replay, on a base without a context limit. The number bounds the size of a file and
 #: not of one text: a group stores its prompt once, so a prompt may be several times as long.
@@ -43,6 +47,19 @@ LONGEST_TEXT = 2**17
 
 #: Removed settings of which a checkpoint may hold any value: `_read_discriminator_state` converts what they led to.
 CONVERTED = ("disc_average", "disc_heads")
+
+#: The forms of the monitor's test and audits, for `untrusted.require`.
+TEST: dict[str, Any] = {
+    "recent": [(float, float)],
+    "reference": dict | None,
+    "variances": (NUMBER, NUMBER),
+    "steps": WHOLE,
+    "capital": NUMBER,
+    "bets": (float, NUMBER, NUMBER),
+    "returns": WHOLE,
+}
+REFERENCE_LEVEL: dict[str, Any] = {"mean": float, "predicted": float, "level": float, "spread": NUMBER}
+AUDITS: dict[str, Any] = {"steps": WHOLE | None, "kl": float, "now": float, "has_failed": bool}
 
 #: The state of `Calibration` that gives the adapter's predictions weight 1 and trust 1, until others are measured.
 ADAPTER_ALONE = {"moments": [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], "differences": 8.0}
@@ -149,13 +166,18 @@ def _read_reference(state: RunState, folder: Folder) -> Callable[[], None]:
 def _read_monitor(state: RunState, folder: Folder) -> dict[str, Any]:
     parameters, where = state.players.parameters("generator"), str(folder.path / "monitor")
     saved = state_files.read(folder, "monitor", limit=untrusted.room_for(parameters, times=4))
+    if isinstance(saved, dict) and "best" in saved:  # earlier versions compared windows, and had no audits
+        saved = {name: value for name, value in saved.items() if name != "best"}
+        saved |= {"test": asdict(LevelTest()), "audits": asdict(Audits()), "window": []}
     untrusted.require_keys(saved, state.monitor.state_dict(), where)
-
-    untrusted.require(saved["window"], [(float | None,) * 5], f"{where}: window")
-    for name, length in (("first", 2), ("best", 3)):
-        if saved[name] is not None:
-            untrusted.require(saved[name], (float,) * length, f"{where}: {name}")
+    untrusted.require(saved["window"], [(float | None,) * 3], f"{where}: window")
+    if saved["first"] is not None:
+        untrusted.require(saved["first"], (float, float), f"{where}: first")
     untrusted.require(saved["told"], [str], f"{where}: told")
+    untrusted.require(saved["test"], TEST, f"{where}: test")
+    if saved["test"]["reference"] is not None:
+        untrusted.require(saved["test"]["reference"], REFERENCE_LEVEL, f"{where}: test: reference")
+    untrusted.require(saved["audits"], AUDITS, f"{where}: audits")
     if saved["kept"] is not None:
         untrusted.require_keys(saved["kept"], ("weights", "optimizer"), f"{where}: kept")
         untrusted.require_tensors_like(saved["kept"]["weights"], parameters, f"{where}: kept: weights")

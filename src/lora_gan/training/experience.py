@@ -66,6 +66,7 @@ class Experience:
     updated_trust: float = 0.0
     trust: float = 1.0  # factor of the predictions' differences, from earlier steps alone; see `Calibration`
     failed_B: np.ndarray | None = None  # bool: queried, but without an answer after the last try; None = no failures
+    is_audit: bool = False  # the true rewards audit the generator, which does not learn from them
     features: RetainedFeatures = field(default_factory=RetainedFeatures)  # for the discriminator's first update
     notes: Notes = field(default_factory=Notes)  # what reward functions logged about the queried responses
 

@@ -31,6 +31,10 @@ from .optimizer import PlayerOptimizer
 
 Number = TypeVar("Number", float, Tensor)
 
+# Least weight of a known reward in the mixed reward; the rest is its prediction. On SmolLM2 with 128 calls, 0.5 instead
+# of 0 raised the share of facts named from 0.74 to 0.86 at an equal reward (docs/learning).
+LEAST_KNOWN = 0.5
+
 
 @dataclass(frozen=True)
 class PolicyLosses:
@@ -80,6 +84,8 @@ class Generator:
         reward_B = advantage_B = None
         unit = 1.0
         if experience is not None:
+            if experience.is_audit:
+                experience = replace(experience, true_B=np.full_like(experience.true_B, np.nan), failed_B=None)
             if signal in ("predicted", "mixed"):
                 experience = replace(experience, failed_B=None)  # failed queries do not matter for this signal
             experience = replace(experience, trust=_trust(experience, signal))
@@ -347,18 +353,21 @@ def _trust(experience: Experience, signal: RewardSignal) -> float:
 def _mixed(experience: Experience) -> np.ndarray:
     """The mixed reward, float64 [B]: true rewards and predictions, weighted by the trust in predictions.
 
-    At trust 0, known rewards count alone, and other groups have no differences. At trust 1, predictions count alone:
-    the probe has learned from this step's rewards, so its prediction of a known reward is a smoothed reward. A known
-    reward without others in its group is used as it is.
+    An unknown reward is the prediction times the trust. A known reward is averaged with the prediction of the probe,
+    which has learned from it and so smooths it. The known reward has at least the weight LEAST_KNOWN, because a linear
+    probe never learns a part of the reward. At trust 0, known rewards count alone, and other groups have no
+    differences. A known reward without others in its group is used as it is.
     """
     trust, group_B = experience.updated_trust, experience.group_B
     known_B = np.isfinite(experience.true_B)
-    alone_B = known_B & (np.bincount(group_B)[group_B] == 1)
-    reward_B = np.zeros(len(group_B))
-    if experience.updated_B is not None:
-        reward_B += trust * estimate.centered_within_groups(experience.updated_B, group_B)
+    predicted_B = np.zeros(len(group_B))
+    if experience.updated_B is not None and trust:
+        predicted_B = estimate.centered_within_groups(experience.updated_B, group_B)
+    reward_B = trust * predicted_B
     if known_B.any():
-        true_B = experience.true_B[known_B]
-        reward_B[known_B] += (1 - trust) * estimate.centered_within_groups(true_B, group_B[known_B])
+        weight = max(1 - trust, LEAST_KNOWN)
+        true_B = estimate.centered_within_groups(experience.true_B[known_B], group_B[known_B])
+        reward_B[known_B] = weight * true_B + (1 - weight) * predicted_B[known_B]
+    alone_B = known_B & (np.bincount(group_B)[group_B] == 1)
     reward_B[alone_B] = experience.true_B[alone_B]
     return reward_B

@@ -2,27 +2,31 @@
 
 # B = responses
 
-Signs of exploitation: on responses with a true reward, the predicted reward rises while the true reward falls. Without
-true rewards: repetition, length and KL. `gan` calls the monitor in each step in which the generator learns from reward.
+- While true rewards are queried: the test in `guard`, which shows that the true reward has fallen.
+- After the last label, steps on predictions alone pause for audits: a few calls that `reward_budget` has kept back.
+- Without true rewards: repetition, length and KL.
+
+`gan` calls the monitor in each step in which the generator learns from reward.
 """
 
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..config import Config
 from ..storage.checkpoint import copied
+from . import distributed
 from .experience import Experience
 from .generator import Generator
+from .guard import WINDOW, LevelTest, Reference
 
-WINDOW = 10  # steps; a shorter window is noisier, and a longer window raises an alarm later
-
-# Number of standard errors by which the true reward must fall. The best of many windows is above its expected value by
-# chance, and ten steps give a rough error. In 200 steps of pure noise, a limit of 2 gave an alarm in 90 % of the runs.
-# A limit of 4 gave one in 20 %, and 5 in 5 %.
-ALARM_STANDARD_ERRORS = 5.0
+AUDIT_STEPS = 8  # steps on predictions alone between two audits
+# An audit is due earlier if the KL is above AUDIT_KL_FACTOR · KL at the last audit + AUDIT_KL_NATS.
+AUDIT_KL_FACTOR, AUDIT_KL_NATS = 2.0, 0.5
+AUDIT_ERRORS = 1.64  # standard errors below the reference at which an audit fails; 5 % fail by chance at the reference
 
 
 def repetition(experience: Experience) -> float:
@@ -34,81 +38,154 @@ def repetition(experience: Experience) -> float:
     return float(np.mean(shares))
 
 
+@dataclass
+class Audits:
+    """The steps on predictions alone since the last audit.
+
+    Attributes:
+        steps: their number. None: the labels are not spent yet.
+        kl, now: KL to the reference at the last audit, and in the latest step; 0 if not measured.
+        has_failed: whether the last audit failed. The generator must not go on without further labels.
+    """
+
+    steps: int | None = None
+    kl: float = 0.0
+    now: float = 0.0
+    has_failed: bool = False
+
+    @property
+    def is_due(self) -> bool:
+        return self.steps is not None and (
+            self.steps >= AUDIT_STEPS or self.now > AUDIT_KL_FACTOR * self.kl + AUDIT_KL_NATS
+        )
+
+
 class Monitor:
-    """Compares the window of the last steps with the first and the best window; keeps the best window's generator."""
+    """Watches the steps of a run; keeps the generator of the best window, and of the last passed audit."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # Per step: true and predicted reward (on answered responses), repetition, length, KL; None = not measured.
+        # Per step: repetition, length, KL; None = not measured.
         self.window: list[list[float | None]] = []
         self.first: list[float] | None = None  # repetition and length of the first window
-        self.best: list[float] | None = None  # best window: mean true reward, its standard error, mean predicted reward
-        self.kept: dict[str, Any] | None = None  # weights and optimizer of the generator at the best window's end
+        self.test, self.audits = LevelTest(), Audits()
+        self.kept: dict[str, Any] | None = None  # weights and optimizer of the kept generator
         self.told: list[str] = []  # kinds of active alarms; each is reported when it begins
+
+    @property
+    def rolls_back(self) -> bool:
+        return self.config.exploit_action == "rollback"
 
     def watch(self, experience: Experience, kl: float | None, generator: Generator) -> list[str]:
         """Add one step, and return the alarms that begin with this step, as messages.
 
-        With on_exploit="rollback" an alarm returns the generator and its optimizer to the end of the best window.
+        If exploit_action is "rollback", an alarm returns the generator and its optimizer to the kept ones.
 
         Args:
             experience: the step's responses, sampled before its updates.
             kl: KL to the reference in nats per response; None if not measured.
             generator: the generator's trainer.
         """
-        asked_B = ~np.isnan(experience.true_B)
-        true = predicted = None
-        if asked_B.any():
-            true = float(experience.true_B[asked_B].mean())
-            predicted = float(experience.compared_MB.mean(0)[asked_B].mean())
-            predicted = predicted if np.isfinite(predicted) else None
+        measured = _means(experience, generator.players.device)
+        if measured is not None and self.test.add(measured.true, measured.predicted, generator.spread.value):
+            self._keep(generator)
         length = float(experience.rollout.lengths_B.mean())
-        self.window = [*self.window, [true, predicted, repetition(experience), length, kl]][-WINDOW:]
-        if len(self.window) < WINDOW:
-            return []
-        steps = np.array(self.window, dtype=np.float64)  # None becomes NaN
-        mean = [float(np.nanmean(column)) if not np.isnan(column).all() else np.nan for column in steps.T]
-        if self.first is None:
-            self.first = mean[2:4]
-        alarms = self._alarms(mean, self._error(steps[:, 0]))
-        if not alarms and not np.isnan(mean[0]) and (self.best is None or mean[0] > self.best[0]):
-            predicted = mean[0] if np.isnan(mean[1]) else mean[1]  # plain RL has no predictions
-            self.best = [mean[0], self._error(steps[:, 0]), predicted]
-            if self.config.on_exploit == "rollback":
-                weights = generator.players.parameters("generator")
-                self.kept = copied({"weights": weights, "optimizer": generator.optimizer.state_dict()})
+        self.window = [*self.window, [repetition(experience), length, kl]][-WINDOW:]
+        if self.audits.steps is not None:
+            self.audits.steps += 1
+        self.audits.now = self.audits.now if kl is None else kl
+        alarms = self._alarms()
         new = [message for kind, message in alarms.items() if kind not in self.told]
         self.told = list(alarms)
-        if new and self.config.on_exploit == "rollback" and self.kept is not None:
+        if new and self.rolls_back and self.kept is not None:
             self._restore(generator)
-            self.window, self.told = [], []
             new = [f"{message}; the generator is back where the true reward was best" for message in new]
         return new
 
-    @staticmethod
-    def _error(values: np.ndarray) -> float:
-        """Standard error of the mean of the known values; 0 if fewer than two are known."""
-        known = values[~np.isnan(values)]
-        return float(known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else 0.0
-
-    def _alarms(self, now: list[float], error: float) -> dict[str, str]:
-        """Messages by kind of alarm, for the window's means in the order of `window` and its true reward's error."""
+    def _alarms(self) -> dict[str, str]:
+        """Messages by kind of alarm."""
         alarms = {}
-        true, predicted, repeats, length, kl = now
-        if self.best is not None and true < self.best[0] - ALARM_STANDARD_ERRORS * float(np.hypot(error, self.best[1])):
-            if predicted > self.best[2]:
-                alarms["parted"] = (
-                    f"the true reward fell from {self.best[0]:.3g} to {true:.3g} while the predicted one rose from "
-                    f"{self.best[2]:.3g} to {predicted:.3g}: the generator exploits the discriminator"
-                )
-        if self.first is not None:
-            if repeats > self.first[0] + 0.2:
-                alarms["repetition"] = f"responses repeat themselves: {repeats:.0%} of their token pairs"
-            if length > 2 * self.first[1] or length < self.first[1] / 3:
-                alarms["length"] = f"the mean length of responses went from {self.first[1]:.1f} to {length:.1f} tokens"
+        if self.test.reference is not None and self.test.evidence >= self.test.limit:
+            alarms["fell"] = self._fall(self.test.reference)
+        if len(self.window) < WINDOW:
+            return alarms
+        steps = np.array(self.window, dtype=np.float64)  # None becomes NaN
+        repeats, length, kl = (float(np.nanmean(c)) if not np.isnan(c).all() else np.nan for c in steps.T)
+        self.first = [repeats, length] if self.first is None else self.first
+        if repeats > self.first[0] + 0.2:
+            alarms["repetition"] = f"responses repeat themselves: {repeats:.0%} of their token pairs"
+        if length > 2 * self.first[1] or length < self.first[1] / 3:
+            alarms["length"] = f"the mean length of responses went from {self.first[1]:.1f} to {length:.1f} tokens"
         if self.config.kl_target is not None and kl > 3 * self.config.kl_target:
             alarms["kl"] = f"the KL to the reference is {kl:.3g} nats per response, over three times kl_target"
         return alarms
+
+    def _fall(self, reference: Reference) -> str:
+        """The alarm of the test, with its evidence."""
+        true, predicted = np.mean(self.test.recent[-WINDOW // 2 :], axis=0)
+        message = (
+            f"the true reward fell from {reference.mean:.3g} to {true:.3g} (evidence {self.test.evidence:.0f}, the "
+            f"limit is {self.test.limit:.0f})"
+        )
+        if predicted > reference.predicted:
+            message += (
+                f", while the predicted one rose from {reference.predicted:.3g} to {predicted:.3g}: the generator "
+                "exploits the discriminator"
+            )
+        return message
+
+    # --- audits of steps on predictions alone
+
+    def is_audit_due(self, has_labels: bool, generator: Generator) -> bool:
+        """Whether the next step's calls are an audit. To be called before each step that may query true rewards.
+
+        When the labels are spent, the generator of the last label is kept.
+
+        Args:
+            has_labels: whether calls for training are left.
+        """
+        if has_labels:
+            self.audits = Audits(now=self.audits.now)
+        elif self.audits.steps is None:
+            self._passed(generator)
+        return self.audits.is_due
+
+    def _passed(self, generator: Generator) -> None:
+        self.audits = Audits(steps=0, kl=self.audits.now, now=self.audits.now)
+        self._keep(generator)
+
+    def audit(self, experience: Experience, generator: Generator) -> str | None:
+        """Judge the current generator by an audit's true rewards. It must not have learned from the step yet.
+
+        Returns:
+            None if the audit is passed: the generator is kept. Otherwise a message, and the generator is back at the
+            kept one.
+        """
+        measured = _means(experience, generator.players.device)
+        if measured is None:  # no call was answered
+            return None
+        level, spread = self.test.level, generator.spread.value or 0.0
+        size = self.config.num_generations
+        error = ((self.test.spread**2 + spread**2 * (1 - 1 / size)) / measured.answers) ** 0.5
+        if level is None or measured.true >= level - AUDIT_ERRORS * error:
+            self._passed(generator)
+            return None
+        self.audits.has_failed = True
+        message = (
+            f"an audit failed: {measured.answers} responses have a mean true reward of {measured.true:.3g}, and it must "
+            f"be at least {level:.3g} with a tolerance of {AUDIT_ERRORS * error:.2g}"
+        )
+        if self.rolls_back and self.kept is not None:
+            self._restore(generator)
+            message += "; the generator is back at the last audit"
+        return message
+
+    # --- the kept generator
+
+    def _keep(self, generator: Generator) -> None:
+        if self.rolls_back:
+            weights = generator.players.parameters("generator")
+            self.kept = copied({"weights": weights, "optimizer": generator.optimizer.state_dict()})
 
     def _restore(self, generator: Generator) -> None:
         assert self.kept is not None
@@ -118,10 +195,35 @@ class Monitor:
         scale = generator.optimizer.scale
         generator.optimizer.restart(copied(self.kept["optimizer"]))
         generator.optimizer.rescale(scale)  # a learning rate that recovery has lowered stays low
+        self.window, self.told = [], []
+        self.test.restart()
+
+    # --- the state in checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: copied(getattr(self, name)) for name in ("window", "first", "best", "kept", "told")}
+        plain = {name: copied(getattr(self, name)) for name in ("window", "first", "kept", "told")}
+        return plain | {"test": asdict(self.test), "audits": asdict(self.audits)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in ("window", "first", "kept", "told"):
+            setattr(self, name, state[name])
+        self.test, self.audits = LevelTest.from_dict(state["test"]), Audits(**state["audits"])
+
+
+class Measured(NamedTuple):
+    """Mean true and predicted reward of a step's answered responses, and their number."""
+
+    true: float
+    predicted: float
+    answers: int
+
+
+def _means(experience: Experience, device: torch.device) -> Measured | None:
+    """Over all processes; None if nothing was answered. Plain RL predicts nothing: there it is the true reward."""
+    answered_B = np.isfinite(experience.true_B)
+    true_B = experience.true_B[answered_B]
+    predicted_B = experience.compared_MB.mean(0)[answered_B]
+    predicted_B = np.where(np.isfinite(predicted_B), predicted_B, true_B)
+    sums = torch.tensor([true_B.sum(), predicted_B.sum(), len(true_B)], dtype=torch.float64, device=device)
+    true, predicted, count = distributed.total(sums).tolist()
+    return Measured(true / count, predicted / count, int(count)) if count else None
