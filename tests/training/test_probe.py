@@ -42,9 +42,10 @@ def ridge_regressions(features, true, group_N):
 # --- the regression ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("width", [9, 40], ids=["more labels than features", "fewer"])
 @pytest.mark.parametrize("noise", [0.1, 2.0])
-def test_the_weights_are_those_of_ridge_regression_on_centred_values(noise):
-    features, true, group_N = data_of(5, noise=noise)
+def test_the_weights_are_those_of_ridge_regression_on_centred_values(noise, width):
+    features, true, group_N = data_of(5, noise=noise, width=width)
     probe = Probe()
     probe.learn(features, true, group_N)
     x, y, scale, candidates = ridge_regressions(features, true, group_N)
@@ -198,11 +199,14 @@ def mixed_of(trust, updated_B, true_B):
 
 
 def test_the_mixed_reward_by_hand():
-    """Two groups of four; the first is known."""
+    """Two groups of four; the first is known. A known reward has at least half of the weight."""
     updated, true = [1.0, 2.0, 3.0, 6.0, 0.0, 0.0, 4.0, 4.0], [5.0, 5.0, 7.0, 7.0, *[np.nan] * 4]
     _, _, reward_B = mixed_of(0.25, updated, true)
     first = 0.25 * np.array([-2, -1, 0, 3]) + 0.75 * np.array([-1, -1, 1, 1])
     np.testing.assert_allclose(reward_B, [*first, *(0.25 * np.array([-2, -2, 2, 2]))])
+    _, _, reward_B = mixed_of(0.9, updated, true)
+    first = 0.5 * np.array([-2, -1, 0, 3]) + 0.5 * np.array([-1, -1, 1, 1])
+    np.testing.assert_allclose(reward_B, [*first, *(0.9 * np.array([-2, -2, 2, 2]))])
     _, _, reward_B = mixed_of(0.0, updated, true)
     np.testing.assert_allclose(reward_B, [-1, -1, 1, 1, 0, 0, 0, 0])
 
@@ -220,10 +224,11 @@ def test_a_group_of_one_with_a_known_reward_keeps_it():
     np.testing.assert_allclose(gan.generator.rewards(experience, "mixed"), experience.true_B)
 
 
+@pytest.mark.parametrize("width", [9, 45], ids=["more labels than features", "fewer"])
 @pytest.mark.parametrize("noise", [0.2, 1.0])
-def test_trust_is_that_of_predictions_without_the_own_group(noise):
+def test_trust_is_that_of_predictions_without_the_own_group(noise, width):
     """Oracle: the regression solved again without each group, with the same ridge."""
-    features, true, group_N = data_of(6, noise=noise)
+    features, true, group_N = data_of(6, noise=noise, width=width)
     probe = Probe()
     probe.learn(features, true, group_N)
     x, y, scale, ridges = ridge_regressions(features, true, group_N)

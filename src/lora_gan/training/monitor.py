@@ -172,8 +172,8 @@ class Monitor:
             return None
         self.audits.has_failed = True
         message = (
-            f"an audit failed: {measured.answers} responses have a mean true reward of {measured.true:.3g}, and it must "
-            f"be at least {level:.3g} with a tolerance of {AUDIT_ERRORS * error:.2g}"
+            f"an audit failed: {measured.answers} responses have a mean true reward of {measured.true:.3g}, and it "
+            f"must be at least {level:.3g} with a tolerance of {AUDIT_ERRORS * error:.2g}"
         )
         if self.rolls_back and self.kept is not None:
             self._restore(generator)

@@ -1,6 +1,6 @@
 """The discriminator's probe: ridge regression on frozen features, which ranks responses after a few dozen labels.
 
-# B = responses, H = hidden size, N = labelled responses
+# B = responses, H = hidden size, N = labelled responses, R = min(N, H)
 
 The features of a response are the base's hidden states after two thirds of the layers, averaged over the response's
 tokens (`Players.base_features`). A mean over tokens is much easier to learn from than the last token's state, which
@@ -22,7 +22,7 @@ from .estimate import centered_within_groups, trust_in
 
 #: Strengths of the ridge, in units of a centred feature vector's mean square. Noisy labels need the larger ones.
 RIDGES = np.array([1.0, 3.0, 10.0, 30.0, 100.0])
-MOST_ROWS = 1024  # latest labelled responses that are kept; solving takes some 0.2 s with so many
+MOST_ROWS = 1024  # latest labelled responses that are kept; with H of 1,024 or more, solving takes some 0.2 s
 
 
 class Probe:
@@ -56,28 +56,31 @@ class Probe:
         self._solve()
 
     def _solve(self) -> None:
-        """Ridge regression of centred rewards on centred features, in the dual form."""
+        """Ridge regression of centred rewards on centred features, in the dual form, or in the primal form for N > H.
+
+        Both forms give the singular values and left singular vectors of the features, R = min(N, H).
+        """
         group_N = np.repeat(np.arange(len(self.rewards)), [len(rewards) for rewards in self.rewards])
         true_N = centered_within_groups(np.concatenate(self.rewards), group_N)
         features_NH = np.concatenate([f - f.mean(0) for f in self.features]).astype(np.float64)
-        values_N, vectors_NN = np.linalg.eigh(features_NH @ features_NH.T)
-        values_N = np.maximum(values_N, 0.0)
-        scale, freedom = values_N.mean(), len(true_N) - len(self.rewards)
+        scale, freedom = np.square(features_NH).sum() / len(true_N), len(true_N) - len(self.rewards)
         self.weights_H, self.trust, self.amplitude = np.zeros(features_NH.shape[1]), 0.0, 1.0
         if not scale or not true_N.any():
             return
-        along_N = vectors_NN.T @ true_N
+        values_R, vectors_NR = _squared_singular(features_NH)
+        along_R = vectors_NR.T @ true_N
+        outside = max(0.0, float(true_N @ true_N - along_R @ along_R))  # no fit reaches this part
         errors = []
         for ridge in RIDGES * scale:
-            left_N = ridge / (values_N + ridge)  # share of each component that the fit leaves
-            unused = max(freedom - (1 - left_N).sum(), 1e-9)
-            errors.append(float(np.square(left_N * along_N).sum()) / unused**2)
+            left_R = ridge / (values_R + ridge)  # share of each component that the fit leaves
+            unused = max(freedom - (1 - left_R).sum(), 1e-9)
+            errors.append((float(np.square(left_R * along_R).sum()) + outside) / unused**2)
         ridge = RIDGES[int(np.argmin(errors))] * scale
-        self.weights_H = features_NH.T @ (vectors_NN @ (along_N / (values_N + ridge)))
-        fit_NN = (vectors_NN * (values_N / (values_N + ridge))) @ vectors_NN.T  # true rewards -> fitted rewards
-        fitted_N = fit_NN @ true_N
+        self.weights_H = features_NH.T @ (vectors_NR @ (along_R / (values_R + ridge)))
+        kept_NR = vectors_NR * np.sqrt(values_R / (values_R + ridge))  # kept kept' maps true rewards to fitted rewards
+        fitted_N = kept_NR @ (kept_NR.T @ true_N)
         self.amplitude = float(np.sqrt(np.square(fitted_N).sum() / np.square(true_N).sum())) or 1.0
-        self.trust = trust_in(_left_out(fit_NN, true_N, fitted_N, group_N), true_N, freedom)
+        self.trust = trust_in(_left_out(kept_NR, true_N, fitted_N, group_N), true_N, freedom)
 
     def clear(self) -> None:
         self.features, self.rewards, self.weights_H, self.trust, self.amplitude = [], [], None, 0.0, 1.0
@@ -105,12 +108,27 @@ class Probe:
         self.trust, self.amplitude = state["trust"], state["amplitude"]
 
 
-def _left_out(fit_NN: np.ndarray, true_N: np.ndarray, fitted_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
-    """What the regression without a group predicts for this group, [N], for every group, in closed form."""
+def _squared_singular(features_NH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The squared singular values, [R], and the left singular vectors, [N, R], from the smaller Gram matrix."""
+    count, width = features_NH.shape
+    if count <= width:
+        values_R, vectors_NR = np.linalg.eigh(features_NH @ features_NH.T)
+        return np.maximum(values_R, 0.0), vectors_NR
+    values_R, right_HR = np.linalg.eigh(features_NH.T @ features_NH)
+    used = values_R > 1e-12 * values_R[-1]  # the others are rounding
+    return values_R[used], features_NH @ right_HR[:, used] / np.sqrt(values_R[used])
+
+
+def _left_out(kept_NR: np.ndarray, true_N: np.ndarray, fitted_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
+    """What the regression without a group predicts for this group, [N], for every group, in closed form.
+
+    Args:
+        kept_NR: the factor of the matrix that maps true rewards to fitted rewards.
+    """
     predicted_N = np.zeros_like(true_N)
     for group in np.unique(group_N):
         members = np.flatnonzero(group_N == group)
-        own = np.eye(len(members)) - fit_NN[np.ix_(members, members)]
+        own = np.eye(len(members)) - kept_NR[members] @ kept_NR[members].T
         residual = np.linalg.lstsq(own, (true_N - fitted_N)[members], rcond=1e-9)[0]
         predicted_N[members] = true_N[members] - residual
     return predicted_N
