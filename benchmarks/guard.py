@@ -4,7 +4,7 @@
     python benchmarks/guard.py runs --out docs/learning/guard.jsonl      # an hour on one core; resumable
     python benchmarks/guard.py report --out docs/learning/guard.jsonl
 
-Kinds of runs, 4 prompts × 8 responses per step, exact reward where nothing else is said:
+Kinds of runs, 4 prompts × 8 responses per step, with the exact reward, except for noisy:
 
 - exploited: 12 steps with one queried group, then 188 steps on predictions alone, with a weak KL and no guard. The test
   reads one group of exact rewards per step from the outside, which costs no call of the run.

@@ -300,7 +300,7 @@ class Config:
 
     @property
     def exploit_action(self) -> Literal["warn", "stop", "rollback"]:
-        """What an alarm of the monitor does: on_exploit, or the choice if it is None."""
+        """The action on an alarm of the monitor: on_exploit, or the choice if it is None."""
         return self.on_exploit or ("warn" if self.reward_budget is None else "rollback")
 
     @property

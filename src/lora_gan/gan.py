@@ -356,7 +356,7 @@ class LoraGAN:
         )
 
     def _queries(self, group_B: np.ndarray, plan: StepPlan, is_audit: bool) -> estimate.Queries:
-        """Draw the responses whose true reward is queried."""
+        """Draw the responses for which the true reward is queried."""
         rate = 1.0 if plan.signal == "true" else self.config.asked_share
         if is_audit:
             rate = 1 / self.config.num_generations  # an audit measures the level: one response to each prompt

@@ -48,7 +48,7 @@ class RunState:
     prompt_kinds: set[str] = field(default_factory=set)
 
     def why_over(self, signal: RewardSignal) -> str | None:
-        """Why no further step can or must be taken with this reward signal; None if the run may go on."""
+        """Why no further step can or must be taken with this reward signal; None if the run may continue."""
         budget = self.true_reward.budget
         if self.true_reward.is_over(signal):
             return self.true_reward.why_over(signal)

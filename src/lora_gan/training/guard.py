@@ -137,6 +137,6 @@ class LevelTest:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "LevelTest":
-        """The test whose `dataclasses.asdict` is given."""
+        """The test from the result of `dataclasses.asdict`."""
         reference = state["reference"]
         return cls(**{**state, "reference": None if reference is None else Reference(**reference)})

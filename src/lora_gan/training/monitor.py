@@ -45,7 +45,7 @@ class Audits:
     Attributes:
         steps: their number. None: the labels are not spent yet.
         kl, now: KL to the reference at the last audit, and in the latest step; 0 if not measured.
-        has_failed: whether the last audit failed. The generator must not go on without further labels.
+        has_failed: whether the last audit failed. The generator must not continue without further labels.
     """
 
     steps: int | None = None
