@@ -251,8 +251,8 @@ class Config:
     on_exploit: Annotated[Literal["warn", "stop", "rollback"] | None, Group.GUARD] = None
     """When the true reward falls, or responses degenerate: warn, end fit() (stop), or return the generator to the step
     with the best true reward (rollback). With stop and rollback, a tenth of reward_budget is kept for audits of the
-    steps on predictions alone, and training ends after the last audit. None: rollback if reward_budget is set, else
-    warn."""
+    steps on predictions alone, and the trust limits the number of these steps. None: rollback if reward_budget is set,
+    else warn."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
     """When 10 consecutive updates of a player were skipped, because a loss or gradient was not finite: stop, or roll
     back. With rollback, fit() returns to the newest checkpoint of a healthy run and continues with both learning rates

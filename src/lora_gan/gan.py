@@ -283,17 +283,19 @@ class LoraGAN:
         record["notices"] += self.true_reward.drain_causes()  # the true reward has warned about these already
 
     def _reinforce(self, rows: list[Row], experience: Experience, plan: StepPlan) -> tuple[dict[str, Any], list[str]]:
-        """Let the generator learn from the reward, unless an audit fails. Returns its metrics, and the alarms."""
+    XX
         failure = self.monitor.audit(experience, self.generator) if experience.is_audit else None
-        if failure is None:
-            learned = self.discriminator.updated(experience) if plan.signal == "mixed" else experience
-            gen: dict[str, Any] = self.generator.update(rows, learned, plan.signal, plan.imitation_weight)
-            alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
-        else:
-            gen, alarms = {}, [failure]
-        gen["exploit_evidence"] = self.monitor.test.evidence
+        gen: dict[str, Any] = {}
         if experience.is_audit:
             gen["audit_passed"] = float(failure is None)
+        alarms = [] if failure is None else [failure]
+        if not experience.is_audit or self.state.why_over(plan.signal) is None:
+            learned = self.discriminator.updated(experience) if plan.signal == "mixed" else experience
+            gen |= self.generator.update(rows, learned, plan.signal, plan.imitation_weight)
+            alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
+            if self.budget.audits and self.budget.left() == 0 and self.monitor.audits.limit is None:
+                self.monitor.begin_audits(self.discriminator.probe_trust, self.generator)
+        gen["exploit_evidence"] = self.monitor.test.evidence
         for alarm in alarms:  # warn now, because require_progress may raise
             warnings.warn(f"step {self.global_step + 1}: {alarm}", stacklevel=4)
         return gen, alarms
@@ -317,8 +319,9 @@ class LoraGAN:
         sampled = self._sample(prompts, self._uniforms(prompts, self.config.num_generations, "sample"))
         features = RetainedFeatures()
         left = self.budget.left()
-        may_audit = plan.asks and plan.reinforces and self.budget.audits > 0
-        is_audit = may_audit and self.monitor.is_audit_due(left != 0, self.generator)
+        if left != 0:
+            self.monitor.end_audits()
+        is_audit = plan.asks and plan.reinforces and self.monitor.audits.is_due
         if plan.discriminator_is_first and plan.asks and left != 0:
             predicted_MB, features = self.discriminator.predict_to_learn(sampled)
         elif plan.predicts:

@@ -287,7 +287,7 @@ SIGNED = {
     "told numbers": (state("generator/monitor", at("told", to=[1])), "told"),
     "negative capital": (state("generator/monitor", at("test", "capital", to=-1.0)), "capital"),
     "reference of text": (state("generator/monitor", at("test", "reference", "level", to="high")), "reference"),
-    "audit of half a step": (state("generator/monitor", at("audits", "steps", to=0.5)), "audits"),
+    "audit of half a step": (state("generator/monitor", at("audits", "since", to=0.5)), "audits"),
     "state that is no JSON": (raw("trainer_state.json", b"{"), "trainer_state.json could not be read as JSON"),
     "deep JSON": (raw("trainer_state.json", b"[" * 10**6), "trainer_state.json could not be read as JSON"),
     "state that is a list": (raw("trainer_state.json", b"[]"), "no JSON object"),

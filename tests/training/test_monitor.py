@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers import PROMPTS, TARGETS, differences, play, player_state, small_gan
 
-from lora_gan import Config, data
+from lora_gan import Config, LoraGAN, data
 from lora_gan.gan import BudgetSpent
 from lora_gan.model import sampling
 from lora_gan.training import estimate, losses
+from lora_gan.training.discriminator import Discriminator
 from lora_gan.training.monitor import repetition
 from lora_gan.training.plan import plan_step
 from lora_gan.training.replay import Group, Replay
@@ -211,8 +212,14 @@ def test_rollback_brings_the_best_generator_back():
 ALONE = dict(reward_budget=40, num_generations=4, prompts_per_step=2, beta=0.0)  # 36 labels, then 2 audits of 2 calls
 
 
+@pytest.fixture
+def trusted(monkeypatch):
+    """A probe that allows 18 steps on predictions alone after 9 steps with labels."""
+    monkeypatch.setattr(Discriminator, "probe_trust", property(lambda self: 2.0))
+
+
 def alone(reward=lambda response, target: len(response) / 50, **settings):
-    """A run whose labels are spent: 4 of 8 responses are queried in each of 9 steps. Its rewards then, step by step."""
+    """A run whose labels are spent: 4 of 8 responses are queried in each of 9 steps."""
     gan = small_gan(**ALONE | settings)
     gan.compute_reward = reward
     for _ in range(9):
@@ -221,26 +228,43 @@ def alone(reward=lambda response, target: len(response) / 50, **settings):
     return gan
 
 
+def until_over(gan):
+    """Steps until the run is over; their records."""
+    records = []
+    while gan.state.why_over("mixed") is None:
+        records.append(gan.step(PROMPTS[:2], TARGETS[:2]))
+    with pytest.raises(BudgetSpent, match="without audits"):
+        gan.step(PROMPTS[:2], TARGETS[:2])
+    return records
+
+
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
-def test_steps_on_predictions_pause_for_audits_and_end_with_the_calls():
+def test_steps_on_predictions_pause_for_audits_and_end_with_the_calls(trusted):
     gan = alone()
-    asked = []
-    for _ in range(18):
-        record = gan.step(PROMPTS[:2], TARGETS[:2])
-        asked.append(record["asked"])
+    records = until_over(gan)
+    for record in records:
         if record["asked"]:
             assert all(sum(value is not None for value in group) == 1 for group in record["true_rewards"])
             assert record["audit_passed"] == 1.0
-        if gan.state.why_over("mixed"):
-            break
-    assert asked == [0] * 8 + [2] + [0] * 7 + [2], "8 steps, an audit with the 9th, and one after 8 more"
-    assert gan.reward_calls == 40
-    with pytest.raises(BudgetSpent, match="audits"):
-        gan.step(PROMPTS[:2], TARGETS[:2])
+    assert [record["asked"] for record in records] == [0] * 8 + [2] + [0] * 7 + [2]
+    assert [record["gen_loss"] is None for record in records] == [False] * 16 + [True], "the last audit ends the run"
+    assert gan.reward_calls == 40 and "those for audits" in gan.state.why_over("mixed")
+
+
+@pytest.mark.parametrize(("trust", "steps"), [(0.0, 0), (0.5, 4), (1.0, 9)])
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
+def test_the_trust_limits_the_steps_on_predictions_and_the_last_one_is_audited(trust, steps, monkeypatch):
+    monkeypatch.setattr(Discriminator, "probe_trust", property(lambda self: trust))
+    gan = alone()
+    records = until_over(gan)
+    learned = [record["gen_loss"] is not None for record in records]
+    assert sum(learned) == steps == gan.monitor.audits.alone
+    assert not records or (records[-1]["audit_passed"] == 1.0 and not learned[-1])
+    assert "the trust supports" in gan.state.why_over("mixed")
 
 
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
-def test_an_audit_is_due_earlier_when_the_kl_has_doubled():
+def test_an_audit_is_due_earlier_when_the_kl_has_doubled(trusted):
     gan = alone()
     gan.step(PROMPTS[:2], TARGETS[:2])
     gan.monitor.audits.now = 2 * gan.monitor.audits.kl + 0.6
@@ -248,21 +272,21 @@ def test_an_audit_is_due_earlier_when_the_kl_has_doubled():
 
 
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
-def test_the_generator_does_not_learn_from_an_audits_rewards():
-    """Oracle: the same step whose audit gets other answers above the reference."""
+def test_the_generator_does_not_learn_from_an_audits_rewards(trusted):
+    """Oracle: the same step with an audit that gets other answers above the reference."""
     found = []
     for answer in (1.0, 2.0):
         gan = alone()
-        gan.monitor.is_audit_due(False, gan.generator)
-        gan.monitor.audits.steps = 8
+        gan.monitor.audits.since = 8
         gan.compute_reward = lambda response, target, answer=answer: answer
-        assert gan.step(PROMPTS[:2], TARGETS[:2], train_disc=True)["audit_passed"] == 1.0
+        record = gan.step(PROMPTS[:2], TARGETS[:2])
+        assert record["audit_passed"] == 1.0 and record["gen_loss"] is not None
         found.append(player_state(gan, "generator")["parameters"])
     assert differences(*found) == []
 
 
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
-def test_a_failed_audit_brings_the_last_audited_generator_back_and_ends_the_run():
+def test_a_failed_audit_brings_the_last_audited_generator_back_and_ends_the_run(trusted):
     gan = alone()
     kept = player_state(gan, "generator")
     for _ in range(8):
@@ -280,7 +304,17 @@ def test_a_failed_audit_brings_the_last_audited_generator_back_and_ends_the_run(
 
 
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
-def test_a_run_resumes_exactly_between_two_audits(tmp_path):
+def test_a_larger_budget_continues_after_the_last_audit(tmp_path):
+    gan = alone(output_dir=str(tmp_path))
+    until_over(gan)
+    gan.save_checkpoint(ckpt_dir=str(tmp_path))
+    more = LoraGAN.from_checkpoint(tmp_path, reward=gan.compute_reward, reward_budget=80)
+    assert more.state.why_over("mixed") is None
+    assert more.step(PROMPTS[:2], TARGETS[:2])["asked"] == 4 and more.monitor.audits.limit is None
+
+
+@pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
+def test_a_run_resumes_exactly_between_two_audits(trusted, tmp_path):
     gan = alone(output_dir=str(tmp_path))
     for _ in range(5):
         gan.step(PROMPTS[:2], TARGETS[:2])
@@ -291,7 +325,7 @@ def test_a_run_resumes_exactly_between_two_audits(tmp_path):
     for _ in range(6):
         one, two = (each.step(PROMPTS[:2], TARGETS[:2]) for each in (gan, other))
         assert one | {"notices": []} == two | {"notices": []}  # a new object says once that the labels are spent
-    assert other.monitor.audits == gan.monitor.audits and other.monitor.audits.steps == 3
+    assert other.monitor.audits == gan.monitor.audits and other.monitor.audits.since == 3
     assert other.monitor.test == gan.monitor.test
 
 

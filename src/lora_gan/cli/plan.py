@@ -64,12 +64,16 @@ def planned(
 def calls(config: Config, steps: int, left: int | None = None, audits: int = 0) -> int:
     """True-reward calls of `steps` steps: labels, at most reward_budget and at most `left`, and then audits.
 
-    An audit may come earlier than here, if the KL rises fast.
+    An audit may come earlier than here, if the KL rises fast. Less trust in the predictions means fewer audits.
     """
     per_step = calls_per_step(config)
     labels = min(limit for limit in (round(steps * per_step), config.reward_budget, left) if limit is not None)
-    alone = steps - math.ceil(labels / per_step) if audits else 0
-    return labels + min(audits, max(0, alone - 1) // AUDIT_STEPS * config.prompts_per_step)
+    if not audits:
+        return labels
+    labelled = math.ceil(labels / per_step)
+    alone = steps - labelled
+    count = math.ceil(labelled / AUDIT_STEPS) if alone > labelled else max(0, alone - 1) // AUDIT_STEPS
+    return labels + min(audits, count * config.prompts_per_step)
 
 
 def calls_per_step(config: Config) -> float:

@@ -59,7 +59,15 @@ TEST: dict[str, Any] = {
     "returns": WHOLE,
 }
 REFERENCE_LEVEL: dict[str, Any] = {"mean": float, "predicted": float, "level": float, "spread": NUMBER}
-AUDITS: dict[str, Any] = {"steps": WHOLE | None, "kl": float, "now": float, "has_failed": bool}
+AUDITS: dict[str, Any] = {
+    "labelled": WHOLE,
+    "limit": WHOLE | None,
+    "alone": WHOLE,
+    "since": WHOLE,
+    "kl": float,
+    "now": float,
+    "has_failed": bool,
+}
 
 #: The state of `Calibration` that gives the adapter's predictions weight 1 and trust 1, until others are measured.
 ADAPTER_ALONE = {"moments": [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], "differences": 8.0}

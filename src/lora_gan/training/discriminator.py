@@ -72,6 +72,11 @@ class Discriminator:
         return self.calibration.trust
 
     @property
+    def probe_trust(self) -> float:
+        """Trust in the probe, 0 to 1, by leaving out one group at a time; 1 if the probe is not used."""
+        return self.probe.trust if self.uses_probe else 1.0
+
+    @property
     def uses_probe(self) -> bool:
         """Whether predictions include the probe's. The straight-through gradient is that of the adapter alone."""
         return self.config.disc_objective == "regression" and self.config.gradient_path == "policy_gradient"

@@ -40,24 +40,35 @@ def repetition(experience: Experience) -> float:
 
 @dataclass
 class Audits:
-    """The steps on predictions alone since the last audit.
+    """The steps on predictions alone, and their limit.
 
     Attributes:
-        steps: their number. None: the labels are not spent yet.
+        labelled: steps with labels so far.
+        limit: most steps on predictions alone, the trust times `labelled`. None: the labels are not spent yet.
+        alone, since: steps on predictions alone, all and since the last audit.
         kl, now: KL to the reference at the last audit, and in the latest step; 0 if not measured.
         has_failed: whether the last audit failed. The generator must not continue without further labels.
     """
 
-    steps: int | None = None
+    labelled: int = 0
+    limit: int | None = None
+    alone: int = 0
+    since: int = 0
     kl: float = 0.0
     now: float = 0.0
     has_failed: bool = False
 
     @property
     def is_due(self) -> bool:
-        return self.steps is not None and (
-            self.steps >= AUDIT_STEPS or self.now > AUDIT_KL_FACTOR * self.kl + AUDIT_KL_NATS
-        )
+        if self.limit is None or not self.since:
+            return False
+        has_moved = self.now > AUDIT_KL_FACTOR * self.kl + AUDIT_KL_NATS
+        return has_moved or self.since >= AUDIT_STEPS or self.alone >= self.limit
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the limit is reached, and the last step was audited."""
+        return self.limit is not None and not self.since and self.alone >= self.limit
 
 
 class Monitor:
@@ -91,8 +102,10 @@ class Monitor:
             self._keep(generator)
         length = float(experience.rollout.lengths_B.mean())
         self.window = [*self.window, [repetition(experience), length, kl]][-WINDOW:]
-        if self.audits.steps is not None:
-            self.audits.steps += 1
+        if self.audits.limit is not None:
+            self.audits.alone, self.audits.since = self.audits.alone + 1, self.audits.since + 1
+        elif measured is not None:
+            self.audits.labelled += 1
         self.audits.now = self.audits.now if kl is None else kl
         alarms = self._alarms()
         new = [message for kind, message in alarms.items() if kind not in self.told]
@@ -136,22 +149,22 @@ class Monitor:
 
     # --- audits of steps on predictions alone
 
-    def is_audit_due(self, has_labels: bool, generator: Generator) -> bool:
-        """Whether the next step's calls are an audit. To be called before each step that may query true rewards.
-
-        When the labels are spent, the generator of the last label is kept.
+    def begin_audits(self, trust: float, generator: Generator) -> None:
+        """Keep the generator of the last label. From now on the generator learns from predictions alone.
 
         Args:
-            has_labels: whether calls for training are left.
+            trust: trust in the predictions, 0 to 1.
         """
-        if has_labels:
-            self.audits = Audits(now=self.audits.now)
-        elif self.audits.steps is None:
-            self._passed(generator)
-        return self.audits.is_due
+        labelled, now = self.audits.labelled, self.audits.now
+        self.audits = Audits(labelled=labelled, limit=round(trust * labelled), now=now)
+        self._passed(generator)
+
+    def end_audits(self) -> None:
+        """There are labels again."""
+        self.audits = Audits(labelled=self.audits.labelled, now=self.audits.now)
 
     def _passed(self, generator: Generator) -> None:
-        self.audits = Audits(steps=0, kl=self.audits.now, now=self.audits.now)
+        self.audits.since, self.audits.kl = 0, self.audits.now
         self._keep(generator)
 
     def audit(self, experience: Experience, generator: Generator) -> str | None:
