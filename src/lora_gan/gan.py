@@ -283,7 +283,7 @@ class LoraGAN:
         record["notices"] += self.true_reward.drain_causes()  # the true reward has warned about these already
 
     def _reinforce(self, rows: list[Row], experience: Experience, plan: StepPlan) -> tuple[dict[str, Any], list[str]]:
-    XX
+        """Let the generator learn from the reward, unless an audit ends the run. Returns metrics and alarms."""
         failure = self.monitor.audit(experience, self.generator) if experience.is_audit else None
         gen: dict[str, Any] = {}
         if experience.is_audit:
