@@ -250,8 +250,8 @@ class Config:
 
     on_exploit: Annotated[Literal["warn", "stop", "rollback"] | None, Group.GUARD] = None
     """When the true reward falls, or responses degenerate: warn, end fit() (stop), or return the generator to the step
-    with the best true reward (rollback). With stop and rollback, a tenth of reward_budget is kept for audits of the
-    steps on predictions alone, and the trust limits the number of these steps. None: rollback if reward_budget is set,
+    with the best true reward (rollback). With stop and rollback, 5 % of reward_budget are kept for audits of the
+    steps on predictions alone, and the number of these steps is limited. None: rollback if reward_budget is set,
     else warn."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], Group.GUARD] = "stop"
     """When 10 consecutive updates of a player were skipped, because a loss or gradient was not finite: stop, or roll
@@ -310,7 +310,7 @@ class Config:
         learns_alone = asks and self.after_budget == "predicted" and self.signal(self.adversarial) != "true"
         if self.reward_budget is None or self.exploit_action == "warn" or not learns_alone:
             return 0
-        return self.reward_budget // 10
+        return self.reward_budget // 20
 
     def signal(self, adversarial: bool | None) -> RewardSignal:
         """The reward from which the advantage is computed; `adversarial` overrides reward_signal unless None.

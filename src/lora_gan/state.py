@@ -58,7 +58,7 @@ class RunState:
             return "an audit failed, and only further labels can help: resume with a larger reward_budget"
         if self.monitor.audits.is_over:
             alone = self.monitor.audits.alone
-            return f"{budget.spent_setting}, and the trust supports at most {alone} steps on predictions alone"
+            return f"{budget.spent_setting}, and the predictions are good enough for {alone} steps without labels"
         if budget.left(audit=True) == 0:
             return f"{budget.spent_setting}, with those for audits"
         return None

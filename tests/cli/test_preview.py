@@ -267,8 +267,8 @@ def test_the_plan_names_the_budget_that_limits_it():
 
 
 def test_the_plan_counts_the_calls_of_audits():
-    """8 labels per step: 108 of 120 calls in 14 steps. Then 14 steps at most, and an audit of 2 calls every 8 steps."""
-    settings = dict(reward_budget=120, query_rate=1.0, prompts_per_step=2, num_generations=4)
+    """8 labels per step: 108 of 113 calls in 14 steps. Then 14 steps at most, and an audit of 2 calls every 8 steps."""
+    settings = dict(reward_budget=113, query_rate=1.0, prompts_per_step=2, num_generations=4)
     for steps, expected in ((14, 108), (22, 108), (23, 110), (28, 110), (29, 112), (500, 112)):
         plan = Preview(small_gan(**settings), [Row(prompt) for prompt in PROMPTS[:2]], steps=steps).plan
         assert plan.training == expected

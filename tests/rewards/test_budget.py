@@ -252,10 +252,10 @@ def test_retries_stop_at_the_total(server):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"on_exploit": "warn"}, "all 16 calls of reward_budget are spent. Training continues with the "),
+        ({"on_exploit": "warn"}, "step 2: all 16 calls of reward_budget are spent. Training continues with the "),
         (
-            {"reward_budget": 17},
-            "16 of the 17 calls of reward_budget are spent, and the rest is for audits. Training continues with the ",
+            {"reward_budget": 20},
+            "step 3: 19 of the 20 calls of reward_budget are spent, and the rest is for audits. Training continues with the ",
         ),
     ],
     ids=str,
@@ -266,7 +266,7 @@ def test_the_end_of_the_budget_is_said_with_what_happens_next(settings, words, t
     assert len(said) == 1
     correlation, error = gan.discriminator.fresh_correlation
     assert said[0].startswith(
-        f"step 2: {words}discriminator's predictions alone"
+        f"{words}discriminator's predictions alone"
         f"{', and ends after the last audit' if gan.budget.audits else ''}. Its rank correlation with the true "
         "reward, on responses that it had not learned from and "
         f"within a prompt, is {correlation:.2f} (standard error {error:.2f})"

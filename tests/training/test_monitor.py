@@ -209,20 +209,20 @@ def test_rollback_brings_the_best_generator_back():
 
 # --- audits -----------------------------------------------------------------------------------------------------------
 
-ALONE = dict(reward_budget=40, num_generations=4, prompts_per_step=2, beta=0.0)  # 36 labels, then 2 audits of 2 calls
+ALONE = dict(reward_budget=80, num_generations=4, prompts_per_step=2, beta=0.0)  # 76 labels, then 2 audits of 2 calls
 
 
 @pytest.fixture
 def trusted(monkeypatch):
-    """A probe that allows 18 steps on predictions alone after 9 steps with labels."""
-    monkeypatch.setattr(Discriminator, "probe_trust", property(lambda self: 2.0))
+    """A probe that allows 38 steps on predictions alone after 19 steps with labels."""
+    monkeypatch.setattr(Discriminator, "explained", property(lambda self: 2.0))
 
 
 def alone(reward=lambda response, target: len(response) / 50, **settings):
-    """A run whose labels are spent: 4 of 8 responses are queried in each of 9 steps."""
+    """A run whose labels are spent: 4 of 8 responses are queried in each of 19 steps."""
     gan = small_gan(**ALONE | settings)
     gan.compute_reward = reward
-    for _ in range(9):
+    for _ in range(19):
         gan.step(PROMPTS[:2], TARGETS[:2])
     assert gan.budget.left() == 0 and gan.budget.left(audit=True) == 4
     return gan
@@ -248,19 +248,19 @@ def test_steps_on_predictions_pause_for_audits_and_end_with_the_calls(trusted):
             assert record["audit_passed"] == 1.0
     assert [record["asked"] for record in records] == [0] * 8 + [2] + [0] * 7 + [2]
     assert [record["gen_loss"] is None for record in records] == [False] * 16 + [True], "the last audit ends the run"
-    assert gan.reward_calls == 40 and "those for audits" in gan.state.why_over("mixed")
+    assert gan.reward_calls == 80 and "those for audits" in gan.state.why_over("mixed")
 
 
-@pytest.mark.parametrize(("trust", "steps"), [(0.0, 0), (0.5, 4), (1.0, 9)])
+@pytest.mark.parametrize(("explained", "steps"), [(0.0, 0), (0.25, 5), (0.5, 10)])
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
-def test_the_trust_limits_the_steps_on_predictions_and_the_last_one_is_audited(trust, steps, monkeypatch):
-    monkeypatch.setattr(Discriminator, "probe_trust", property(lambda self: trust))
+def test_the_explained_share_limits_the_steps_on_predictions_and_the_last_is_audited(explained, steps, monkeypatch):
+    monkeypatch.setattr(Discriminator, "explained", property(lambda self: explained))
     gan = alone()
     records = until_over(gan)
     learned = [record["gen_loss"] is not None for record in records]
     assert sum(learned) == steps == gan.monitor.audits.alone
     assert not records or (records[-1]["audit_passed"] == 1.0 and not learned[-1])
-    assert "the trust supports" in gan.state.why_over("mixed")
+    assert "are good enough for" in gan.state.why_over("mixed")
 
 
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
@@ -308,7 +308,7 @@ def test_a_larger_budget_continues_after_the_last_audit(tmp_path):
     gan = alone(output_dir=str(tmp_path))
     until_over(gan)
     gan.save_checkpoint(ckpt_dir=str(tmp_path))
-    more = LoraGAN.from_checkpoint(tmp_path, reward=gan.compute_reward, reward_budget=80)
+    more = LoraGAN.from_checkpoint(tmp_path, reward=gan.compute_reward, reward_budget=160)
     assert more.state.why_over("mixed") is None
     assert more.step(PROMPTS[:2], TARGETS[:2])["asked"] == 4 and more.monitor.audits.limit is None
 
@@ -318,10 +318,10 @@ def test_a_run_resumes_exactly_between_two_audits(trusted, tmp_path):
     gan = alone(output_dir=str(tmp_path))
     for _ in range(5):
         gan.step(PROMPTS[:2], TARGETS[:2])
-    gan.save_checkpoint(step=14, ckpt_dir=str(tmp_path))
+    gan.save_checkpoint(step=24, ckpt_dir=str(tmp_path))
     other = small_gan(**ALONE, output_dir=str(tmp_path))
     other.compute_reward = gan.compute_reward
-    other.load_checkpoint(step=14, ckpt_dir=str(tmp_path))
+    other.load_checkpoint(step=24, ckpt_dir=str(tmp_path))
     for _ in range(6):
         one, two = (each.step(PROMPTS[:2], TARGETS[:2]) for each in (gan, other))
         assert one | {"notices": []} == two | {"notices": []}  # a new object says once that the labels are spent
@@ -330,10 +330,10 @@ def test_a_run_resumes_exactly_between_two_audits(trusted, tmp_path):
 
 
 def test_without_a_rollback_no_call_is_kept_for_audits():
-    assert Config(reward_budget=40).audit_calls == 4
-    assert Config(reward_budget=40, on_exploit="warn").audit_calls == 0
-    assert Config(reward_budget=40, after_budget="stop").audit_calls == 0
-    assert Config(reward_budget=40, adversarial=False).audit_calls == 0
+    assert Config(reward_budget=80).audit_calls == 4
+    assert Config(reward_budget=80, on_exploit="warn").audit_calls == 0
+    assert Config(reward_budget=80, after_budget="stop").audit_calls == 0
+    assert Config(reward_budget=80, adversarial=False).audit_calls == 0
     assert Config().audit_calls == 0
 
 

@@ -239,6 +239,7 @@ def test_trust_is_that_of_predictions_without_the_own_group(noise, width):
         system = x[~own].T @ x[~own] + ridge * scale * np.eye(x.shape[1])
         left_out[own] = x[own] @ np.linalg.solve(system, x[~own].T @ y[~own])
     explained = (left_out @ y) ** 2 / (left_out @ left_out) / (y @ y)
+    assert probe.explained == pytest.approx(explained)
     assert probe.trust == pytest.approx(max(0.0, 1 - (1 - explained) / explained / (len(y) - 6 - 1)))
     fitted = x @ probe.weights_H
     assert probe.amplitude == pytest.approx(np.sqrt((fitted @ fitted) / (y @ y)))

@@ -230,6 +230,8 @@ def _read_discriminator_state(state: RunState, folder: Folder) -> dict[str, Any]
         # Earlier versions had no probe, and used the adapter's predictions in full.
         earlier = {"calibration": ADAPTER_ALONE, "probe": state.discriminator.state_dict()["probe"]}
         saved = earlier | saved
+        if isinstance(saved["probe"], dict):
+            saved["probe"] = {"explained": 0.0} | saved["probe"]
         # Some earlier runs predicted by a moving average of the weights. The adapter's file holds this average, and the
         # state holds the heads' part as the last tensor.
         average, _ = saved.pop("average", None), saved.pop("raw", None)

@@ -205,8 +205,9 @@ def require_replay(state: Any, vocabulary: int, heads: int, where: str) -> None:
 
 def require_probe(state: Any, widths: Collection[int], where: str) -> None:
     """Raise Damaged unless the value is a Probe.state_dict() for features with one of these widths."""
-    require_keys(state, ("sizes", "features", "rewards", "weights", "trust", "amplitude"), where)
-    require(state["trust"], Annotated[float, Ge(0), Le(1)], f"{where}: trust")
+    require_keys(state, ("sizes", "features", "rewards", "weights", "explained", "trust", "amplitude"), where)
+    for name in ("explained", "trust"):
+        require(state[name], Annotated[float, Ge(0), Le(1)], f"{where}: {name}")
     require(state["amplitude"], POSITIVE, f"{where}: amplitude")
     require(state["sizes"], [Annotated[int, Ge(1), Lt(2**31)]], f"{where}: sizes")
     rows, weights = sum(state["sizes"]), state["weights"]

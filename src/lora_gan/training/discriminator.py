@@ -72,9 +72,10 @@ class Discriminator:
         return self.calibration.trust
 
     @property
-    def probe_trust(self) -> float:
-        """Trust in the probe, 0 to 1, by leaving out one group at a time; 1 if the probe is not used."""
-        return self.probe.trust if self.uses_probe else 1.0
+    def explained(self) -> float:
+        """Share of the reward's variance within groups that the probe explains, 0 to 1, by leaving out one group at a
+        time; 1 if the probe is not used."""
+        return self.probe.explained if self.uses_probe else 1.0
 
     @property
     def uses_probe(self) -> bool:

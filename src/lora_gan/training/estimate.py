@@ -253,12 +253,15 @@ def shrinkage(explained: float, used: int, differences: float) -> float:
     return float(max(0.0, 1 - used * (1 - explained) / explained / (differences - used)))
 
 
-def trust_in(predicted_N: np.ndarray, true_N: np.ndarray, differences: float) -> float:
-    """`shrinkage` of one prediction, both centred within groups. 0 if they disagree, or predictions are rounding."""
+def explained_share(predicted_N: np.ndarray, true_N: np.ndarray) -> float:
+    """Share of the variance of `true_N` that `predicted_N` explains, 0 to 1, both centred within groups.
+
+    It is the squared correlation, and 0 if they disagree, or if predictions are rounding.
+    """
     product, predicted, true = float(predicted_N @ true_N), float(predicted_N @ predicted_N), float(true_N @ true_N)
     if product <= 0 or predicted <= 1e-12 * true:
         return 0.0
-    return shrinkage(min(1.0, product**2 / (predicted * true)), 1, differences)
+    return min(1.0, product**2 / (predicted * true))
 
 
 def _subsets(count: int) -> list[list[int]]:

@@ -44,7 +44,7 @@ class Audits:
 
     Attributes:
         labelled: steps with labels so far.
-        limit: most steps on predictions alone, the trust times `labelled`. None: the labels are not spent yet.
+        limit: most steps on predictions alone. None: the labels are not spent yet.
         alone, since: steps on predictions alone, all and since the last audit.
         kl, now: KL to the reference at the last audit, and in the latest step; 0 if not measured.
         has_failed: whether the last audit failed. The generator must not continue without further labels.
@@ -149,14 +149,15 @@ class Monitor:
 
     # --- audits of steps on predictions alone
 
-    def begin_audits(self, trust: float, generator: Generator) -> None:
+    def begin_audits(self, explained: float, generator: Generator) -> None:
         """Keep the generator of the last label. From now on the generator learns from predictions alone.
 
         Args:
-            trust: trust in the predictions, 0 to 1.
+            explained: share of the reward's variance that the predictions explain, 0 to 1. Their part of the steps with
+                labels is the limit of steps on predictions alone.
         """
         labelled, now = self.audits.labelled, self.audits.now
-        self.audits = Audits(labelled=labelled, limit=round(trust * labelled), now=now)
+        self.audits = Audits(labelled=labelled, limit=round(explained * labelled), now=now)
         self._passed(generator)
 
     def end_audits(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from . import distributed
-from .estimate import centered_within_groups, trust_in
+from .estimate import centered_within_groups, explained_share, shrinkage
 
 #: Strengths of the ridge, in units of a centred feature vector's mean square. Noisy labels need the larger ones.
 RIDGES = np.array([1.0, 3.0, 10.0, 30.0, 100.0])
@@ -32,7 +32,9 @@ class Probe:
         self.features: list[np.ndarray] = []  # per group, [responses, H], float32
         self.rewards: list[np.ndarray] = []  # per group, [responses], float64
         self.weights_H: np.ndarray | None = None  # None: no group with two answers yet
-        self.trust = 0.0  # 0 to 1, by leaving out one group at a time
+        # By leaving out one group at a time, both 0 to 1: the share of the labels' variance within groups that the
+        # predictions explain, and the evidence that they explain any.
+        self.explained = self.trust = 0.0
         self.amplitude = 1.0  # root mean square of the fitted rewards, relative to that of the true rewards
 
     def predict(self, features_BH: np.ndarray) -> np.ndarray | None:
@@ -64,7 +66,8 @@ class Probe:
         true_N = centered_within_groups(np.concatenate(self.rewards), group_N)
         features_NH = np.concatenate([f - f.mean(0) for f in self.features]).astype(np.float64)
         scale, freedom = np.square(features_NH).sum() / len(true_N), len(true_N) - len(self.rewards)
-        self.weights_H, self.trust, self.amplitude = np.zeros(features_NH.shape[1]), 0.0, 1.0
+        self.weights_H = np.zeros(features_NH.shape[1])
+        self.explained, self.trust, self.amplitude = 0.0, 0.0, 1.0
         if not scale or not true_N.any():
             return
         values_R, vectors_NR = _squared_singular(features_NH)
@@ -80,10 +83,12 @@ class Probe:
         kept_NR = vectors_NR * np.sqrt(values_R / (values_R + ridge))  # kept kept' maps true rewards to fitted rewards
         fitted_N = kept_NR @ (kept_NR.T @ true_N)
         self.amplitude = float(np.sqrt(np.square(fitted_N).sum() / np.square(true_N).sum())) or 1.0
-        self.trust = trust_in(_left_out(kept_NR, true_N, fitted_N, group_N), true_N, freedom)
+        self.explained = explained_share(_left_out(kept_NR, true_N, fitted_N, group_N), true_N)
+        self.trust = shrinkage(self.explained, 1, freedom)
 
     def clear(self) -> None:
-        self.features, self.rewards, self.weights_H, self.trust, self.amplitude = [], [], None, 0.0, 1.0
+        self.features, self.rewards, self.weights_H = [], [], None
+        self.explained, self.trust, self.amplitude = 0.0, 0.0, 1.0
 
     # --- the state in checkpoints
 
@@ -94,6 +99,7 @@ class Probe:
             "features": torch.from_numpy(np.concatenate(self.features)) if self.features else None,
             "rewards": torch.from_numpy(np.concatenate(self.rewards)) if self.rewards else None,
             "weights": None if self.weights_H is None else torch.from_numpy(self.weights_H),
+            "explained": self.explained,
             "trust": self.trust,
             "amplitude": self.amplitude,
         }
@@ -105,7 +111,7 @@ class Probe:
             self.features = np.split(state["features"].numpy(), edges)
             self.rewards = np.split(state["rewards"].numpy(), edges)
         self.weights_H = None if state["weights"] is None else state["weights"].numpy()
-        self.trust, self.amplitude = state["trust"], state["amplitude"]
+        self.explained, self.trust, self.amplitude = state["explained"], state["trust"], state["amplitude"]
 
 
 def _squared_singular(features_NH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
