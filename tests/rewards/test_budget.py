@@ -255,7 +255,8 @@ def test_retries_stop_at_the_total(server):
         ({"on_exploit": "warn"}, "step 2: all 16 calls of reward_budget are spent. Training continues with the "),
         (
             {"reward_budget": 20},
-            "step 3: 19 of the 20 calls of reward_budget are spent, and the rest is for audits. Training continues with the ",
+            "step 3: 19 of the 20 calls of reward_budget are spent, and the rest is for audits. Training continues "
+            "with the ",
         ),
     ],
     ids=str,
