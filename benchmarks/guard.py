@@ -6,10 +6,10 @@
 
 Kinds of runs, 4 prompts × 8 responses per step, with the exact reward, except for noisy:
 
-- exploited: 12 steps with one queried group, then 188 steps on predictions alone, with a weak KL and no guard. The test
+- exploited: 12 steps with one queried group, then 138 steps on predictions alone, with a weak KL and no guard. The test
   reads one group of exact rewards per step from the outside, which costs no call of the run.
 - guarded: the same run with the defaults, a rollback and audits from the budget.
-- healthy, noisy: budget mode with its defaults and one queried group in each of 100 steps; noisy: the reward has noise
+- healthy, noisy: budget mode with its defaults and one queried group in each of 60 steps; noisy: the reward has noise
   of three times its spread.
 """
 
@@ -36,11 +36,11 @@ SETTINGS: dict[str, Any] = {
     "disc_learning_rate": 1e-3, "log_completions": False,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
-    "exploited": {"steps": 200, "seeds": 20, "adversarial": True, "query_rate": 0.25, "beta": 0.001,
+    "exploited": {"steps": 150, "seeds": 20, "adversarial": True, "query_rate": 0.25, "beta": 0.001,
                   "reward_budget": 96, "on_exploit": "warn"},
-    "guarded": {"steps": 200, "seeds": 20, "adversarial": True, "query_rate": 0.25, "beta": 0.001, "reward_budget": 96},
-    "healthy": {"steps": 100, "seeds": 20, "reward_budget": 1000},
-    "noisy": {"steps": 100, "seeds": 20, "reward_budget": 1000, "reward": "noisy"},
+    "guarded": {"steps": 150, "seeds": 20, "adversarial": True, "query_rate": 0.25, "beta": 0.001, "reward_budget": 96},
+    "healthy": {"steps": 60, "seeds": 20, "reward_budget": 1000},
+    "noisy": {"steps": 60, "seeds": 20, "reward_budget": 1000, "reward": "noisy"},
 }  # fmt: skip
 STREAMS: dict[str, Any] = {
     "normal": lambda rng, steps: rng.normal(size=steps),
