@@ -239,7 +239,7 @@ def kl_of(gan: LoraGAN, rows: sampling.Rollout) -> list[float]:
     batch, logits = rows.batch(), {}
     for player in ("generator", "reference"):
         with gan.players.use_adapter(player):
-            logits[player] = gan.players.head(gan.players.hidden(batch, batch.predicting_R))
+            logits[player] = gan.players.lm_head(gan.players.hidden(batch, batch.predicting_R))
     _, kl_R = losses.logprobs_and_kl(logits["generator"], batch.response_ids_R, logits["reference"])
     return torch.zeros(len(batch), device=kl_R.device).index_add_(0, batch.row_R, kl_R).tolist()
 

@@ -121,7 +121,7 @@ def test_work_counts_what_a_forward_multiplies(workload):
         rows = gan._sample(prompts, gan._uniforms(prompts, shape.group, "sample"))
         with FlopCounterMode(display=False) as counter, gan.players.use_adapter("generator"):
             batch = rows.batch()
-            gan.players.head(gan.players.hidden(batch, batch.predicting_R)).sum().backward()
+            gan.players.lm_head(gan.players.hidden(batch, batch.predicting_R)).sum().backward()
         its = phases.work(arm)["generator update"]
     # Attention is masked, not causal, there; the first layer needs no gradient of its input.
     assert its.flops == pytest.approx(counter.get_total_flops(), rel=0.25)

@@ -43,7 +43,7 @@ def test_each_row_is_read_as_stock_transformers_reads_it_alone(architecture, pad
     stock = AutoModelForCausalLM.from_pretrained(base_folder(architecture, pad)).eval()
     body = getattr(stock, stock.base_model_prefix)
     with torch.no_grad(), gan.players.use_adapter("reference"):
-        logits = gan.players.head(gan.players.hidden(batch, batch.predicting_R))
+        logits = gan.players.lm_head(gan.players.hidden(batch, batch.predicting_R))
         features = gan.players.pooled_hidden(batch)
     taken = 0
     for row, (response, j) in enumerate(zip(responses, prompt_of, strict=True)):
@@ -137,10 +137,10 @@ def test_the_head_is_the_bases_own_and_the_body_comes_back(monkeypatch):
 
     monkeypatch.setattr(kind, "forward", capped)
     with torch.no_grad():
-        assert gan.players.head(100 * torch.randn(4, 32)).abs().max() <= 3
+        assert gan.players.lm_head(100 * torch.randn(4, 32)).abs().max() <= 3
         monkeypatch.setattr(gan.players.lm.lm_head, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            gan.players.head(torch.randn(4, 32))
+            gan.players.lm_head(torch.randn(4, 32))
     assert gan.players.body is body and getattr(gan.players.lm, gan.players.lm.base_model_prefix) is body
 
 
@@ -164,7 +164,7 @@ def test_the_reference_of_an_adapted_head_has_no_adapter():
     hidden = torch.randn(4, 32)
     with torch.no_grad():
         with gan.players.use_adapter("reference"):
-            expected = gan.players.head(hidden)
+            expected = gan.players.lm_head(hidden)
         with gan.players.use_adapter("generator"):
-            assert torch.equal(gan.players.head(hidden, reference=True), expected)
-            assert not torch.allclose(gan.players.head(hidden), expected, atol=1e-3)
+            assert torch.equal(gan.players.lm_head(hidden, reference=True), expected)
+            assert not torch.allclose(gan.players.lm_head(hidden), expected, atol=1e-3)

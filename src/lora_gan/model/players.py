@@ -345,7 +345,7 @@ class Players:
         finally:
             config._attn_implementation = before
 
-    def head(self, hidden_RH: Tensor, *, reference: bool = False) -> Tensor:
+    def lm_head(self, hidden_RH: Tensor, *, reference: bool = False) -> Tensor:
         """The vocabulary head: logits from last hidden states, [R, V], float32.
 
         Some causal LMs cap or scale their logits. So the model's own forward runs, with the hidden states as the

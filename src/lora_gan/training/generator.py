@@ -269,7 +269,7 @@ class Generator:
                     kl_R = torch.zeros_like(logprobs_R)
                 else:
                     with torch.no_grad():
-                        reference_RV = self._tempered(self.players.head(reference_RH[chunk], reference=True))
+                        reference_RV = self._tempered(self.players.lm_head(reference_RH[chunk], reference=True))
                     logprobs_R, kl_R = losses.logprobs_and_kl(logits_RV, ids_R, reference_RV)
                 if old_logprobs_R is None:
                     policy_R = losses.policy_gradient(logprobs_R, advantage_R[chunk])
@@ -309,7 +309,7 @@ class Generator:
         hidden_RH = self.players.hidden(batch, batch.predicting_R)
         leaf_RH = hidden_RH.detach().requires_grad_(True)
         for chunk in chunks(len(leaf_RH), self.players.tokens_at_once):
-            yield self.players.head(leaf_RH[chunk]), chunk
+            yield self.players.lm_head(leaf_RH[chunk]), chunk
         hidden_RH.backward(leaf_RH.grad)
 
     def _predicted_reward_gradient(self, batch: Batch) -> Tensor:

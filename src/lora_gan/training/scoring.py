@@ -32,7 +32,7 @@ def mean_logprobs(players: Players, rows: list[Row], texts: list[str], *, batch_
         with torch.no_grad(), players.use_adapter("base"):
             hidden_RH = players.hidden(batch, batch.predicting_R)
             for tokens in sampling.chunks(len(hidden_RH), players.tokens_at_once):
-                logprobs.append(losses.token_logprobs(players.head(hidden_RH[tokens]), batch.response_ids_R[tokens]))
+                logprobs.append(losses.token_logprobs(players.lm_head(hidden_RH[tokens]), batch.response_ids_R[tokens]))
         total_B = torch.zeros(len(batch), device=players.device).index_add_(0, batch.row_R, torch.cat(logprobs))
         scores += [total / len(ids) if ids else None for total, ids in zip(total_B.tolist(), encoded[1], strict=True)]
     return scores
