@@ -5,6 +5,7 @@
         --docs docs/learning
     python benchmarks/learning.py list --settings benchmarks/learning.json --out docs/learning/results.jsonl
     python benchmarks/learning.py bound --out docs/learning/tiny.jsonl --arms mixed rloo
+    python benchmarks/learning.py seeds --out docs/learning/tiny.jsonl --only never-worse --png docs/learning/seeds.png
 
 Each run is its own process and writes one line to --out. A run with a line there is not run again, unless its settings
 have changed. An interrupted benchmark therefore continues. `report` makes table.md and the plots from this file only.
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument("--docs", type=Path, default=Path("docs/learning"))
     bound = commands.add_parser("bound", parents=[shared], help="paired difference of two arms, with its lower bound")
     bound.add_argument("--arms", nargs=2, required=True, metavar=("ARM", "BASELINE"))
+    seeds = commands.add_parser("seeds", parents=[shared], help="plot each seed's last reward, by arm")
+    seeds.add_argument("--png", type=Path, required=True)
     one = commands.add_parser("one", help="one run: each process of `run` calls this")
     one.add_argument("plan", type=Path)
     given = parser.parse_args(arguments)
@@ -67,6 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         for file in write_report(open_lines(given.out), given.docs, given.only, given.seeds, given.settings, given.out):
             print(file)
+        return 0
+    if given.command == "seeds":
+        from learning_report import plot_seeds
+
+        plot_seeds(open_lines(given.out), given.png, given.only)
         return 0
     if given.command == "bound":
         print_bounds(open_lines(given.out), given.only, *given.arms)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from learning_settings import expand, read_settings, results
-from learning_stats import Interval, calls_to_reach, gap_closed, interval, over_seeds, saving
+from learning_stats import Interval, calls_to_reach, gap_closed, interval, over_seeds, saving, t_interval
 
 BASELINE = "rloo"  # All other arms are compared with this one; without it, with the first arm.
 LEVELS = (1000, 2000)  # Calls of the baseline. Others need fewer calls for the same level.
@@ -445,3 +445,35 @@ def quality(arms: list[Cell], title: str, file: Path, colours: Mapping[str, Any]
     legend(figure, panels)
     figure.savefig(file, dpi=110)
     return file
+
+
+# --- each seed --------------------------------------------------------------------------------------------------------
+
+
+def plot_seeds(lines: Iterable[Mapping[str, Any]], file: Path, only: str = "") -> None:
+    """Plot each seed's last reward by arm, with the mean and its 95 % t interval; one panel per reward and budget."""
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+    for key, line in results(lines).items():
+        if re.search(only, key):
+            arms = panels.setdefault((line["task"], line["reward"], line["budget"]), {})
+            arms.setdefault(line["arm"], []).append(float(np.mean(line["marks"][-1]["reward"])))
+    colors = {arm: f"C{i}" for i, arm in enumerate(sorted({arm for arms in panels.values() for arm in arms}))}
+    figure = Figure(figsize=(4.2 * len(panels), 3.4))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axis, ((task, reward, budget), arms) in zip(axes[0], panels.items(), strict=True):
+        for place, (arm, values) in enumerate(sorted(arms.items())):
+            color = colors[arm]
+            spread = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else [0.0]
+            axis.plot(place + np.asarray(spread), sorted(values), "o", markersize=4, alpha=0.6, color=color)
+            low, high = t_interval(values)
+            axis.plot([place + 0.28] * 2, [low, high], color="black")
+            axis.plot(place + 0.28, np.mean(values), "_", color="black", markersize=14, markeredgewidth=2)
+        axis.set_xticks(range(len(arms)), [f"{arm}\n{len(values)} seeds" for arm, values in sorted(arms.items())])
+        axis.set_title(f"{task}, {reward} reward, {budget} calls", fontsize=10)
+        axis.set_xlim(-0.5, len(arms) - 0.4)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("true reward, held out, without noise")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)

@@ -289,6 +289,25 @@ def test_the_paired_bound_is_that_of_scipys_one_sided_test():
         paired_bound([1.0])
 
 
+def test_the_t_interval_is_scipys():
+    from learning_stats import t_interval
+    from scipy.stats import ttest_1samp
+
+    values = [0.7, 0.9, 0.8, 0.85]
+    known = ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert t_interval(values) == pytest.approx((known.low, known.high))
+    assert t_interval([0.5]) == (0.5, 0.5)
+
+
+def test_the_plot_of_seeds_is_drawn(tmp_path):
+    from learning_report import plot_seeds
+
+    marks = {100: [0.5, 0.7]}
+    lines = [_line(arm, seed, marks) for arm in ("mixed", "rloo") for seed in (0, 1, 2)]
+    plot_seeds(lines, tmp_path / "seeds.png")
+    assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_share_of_the_gap():
     from learning_stats import gap_closed
 
