@@ -293,8 +293,9 @@ class LoraGAN:
             learned = self.discriminator.updated(experience) if plan.signal == "mixed" else experience
             gen |= self.generator.update(rows, learned, plan.signal, plan.imitation_weight)
             alarms = self.monitor.watch(experience, gen.get("kl"), self.generator)
-            if self.budget.audits and self.budget.left() == 0 and self.monitor.audits.limit is None:
+            if self.config.audit_calls and self.budget.left() == 0 and self.monitor.audits.limit is None:
                 self.monitor.begin_audits(self.discriminator.explained, self.generator)
+                self.budget.audits = self.monitor.audits.reserved
         gen["exploit_evidence"] = self.monitor.test.evidence
         for alarm in alarms:  # warn now, because require_progress may raise
             warnings.warn(f"step {self.global_step + 1}: {alarm}", stacklevel=4)

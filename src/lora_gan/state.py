@@ -52,7 +52,7 @@ class RunState:
         budget = self.true_reward.budget
         if self.true_reward.is_over(signal):
             return self.true_reward.why_over(signal)
-        if budget.left() != 0 or not budget.audits or signal == "true":
+        if budget.left() != 0 or not self.config.audit_calls or signal == "true":
             return None
         if self.monitor.audits.has_failed:
             return "an audit failed, and only further labels can help: resume with a larger reward_budget"

@@ -9,7 +9,8 @@
 `gan` calls the monitor in each step in which the generator learns from reward.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Audits:
     Attributes:
         labelled: steps with labels so far.
         limit: most steps on predictions alone. None: the labels are not spent yet.
+        reserved: calls that are kept for audits.
         alone, since: steps on predictions alone, all and since the last audit.
         kl, now: KL to the reference at the last audit, and in the latest step; 0 if not measured.
         has_failed: whether the last audit failed. The generator must not continue without further labels.
@@ -52,6 +54,7 @@ class Audits:
 
     labelled: int = 0
     limit: int | None = None
+    reserved: int = 0
     alone: int = 0
     since: int = 0
     kl: float = 0.0
@@ -79,7 +82,7 @@ class Monitor:
         # Per step: repetition, length, KL; None = not measured.
         self.window: list[list[float | None]] = []
         self.first: list[float] | None = None  # repetition and length of the first window
-        self.test, self.audits = LevelTest(), Audits()
+        self.test, self.audits = LevelTest(), Audits(reserved=config.audit_calls)
         self.kept: dict[str, Any] | None = None  # weights and optimizer of the kept generator
         self.told: list[str] = []  # kinds of active alarms; each is reported when it begins
 
@@ -152,17 +155,21 @@ class Monitor:
     def begin_audits(self, explained: float, generator: Generator) -> None:
         """Keep the generator of the last label. From now on the generator learns from predictions alone.
 
+        Calls that the audits will not need are no longer reserved: they become labels, and then the audits begin again.
+
         Args:
             explained: share of the reward's variance that the predictions explain, 0 to 1. Their part of the steps with
                 labels is the limit of steps on predictions alone.
         """
-        labelled, now = self.audits.labelled, self.audits.now
-        self.audits = Audits(labelled=labelled, limit=round(explained * labelled), now=now)
+        limit = round(explained * self.audits.labelled)
+        needed = math.ceil(limit / AUDIT_STEPS) * self.config.prompts_per_step
+        self.audits = replace(self.audits, limit=limit, reserved=min(self.audits.reserved, needed))
         self._passed(generator)
 
     def end_audits(self) -> None:
         """There are labels again."""
-        self.audits = Audits(labelled=self.audits.labelled, now=self.audits.now)
+        kept = self.audits
+        self.audits = Audits(labelled=kept.labelled, reserved=kept.reserved, now=kept.now)
 
     def _passed(self, generator: Generator) -> None:
         self.audits.since, self.audits.kl = 0, self.audits.now
