@@ -18,6 +18,7 @@ from lora_gan.rewards import Judge, Length, RewardError, calling
 from lora_gan.rewards.budget import Budget
 from lora_gan.run import display
 from lora_gan.storage.json_lines import read_lines
+from lora_gan.training.discriminator import Discriminator
 
 ROWS = [{"prompt": f"{PROMPTS[i % 4]} {i}", "target": TARGETS[i % 4]} for i in range(6)]  # a step: 2 × 4 responses
 HELD_OUT = [{"prompt": f"{PROMPTS[i % 4]} held out {i}", "target": TARGETS[i % 4]} for i in range(3)]
@@ -261,7 +262,8 @@ def test_retries_stop_at_the_total(server):
     ],
     ids=str,
 )
-def test_the_end_of_the_budget_is_said_with_what_happens_next(settings, words, tmp_path):
+def test_the_end_of_the_budget_is_said_with_what_happens_next(settings, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(Discriminator, "explained", property(lambda self: 1.0))  # otherwise no audit is needed
     gan, told = fitted(tmp_path, steps=4, held_out=None, **{"reward_budget": 16, "query_rate": 1.0} | settings)
     said = [words for words in told if "reward_budget" in words]
     assert len(said) == 1

@@ -118,10 +118,11 @@ def restore(state: RunState, path: Path) -> None:
     put_reference()
     state.init_adapter = saved["init_adapter"]
     state.monitor.load_state_dict(monitor)
-    state.true_reward.budget.audits = min(state.monitor.audits.reserved, state.config.audit_calls)
+    budget = state.true_reward.budget
+    budget.audits = min(state.monitor.audits.reserved, state.config.audit_calls)
     state.global_step, state.position = saved["global_step"], saved["position"]
-    state.true_reward.budget.counts["training"] = saved["reward_calls"]
-    state.true_reward.budget.load_state_dict(saved["other_calls"])
+    budget.counts["training"] = saved["reward_calls"]
+    budget.load_state_dict(saved["other_calls"])
     state.prompt_kinds = set(saved["prompt_kinds"])
     state.generator.beta_scale = saved["beta_scale"]
     state.generator.baseline.total = saved["baseline"]["total"]
@@ -178,7 +179,8 @@ def _read_monitor(state: RunState, folder: Folder) -> dict[str, Any]:
     saved = state_files.read(folder, "monitor", limit=untrusted.room_for(parameters, times=4))
     if isinstance(saved, dict) and "best" in saved:  # earlier versions compared windows, and had no audits
         saved = {name: value for name, value in saved.items() if name != "best"}
-        saved |= {"test": asdict(LevelTest()), "audits": asdict(Audits(reserved=state.config.audit_calls)), "window": []}
+        audits = Audits(reserved=state.config.audit_calls)
+        saved |= {"test": asdict(LevelTest()), "audits": asdict(audits), "window": []}
     untrusted.require_keys(saved, state.monitor.state_dict(), where)
     untrusted.require(saved["window"], [(float | None,) * 3], f"{where}: window")
     if saved["first"] is not None:
