@@ -19,7 +19,7 @@ import numpy as np
 
 ALPHA = 0.05  # probability of a false alarm in a run; halved after each return to a kept generator
 WINDOW = 10  # measured steps; a shorter window is noisier, and a longer one finds a fall later
-ERRORS = 2.5  # standard errors from the best window's mean to the reference level; many windows compete to be the best
+ERRORS = 2.6  # standard errors from the best window's mean to the reference level; many windows compete to be the best
 MARGIN = 0.1  # of the reward's spread within groups: a smaller fall is no exploitation
 SCALE = 2.0  # standard deviations of a step's mean reward that count as 1 in a bet
 LARGEST_BET = 0.9  # share of the capital
