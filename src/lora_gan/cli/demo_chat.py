@@ -36,6 +36,9 @@ RECIPE: dict[str, Any] = dict(
     disc_updates=1,
     beta=0.04,  # spreads per nat; rewards of one prompt differ by about 0.23
     reward_budget=256,
+    reward_signal="corrected",  # with query_rate=1 it is the true reward; budget mode was not measured here
+    query_rate=1.0,
+    on_exploit="warn",  # every response gets its true reward, so nothing is kept for audits
 )
 STEPS = 16
 BEST_OF = 8
