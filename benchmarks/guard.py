@@ -107,10 +107,10 @@ def play(kind: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def runs(out: Path, kinds: list[str]) -> None:
+def runs(out: Path, kinds: list[str], seeds: int | None) -> None:
     done = {(line["kind"], line["seed"]) for line in open_lines(out)} if out.exists() else set()
     for kind in kinds:
-        for seed in range(60, 60 + KINDS[kind]["seeds"]):
+        for seed in range(60, 60 + (seeds or KINDS[kind]["seeds"])):
             if (kind, seed) not in done:
                 line = play(kind, seed)
                 append_line(out, line)
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("action", choices=("streams", "runs", "report"))
     parser.add_argument("--out", type=Path, default=Path("docs/learning/guard.jsonl"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seeds", type=int, help="runs per kind; default: 20")
     parser.add_argument("--count", type=int, default=2000, help="simulated streams")
     parser.add_argument("--steps", type=int, default=200, help="of a simulated stream")
     arguments = parser.parse_args()
@@ -153,7 +154,7 @@ def main() -> None:
     if arguments.action == "streams":
         streams(arguments.count, arguments.steps)
     elif arguments.action == "runs":
-        runs(arguments.out, arguments.kinds)
+        runs(arguments.out, arguments.kinds, arguments.seeds)
     else:
         report(arguments.out)
 
