@@ -101,7 +101,7 @@ def measured(arm: LoraGanArm) -> tuple[Wrote, dict[str, float]]:
             (gan.discriminator, "predict", "prediction"),
             (gan.discriminator, "predict_to_learn", "prediction"),
             (gan.players, "use_adapter", lambda player: "reference" if player == "reference" else None),
-            (gan.players, "head", lambda *_, reference=False: "reference" if reference else None),
+            (gan.players, "lm_head", lambda *_, reference=False: "reference" if reference else None),
             (gan.generator, "update", "generator update"),
             (gan.discriminator, "update", "discriminator update"),
         ):

@@ -183,12 +183,15 @@ LOGGED_AS = {
 OWN = {
     *TEXTS, *LOGGED_AS, *LOGGED_AS.values(), "step", "epoch", "num_tokens", "step_tokens", "step_time", "reward_calls",
     "reward_std", "reward_spread", "asked", "reward_failures", "unanswered", "frac_asked", "frac_reward_zero_std",
-    "kl_per_token", "beta", "trust", "imitation_loss", "calibration_slope",
+    "kl_per_token", "beta", "trust", "exploit_evidence", "audit_passed", "imitation_loss", "calibration_slope",
     "uncertainty_correlation", "rank_correlation", "rank_correlation_within",
 }  # fmt: skip
 OWN_PREFIXES = ("rewards/", "reward_calls/", "completions/", "gen_", "disc_", "eval_", "train/", "eval/")
 SAMPLE = ("step", "prompt", "completion", "true_reward", "pred_reward", "target")  # the columns of a sample
-LATEST = {"step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate"}  # not averaged
+# These are not averaged.
+LATEST = {
+    "step", "epoch", "num_tokens", "reward_calls", "learning_rate", "disc_learning_rate", "exploit_evidence",
+}  # fmt: skip
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:
