@@ -14,6 +14,7 @@ from .training.discriminator import Discriminator
 from .training.generator import Generator
 from .training.health import Health
 from .training.monitor import Monitor
+from .wording import counted
 
 T = TypeVar("T")
 
@@ -58,7 +59,8 @@ class RunState:
             return "an audit failed, and only further labels can help: resume with a larger reward_budget"
         if self.monitor.audits.is_over:
             alone = self.monitor.audits.alone
-            return f"{budget.spent_setting}, and the predictions are good enough for {alone} steps without labels"
+            enough = f"good enough for {counted(alone, 'step')}" if alone else "not good enough for steps"
+            return f"{budget.spent_setting}, and the predictions are {enough} without labels"
         if budget.left(audit=True) == 0:
             return f"{budget.spent_setting}, with those for audits"
         return None

@@ -262,6 +262,7 @@ def test_the_explained_share_limits_the_steps_on_predictions_and_the_last_is_aud
     learned = [record["gen_loss"] is not None for record in alone]
     assert sum(learned) == steps == gan.monitor.audits.alone
     assert alone[-1]["audit_passed"] == 1.0 and not learned[-1]
+    assert f"good enough for {steps} steps without labels" in gan.state.why_over("mixed")
 
 
 @pytest.mark.parametrize(("explained", "labels"), [(0.0, 80), (0.25, 78), (0.5, 76)])
