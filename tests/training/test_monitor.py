@@ -218,10 +218,16 @@ def trusted(monkeypatch):
     monkeypatch.setattr(Discriminator, "explained", property(lambda self: 2.0))
 
 
-def alone(reward=lambda response, target: len(response) / 50, **settings):
-    """A run whose labels are spent: 4 of 8 responses are queried in each of 19 steps."""
+def with_budget(**settings):
+    """A run with a budget; a longer response has a higher reward."""
     gan = small_gan(**ALONE | settings)
-    gan.compute_reward = reward
+    gan.compute_reward = lambda response, target: len(response) / 50
+    return gan
+
+
+def alone(**settings):
+    """A run whose labels are spent: 4 of 8 responses are queried in each of 19 steps."""
+    gan = with_budget(**settings)
     for _ in range(19):
         gan.step(PROMPTS[:2], TARGETS[:2])
     assert gan.budget.left() == 0 and gan.budget.left(audit=True) == 4
@@ -255,8 +261,7 @@ def test_steps_on_predictions_pause_for_audits_and_end_with_the_calls(trusted):
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
 def test_the_explained_share_limits_the_steps_on_predictions_and_the_last_is_audited(explained, steps, monkeypatch):
     monkeypatch.setattr(Discriminator, "explained", property(lambda self: explained))
-    gan = small_gan(**ALONE)
-    gan.compute_reward = lambda response, target: len(response) / 50
+    gan = with_budget()
     records = until_over(gan)
     alone = [record for record in records if not record["asked"] or "audit_passed" in record]
     learned = [record["gen_loss"] is not None for record in alone]
@@ -269,8 +274,7 @@ def test_the_explained_share_limits_the_steps_on_predictions_and_the_last_is_aud
 @pytest.mark.filterwarnings("ignore:step .* calls of reward_budget are spent")
 def test_calls_that_audits_do_not_need_become_labels(explained, labels, monkeypatch):
     monkeypatch.setattr(Discriminator, "explained", property(lambda self: explained))
-    gan = small_gan(**ALONE)
-    gan.compute_reward = lambda response, target: len(response) / 50
+    gan = with_budget()
     records = until_over(gan)
     assert sum(record["asked"] for record in records if "audit_passed" not in record) == labels
     assert gan.reward_calls == 80

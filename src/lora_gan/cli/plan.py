@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import Config
-from ..training.monitor import AUDIT_STEPS
+from ..training.monitor import AUDIT_STEPS, audits_needed
 from ..wording import counted
 
 
@@ -72,7 +72,7 @@ def calls(config: Config, steps: int, left: int | None = None, audits: int = 0) 
         return labels
     labelled = math.ceil(labels / per_step)
     alone = steps - labelled
-    count = math.ceil(labelled / AUDIT_STEPS) if alone > labelled else max(0, alone - 1) // AUDIT_STEPS
+    count = audits_needed(labelled) if alone > labelled else max(0, alone - 1) // AUDIT_STEPS
     return labels + min(audits, count * config.prompts_per_step)
 
 

@@ -74,6 +74,11 @@ class Audits:
         return self.limit is not None and not self.since and self.alone >= self.limit
 
 
+def audits_needed(steps: int) -> int:
+    """Number of audits of this many steps on predictions alone, of which the last one is audited."""
+    return math.ceil(steps / AUDIT_STEPS)
+
+
 class Monitor:
     """Watches the steps of a run; keeps the generator of the best window, and of the last passed audit."""
 
@@ -162,7 +167,7 @@ class Monitor:
                 labels is the limit of steps on predictions alone.
         """
         limit = round(explained * self.audits.labelled)
-        needed = math.ceil(limit / AUDIT_STEPS) * self.config.prompts_per_step
+        needed = audits_needed(limit) * self.config.prompts_per_step
         self.audits = replace(self.audits, limit=limit, reserved=min(self.audits.reserved, needed))
         self._passed(generator)
 
