@@ -32,14 +32,13 @@ from ..state import RunState
 from ..storage import checkpoint, state_files, untrusted
 from ..storage.checkpoint import ADAPTER, BY_HAND, PLAYERS, REFERENCE, STATE, Content, copied, has_reference
 from ..storage.durable import MANIFEST, Damaged, Folder
-from ..storage.untrusted import WHOLE
+from ..training import guard
 from ..training.estimate import GroupSpread
 from ..training.guard import LevelTest
-from ..training.monitor import Audits
+from ..training.monitor import AUDITS, Audits
 from ..training.probe import MOST_ROWS
 from ..wording import shown
 from . import saved_optimizer, trainer_state
-from .trainer_state import NUMBER
 
 #: Assumed most tokens of a text in replay, on a base without a context limit. The number bounds the size of a file and
 #: not of one text: a group stores its prompt once, so a prompt may be several times as long.
@@ -47,28 +46,6 @@ LONGEST_TEXT = 2**17
 
 #: Removed settings of which a checkpoint may hold any value: `_read_discriminator_state` converts what they led to.
 CONVERTED = ("disc_average", "disc_heads")
-
-#: The forms of the monitor's test and audits, for `untrusted.require`.
-TEST: dict[str, Any] = {
-    "recent": [(float, float)],
-    "reference": dict | None,
-    "variances": (NUMBER, NUMBER),
-    "steps": WHOLE,
-    "capital": NUMBER,
-    "bets": (float, NUMBER, NUMBER),
-    "returns": WHOLE,
-}
-REFERENCE_LEVEL: dict[str, Any] = {"mean": float, "predicted": float, "level": float, "spread": NUMBER}
-AUDITS: dict[str, Any] = {
-    "labelled": WHOLE,
-    "limit": WHOLE | None,
-    "reserved": WHOLE,
-    "alone": WHOLE,
-    "since": WHOLE,
-    "kl": float,
-    "now": float,
-    "has_failed": bool,
-}
 
 #: The state of `Calibration` that gives the adapter's predictions weight 1 and trust 1, until others are measured.
 ADAPTER_ALONE = {"moments": [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], "differences": 8.0}
@@ -186,9 +163,9 @@ def _read_monitor(state: RunState, folder: Folder) -> dict[str, Any]:
     if saved["first"] is not None:
         untrusted.require(saved["first"], (float, float), f"{where}: first")
     untrusted.require(saved["told"], [str], f"{where}: told")
-    untrusted.require(saved["test"], TEST, f"{where}: test")
+    untrusted.require(saved["test"], guard.SHAPE, f"{where}: test")
     if saved["test"]["reference"] is not None:
-        untrusted.require(saved["test"]["reference"], REFERENCE_LEVEL, f"{where}: test: reference")
+        untrusted.require(saved["test"]["reference"], guard.REFERENCE, f"{where}: test: reference")
     untrusted.require(saved["audits"], AUDITS, f"{where}: audits")
     if saved["kept"] is not None:
         untrusted.require_keys(saved["kept"], ("weights", "optimizer"), f"{where}: kept")

@@ -6,10 +6,9 @@ import functools
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from annotated_types import Ge
 
 from ..config import Config
 from ..model.adapter_files import read_lora_config
@@ -20,11 +19,10 @@ from ..state import RunState
 from ..storage import checkpoint, untrusted
 from ..storage.checkpoint import REFERENCE, STATE
 from ..storage.durable import Damaged, Folder
-from ..storage.untrusted import WHOLE
+from ..storage.untrusted import NUMBER, WHOLE
 from ..training import health
 from ..training.estimate import HELD_FROM
 
-NUMBER = Annotated[float, Ge(0)]
 #: The content of the file, in the form that `untrusted.require` takes.
 SHAPE: dict[str, Any] = {
     "format": int,

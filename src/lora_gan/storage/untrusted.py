@@ -23,7 +23,7 @@ from ..settings import fits
 from .durable import Damaged, Folder
 
 #: Kinds of plain numbers, for `require`.
-WHOLE, POSITIVE = Annotated[int, Ge(0), Lt(2**63)], Annotated[float, Gt(0)]
+WHOLE, POSITIVE, NUMBER = Annotated[int, Ge(0), Lt(2**63)], Annotated[float, Gt(0)], Annotated[float, Ge(0)]
 #: Bytes that a file of tensors may have in addition to the tensors: names, headers, padding.
 SLACK = 2**20
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from ..storage.untrusted import NUMBER, WHOLE
+
 ALPHA = 0.05  # probability of a false alarm in a run; halved after each return to a kept generator
 WINDOW = 10  # measured steps; a shorter window is noisier, and a longer one finds a fall later
 ERRORS = 2.6  # standard errors from the best window's mean to the reference level; many windows compete to be the best
@@ -140,3 +142,16 @@ class LevelTest:
         """The test from the result of `dataclasses.asdict`."""
         reference = state["reference"]
         return cls(**{**state, "reference": None if reference is None else Reference(**reference)})
+
+
+#: The form of a LevelTest as a dict, and that of its reference, for `untrusted.require`.
+SHAPE: dict[str, Any] = {
+    "recent": [(float, float)],
+    "reference": dict | None,
+    "variances": (NUMBER, NUMBER),
+    "steps": WHOLE,
+    "capital": NUMBER,
+    "bets": (float, NUMBER, NUMBER),
+    "returns": WHOLE,
+}
+REFERENCE: dict[str, Any] = {"mean": float, "predicted": float, "level": float, "spread": NUMBER}

@@ -19,6 +19,7 @@ import torch
 
 from ..config import Config
 from ..storage.checkpoint import copied
+from ..storage.untrusted import WHOLE
 from . import distributed
 from .experience import Experience
 from .generator import Generator
@@ -72,6 +73,19 @@ class Audits:
     def is_over(self) -> bool:
         """Whether the limit is reached, and the last step was audited."""
         return self.limit is not None and not self.since and self.alone >= self.limit
+
+
+#: The form of Audits as a dict, for `untrusted.require`.
+AUDITS: dict[str, Any] = {
+    "labelled": WHOLE,
+    "limit": WHOLE | None,
+    "reserved": WHOLE,
+    "alone": WHOLE,
+    "since": WHOLE,
+    "kl": float,
+    "now": float,
+    "has_failed": bool,
+}
 
 
 def audits_needed(steps: int) -> int:
