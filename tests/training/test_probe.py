@@ -39,16 +39,21 @@ def ridge_regressions(features, true, group_N):
     return x, y, scale, {ridge: np.linalg.solve(system, x.T @ y) for ridge, system in systems.items()}
 
 
+def fitted(groups, noise, width):
+    """A probe that has learned from `data_of`, the groups, and the result of `ridge_regressions` on the same data."""
+    features, true, group_N = data_of(groups, noise=noise, width=width)
+    probe = Probe()
+    probe.learn(features, true, group_N)
+    return probe, group_N, *ridge_regressions(features, true, group_N)
+
+
 # --- the regression ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [9, 40], ids=["more labels than features", "fewer"])
 @pytest.mark.parametrize("noise", [0.1, 2.0])
 def test_the_weights_are_those_of_ridge_regression_on_centred_values(noise, width):
-    features, true, group_N = data_of(5, noise=noise, width=width)
-    probe = Probe()
-    probe.learn(features, true, group_N)
-    x, y, scale, candidates = ridge_regressions(features, true, group_N)
+    probe, _, x, y, scale, candidates = fitted(5, noise, width)
     errors = {}
     for ridge, weights in candidates.items():
         used = np.trace(x @ np.linalg.solve(x.T @ x + ridge * scale * np.eye(x.shape[1]), x.T))
@@ -228,10 +233,7 @@ def test_a_group_of_one_with_a_known_reward_keeps_it():
 @pytest.mark.parametrize("noise", [0.2, 1.0])
 def test_trust_is_that_of_predictions_without_the_own_group(noise, width):
     """Oracle: the regression solved again without each group, with the same ridge."""
-    features, true, group_N = data_of(6, noise=noise, width=width)
-    probe = Probe()
-    probe.learn(features, true, group_N)
-    x, y, scale, ridges = ridge_regressions(features, true, group_N)
+    probe, group_N, x, y, scale, ridges = fitted(6, noise, width)
     ridge = min(ridges, key=lambda ridge: np.abs(ridges[ridge] - probe.weights_H).max())
     left_out = np.zeros(len(y))
     for group in range(6):
@@ -241,8 +243,8 @@ def test_trust_is_that_of_predictions_without_the_own_group(noise, width):
     explained = (left_out @ y) ** 2 / (left_out @ left_out) / (y @ y)
     assert probe.explained == pytest.approx(explained)
     assert probe.trust == pytest.approx(max(0.0, 1 - (1 - explained) / explained / (len(y) - 6 - 1)))
-    fitted = x @ probe.weights_H
-    assert probe.amplitude == pytest.approx(np.sqrt((fitted @ fitted) / (y @ y)))
+    fitted_N = x @ probe.weights_H
+    assert probe.amplitude == pytest.approx(np.sqrt((fitted_N @ fitted_N) / (y @ y)))
 
 
 def test_shuffled_labels_are_seldom_trusted():
